@@ -1,0 +1,1 @@
+"""Benchmarks and measurements; each prints its figures, and writes them where asked."""

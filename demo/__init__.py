@@ -1,0 +1,1 @@
+"""The demo world: a small text-to-image model, its CLIP and its judge, all trained on emoji."""

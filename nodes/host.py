@@ -1,0 +1,513 @@
+"""The adapter to ComfyUI: its guiders, samplers, memory and inference mode, seen from the core.
+
+The optimisation runs inside one `guider.sample(...)`, as a Sampler of our own, so that conditioning, ControlNets,
+hooks and LoRAs are prepared by ComfyUI exactly as for a plain sample.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from ..rewards.base import Reward
+from ..sampler.optimize import Result, Score, Settings, optimize
+from ..sampler.rollout import Rollout, draw
+from ..sampler.selftest import gradient_error
+from .twin import Twins
+
+log = logging.getLogger("mira")
+
+# Networks whose layers are worth a checkpoint of their own, by class name: UNets, Flux, Lumina, Qwen-Image.
+BLOCKS = {
+    "ResBlock",
+    "BasicTransformerBlock",
+    "DoubleStreamBlock",
+    "SingleStreamBlock",
+    "JointTransformerBlock",
+    "QwenImageTransformerBlock",
+}
+
+
+# --- inference mode -------------------------------------------------------------------------------------------------
+
+
+def normal(value):
+    """A copy, outside inference mode, of every tensor in nested lists, tuples and dicts; the rest as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {k: normal(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(normal(v) for v in value)
+    return value
+
+
+def _made_in_inference_mode(t: Tensor) -> bool:
+    # `is_inference()` forgets after `.to(dtype)`; the version counter is what autograd will ask for.
+    try:
+        t._version  # noqa: B018
+    except RuntimeError:
+        return True
+    return False
+
+
+def leave_inference_mode(module: nn.Module) -> None:
+    """Re-register every weight and buffer that was made in inference mode: autograd cannot save those."""
+    for child in module.modules():
+        for name, p in child._parameters.items():
+            if p is not None and _made_in_inference_mode(p):
+                child._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=False)
+        for name, b in child._buffers.items():
+            if b is not None and _made_in_inference_mode(b):
+                child._buffers[name] = b.detach().clone()
+
+
+@contextmanager
+def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within, no weight asks for a gradient: only the noises do, and no activation is kept for the weights."""
+    asking = [p for m in modules for p in m.parameters() if p.requires_grad]
+    for p in asking:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in asking:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Newer cores have kernels without a backward, and a switch that turns them off."""
+    management = comfy.model_management
+    if not hasattr(management, "in_training"):
+        yield
+        return
+    before, management.in_training = management.in_training, True
+    try:
+        yield
+    finally:
+        management.in_training = before
+
+
+# --- the network ----------------------------------------------------------------------------------------------------
+
+
+class _OutOfPlaceAdd(TorchFunctionMode):
+    """x += y makes a new tensor: in-place residuals (Flux family) overwrite what backward needs."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.add_ and torch.is_grad_enabled():
+            return torch.add(*args, **(kwargs or {})).to(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def _sdpa(_, *args, **kwargs):
+    """PyTorch's attention: sage, flash, sub-quadratic and split have no backward, or change with free memory."""
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+def _with_blocks_checkpointed(root: nn.Module) -> Callable:
+    blocks = [m for m in root.modules() if type(m).__name__ in BLOCKS]
+
+    @contextmanager
+    def patched() -> Iterator[None]:
+        def wrap(forward):
+            def run(*args, **kwargs):
+                if not torch.is_grad_enabled():
+                    return forward(*args, **kwargs)
+                return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+            return run
+
+        for block in blocks:
+            block.forward = wrap(block.forward)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+    return patched
+
+
+class _Denoiser:
+    """Stands where ComfyUI's `KSamplerX0Inpaint` stands in a sampler function."""
+
+    def __init__(self, model_k, call: Callable):
+        self.inner_model = model_k.inner_model
+        self.model_k = model_k
+        self.call = call
+
+    def __getattr__(self, name: str):
+        return getattr(self.model_k, name)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
+        return self.call(x, sigma, **kwargs)
+
+
+# --- VAE and reward -------------------------------------------------------------------------------------------------
+
+
+def decode(vae, latent: Tensor) -> Tensor:
+    """VAE latents (B, C, h, w) -> images (B, 3, H, W), nominally in [0, 1]: not clamped, so that gradients live."""
+    # The VAE's own last step is affine but for its clamp: read it off inside the clamp's range.
+    zero, half = (vae.process_output(torch.tensor([v])).item() for v in (0.0, 0.5))
+    images = vae.first_stage_model.decode(latent.to(vae.vae_dtype)).float()
+    return images * (2 * (half - zero)) + zero
+
+
+def patcher_of(module: nn.Module) -> comfy.model_patcher.ModelPatcher:
+    """One ModelPatcher per reward network, kept on it, so that ComfyUI's memory management knows it."""
+    if not hasattr(module, "mira_patcher"):
+        management = comfy.model_management
+        module.mira_patcher = comfy.model_patcher.ModelPatcher(
+            module, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
+        )
+    return module.mira_patcher
+
+
+# --- one job --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """What to optimise, in ComfyUI's own types. prompts: one per image, for rewards that need them."""
+
+    guider: object
+    sampler: object
+    sigmas: Tensor
+    noise: Tensor
+    latent: Tensor
+    vae: object
+    reward: Reward
+    settings: Settings
+    seed: int = 0
+    mask: Tensor | None = None
+    prompts: Sequence[str] = ()
+    weighting: str = "marginal"
+    measured: str = "guided"
+    memory: str = "auto"
+    on_iteration: Callable = lambda k, rows, score: None
+
+
+@dataclass
+class Optimized:
+    """Latents as a KSampler gives them: the kept iterates, and the plain sample of the same noise."""
+
+    latent: Tensor
+    plain: Tensor
+    result: Result
+
+
+def run(job: Job) -> Optimized:
+    """Sample, optimise, hand back. Leaves inference mode, so it must not be awaited around."""
+    with torch.inference_mode(False), torch.enable_grad():
+        guider = copy.copy(job.guider)
+        if "disable_dynamic" in inspect.signature(guider.model_patcher.clone).parameters:
+            guider.model_patcher = guider.model_patcher.clone(disable_dynamic=True)
+        guider.original_conds = normal(guider.original_conds)
+        guider.model_options = normal(guider.model_options)
+        sampler = _OptimizingSampler(job)
+        latent = guider.sample(
+            normal(job.noise),
+            normal(job.latent),
+            sampler,
+            normal(job.sigmas),
+            denoise_mask=normal(job.mask),
+            callback=None,
+            disable_pbar=True,
+            seed=job.seed,
+        )
+        device = comfy.model_management.intermediate_device()
+        return Optimized(latent.to(device), sampler.plain.to(device), sampler.result)
+
+
+class _OptimizingSampler(comfy.samplers.Sampler):
+    """Runs the whole optimisation where ComfyUI runs one sample. Afterwards: `plain` and `result`."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.plain: Tensor | None = None
+        self.result: Result | None = None
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, _=False):
+        job = self.job
+        process = _Process(job, model_wrap, sigmas, extra_args, latent_image, denoise_mask)
+        with ExitStack() as stack:
+            stack.enter_context(training())
+            stack.enter_context(process.loaded())
+            started = time.perf_counter()
+            plain, noises = draw(process.plain, noise)
+            self.sampling_seconds = time.perf_counter() - started
+            self.plain = model_wrap.inner_model.process_latent_out(plain.float())
+            process.check_gradient(noise)
+            rollout = Rollout(
+                process.differentiable,
+                sigmas,
+                signal=process.signal,
+                weighting=job.weighting,
+                measured=job.measured,
+                memory=job.memory,
+                mask=denoise_mask,
+                free_bytes=free_bytes,
+                blocks=_with_blocks_checkpointed(model_wrap.inner_model.diffusion_model),
+            )
+            process.rollout = rollout
+            self.result = optimize(
+                rollout,
+                process.score,
+                noises,
+                process.settings,
+                on_iteration=job.on_iteration,
+                interrupts=(comfy.model_management.InterruptProcessingException,),
+                memory=used_bytes,
+            )
+            self.result.trace.settings = {
+                "checkpointing": rollout.memory,
+                "sampling_seconds": self.sampling_seconds,
+                "ended": self.result.reason,
+            }
+        return self.result.best
+
+
+class _Process:
+    """The frozen model's sampling process, inside ComfyUI's `guider.sample`."""
+
+    def __init__(self, job: Job, model_wrap, sigmas, extra_args, latent_image, mask):
+        self.job, self.model_wrap, self.sigmas = job, model_wrap, sigmas
+        self.latent_image, self.mask = latent_image, mask
+        self.extra_args = extra_args
+        self.inner = model_wrap.inner_model
+        self.flow = isinstance(self.inner.model_sampling, comfy.model_sampling.CONST)
+        self.out_of_place = False
+        self.rollout: Rollout | None = None
+        dtype = self.inner.manual_cast_dtype or self.inner.get_dtype()
+        # Gradients of a mean over pixels are near float16's smallest numbers.
+        scale = 2.0**10 if dtype == torch.float16 else 1.0
+        self.settings = replace(job.settings, loss_scale=scale) if scale != 1 else job.settings
+
+    def signal(self, sigma: Tensor) -> Tensor:
+        return 1 - sigma if self.flow else torch.ones_like(sigma)
+
+    @contextmanager
+    def loaded(self) -> Iterator[None]:
+        """Everything that a run needs on the device in one call (several could evict one another), frozen."""
+        job = self.job
+        patchers = [self.model_wrap.model_patcher, job.vae.patcher, *(patcher_of(m) for m in job.reward.modules)]
+        shape = list(job.latent.shape)
+        need = self.inner.memory_required([2 * shape[0], *shape[1:]])
+        need += job.vae.memory_used_decode(shape, job.vae.vae_dtype)
+        comfy.model_management.load_models_gpu(patchers, memory_required=2 * need, force_full_load=True)
+        modules = [p.model for p in [*patchers, *self.model_wrap.loaded_models]]
+        for module in modules:
+            leave_inference_mode(module)
+        with frozen(modules):
+            yield
+
+    def _run(self, noise: Tensor, function: Callable, options: dict | None = None) -> Tensor:
+        """ComfyUI's own sampler object, with `function` in place of its sampler function."""
+        sampler = copy.copy(self.job.sampler)
+        sampler.sampler_function = function
+        if options is not None:
+            sampler.extra_options = options
+        return sampler.sample(
+            self.model_wrap, self.sigmas, dict(self.extra_args), None, noise, self.latent_image, self.mask, True
+        )
+
+    def _sample(self, noise: Tensor, source, denoiser: Callable[..., Callable]) -> Tensor:
+        twins = Twins(source)
+        options = dict(self.job.sampler.extra_options)
+        if "noise_sampler" in options:
+            options["noise_sampler"] = twins.noise_sampler(options["noise_sampler"])
+
+        def function(model_k, x, sigmas, extra_args, callback, disable, **options):
+            extra_args, call = denoiser(model_k, extra_args)
+            twin = twins(self.job.sampler.sampler_function)
+            return twin(
+                _Denoiser(model_k, call), x, sigmas, extra_args=extra_args, callback=None, disable=True, **options
+            )
+
+        return self._run(noise, function, options)
+
+    def plain(self, noise: Tensor, source, wrap) -> Tensor:
+        """ComfyUI's own sample, bit for bit, with its noises seen on their way."""
+
+        def denoiser(model_k, extra_args):
+            def call(x, sigma, **kwargs):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                return model_k(x, sigma, **kwargs)
+
+            return extra_args, call
+
+        return self._sample(noise, source, denoiser)
+
+    def differentiable(self, noise: Tensor, source, wrap) -> Tensor:
+        def denoiser(model_k, extra_args):
+            extra_args, call = self._network(model_k, extra_args)
+            return extra_args, wrap(call)
+
+        return self._sample(noise, source, denoiser)
+
+    def _network(self, model_k, extra_args: dict) -> tuple[dict, Callable]:
+        """The denoiser with everything in it that has a backward; (guided, conditional) where both are wanted."""
+        options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
+        options.setdefault("transformer_options", {})["optimized_attention_override"] = _sdpa
+        conditional = []
+        if self.job.measured == "conditional":
+
+            def capture(args):
+                conditional[:] = [args["cond_denoised"]]
+                return args["denoised"]
+
+            options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", ()), capture]
+        # Looked up at every call: the self-test may turn it on.
+        place = _OutOfPlaceAdd if self.out_of_place else nullcontext
+
+        def call(x, sigma, **kwargs):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            with place():
+                out = model_k(x, sigma, **kwargs)
+            if self.job.measured != "conditional":
+                return out
+            if not conditional:
+                raise RuntimeError("this guider gives no conditional prediction: set `measured` to guided")
+            return out, conditional.pop()
+
+        return {**extra_args, "model_options": options}, call
+
+    def score(self, x0: Tensor) -> Score:
+        latent = self.inner.process_latent_out(x0.float())
+        keep = self.rollout.memory == "none" or not torch.is_grad_enabled()
+
+        def through(f, x):
+            return f(x) if keep else checkpoint(f, x, use_reentrant=False, preserve_rng_state=False)
+
+        images = through(lambda z: decode(self.job.vae, z), latent)
+        if images.ndim != 4:
+            raise ValueError(f"the VAE decodes to shape {tuple(images.shape)}: MIRA optimises still images only")
+        total, parts = through(lambda i: self.job.reward(i, self.job.prompts), images)
+        return Score(total.float(), {k: p.detach().float() for k, p in parts.items()}, images.detach())
+
+    def check_gradient(self, noise: Tensor) -> None:
+        """One denoising step, its gradient against a finite difference, before anything is optimised."""
+        half = (self.inner.manual_cast_dtype or self.inner.get_dtype()) in (torch.float16, torch.bfloat16)
+        name = type(self.inner.diffusion_model).__name__
+
+        def error() -> float:
+            found = []
+
+            def function(model_k, x, sigmas, extra_args, callback, disable, **options):
+                extra_args, call = self._network(model_k, extra_args)
+                sigma = sigmas[(len(sigmas) - 1) // 2] * x.new_ones(len(x))
+
+                def predict(x: Tensor) -> Tensor:
+                    out = call(x, sigma, **extra_args)
+                    return out[0] if isinstance(out, tuple) else out
+
+                found.append(gradient_error(predict, x * (sigma[0] ** 2 + 1).sqrt() / (sigmas[0] ** 2 + 1).sqrt()))
+                return x
+
+            self._run(noise, function, {})
+            return found[0]
+
+        try:
+            wrong = error()
+        except RuntimeError as problem:
+            if "inplace operation" not in str(problem):
+                raise
+            self.out_of_place = True
+            wrong = error()
+        if not wrong < (0.5 if half else 0.1):
+            raise RuntimeError(
+                f"{name} gives no usable gradient (relative error {wrong:.2g} against a finite difference of one "
+                "denoising step): this model cannot be optimised through. Try its fp16, bf16 or fp32 weights instead "
+                "of a quantised file, and remove nodes that patch its attention."
+            )
+        log.debug("gradient self-test of %s: relative error %.2g", name, wrong)
+
+
+# --- what is asked before a run -------------------------------------------------------------------------------------
+
+
+def why_not_differentiable(sampler, model_sampling) -> str | None:
+    """Run the sampler's twin on a toy model for three steps: None, or why its trajectory cannot be optimised."""
+    if not isinstance(sampler, comfy.samplers.KSAMPLER):
+        return f"{type(sampler).__name__} is not a k-diffusion sampler"
+    flow = isinstance(model_sampling, comfy.model_sampling.CONST)
+
+    def toy(x, sigma, **kwargs):
+        s = sigma.reshape(-1, 1, 1, 1)
+        denoised = x * (1 - s) / ((1 - s) ** 2 + s**2) if flow else x / (1 + s**2)
+        for post in kwargs.get("model_options", {}).get("sampler_post_cfg_function", ()):
+            post({"denoised": denoised, "uncond_denoised": denoised, "cond_denoised": denoised, "model": None})
+        return denoised
+
+    toy.inner_model = SimpleNamespace(
+        inner_model=SimpleNamespace(model_sampling=model_sampling),
+        model_patcher=SimpleNamespace(get_model_object=lambda name: model_sampling),
+    )
+    model = _Denoiser(toy, toy)
+    options = {k: v for k, v in sampler.extra_options.items() if k != "noise_sampler"}
+    low, high = float(model_sampling.sigma_min), float(model_sampling.sigma_max)
+    sigmas = torch.tensor([high, math.sqrt(high * low), low, 0.0])
+
+    def run(x: Tensor, counted: list) -> Tensor:
+        def source(draw):
+            counted.append(draw())
+            return counted[-1]
+
+        return Twins(source)(sampler.sampler_function)(
+            model, x, sigmas, extra_args={"seed": 0, "model_options": {}}, callback=None, disable=True, **options
+        )
+
+    counts = []
+    for scale in (1.0, 3.0):
+        x = (torch.linspace(-1, 1, 16).reshape(1, 4, 2, 2) * high * scale).requires_grad_()
+        counted: list = []
+        try:
+            with torch.enable_grad():
+                out = run(x, counted)
+                if not out.requires_grad:
+                    return "it cuts the gradient"
+                (gradient,) = torch.autograd.grad(out.sum(), x)
+        except AttributeError:
+            return None  # it asks for more of ComfyUI than the toy has; the first iteration will tell
+        except RuntimeError as problem:
+            return f"backward fails: {str(problem).splitlines()[0]}"
+        if not torch.isfinite(gradient).all() or not gradient.abs().sum() > 0:
+            return "its gradient is zero or not finite"
+        counts.append(len(counted))
+    return None if counts[0] == counts[1] else "its number of steps depends on the image"
+
+
+def free_bytes() -> float:
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_management.get_free_memory(device)
+
+
+def used_bytes() -> float:
+    """Peak memory of the GPU, or this process's resident memory on a CPU."""
+    device = comfy.model_management.get_torch_device()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,82 @@
+"""Differentiable twins of ComfyUI's k-diffusion samplers.
+
+A sampler function is decorated with `torch.no_grad()`, may call other decorated ones, and makes its own noise. Its
+twin is the same code in a namespace of its own, where every decorated function is replaced by its twin and every
+noise comes from us. ComfyUI's module is left as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+
+import comfy.k_diffusion.sampling as k_diffusion
+import torch
+
+NoiseSource = Callable[[Callable[[], torch.Tensor]], torch.Tensor]
+
+
+def _without_no_grad(function: types.FunctionType) -> types.FunctionType:
+    """Strip torch's grad-mode decorators, and no others (a context manager's `__wrapped__` is something else)."""
+    while function.__globals__.get("__name__") == "torch.utils._contextlib" and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
+class Twins:
+    """Makes the twins of sampler functions whose every noise is `source(draw)`."""
+
+    def __init__(self, source: NoiseSource):
+        self.source = source
+        self.namespaces: dict[int, dict] = {}
+        self.functions: dict[types.FunctionType, types.FunctionType] = {}
+
+    def __call__(self, function: Callable) -> Callable:
+        if isinstance(function, functools.partial):
+            return functools.partial(self(function.func), *function.args, **function.keywords)
+        return self._function(function) if isinstance(function, types.FunctionType) else function
+
+    def noise_sampler(self, sampler: Callable) -> Callable:
+        return lambda sigma, sigma_next: self.source(lambda: sampler(sigma, sigma_next))
+
+    def _making_noise(self, factory: Callable) -> Callable:
+        """A noise sampler factory whose sampler is made only when it is asked for a noise of its own."""
+
+        def make(*args, **kwargs):
+            sampler = functools.cache(lambda: factory(*args, **kwargs))
+            return lambda sigma, sigma_next: self.source(lambda: sampler()(sigma, sigma_next))
+
+        return make
+
+    def _function(self, function: types.FunctionType) -> types.FunctionType:
+        raw = _without_no_grad(function)
+        if raw not in self.functions:
+            namespace = self._namespace(raw.__globals__)
+            twin = types.FunctionType(raw.__code__, namespace, raw.__name__, raw.__defaults__, raw.__closure__)
+            twin.__kwdefaults__ = raw.__kwdefaults__
+            self.functions[raw] = twin
+        return self.functions[raw]
+
+    def _namespace(self, original: dict) -> dict:
+        if id(original) in self.namespaces:
+            return self.namespaces[id(original)]
+        namespace = self.namespaces[id(original)] = dict(original)
+        for name, value in original.items():
+            if value in _NOISE_FACTORIES:
+                namespace[name] = self._making_noise(value)
+            elif isinstance(value, types.FunctionType):
+                raw = _without_no_grad(value)
+                if raw is not value or raw.__globals__ is original:
+                    namespace[name] = self._function(value)
+        return namespace
+
+
+class _Identity(tuple):
+    """Membership by identity: a module's globals hold values that cannot be compared or hashed."""
+
+    def __contains__(self, value: object) -> bool:
+        return any(value is item for item in self)
+
+
+_NOISE_FACTORIES = _Identity((k_diffusion.default_noise_sampler, k_diffusion.BrownianTreeNoiseSampler))

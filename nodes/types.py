@@ -1,0 +1,6 @@
+"""The pack's own connection types."""
+
+from comfy_api.latest import io
+
+MiraReward = io.Custom("MIRA_REWARD")
+MiraTrace = io.Custom("MIRA_TRACE")

@@ -1,0 +1,1 @@
+"""Rewards: callables with facts, torch only, nothing of ComfyUI."""

@@ -1,0 +1,38 @@
+"""What every reward is: a function of images and prompts, with the facts that its users need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Higher is always better. `low`, `high`: the range; `typical`: where unoptimised images lie."""
+
+    name: str
+    low: float
+    high: float
+    typical: tuple[float, float]
+    differentiable: bool = True
+    needs_prompt: bool = False
+
+
+class Reward:
+    """Scores images one by one.
+
+    __call__: images (B, 3, H, W), nominally in [0, 1] but not clamped, and one prompt per image -> the total (B,)
+    and its named parts, each (B,). modules: the networks inside, for whoever manages memory.
+    """
+
+    facts: Facts
+    modules: tuple[nn.Module, ...] = ()
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        score = self.score(images, prompts)
+        return score, {self.facts.name: score}
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        raise NotImplementedError

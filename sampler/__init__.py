@@ -1,0 +1,1 @@
+"""Inference-time alignment by noise optimisation: torch only, nothing of ComfyUI, nothing of any reward."""

@@ -1,0 +1,288 @@
+"""Optimises the noises of a frozen model against a reward: MIRA's Algorithm 1 and its relatives in one loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .keep import Keeper
+from .rollout import Path, Rollout, per_image
+from .surrogates import REGULARIZERS, SURROGATES
+from .trace import Trace
+
+OPTIMIZERS: dict[str, Callable] = {
+    "adamw": lambda z, lr: torch.optim.AdamW(z, lr=lr),
+    "adam": lambda z, lr: torch.optim.Adam(z, lr=lr),
+    "sgd": lambda z, lr: torch.optim.SGD(z, lr=lr, momentum=0.9, nesterov=True),
+}
+KEEP = ("best_within_drift", "best_reward", "last")
+STOP = ("never", "plateau", "drift", "plateau_or_drift")
+MAX_HALVINGS = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to optimise.
+
+    iterations: K, updates of the noises. lr: the optimiser's step, in units of the noise's standard deviation.
+    regularizer, beta: the penalty beta * R(z) of the loss, one of `REGULARIZERS`.
+    clip_norm: the largest gradient norm of one image, over its whole trajectory; 0 does not clip.
+    drift_metric, drift_limit: what "drift" means to `keep` and `stop`, and its bound; 0 is no bound.
+    keep: which iterate comes back: "last" (Algorithm 1), "best_reward", or "best_within_drift".
+    stop: when an image is left alone: when its best reward has not risen by 0.1 % of its gain for `patience`
+        iterations ("plateau"), when its drift has passed the limit ("drift"), or either.
+    loss_scale: multiplies the loss in backward and divides the gradients, for networks in float16.
+    """
+
+    iterations: int = 30
+    lr: float = 0.01
+    regularizer: str = "mira"
+    beta: float = 0.5
+    optimizer: str = "adamw"
+    clip_norm: float = 1.0
+    drift_metric: str = "score_distance"
+    drift_limit: float = 0.0
+    keep: str = "best_within_drift"
+    stop: str = "never"
+    patience: int = 10
+    loss_scale: float = 1.0
+
+    def __post_init__(self):
+        tables = {
+            "regularizer": REGULARIZERS,
+            "optimizer": OPTIMIZERS,
+            "drift_metric": SURROGATES,
+            "keep": KEEP,
+            "stop": STOP,
+        }
+        for name, table in tables.items():
+            if getattr(self, name) not in table:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(table)}")
+        if self.iterations < 0:
+            raise ValueError(f"iterations is {self.iterations}: it cannot be negative")
+        for name, value in {"lr": self.lr, "loss_scale": self.loss_scale}.items():
+            if not value > 0:
+                raise ValueError(f"{name} is {value}: it must be above 0")
+        for name in ("beta", "clip_norm", "drift_limit"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 or more")
+        if "plateau" in self.stop and self.patience < 1:
+            raise ValueError(f"patience is {self.patience}: stopping on a plateau needs at least 1 iteration")
+        if "drift" in self.stop and not self.drift_limit > 0:
+            raise ValueError("stop on drift needs a drift_limit above 0")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Rewards (B,) to be maximised, their named parts, each (B,), and the images (B, 3, H, W), detached."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    images: Tensor
+
+
+@dataclass
+class Result:
+    """best, last: latents (B, C, ...). best_noises: the trajectory of the best iterate. reason: why it ended."""
+
+    best: Tensor
+    last: Tensor
+    best_noises: tuple[Tensor, ...]
+    trace: Trace
+    reason: str
+
+
+@dataclass
+class _State:
+    """z: the noises. good: the last noises with a finite gradient, None before the first. All flags are (B,)."""
+
+    z: list[Tensor]
+    optimizer: torch.optim.Optimizer
+    keeper: Keeper
+    reference: Path | None = None
+    good: list[Tensor] | None = None
+    active: Tensor = None
+    halvings: Tensor = None
+    reasons: list[str | None] = field(default_factory=list)
+
+    def end(self, where: Tensor, reason: str) -> None:
+        for b in torch.nonzero(where & self.active).flatten().tolist():
+            self.reasons[b] = reason
+        self.active = self.active & ~where
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    path: Path
+    score: Score
+    surrogates: dict[str, Tensor]
+    loss: Tensor
+    gradients: list[Tensor] | None
+
+
+def optimize(
+    rollout: Rollout,
+    score: Callable[[Tensor], Score],
+    noises: Sequence[Tensor],
+    settings: Settings,
+    *,
+    on_iteration: Callable[[int, list[dict], Score], None] = lambda k, rows, score: None,
+    interrupts: tuple[type[BaseException], ...] = (),
+    memory: Callable[[], float] = lambda: 0.0,
+) -> Result:
+    """Optimise `noises` (z_T, ..., z_1), each (B, C, ...), so that score(x0) rises.
+
+    Every image of the batch is on its own: loss, clipping, stopping and the kept iterate. Iteration 0 is the
+    unchanged noise. `on_iteration(k, rows, score)` is the only side channel. An exception of `interrupts` after
+    iteration 0, running out of memory and values that are not finite end the run with the best so far.
+
+    Raises RuntimeError when the reward has no gradient with respect to the noises.
+    """
+    z = [n.detach().clone().requires_grad_() for n in noises]
+    batch = len(z[0])
+    state = _State(
+        z,
+        OPTIMIZERS[settings.optimizer](z, settings.lr),
+        Keeper(settings.keep, settings.drift_limit),
+        active=torch.ones(batch, dtype=torch.bool),
+        halvings=torch.zeros(batch, dtype=torch.long),
+        reasons=[None] * batch,
+    )
+    trace = Trace()
+    k, reason, latest = 0, "", None
+    while k <= settings.iterations:
+        started = time.perf_counter()
+        try:
+            evaluation = _evaluate(rollout, score, state, settings, gradient=k < settings.iterations)
+        except torch.OutOfMemoryError:
+            if rollout.shrink():
+                trace.notices.append(f"out of memory at iteration {k}: went on with {rollout.memory} checkpointing")
+                continue
+            if k == 0:
+                raise
+            reason = f"out of memory at iteration {k}"
+            break
+        except interrupts:
+            if k == 0:
+                raise
+            reason = f"interrupted at iteration {k}"
+            break
+        latest = evaluation.path.x0.detach()
+        norms = None if evaluation.gradients is None else _norm(evaluation.gradients)
+        drift = evaluation.surrogates[settings.drift_metric]
+        state.keeper.update(k, evaluation.score.total, drift, latest, state.z, state.active)
+        rows = _rows(k, state, evaluation, norms, settings.lr, time.perf_counter() - started, memory())
+        trace.rows += rows
+        on_iteration(k, rows, evaluation.score)
+        if k < settings.iterations:
+            _stop(state, settings, k, drift.cpu())
+            _step(state, evaluation, norms.cpu(), settings)
+        if k < settings.iterations and not state.active.any():
+            reason = "; ".join(dict.fromkeys(r for r in state.reasons if r))
+            break
+        k += 1
+    reason = reason or "all iterations done"
+    trace.kept = state.keeper.iteration.tolist()
+    trace.reasons = [r or reason for r in state.reasons]
+    return Result(state.keeper.latent, latest, tuple(state.keeper.noises), trace, reason)
+
+
+def _evaluate(rollout: Rollout, score, state: _State, settings: Settings, gradient: bool) -> _Evaluation:
+    with torch.set_grad_enabled(gradient):
+        path = rollout(state.z)
+        result = score(path.x0)
+        if state.reference is None:
+            state.reference = path.detach()
+            if gradient:
+                _check_reward(result.total, path.x0)
+        # The regulariser alone carries a gradient; the others are for the record.
+        penalty = REGULARIZERS[settings.regularizer](path, state.reference) if settings.beta else None
+        loss = -result.total if penalty is None else settings.beta * penalty - result.total
+        with torch.no_grad():
+            surrogates = {name: f(path, state.reference) for name, f in SURROGATES.items()}
+            if settings.regularizer == "prno" and penalty is not None:
+                surrogates["prno"] = penalty.detach()
+        if not gradient:
+            return _Evaluation(path, result, surrogates, loss, None)
+        grads = torch.autograd.grad(loss.sum() * settings.loss_scale, state.z, allow_unused=True)
+        grads = [
+            torch.zeros_like(z) if g is None else g / settings.loss_scale for g, z in zip(grads, state.z, strict=True)
+        ]
+    return _Evaluation(path.detach(), result, surrogates, loss.detach(), grads)
+
+
+def _check_reward(reward: Tensor, x0: Tensor) -> None:
+    """A penalty has a gradient of its own, so a reward without one would be lost silently: look at it alone."""
+    if not reward.requires_grad:
+        raise RuntimeError(
+            "the reward has no gradient with respect to the image: use a differentiable reward, "
+            "or a method that only ranks images"
+        )
+    (gradient,) = torch.autograd.grad(reward.sum(), x0, retain_graph=True)
+    images = torch.nonzero(_norm([gradient]) == 0).flatten().tolist()
+    if images:
+        raise RuntimeError(
+            f"the gradient of the reward is zero for image(s) {images}: it cannot be optimised from here; "
+            "check that the reward is differentiable and not saturated"
+        )
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """(B,): the norm over all tensors of each image, in float32 at least."""
+    return torch.stack([(t if t.dtype == torch.float64 else t.float()).flatten(1).norm(dim=1) for t in tensors]).norm(
+        dim=0
+    )
+
+
+def _rows(k, state: _State, evaluation: _Evaluation, norms, lr, seconds, memory) -> list[dict[str, float]]:
+    columns = {"reward": evaluation.score.total}
+    if len(evaluation.score.parts) > 1:
+        columns |= {f"reward.{name}": part for name, part in evaluation.score.parts.items()}
+    columns |= evaluation.surrogates
+    elements = sum(z[0].numel() for z in state.z)
+    columns["noise_norm"] = _norm([z.detach() for z in state.z]) / elements**0.5
+    if norms is not None:
+        columns["gradient_norm"] = norms
+    values = {name: column.detach().double().cpu().tolist() for name, column in columns.items()}
+    return [
+        {"iteration": k, "image": b}
+        | {name: column[b] for name, column in values.items()}
+        | {"lr": lr * 0.5 ** int(state.halvings[b]), "seconds": seconds, "memory_mb": memory / 1e6}
+        for b in range(len(state.active))
+    ]
+
+
+def _stop(state: _State, settings: Settings, k: int, drift: Tensor) -> None:
+    if "plateau" in settings.stop:
+        state.end(state.keeper.since_progress(k) >= settings.patience, f"no progress for {settings.patience} iterations")
+    if "drift" in settings.stop:
+        state.end(drift > settings.drift_limit, f"{settings.drift_metric} passed {settings.drift_limit:g}")
+
+
+def _step(state: _State, evaluation: _Evaluation, norms: Tensor, settings: Settings) -> None:
+    """One update of every active image. Where something was not finite: back half-way to the last good noises."""
+    finite = torch.isfinite(norms) & torch.isfinite(evaluation.loss).cpu()
+    bad = ~finite & state.active
+    state.halvings = torch.where(finite, 0, state.halvings + bad)
+    state.end(bad & (state.halvings > MAX_HALVINGS), f"reward or gradient not finite {MAX_HALVINGS + 1} times in a row")
+    if state.good is None:
+        state.end(bad, "reward or gradient of the plain sample not finite")
+    stepping = (finite & state.active).to(state.z[0].device)
+    halving = (bad & state.active).to(state.z[0].device)
+    before = [z.detach().clone() for z in state.z]
+    good = before if state.good is None else state.good
+    scale = (settings.clip_norm / norms.clamp(min=1e-12)).clamp(max=1) if settings.clip_norm else torch.ones_like(norms)
+    for z, gradient in zip(state.z, evaluation.gradients, strict=True):
+        clipped = gradient * per_image(scale.to(gradient), gradient)
+        z.grad = torch.where(per_image(stepping, gradient), clipped, 0)
+    state.optimizer.step()
+    with torch.no_grad():
+        for z, b, g in zip(state.z, before, good, strict=True):
+            z.copy_(torch.where(per_image(stepping, z), z, torch.where(per_image(halving, z), (b + g) / 2, b)))
+    state.good = [
+        torch.where(per_image(stepping, b), b, g).detach() for b, g in zip(before, good, strict=True)
+    ]

@@ -1,0 +1,202 @@
+"""One sampling run of a frozen model as a differentiable function of its noises.
+
+The whole trajectory z = (z_T, z_{T-1}, ..., z_1) is the variable: the initial noise and every noise that the
+sampler injects, in the order in which it asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .memory import saved_bytes
+
+# D(x, sigma): x (B, C, ...), sigma (B,) -> the denoised prediction, or (guided, conditional) predictions.
+Denoiser = Callable[..., Tensor | tuple[Tensor, Tensor]]
+# Returns the next noise; `draw` makes the host's own, which only a first run uses.
+NoiseSource = Callable[[Callable[[], Tensor]], Tensor]
+# sample(z_T, noise_source, wrap) -> x0. The host's sampler: it asks `noise_source` for every injected noise and
+# calls `wrap(denoiser)` in place of its denoiser.
+Sample = Callable[[Tensor, NoiseSource, Callable[[Denoiser], Denoiser]], Tensor]
+
+
+def per_image(t: Tensor, like: Tensor) -> Tensor:
+    """(B,) shaped to broadcast against (B, ...)."""
+    return t.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def mean_square(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B, ...) -> (B,): the mean over elements of x^2, in float32 at least; over the masked part where one is given."""
+    square = (x if x.dtype == torch.float64 else x.float()).square()
+    if mask is None:
+        return square.flatten(1).mean(1)
+    mask = mask.to(square).expand_as(square)
+    return (square * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1e-12)
+
+
+@dataclass(frozen=True)
+class Path:
+    """What one run left behind.
+
+    x0 (B, C, ...): the sample. noises: z, each (B, C, ...). eps: eps_hat at every denoiser call, each (B, C, ...).
+    sigmas: the noise-to-signal ratio of every call, (B,). weights: w_t / (1 - abar_t) of every call, (B,).
+    mask: the part of the latent that is sampled at all (inpainting), or None.
+    """
+
+    x0: Tensor
+    noises: tuple[Tensor, ...]
+    eps: tuple[Tensor, ...]
+    sigmas: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    mask: Tensor | None = None
+
+    def detach(self) -> Path:
+        return replace(
+            self,
+            x0=self.x0.detach(),
+            noises=tuple(z.detach().clone() for z in self.noises),
+            eps=tuple(e.detach() for e in self.eps),
+        )
+
+
+def weight_marginal(nsr: Tensor, nsr_next: Tensor) -> Tensor:
+    """w_t = 1 - abar_t (reading a): a term is ||eps_hat||^2."""
+    return torch.ones_like(nsr)
+
+
+def weight_transition(nsr: Tensor, nsr_next: Tensor) -> Tensor:
+    """w_t = the DDIM (eta = 1) transition variance (reading b), over 1 - abar_t.
+
+    With s the noise-to-signal ratio: sigma_up^2 = s'^2 (1 - s'^2 / s^2) in variance-exploding coordinates, times
+    abar' = 1 / (1 + s'^2) in variance-preserving ones.
+    """
+    up = nsr_next**2 * (1 - (nsr_next / nsr) ** 2) / (1 + nsr_next**2)
+    return up * (1 + nsr**-2)
+
+
+WEIGHTINGS = {"marginal": weight_marginal, "transition": weight_transition}
+
+
+@torch.no_grad()
+def draw(sample: Sample, z_T: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The plain sample from z_T and all the noises that went into it, z_T first: nothing is wrapped or measured."""
+    noises = [z_T]
+
+    def source(make: Callable[[], Tensor]) -> Tensor:
+        noises.append(make())
+        return noises[-1]
+
+    x0 = sample(z_T, source, lambda denoiser: denoiser)
+    return x0, tuple(z.detach().clone() for z in noises)
+
+
+class Rollout:
+    """Runs the frozen model on given noises and records eps_hat at every denoiser call.
+
+    sample: the host's sampler, see `Sample`.
+    schedule: (T + 1,) sigmas, from large to small.
+    signal: sigma -> the factor of x0 in x_t: 1 in k-diffusion (variance-exploding) coordinates, 1 - t for
+        rectified flow; eps_hat = (x - signal * D) / sigma.
+    memory: "none", "per_step" or "per_block" checkpointing, or "auto".
+    free_bytes: how much memory is left, for "auto".
+    blocks: a context inside which the model checkpoints its own blocks, for "per_block".
+    """
+
+    POLICIES = ("none", "per_step", "per_block")
+
+    def __init__(
+        self,
+        sample: Sample,
+        schedule: Tensor,
+        *,
+        signal: Callable[[Tensor], Tensor] = torch.ones_like,
+        weighting: str = "marginal",
+        measured: str = "guided",
+        memory: str = "auto",
+        mask: Tensor | None = None,
+        free_bytes: Callable[[], float] = lambda: float("inf"),
+        blocks: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting {weighting!r} is not one of {', '.join(WEIGHTINGS)}")
+        if memory not in (*self.POLICIES, "auto"):
+            raise ValueError(f"memory policy {memory!r} is not one of {', '.join((*self.POLICIES, 'auto'))}")
+        self.sample = sample
+        self.schedule = schedule
+        self.signal = signal
+        self.weighting = WEIGHTINGS[weighting]
+        self.conditional = measured == "conditional"
+        self.memory = memory
+        self.mask = mask
+        self.free_bytes = free_bytes
+        self.blocks = blocks
+
+    def __call__(self, noises: Sequence[Tensor]) -> Path:
+        """The run with these noises; differentiable where grad mode is on.
+
+        Raises RuntimeError when the sampler asks for another number of noises than it is given.
+        """
+        eps, sigmas, weights = [], [], []
+        rest = iter(noises[1:])
+
+        def source(draw: Callable[[], Tensor]) -> Tensor:
+            noise = next(rest, None)
+            if noise is None:
+                raise RuntimeError(
+                    f"the sampler asked for more noises than the {len(noises)} of its plain run: "
+                    "its number of steps depends on the image, so its trajectory cannot be optimised"
+                )
+            return noise
+
+        def wrap(denoiser: Denoiser) -> Denoiser:
+            def measured(x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
+                out = self._checkpointed(denoiser, x, sigma, kwargs)
+                guided, judged = out if isinstance(out, tuple) else (out, out)
+                alpha = self.signal(sigma)
+                eps.append((x - per_image(alpha, x) * (judged if self.conditional else guided)) / per_image(sigma, x))
+                after = self.schedule[self.schedule < sigma.min()]
+                after = (after.max() if len(after) else self.schedule.new_zeros(())).to(sigma).expand_as(sigma)
+                sigmas.append(sigma / alpha)
+                weights.append(self.weighting(sigma / alpha, after / self.signal(after)))
+                return guided
+
+            return measured
+
+        x0 = self.sample(noises[0], source, wrap)
+        return Path(x0, tuple(noises), tuple(eps), tuple(sigmas), tuple(weights), self.mask)
+
+    def _checkpointed(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, kwargs: dict):
+        if not torch.is_grad_enabled():
+            return denoiser(x, sigma, **kwargs)
+        if self.memory == "auto":
+            self.memory = self._choose(lambda x: denoiser(x, sigma, **kwargs), x)
+        if self.memory == "none":
+            return denoiser(x, sigma, **kwargs)
+        blocks = self.blocks if self.memory == "per_block" else nullcontext
+
+        def run(x: Tensor):
+            with blocks():
+                return denoiser(x, sigma, **kwargs)
+
+        # No dropout in a frozen model, so no random state to keep.
+        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+
+    def _choose(self, denoise: Denoiser, x: Tensor) -> str:
+        """Measure what one step keeps for its backward pass, and take the fastest policy that fits in 70 %."""
+        step = saved_bytes(denoise, x)
+        room = 0.7 * self.free_bytes()
+        if step * (len(self.schedule) - 1) < room:
+            return "none"
+        return "per_step" if step < room else "per_block"
+
+    def shrink(self) -> bool:
+        """After running out of memory: go to the next thriftier policy. False when there is none."""
+        if self.memory in ("auto", "per_block"):
+            return False
+        self.memory = self.POLICIES[self.POLICIES.index(self.memory) + 1]
+        return True

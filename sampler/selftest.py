@@ -1,0 +1,37 @@
+"""Does a gradient agree with a finite difference? Asked once, before anything is optimised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def gradient_error(f: Callable[[Tensor], Tensor], x: Tensor, step: float = 1e-2) -> float:
+    """The relative error of autograd's derivative of <f(x), v> along its own gradient, v fixed and random.
+
+    f: (B, ...) -> (B, ...). step: the length of the difference, relative to x. inf when the gradient is zero or not
+    finite. Raises what f raises.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = x.detach()
+    v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+
+    def inner(y: Tensor) -> Tensor:
+        return (f(y).double() * v.double()).sum()
+
+    with torch.enable_grad():
+        leaf = x.clone().requires_grad_()
+        out = inner(leaf)
+        if not out.requires_grad:
+            return float("inf")
+        (gradient,) = torch.autograd.grad(out, leaf)
+    length = gradient.double().norm()
+    if not torch.isfinite(length) or length == 0:
+        return float("inf")
+    direction = (gradient.double() / length * x.double().norm() * step).to(x)
+    with torch.no_grad():
+        difference = (inner(x + direction) - inner(x - direction)) / 2
+    slope = (gradient.double() * direction.double()).sum()
+    return ((difference - slope).abs() / slope.abs()).item()

@@ -1,0 +1,69 @@
+"""The record of a run: one row per iteration and image, with what it was run with."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from dataclasses import dataclass, field
+
+VERSION = 1
+
+
+@dataclass
+class Trace:
+    """rows: dicts of numbers, always with `iteration` and `image`; parts of a reward as `reward.<name>`.
+
+    settings: what the run was asked to do. kept: the returned iteration of each image. reasons: why each image's
+    optimisation ended. notices: what the user should know of this run.
+    """
+
+    settings: dict = field(default_factory=dict)
+    rows: list[dict[str, float]] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def of(self, image: int) -> list[dict[str, float]]:
+        """The rows of one image, in order of iteration."""
+        return [row for row in self.rows if row["image"] == image]
+
+    def summary(self, image: int = 0) -> tuple[dict[str, float], dict[str, float]]:
+        """The rows of the plain sample and of the kept iterate of one image."""
+        rows = self.of(image)
+        return rows[0], next(row for row in rows if row["iteration"] == self.kept[image])
+
+    def to_csv(self) -> str:
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        out = io.StringIO()
+        writer = csv.DictWriter(out, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return out.getvalue()
+
+    def to_dict(self) -> dict:
+        """Plain JSON: a number that is not finite becomes null (browsers refuse NaN)."""
+        return {
+            "version": VERSION,
+            "settings": self.settings,
+            "rows": [json_row(row) for row in self.rows],
+            "kept": self.kept,
+            "reasons": self.reasons,
+            "notices": self.notices,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Trace:
+        if not isinstance(data, dict) or data.get("version") != VERSION:
+            found = data.get("version") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"this is not a MIRA trace of version {VERSION} (found {found!r})")
+        rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in data["rows"]]
+        return cls(data["settings"], rows, data["kept"], data["reasons"], data.get("notices", []))
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+
+def json_row(row: dict[str, float]) -> dict[str, float | None]:
+    return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}

@@ -1,0 +1,284 @@
+import math
+
+import pytest
+import torch
+from gaussian import ancestral, denoiser, noises, rollout, schedule
+from mira.sampler.keep import Keeper
+from mira.sampler.optimize import Score, Settings, optimize
+from mira.sampler.rollout import Rollout, draw
+from mira.sampler.trace import Trace
+
+
+def mean_reward(x0):
+    r = x0.flatten(1).mean(1)
+    return Score(r, {"mean": r.detach()}, x0.detach())
+
+
+def run(settings, score=mean_reward, steps=6, batch=2, r=None, **kwargs):
+    return optimize(r or rollout(steps), score, noises(steps, batch), settings, **kwargs)
+
+
+def test_zero_iterations_are_the_plain_sample_bit_for_bit():
+    sample = ancestral(denoiser(), schedule())
+    x0, z = draw(sample, noises(1)[0])
+    result = optimize(Rollout(sample, schedule()), mean_reward, z, Settings(iterations=0))
+    assert torch.equal(result.best, x0) and torch.equal(result.last, x0)
+    assert [row["iteration"] for row in result.trace.of(0)] == [0]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_optimum_is_the_closed_form(optimizer):
+    """A linear model, reward mean(x0), penalty path_kl: z* = z0 + a_t / beta with x0 = sum_t a_t z_t."""
+    z0 = noises()
+    leaves = [z.clone().requires_grad_() for z in z0]
+    a = [g.mean().item() for g in torch.autograd.grad(rollout()(leaves).x0.sum(), leaves)]
+    lr, iterations = (0.05, 400) if optimizer == "adam" else (2.0, 150)
+    settings = Settings(
+        iterations=iterations, lr=lr, beta=0.5, regularizer="path_kl", optimizer=optimizer, clip_norm=0, keep="last"
+    )
+    result = run(settings)
+    for z, reference, coefficient in zip(result.best_noises, z0, a, strict=True):
+        torch.testing.assert_close(z, reference + coefficient / 0.5, atol=2e-3, rtol=0)
+
+
+def test_a_batch_of_three_is_three_runs():
+    settings = Settings(iterations=5, beta=0.3, regularizer="mira_two_sided", lr=0.05)
+    together = run(settings, batch=3)
+    for b in range(3):
+        z = [n[b : b + 1] for n in noises(6, 3)]
+        alone = optimize(rollout(), mean_reward, z, settings)
+        torch.testing.assert_close(alone.best, together.best[b : b + 1])
+        assert [r["reward"] for r in alone.trace.of(0)] == pytest.approx([r["reward"] for r in together.trace.of(b)])
+
+
+def test_two_runs_are_the_same_bits():
+    a, b = (run(Settings(iterations=4, regularizer="prno", beta=0.1)) for _ in range(2))
+    assert torch.equal(a.best, b.best)
+
+
+def test_the_record_has_every_surrogate_and_the_truth():
+    result = run(Settings(iterations=3))
+    rows = result.trace.of(1)
+    assert [r["iteration"] for r in rows] == [0, 1, 2, 3]
+    for name in ("reward", "mira", "mira_two_sided", "score_distance", "path_kl", "latent_distance"):
+        assert name in rows[0]
+    assert rows[0]["path_kl"] == 0 < rows[3]["path_kl"]
+    z0 = torch.cat([z[1].flatten() for z in noises()])
+    assert rows[0]["noise_norm"] == pytest.approx(z0.square().mean().sqrt().item())
+    assert rows[3]["reward"] == pytest.approx(result.last[1].mean().item())
+    assert "gradient_norm" in rows[0] and "gradient_norm" not in rows[3]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_reward_rises(optimizer):
+    rows = run(Settings(iterations=5, beta=0, optimizer=optimizer)).trace.of(0)
+    assert all(b["reward"] > a["reward"] for a, b in zip(rows, rows[1:], strict=False))
+
+
+def test_clipping_bounds_the_step():
+    settings = dict(iterations=1, lr=1.0, beta=0, optimizer="sgd")
+    free, clipped = (run(Settings(**settings, clip_norm=c)).trace.of(0) for c in (0, 1e-3))
+    assert clipped[0]["gradient_norm"] == free[0]["gradient_norm"]
+    ratio = clipped[1]["path_kl"] / free[1]["path_kl"]
+    assert ratio == pytest.approx((1e-3 / free[0]["gradient_norm"]) ** 2, rel=1e-6)
+
+
+def test_loss_scale_changes_nothing_else():
+    a, b = (run(Settings(iterations=3, loss_scale=s)) for s in (1.0, 1024.0))
+    torch.testing.assert_close(a.best, b.best)
+
+
+# --- what comes back ------------------------------------------------------------------------------------------------
+
+
+def keeper(policy, limit, rewards, drifts):
+    k = Keeper(policy, limit)
+    for i, (r, d) in enumerate(zip(rewards, drifts, strict=True)):
+        z = torch.full((2, 1), float(i))
+        k.update(i, torch.tensor(r), torch.tensor(d), z, [z], torch.tensor([True, True]))
+    return k
+
+
+@pytest.mark.parametrize(
+    ("policy", "limit", "expected"),
+    [
+        ("last", 0.0, [3, 3]),
+        ("best_reward", 0.0, [2, 3]),
+        ("best_within_drift", 0.0, [2, 3]),
+        ("best_within_drift", 0.5, [1, 0]),
+    ],
+)
+def test_keep(policy, limit, expected):
+    rewards = [[0.0, 0.0], [1.0, 1.0], [3.0, 2.0], [2.0, 4.0]]
+    drifts = [[0.0, 0.0], [0.4, 0.6], [0.8, 0.8], [0.9, 0.9]]
+    k = keeper(policy, limit, rewards, drifts)
+    assert k.iteration.tolist() == expected
+    assert k.latent.flatten().tolist() == expected and k.noises[0].flatten().tolist() == expected
+
+
+def test_nan_is_never_kept():
+    k = keeper("last", 0.0, [[0.0, 0.0], [math.nan, 1.0]], [[0.0, 0.0], [0.1, 0.1]])
+    assert k.iteration.tolist() == [0, 1]
+
+
+def test_best_within_drift_respects_the_limit_on_a_real_path():
+    result = run(Settings(iterations=12, lr=0.05, beta=0, drift_metric="path_kl", drift_limit=0.1))
+    for b in range(2):
+        _, kept = result.trace.summary(b)
+        assert kept["path_kl"] <= 0.1
+        after = result.trace.of(b)[int(kept["iteration"]) + 1]
+        assert after["path_kl"] > 0.1
+
+
+# --- stopping -------------------------------------------------------------------------------------------------------
+
+
+def test_stop_on_drift_leaves_each_image_at_its_own_time():
+    def score(x0):
+        r = x0.flatten(1).mean(1) * torch.tensor([1.0, 0.0])
+        return Score(r - 1e-3 * x0.flatten(1).square().mean(1), {}, x0.detach())
+
+    settings = Settings(
+        iterations=20, lr=0.05, beta=0, stop="drift", drift_metric="path_kl", drift_limit=0.05, optimizer="sgd"
+    )
+    result = run(settings, score)
+    assert result.trace.reasons[0] == "path_kl passed 0.05"
+    assert result.trace.reasons[1] == "all iterations done"
+    moved = [r["path_kl"] for r in result.trace.of(0)]
+    stopped = next(i for i, v in enumerate(moved) if v > 0.05)
+    assert len(set(moved[stopped:])) == 1
+
+
+def test_stop_on_a_plateau():
+    def score(x0):
+        r = x0.flatten(1).mean(1).clamp(max=0.3) + 1e-9 * x0.flatten(1).mean(1)
+        return Score(r, {}, x0.detach())
+
+    result = run(Settings(iterations=100, lr=0.1, beta=0, stop="plateau", patience=4), score)
+    assert result.reason == "no progress for 4 iterations"
+    assert len(result.trace.of(0)) < 60
+
+
+# --- nothing is lost ------------------------------------------------------------------------------------------------
+
+
+class Cancelled(BaseException):
+    pass
+
+
+def failing(at, problem):
+    """mean_reward whose `at`-th call raises."""
+    calls = iter(range(1000))
+
+    def score(x0):
+        if next(calls) == at:
+            raise problem
+        return mean_reward(x0)
+
+    return score
+
+
+def test_an_interrupt_hands_back_the_best_so_far():
+    result = run(Settings(iterations=10, beta=0), failing(4, Cancelled()), interrupts=(Cancelled,))
+    assert result.reason == "interrupted at iteration 4"
+    assert result.trace.kept == [3, 3] and len(result.trace.of(0)) == 4
+    torch.testing.assert_close(result.best, run(Settings(iterations=3, beta=0)).best)
+
+
+def test_an_interrupt_before_anything_is_an_interrupt():
+    with pytest.raises(Cancelled):
+        run(Settings(iterations=10), failing(0, Cancelled()), interrupts=(Cancelled,))
+
+
+def test_out_of_memory_goes_on_thriftier_and_then_ends_with_the_best():
+    calls = iter(range(1000))
+
+    def score(x0):
+        if next(calls) in (3, 6, 8):
+            raise torch.OutOfMemoryError("full")
+        return mean_reward(x0)
+
+    r = rollout()
+    result = run(Settings(iterations=10, beta=0), score, r=r)
+    assert r.memory == "per_block"
+    assert len(result.trace.notices) == 2 and "per_step" in result.trace.notices[0]
+    assert result.reason == "out of memory at iteration 6"
+    torch.testing.assert_close(result.best, run(Settings(iterations=5, beta=0)).best)
+
+
+def test_not_finite_halves_the_step_and_goes_on():
+    calls = iter(range(1000))
+
+    def score(x0):
+        r = x0.flatten(1).mean(1)
+        if next(calls) == 3:
+            r = r * torch.tensor([math.nan, 1.0])
+        return Score(r, {}, x0.detach())
+
+    result = run(Settings(iterations=8, beta=0), score)
+    assert math.isnan(result.trace.of(0)[3]["reward"])
+    assert result.reason == "all iterations done"
+    reached = [r["path_kl"] for r in result.trace.of(0)]
+    assert reached[2] < reached[4] < reached[3]
+    assert result.trace.kept == [8, 8]
+    # The other image never noticed.
+    clean = run(Settings(iterations=8, beta=0))
+    torch.testing.assert_close(result.best[1], clean.best[1])
+
+
+def test_not_finite_for_good_gives_up_with_the_best():
+    calls = iter(range(1000))
+
+    def score(x0):
+        r = x0.flatten(1).mean(1)
+        return Score(r / 0 * 0 if next(calls) >= 4 else r, {}, x0.detach())
+
+    result = run(Settings(iterations=50, beta=0), score)
+    assert result.reason == "reward or gradient not finite 4 times in a row"
+    assert result.trace.kept == [3, 3] and torch.isfinite(result.best).all()
+    assert len(result.trace.of(0)) < 12
+
+
+def test_a_plain_sample_that_is_not_finite_ends_at_once():
+    result = run(Settings(iterations=5), lambda x0: Score(x0.flatten(1).mean(1) * math.nan, {}, x0.detach()))
+    assert result.reason == "reward or gradient of the plain sample not finite"
+    assert len(result.trace.of(0)) == 1
+
+
+def test_no_gradient_is_said_and_not_optimised():
+    with pytest.raises(RuntimeError, match="no gradient with respect to the image"):
+        run(Settings(iterations=2), lambda x0: Score(x0.detach().flatten(1).mean(1), {}, x0.detach()))
+    with pytest.raises(RuntimeError, match=r"zero for image\(s\) \[0, 1\]"):
+        run(Settings(iterations=2), lambda x0: Score(x0.flatten(1).mean(1) * 0, {}, x0.detach()))
+
+
+# --- settings and record --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"beta": -1}, "beta is -1"),
+        ({"beta": math.nan}, "beta is nan"),
+        ({"iterations": -1}, "iterations is -1"),
+        ({"lr": 0}, "lr is 0"),
+        ({"regularizer": "kl"}, "choose one of mira"),
+        ({"stop": "drift"}, "needs a drift_limit"),
+        ({"stop": "plateau", "patience": 0}, "patience is 0"),
+    ],
+)
+def test_settings_name_what_is_wrong(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**wrong)
+
+
+def test_trace_round_trip_and_csv():
+    trace = run(Settings(iterations=2)).trace
+    trace.rows[3]["reward"] = math.nan
+    again = Trace.from_dict(__import__("json").loads(trace.to_json()))
+    assert math.isnan(again.rows[3]["reward"])
+    assert again.rows[0] == trace.rows[0] and again.kept == trace.kept
+    lines = trace.to_csv().splitlines()
+    assert lines[0].startswith("iteration,image,reward") and len(lines) == 1 + 3 * 2
+    with pytest.raises(ValueError, match="not a MIRA trace of version 1"):
+        Trace.from_dict({"version": 9})

@@ -1,0 +1,140 @@
+import pytest
+import torch
+from gaussian import ancestral, ddim, denoiser, noises, rollout, schedule
+from mira.sampler.memory import saved_bytes
+from mira.sampler.rollout import Rollout, draw, mean_square
+from mira.sampler.selftest import gradient_error
+from mira.sampler.surrogates import REGULARIZERS, energies
+
+
+def leaves(z):
+    return [n.clone().requires_grad_() for n in z]
+
+
+def test_plain_sample_and_replay_are_the_same_bits():
+    s = schedule()
+    sample = ancestral(denoiser(0.3, 0.7), s)
+    torch.manual_seed(5)
+    x0, z = draw(sample, noises(1)[0])
+    assert len(z) == 6
+    path = Rollout(sample, s)(z)
+    assert torch.equal(path.x0, x0)
+
+
+def test_eps_hat_is_the_exact_score():
+    z = noises()
+    path = rollout(D=denoiser(0.5, 2.0))(z)
+    # Recover x_t from eps_hat and the closed form: eps = sigma (x - mean) / (std^2 + sigma^2).
+    x_T = z[0] * (1 + path.sigmas[0][0] ** 2).sqrt()
+    sigma = path.sigmas[0][0]
+    torch.testing.assert_close(path.eps[0], sigma * (x_T - 0.5) / (4 + sigma**2))
+
+
+def test_ddim_eta_1_is_euler_ancestral():
+    s, z = schedule(), noises()
+    a = Rollout(ancestral(denoiser(0.5, 0.8), s), s)(z)
+    b = Rollout(ddim(denoiser(0.5, 0.8), s), s)(z)
+    torch.testing.assert_close(a.x0, b.x0)
+    for left, right in zip(a.eps, b.eps, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_flow_coordinates_give_the_same_eps_hat():
+    # x_t = (1 - t) x0 + t eps is x / (1 + s) of the variance-exploding x, with s = t / (1 - t).
+    D = denoiser(0.5, 0.8)
+    x = noises(1)[0]
+    t = torch.tensor([0.3, 0.8], dtype=torch.float64)
+    s = t / (1 - t)
+
+    def one_call(x, source, wrap):
+        return wrap(lambda y, tt: D(y / (1 - tt.view(-1, 1, 1, 1)), tt / (1 - tt)))(x, t)
+
+    flow = Rollout(one_call, torch.tensor([0.8, 0.0], dtype=torch.float64), signal=lambda t: 1 - t)(
+        [x * (1 - t.view(-1, 1, 1, 1))]
+    )
+    expected = (x - D(x, s)) / s.view(-1, 1, 1, 1)
+    torch.testing.assert_close(flow.eps[0], expected)
+    torch.testing.assert_close(flow.sigmas[0], s)
+
+
+def test_transition_weights():
+    path = rollout(weighting="transition")(noises())
+    s = schedule()
+    for w, a, b in zip(path.weights, s[:-1], s[1:], strict=True):
+        abar, abar_next = 1 / (1 + a**2), 1 / (1 + b**2)
+        variance = (1 - abar_next) / (1 - abar) * (1 - abar / abar_next)
+        torch.testing.assert_close(w, (variance / (1 - abar)).expand(2))
+
+
+@pytest.mark.parametrize("name", [*REGULARIZERS])
+def test_gradcheck_of_every_noise(name):
+    run = rollout(4, D=denoiser(0.3, 0.6))
+    z = leaves(noises(4))
+    reference = run(noises(4, seed=7)).detach()
+    f = REGULARIZERS[name]
+    kwargs = {"permutations": 3} if name == "prno" else {}
+    assert torch.autograd.gradcheck(lambda *z: f(run(z), reference, **kwargs) + run(z).x0.square().flatten(1).sum(1), z)
+
+
+@pytest.mark.parametrize("memory", ["per_step", "per_block", "auto"])
+def test_checkpointed_gradients_are_the_unchecked_ones(memory):
+    def gradients(memory):
+        z = leaves(noises())
+        path = rollout(memory=memory, D=denoiser(0.3, 0.6))(z)
+        return torch.autograd.grad(path.x0.sin().sum() + energies(path).sum(), z)
+
+    for a, b in zip(gradients("none"), gradients(memory), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_auto_takes_the_fastest_policy_that_fits():
+    weight = torch.nn.Parameter(torch.randn(12, 12, dtype=torch.float64), requires_grad=False)
+
+    def D(x, sigma):
+        return ((x.flatten(1) @ weight).tanh() @ weight).tanh().view_as(x)
+
+    x = noises(1)[0]
+    step = saved_bytes(lambda x: D(x, None), x)
+    assert step == 2 * 2 * 12 * 8  # two tanh outputs of (2, 12) in float64; the weight is not counted
+    for room, policy in ((step * 20, "none"), (step * 4, "per_step"), (step, "per_block")):
+        run = rollout(memory="auto", D=D, free_bytes=lambda room=room: room)
+        run(leaves(noises()))
+        assert run.memory == policy
+    assert run.shrink() is False
+
+
+def test_conditional_prediction_can_be_measured():
+    D = denoiser()
+
+    def both(x, sigma):
+        return D(x, sigma), torch.zeros_like(x)
+
+    path = Rollout(ancestral(both, schedule()), schedule(), measured="conditional")(noises())
+    sigma = path.sigmas[0][0]
+    torch.testing.assert_close(path.eps[0], noises()[0] * (1 + sigma**2).sqrt() / sigma)
+
+
+def test_masked_mean():
+    x = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
+    mask = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    assert mean_square(x, mask).tolist() == [1.0, 16.0]
+    assert mean_square(x).tolist() == [2.5, 12.5]
+
+
+def test_a_sampler_that_wants_more_noises_is_named():
+    with pytest.raises(RuntimeError, match="number of steps depends on the image"):
+        rollout()(noises(4))
+
+
+@pytest.mark.parametrize("kwargs", [{"memory": "lots"}, {"weighting": "x"}])
+def test_unknown_choices_are_refused(kwargs):
+    with pytest.raises(ValueError, match="is not one of"):
+        rollout(**kwargs)
+
+
+def test_gradient_error():
+    x = noises(1)[0]
+    assert gradient_error(lambda y: y.sin(), x) < 1e-3
+    assert gradient_error(lambda y: y * y.detach(), x) > 0.1  # half of the product rule is missing
+    assert gradient_error(lambda y: y.detach() * 1.0, x) == float("inf")
+    assert gradient_error(lambda y: y * 0, x) == float("inf")

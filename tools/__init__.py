@@ -1,0 +1,1 @@
+"""Development tools: a ComfyUI server, a client of it, and the demo."""
