@@ -453,11 +453,10 @@ def why_not_differentiable(sampler, model_sampling) -> str | None:
     """Run the sampler's twin on a toy model for three steps: None, or why its trajectory cannot be optimised."""
     if not isinstance(sampler, comfy.samplers.KSAMPLER):
         return f"{type(sampler).__name__} is not a k-diffusion sampler"
-    flow = isinstance(model_sampling, comfy.model_sampling.CONST)
 
     def toy(x, sigma, **kwargs):
-        s = sigma.reshape(-1, 1, 1, 1)
-        denoised = x * (1 - s) / ((1 - s) ** 2 + s**2) if flow else x / (1 + s**2)
+        # Any function that depends on x at every noise level will do.
+        denoised = x / (1 + sigma.reshape(-1, 1, 1, 1))
         for post in kwargs.get("model_options", {}).get("sampler_post_cfg_function", ()):
             post({"denoised": denoised, "uncond_denoised": denoised, "cond_denoised": denoised, "model": None})
         return denoised

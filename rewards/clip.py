@@ -17,10 +17,10 @@ def preprocess(images: Tensor, size: int, mean: Sequence[float], std: Sequence[f
     images (B, 3, H, W) in [0, 1]; values beyond the range pass through, so that saturated pixels keep a gradient.
     """
     height, width = images.shape[-2:]
-    scale = size / min(height, width)
-    shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+    # Sizes and offsets are rounded as torchvision rounds them: the reference pipelines are made of it.
+    shape = tuple(size * side // min(height, width) for side in (height, width))
     images = F.interpolate(images, size=shape, mode="bicubic", antialias=True, align_corners=False)
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    top, left = (round((side - size) / 2) for side in shape)
     images = images[..., top : top + size, left : left + size]
     mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (mean, std))
     return (images - mean) / std

@@ -1,30 +1,20 @@
-"""The pack as the package `mira`, and ComfyUI from $MIRA_COMFYUI (set by `dev.py test`)."""
+"""The pack as the package `mira`, and ComfyUI in $MIRA_COMFYUI (set by `dev.py test`)."""
 
 from __future__ import annotations
 
 import os
 import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-COMFYUI = os.environ.get("MIRA_COMFYUI")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.pack import mira
 
-pack = types.ModuleType("mira")
-pack.__path__ = [str(ROOT)]
-sys.modules["mira"] = pack
-
-if COMFYUI:
-    sys.path.insert(0, COMFYUI)
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = not torch.cuda.is_available()
-    import utils.extra_config  # noqa: F401  (as main.py does: later, `utils` would be another module)
-
-collect_ignore_glob = [] if COMFYUI else ["comfy/*", "server/*"]
+mira("sampler")
+if not os.environ.get("MIRA_COMFYUI"):
+    collect_ignore = ["comfy", "server"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,31 @@
+"""The pack as the package `mira`, as ComfyUI imports it: its modules are relative to one another."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import types
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def mira(module: str):
+    """A module of the pack, for example `mira("sampler.rollout")`."""
+    if "mira" not in sys.modules:
+        pack = types.ModuleType("mira")
+        pack.__path__ = [str(ROOT)]
+        sys.modules["mira"] = pack
+    return importlib.import_module(f"mira.{module}")
+
+
+def with_comfyui() -> None:
+    """Put the ComfyUI that `dev.py` chose on the path, on the CPU unless --gpu was given."""
+    sys.path.insert(0, os.environ["MIRA_COMFYUI"])
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = not (os.environ.get("MIRA_GPU") and torch.cuda.is_available())
+    import utils.extra_config  # noqa: F401  (as main.py does: later, `utils` would be another module)

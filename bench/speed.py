@@ -1,0 +1,185 @@
+"""What an optimisation iteration costs against a plain sampling run of the same steps, and in memory.
+
+`python dev.py bench speed [--json FILE] [--models demo sd15]` prints medians over five alternating runs in one process.
+`sd15` is SD1.5's full-size UNet with random weights, at 128 and 256 px on a CPU and at 512 px on a GPU; both models
+decode with a VAE of TAESD's size, so that the ratio is the network's. Memory is measured in fresh processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from bench.world import World, demo, host
+
+RUNS = 5
+SD15 = dict(
+    in_channels=4, out_channels=4, model_channels=320, channel_mult=[1, 2, 4, 4], num_res_blocks=[2, 2, 2, 2],
+    transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    transformer_depth_middle=1, context_dim=768, num_heads=8, num_head_channels=-1, image_size=32,
+    use_spatial_transformer=True, use_linear_in_transformer=False, adm_in_channels=None,
+    use_temporal_attention=False, legacy=False,
+)  # fmt: skip
+
+
+def sd15():
+    """SD1.5's UNet at its full size with random weights, as a ModelPatcher; float32 on a CPU, float16 on a GPU."""
+    import comfy.model_management as management
+    import comfy.model_patcher
+
+    device = management.get_torch_device()
+    config = demo.DemoSD15(SD15)
+    config.set_inference_dtype(torch.float16 if device.type == "cuda" else torch.float32, None)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        model = config.get_model({}, "", device=device)
+        for p in model.diffusion_model.parameters():
+            p.fill_(1) if p.ndim == 1 else p.normal_(0, 0.5 / p[0].numel() ** 0.5)
+    return comfy.model_patcher.ModelPatcher(model, device, management.unet_offload_device())
+
+
+def setting(world: World, name: str, pixels: int, steps: int) -> dict:
+    """Keyword arguments of `World.job` for this model and size."""
+    side = pixels // 8
+    options = {"steps": steps, "latent": torch.zeros(1, 4, side, side), "keep": "last"}
+    if name == "sd15":
+        g = torch.Generator().manual_seed(0)
+        options["model"] = world.sd15
+        options |= {k: [[torch.randn(1, 77, 768, generator=g), {}]] for k in ("positive", "negative")}
+    return options
+
+
+class Stopwatch:
+    """Seconds spent inside wrapped functions; a function that another one calls counts once."""
+
+    def __init__(self):
+        self.seconds, self.depth = 0.0, 0
+
+    def __call__(self, function):
+        def timed(*args, **kwargs):
+            self.depth += 1
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.depth -= 1
+                if not self.depth:
+                    self.seconds += time.perf_counter() - start
+
+        return timed
+
+
+def iteration(world: World, options: dict, memory: str) -> tuple[float, float, float]:
+    """Seconds of one iteration, of the plain sample of the same run, and the share of an iteration that is neither
+    network, VAE, reward nor autograd."""
+    watch, calls = Stopwatch(), []
+    model = (options.get("model") or world.model).clone()
+    model.set_model_unet_function_wrapper(
+        watch(lambda apply, args: apply(args["input"], args["timestep"], **args["c"]))
+    )
+    grad, score = torch.autograd.grad, host._Process.score
+    torch.autograd.grad, host._Process.score = watch(grad), watch(score)
+
+    def tick(k, rows, score):
+        calls.append((rows[0]["seconds"], watch.seconds))
+
+    try:
+        done = world.optimize(**(options | {"model": model}), iterations=2, memory=memory, on_iteration=tick)
+    finally:
+        torch.autograd.grad, host._Process.score = grad, score
+    # The second iteration: the first one warms up and chooses.
+    seconds = calls[1][0]
+    overhead = 1 - (calls[1][1] - calls[0][1]) / seconds
+    return seconds, done.result.trace.settings["sampling_seconds"], overhead
+
+
+def measure(world: World, name: str, pixels: int, steps: int) -> dict:
+    options = setting(world, name, pixels, steps)
+    table = {"none": [], "per_step": []}
+    plain, overhead = [], []
+    for _ in range(RUNS):
+        for memory, seconds in table.items():
+            iterated, sampled, other = iteration(world, options, memory)
+            seconds.append(iterated)
+            plain.append(sampled)
+            overhead.append(other)
+    base = statistics.median(plain)
+    result = {
+        "pixels": pixels,
+        "steps": steps,
+        "ratio_no_checkpoint": statistics.median(table["none"]) / base,
+        "ratio_checkpoint": statistics.median(table["per_step"]) / base,
+        "adapter_and_record": statistics.median(overhead),
+    }
+    if torch.cuda.is_available():
+        result |= {"sampling_seconds": base, "device": torch.cuda.get_device_name()}
+    print(name, {k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}, flush=True)
+    return result
+
+
+def peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def probe(name: str, memory: str, steps: int) -> None:
+    """In a process of its own: the growth of the peak from a plain sample to two iterations, in MB."""
+    world = World()
+    if name == "sd15":
+        world.sd15 = sd15()
+    options = setting(world, name, 128, steps)
+    world.optimize(**options, iterations=1, memory="per_block")
+    before = peak_bytes()
+    world.optimize(**options, iterations=2, memory=memory)
+    print(json.dumps((peak_bytes() - before) / 1e6))
+
+
+def memory_against_steps(name: str) -> dict:
+    table = {}
+    for memory in ("none", "per_step"):
+        for steps in (5, 20, 80):
+            if name == "sd15" and memory == "none" and steps == 80:
+                continue  # tens of GB
+            command = [sys.executable, "-m", "bench.speed", "--probe", name, memory, str(steps)]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            table.setdefault(memory, {})[steps] = json.loads(out.splitlines()[-1])
+            print(name, memory, steps, "steps:", round(table[memory][steps]), "MB", flush=True)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--models", nargs="*", default=["demo", "sd15"], choices=["demo", "sd15"])
+    parser.add_argument("--probe", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.probe:
+        probe(args.probe[0], args.probe[1], int(args.probe[2]))
+        return
+    world, result = World(), {"models": {}, "memory": {}}
+    if "demo" in args.models:
+        result["models"]["demo"] = measure(world, "demo", 128, 20)
+        result["memory"]["demo"] = memory_against_steps("demo")
+    if "sd15" in args.models:
+        world.sd15 = sd15()
+        sizes = [(512, 20)] if torch.cuda.is_available() else [(128, 4), (256, 2)]
+        at = {str(pixels): measure(world, "sd15", pixels, steps) for pixels, steps in sizes}
+        result["models"]["sd15"] = next(iter(at.values())) | {"at": at}
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.json:
+        with open(args.json, "w") as file:
+            file.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

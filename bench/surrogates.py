@@ -1,0 +1,192 @@
+"""The sign question on the demo model: reward, prompt adherence and every surrogate along whole optimisation paths.
+
+`python dev.py bench surrogates` optimises the 45 animals for brightness, darkness and CLIPScore: plainly (DNO) on all,
+with each regulariser on every third. Every run is kept in output/surrogates/ and not repeated; the means go to
+docs/results/surrogates.csv, and paths, plots and images beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from bench.model import batch_conditioning, sheet
+from bench.pack import ROOT, mira
+from bench.world import PixelReward, World, demo
+
+judge_module, vocabulary = mira("demo.judge"), mira("demo.vocabulary")
+SURROGATES = mira("sampler.surrogates").SURROGATES
+WeightedSum = mira("rewards.combine").WeightedSum
+RAW = ROOT / "output" / "surrogates"
+OUT = ROOT / "docs" / "results"
+ANIMALS = vocabulary.ANIMALS
+
+# (regulariser, beta, every n-th animal). A CLIPScore is weighted by 0.03, so that all gains are of order 1.
+METHODS = (
+    ("none", 0.0, 1),
+    ("mira", 1.0, 3),
+    ("mira_two_sided", 1.0, 3),
+    ("mira_two_sided", 5.0, 3),
+    ("score_distance", 1.0, 3),
+    ("score_distance", 5.0, 3),
+    ("latent_distance", 0.3, 3),
+    ("path_kl", 1.0, 3),
+)
+REWARDS = ("brightness", "darkness", "CLIPScore")
+STEPS, ITERATIONS, LR, BATCH, SEED = 10, 15, 0.02, 15, 0
+
+
+def run(world: World, judge, clip_score, reward: str, regularizer: str, beta: float, every: int) -> list[dict]:
+    """All rows of one method, with `adherence` (the judge) and `clip_score` beside the record."""
+    target = WeightedSum([clip_score], [0.03]) if reward == "CLIPScore" else PixelReward(reward)
+    animals, rows, pictures = ANIMALS[::every], [], []
+    for start in range(0, len(animals), BATCH):
+        some = animals[start : start + BATCH]
+        prompts = [vocabulary.caption(a, prefix=True) for a in some]
+        positive = batch_conditioning(world, prompts)
+
+        def observe(k, new, score, some=some, prompts=prompts):
+            with torch.no_grad():
+                clips = clip_score.score(score.images, prompts).tolist()
+            kept = judge_module.adherence(judge, score.images, list(some)).tolist()
+            for row, animal, a, c in zip(new, some, kept, clips, strict=True):
+                row |= {"animal": animal, "adherence": a, "clip_score": c}
+            if k in (0, 3, 7, ITERATIONS) and len(pictures) < 4:
+                pictures.append(score.images)
+
+        done = world.optimize(
+            positive=positive, steps=STEPS, iterations=ITERATIONS, batch=len(some), reward=target, prompts=prompts,
+            regularizer=regularizer, beta=beta, lr=LR, seed=SEED + start * every, on_iteration=observe, memory="none",
+        )  # fmt: skip
+        rows += done.result.trace.rows
+    sheet(torch.cat(pictures), BATCH, RAW / f"{reward}_{regularizer}_{beta:g}.jpg")
+    return rows
+
+
+def curve(rows: list[dict], column: str) -> torch.Tensor:
+    """(iterations + 1, animals)."""
+    animals = list(dict.fromkeys(r["animal"] for r in rows))
+    table = {(r["iteration"], r["animal"]): r[column] for r in rows}
+    return torch.tensor([[table[k, a] for a in animals] for k in range(ITERATIONS + 1)], dtype=torch.float64)
+
+
+def at(x: torch.Tensor, y: torch.Tensor, level: float) -> float:
+    """y where the path x first reaches the level; nan where it never does."""
+    for k in range(1, len(x)):
+        if x[k] >= level > x[k - 1]:
+            t = (level - x[k - 1]) / (x[k] - x[k - 1])
+            return (y[k - 1] + t * (y[k] - y[k - 1])).item()
+    return float("nan")
+
+
+def matched(mine: list[dict], plain: list[dict], fraction: float, resamples: int = 300) -> tuple[float, float, float]:
+    """Adherence at a fraction of plain optimisation's gain: the method's, plain's, and the standard error of the
+    difference (bootstrap over the animals that both have)."""
+    animals = list(dict.fromkeys(r["animal"] for r in mine))
+    plain = [r for r in plain if r["animal"] in set(animals)]
+    reward, kept = curve(mine, "reward"), curve(mine, "adherence")
+    reward0, kept0 = curve(plain, "reward"), curve(plain, "adherence")
+    generator = torch.Generator().manual_seed(0)
+
+    def once(index):
+        x0 = reward0[:, index].mean(1)
+        level = (x0[0] + fraction * (x0[-1] - x0[0])).item()
+        return at(reward[:, index].mean(1), kept[:, index].mean(1), level), at(x0, kept0[:, index].mean(1), level)
+
+    a, b = once(torch.arange(len(animals)))
+    boot = [once(torch.randint(len(animals), (len(animals),), generator=generator)) for _ in range(resamples)]
+    differences = torch.tensor([x - y for x, y in boot])
+    differences = differences[torch.isfinite(differences)]
+    return a, b, differences.std().item() if len(differences) > resamples // 2 else float("nan")
+
+
+def load() -> dict[tuple[str, str, float], list[dict]]:
+    runs = {}
+    for reward in REWARDS:
+        for regularizer, beta, _ in METHODS:
+            path = RAW / f"{reward}_{regularizer}_{beta:g}.json"
+            if path.is_file():
+                runs[reward, regularizer, beta] = json.loads(path.read_text())
+    return runs
+
+
+def report(runs: dict, out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = ["reward", "adherence", "clip_score", "noise_norm", *SURROGATES]
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "surrogates.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["optimised", "regularizer", "beta", "images", "iteration", *columns, "adherence_se"])
+        for (reward, regularizer, beta), rows in runs.items():
+            curves = {c: curve(rows, c) for c in columns}
+            n = curves["reward"].shape[1]
+            for k in range(ITERATIONS + 1):
+                se = curves["adherence"][k].std().item() / n**0.5
+                values = [f"{curves[c][k].mean().item():.5g}" for c in columns]
+                writer.writerow([reward, regularizer, beta, n, k, *values, f"{se:.3g}"])
+    fractions = (0.25, 0.5, 0.75)
+    with (out / "surrogates_matched.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["optimised", "regularizer", "beta", "gain", "adherence", "dno_adherence", "se_of_difference"])
+        for (reward, regularizer, beta), rows in runs.items():
+            for fraction in fractions:
+                values = matched(rows, runs[reward, "none", 0.0], fraction)
+                writer.writerow([reward, regularizer, beta, fraction, *(f"{v:.3f}" for v in values)])
+                print(reward, regularizer, beta, fraction, *(f"{v:.3f}" for v in values))
+    figure, axes = plt.subplots(3, len(REWARDS), figsize=(15, 12), layout="constrained")
+    for column, reward in enumerate(REWARDS):
+        subset = {r["animal"] for key, rows in runs.items() if key[0] == reward and key[1] != "none" for r in rows}
+        for (name, regularizer, beta), rows in runs.items():
+            if name != reward:
+                continue
+            mine = [r for r in rows if not subset or r["animal"] in subset]
+            label = "none (DNO)" if regularizer == "none" else f"{regularizer} {beta:g}"
+            style = "k--" if regularizer == "none" else "-"
+            x = curve(mine, "reward").mean(1)
+            axes[0][column].plot(x, curve(mine, "adherence").mean(1), style, marker=".", label=label)
+            axes[1][column].plot(x, curve(mine, "clip_score").mean(1), style, marker=".", label=label)
+        axes[0][column].set(title=f"optimised: {reward}", xlabel="reward", ylabel="adherence (held-out judge)")
+        axes[1][column].set(xlabel="reward", ylabel="CLIPScore")
+        rows = runs.get((reward, "none", 0.0))
+        for surrogate in SURROGATES if rows else ():
+            axes[2][column].plot(curve(rows, surrogate).mean(1), label=surrogate)
+        axes[2][column].axhline(0, color="grey", linewidth=0.5)
+        axes[2][column].set(xlabel="iteration of plain optimisation", yscale="symlog")
+    axes[0][0].legend(fontsize=7)
+    axes[2][0].legend(fontsize=7)
+    figure.savefig(out / "surrogates.png", dpi=80)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rewards", nargs="*", default=REWARDS, choices=REWARDS)
+    parser.add_argument("--report", action="store_true", help="only make tables and plots of what is there")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    RAW.mkdir(parents=True, exist_ok=True)
+    if not args.report:
+        world, judge, clip_score = World(), judge_module.load_judge(), demo.demo_clip_score()
+        for regularizer, beta, every in METHODS:
+            for reward in args.rewards:
+                path = RAW / f"{reward}_{regularizer}_{beta:g}.json"
+                if path.is_file():
+                    continue
+                start = time.perf_counter()
+                rows = run(world, judge, clip_score, reward, regularizer, beta, every)
+                path.with_suffix(".tmp").write_text(json.dumps(rows))
+                path.with_suffix(".tmp").replace(path)
+                print(path.stem, f"{time.perf_counter() - start:.0f} s", flush=True)
+    report(load(), args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The demo model in ComfyUI's own classes, made and run under inference mode as ComfyUI runs its nodes."""
+
+from __future__ import annotations
+
+from bench.pack import mira, with_comfyui
+
+with_comfyui()
+
+import comfy.sample
+import comfy.samplers
+import torch
+
+demo, host = mira("nodes.demo"), mira("nodes.host")
+PixelReward = mira("rewards.pixel").PixelReward
+Settings = mira("sampler.optimize").Settings
+
+PROMPT = "generate an image of a fox"
+
+
+class World:
+    def __init__(self):
+        with torch.inference_mode():
+            self.model, self.clip, self.vae = demo.load_model(), demo.load_clip(), demo.load_vae()
+            self.positive, self.negative = self.encode(PROMPT), self.encode("")
+
+    @torch.inference_mode()
+    def encode(self, text):
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+
+    def guider(self, model=None, positive=None, negative=None, cfg=5.0):
+        guider = comfy.samplers.CFGGuider(model or self.model)
+        guider.set_conds(positive or self.positive, negative or self.negative)
+        guider.set_cfg(cfg)
+        return guider
+
+    def sigmas(self, model=None, steps=4, sampler="euler_ancestral", scheduler="normal", denoise=1.0):
+        model = model or self.model
+        return comfy.samplers.KSampler(
+            model, steps, model.load_device, sampler, scheduler, denoise, model.model_options
+        ).sigmas
+
+    @torch.inference_mode()
+    def job(
+        self,
+        *,
+        model=None,
+        vae=None,
+        positive=None,
+        negative=None,
+        cfg=5.0,
+        steps=4,
+        sampler="euler_ancestral",
+        scheduler="normal",
+        denoise=1.0,
+        latent=None,
+        seed=7,
+        reward=None,
+        iterations=2,
+        batch=1,
+        prompt=PROMPT,
+        regularizer="mira_two_sided",
+        beta=1.0,
+        keep="last",
+        lr=0.02,
+        prompts=None,
+        **kwargs,
+    ):
+        """A `host.Job`; what is not said is a small, quick run."""
+        latent = torch.zeros(batch, 4, 16, 16) if latent is None else latent
+        return host.Job(
+            guider=self.guider(model, positive, negative, cfg),
+            sampler=comfy.samplers.sampler_object(sampler),
+            sigmas=self.sigmas(model, steps, sampler, scheduler, denoise),
+            noise=comfy.sample.prepare_noise(latent, seed),
+            latent=latent,
+            vae=vae or self.vae,
+            reward=reward or PixelReward("brightness"),
+            settings=Settings(iterations=iterations, lr=lr, regularizer=regularizer, beta=beta, keep=keep),
+            seed=seed,
+            prompts=prompts or [prompt] * len(latent),
+            **kwargs,
+        )
+
+    def optimize(self, **kwargs):
+        """`host.run` under inference mode, as ComfyUI's executor calls a node."""
+        with torch.inference_mode():
+            return host.run(self.job(**kwargs))
+
+    @torch.inference_mode()
+    def ksampler(
+        self,
+        model=None,
+        positive=None,
+        negative=None,
+        cfg=5.0,
+        steps=4,
+        sampler="euler_ancestral",
+        scheduler="normal",
+        denoise=1.0,
+        latent=None,
+        seed=7,
+        batch=1,
+        mask=None,
+        **_,
+    ):
+        """What the stock KSampler node gives."""
+        latent = torch.zeros(batch, 4, 16, 16) if latent is None else latent
+        return comfy.sample.sample(
+            model or self.model,
+            comfy.sample.prepare_noise(latent, seed),
+            steps,
+            cfg,
+            sampler,
+            scheduler,
+            positive or self.positive,
+            negative or self.negative,
+            latent,
+            denoise=denoise,
+            noise_mask=mask,
+            disable_pbar=True,
+            seed=seed,
+        )

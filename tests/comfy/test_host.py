@@ -1,0 +1,304 @@
+"""The adapter on real ComfyUI code: equality with KSampler, gradients, memory, and what can go wrong."""
+
+from __future__ import annotations
+
+import copy
+
+import comfy.controlnet
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sampler_helpers
+import comfy.samplers
+import pytest
+import torch
+from mira.nodes import demo, host
+from mira.rewards.combine import WeightedSum
+from mira.rewards.pixel import PixelReward
+from mira.sampler.rollout import Rollout
+
+SAMPLERS = comfy.samplers.KSampler.SAMPLERS
+# Found by running their twins: both are called through a module, decorated, and adapt their steps to the image.
+NOT_DIFFERENTIABLE = {"dpm_fast": "cuts the gradient", "dpm_adaptive": "cuts the gradient"}
+
+
+class Discrete(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+    pass
+
+
+class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    pass
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_which_samplers_can_be_optimised(name):
+    for model_sampling in (Discrete(), Flow()):
+        why = host.why_not_differentiable(comfy.samplers.sampler_object(name), model_sampling)
+        assert (why is None) == (name not in NOT_DIFFERENTIABLE), why
+        assert why is None or NOT_DIFFERENTIABLE[name] in why
+
+
+@pytest.mark.parametrize("name", [s for s in SAMPLERS if s not in NOT_DIFFERENTIABLE])
+def test_plain_output_is_ksampler_bit_for_bit(world, name):
+    """Brownian-tree samplers (dpmpp_sde and its kin) too: their tree is asked, and its answers are kept."""
+    done = world.optimize(sampler=name, iterations=0, steps=3)
+    assert torch.equal(done.plain, world.ksampler(sampler=name, steps=3))
+    torch.testing.assert_close(done.latent, done.plain, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scheduler", comfy.samplers.KSampler.SCHEDULERS)
+def test_plain_output_for_every_scheduler(world, scheduler):
+    assert torch.equal(
+        world.optimize(scheduler=scheduler, iterations=0, steps=3).plain, world.ksampler(scheduler=scheduler, steps=3)
+    )
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m_sde", "dpmpp_sde", "heun", "lcm", "euler_cfg_pp", "uni_pc", "ddim"])
+def test_samplers_raise_the_reward(world, name):
+    values = rewards(world.optimize(sampler=name, iterations=3, steps=3, beta=0))
+    assert values[-1] > values[0]
+
+
+def rewards(done, image=0):
+    return [row["reward"] for row in done.result.trace.of(image)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cfg": 1.0},
+        {"steps": 1},
+        {"denoise": 0.5, "latent": torch.linspace(-1, 1, 1024).reshape(1, 4, 16, 16)},
+        {"batch": 3},
+        {"latent": torch.zeros(1, 4, 13, 9)},
+        {"weighting": "transition"},
+        {"measured": "conditional"},
+        {"memory": "per_block"},
+        {"memory": "none"},
+    ],
+    ids=lambda o: next(iter(o)),
+)
+def test_ways_of_sampling(world, options):
+    done = world.optimize(iterations=3, **options)
+    kept = {k: v for k, v in options.items() if k not in ("weighting", "measured", "memory")}
+    assert torch.equal(done.plain, world.ksampler(**kept))
+    for image in range(len(done.latent)):
+        values = rewards(done, image)
+        assert values[-1] > values[0]
+    assert torch.isfinite(done.latent).all() and done.latent.shape == done.plain.shape
+
+
+def test_inpainting_changes_nothing_outside_the_mask(world):
+    latent = torch.linspace(-1, 1, 1024).reshape(1, 4, 16, 16)
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[..., 64:] = 1
+    done = world.optimize(latent=latent, mask=mask, iterations=3)
+    assert torch.equal(done.plain, world.ksampler(latent=latent, mask=mask))
+    torch.testing.assert_close(done.latent[..., :7], latent[..., :7], atol=1e-4, rtol=0)
+    assert rewards(done)[-1] > rewards(done)[0]
+    row = done.result.trace.of(0)[-1]
+    assert row["latent_distance"] > 0 and row["path_kl"] > 0
+
+
+def test_two_runs_are_the_same_bits(world):
+    a, b = (world.optimize(iterations=3, batch=2) for _ in range(2))
+    assert torch.equal(a.latent, b.latent) and torch.equal(a.plain, b.plain)
+    assert rewards(a) == rewards(b)
+
+
+@pytest.mark.parametrize("memory", ["per_step", "per_block"])
+def test_checkpointed_runs_equal_the_unchecked_one(world, memory):
+    unchecked, checked = (world.optimize(iterations=2, memory=m) for m in ("none", memory))
+    torch.testing.assert_close(checked.latent, unchecked.latent, atol=1e-4, rtol=1e-4)
+
+
+def test_gradient_of_every_noise_against_finite_differences(world):
+    """Through CFG, UNet, VAE and reward: d reward / d z_t along its own gradient."""
+    process = {}
+    original = host._Process.check_gradient
+
+    def check(self, noise):
+        original(self, noise)
+        process["it"] = self
+        self.rollout = Rollout(self.differentiable, self.sigmas, memory="per_step")
+        torch.manual_seed(3)
+        z = [noise, *(torch.randn_like(noise) for _ in range(len(self.sigmas) - 2))]
+
+        def reward(z):
+            return self.score(self.rollout(z).x0).total.sum()
+
+        leaves = [n.clone().requires_grad_() for n in z]
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(reward(leaves), leaves)
+        for i, g in enumerate(gradients):
+            step = g / g.norm() * z[i].norm() * 2e-2
+            with torch.no_grad():
+                up = reward([n + step if j == i else n for j, n in enumerate(z)])
+                down = reward([n - step if j == i else n for j, n in enumerate(z)])
+            slope = (g * step).sum()
+            assert ((up - down) / 2 - slope).abs() < 0.1 * slope.abs()
+        process["checked"] = len(gradients)
+
+    host._Process.check_gradient = check
+    try:
+        world.optimize(steps=4, iterations=1)
+    finally:
+        host._Process.check_gradient = original
+    assert process["checked"] == 4
+
+
+def test_weights_made_in_inference_mode_are_replaced_once(world):
+    with torch.inference_mode():
+        model = demo.load_model()
+        assert host._made_in_inference_mode(next(model.model.parameters()))
+    world.optimize(model=model, iterations=1)
+    assert not any(host._made_in_inference_mode(p) for p in model.model.parameters())
+
+
+def test_weights_that_ask_for_gradients_get_none_and_ask_again(world):
+    model = demo.load_model()
+    p = next(model.model.diffusion_model.parameters())
+    p.requires_grad_(True)
+    world.optimize(model=model, iterations=1)
+    assert p.requires_grad and p.grad is None
+
+
+def test_conditioning_and_model_options_are_left_as_they_were(world):
+    before = copy.deepcopy(world.model.model_options)
+    tensor = world.positive[0][0]
+    world.optimize(iterations=1)
+    assert world.model.model_options == before and world.positive[0][0] is tensor
+
+
+def test_lora_on_the_model(world):
+    model = world.model.clone()
+    key = "diffusion_model.out.2.weight"
+    shape = model.model.state_dict()[key].shape
+    model.add_patches({key: ("diff", (torch.full(shape, 0.002),))}, 1.0)
+    done = world.optimize(model=model, iterations=2)
+    assert torch.equal(done.plain, world.ksampler(model=model))
+    assert not torch.equal(done.plain, world.ksampler())
+    assert rewards(done)[-1] > rewards(done)[0]
+
+
+def test_area_conditioning(world):
+    area = [[world.positive[0][0], {**world.positive[0][1], "area": (8, 16, 0, 0), "strength": 0.8}]]
+    positive = [*area, *world.encode("a cat")]
+    done = world.optimize(positive=positive, iterations=2)
+    assert torch.equal(done.plain, world.ksampler(positive=positive))
+    assert rewards(done)[-1] > rewards(done)[0]
+
+
+def test_controlnet(world):
+    """A ControlNet of the demo UNet's shape with random weights."""
+    from comfy.cldm.cldm import ControlNet
+
+    config = {k: v for k, v in demo.demo_unet.CONFIG.items() if k not in ("out_channels", "transformer_depth_output")}
+    with torch.inference_mode():
+        torch.manual_seed(1)
+        network = ControlNet(**config, hint_channels=3, dtype=torch.float32, operations=comfy.ops.manual_cast)
+        for p in network.parameters():
+            p.data = torch.randn_like(p) * 0.02
+        control = comfy.controlnet.ControlNet(network, load_device=world.model.load_device)
+        control = control.copy().set_cond_hint(torch.rand(1, 3, 128, 128), 0.5, (0.0, 1.0))
+        positive = [[world.positive[0][0], {**world.positive[0][1], "control": control, "control_apply_to_uncond": True}]]
+    done = world.optimize(positive=positive, iterations=2)
+    assert torch.equal(done.plain, world.ksampler(positive=positive))
+    assert not torch.equal(done.plain, world.ksampler())
+    assert rewards(done)[-1] > rewards(done)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights(world, dtype):
+    config = demo.DemoSD15(demo.demo_unet.CONFIG)
+    config.set_inference_dtype(dtype, None)
+    device = comfy.model_management.get_torch_device()
+    with torch.inference_mode():
+        model = config.get_model({}, "", device=device)
+        model.load_model_weights(demo.load("unet"), "")
+        patcher = comfy.model_patcher.ModelPatcher(model, device, device)
+    done = world.optimize(model=patcher, iterations=3, beta=0)
+    assert torch.isfinite(done.latent).all()
+    assert rewards(done)[-1] > rewards(done)[0]
+
+
+def test_demo_clip_score_and_combined_rewards(world):
+    reward = WeightedSum([demo.demo_clip_score(), PixelReward("brightness")], [0.01, 0.5])
+    done = world.optimize(reward=reward, iterations=3, beta=0)
+    rows = done.result.trace.of(0)
+    assert rows[-1]["reward"] > rows[0]["reward"]
+    for row in rows:
+        total = 0.01 * row["reward.CLIPScore"] + 0.5 * row["reward.brightness"]
+        assert row["reward"] == pytest.approx(total, rel=1e-4)
+
+
+def test_decode_is_comfyuis_without_the_clamp(world):
+    latent = torch.randn(1, 4, 16, 16) * 3
+    with torch.inference_mode():
+        expected = world.vae.decode(latent).movedim(-1, 1)
+    with torch.no_grad():
+        images = host.decode(world.vae, latent)
+    torch.testing.assert_close(images.clamp(0, 1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_interrupt_stops_within_a_step_and_keeps_the_best(world):
+    steps = 6
+    calls = []
+    wrapper = world.model.clone()
+
+    def count(apply, args):
+        calls.append(1)
+        if len(calls) == 40:
+            comfy.model_management.interrupt_current_processing()
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    wrapper.set_model_unet_function_wrapper(count)
+    done = world.optimize(model=wrapper, steps=steps, iterations=50)
+    assert done.result.reason.startswith("interrupted at iteration")
+    assert len(calls) == 40  # not one more network evaluation
+    assert torch.isfinite(done.latent).all() and len(rewards(done)) >= 2
+    comfy.model_management.interrupt_current_processing(False)
+
+
+def test_out_of_memory_becomes_thriftier(world):
+    model, calls = world.model.clone(), []
+
+    def full(apply, args):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 12:
+            raise torch.OutOfMemoryError("full")
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(full)
+    done = world.optimize(model=model, iterations=2, memory="none")
+    assert done.result.trace.settings["checkpointing"] == "per_step"
+    assert "went on with per_step" in done.result.trace.notices[0]
+
+
+def test_a_model_without_a_gradient_is_refused_by_name(world):
+    model = world.model.clone()
+    model.set_model_unet_function_wrapper(
+        lambda apply, args: apply(args["input"].detach(), args["timestep"], **args["c"]).detach()
+    )
+    # D = x - sigma * eps: its gradient exists, and is wrong.
+    with pytest.raises(RuntimeError, match="UNetModel gives no usable gradient"):
+        world.optimize(model=model, iterations=1)
+
+
+def test_in_place_residuals_are_mended(world):
+    """What the Flux family does: x += ... on a tensor that backward needs."""
+    model = world.model.clone()
+
+    def inplace(apply, args):
+        x = args["input"] * 1.0
+        y = x.sigmoid()
+        y += x * 0.0  # overwrites what sigmoid's backward needs
+        return apply(args["input"], args["timestep"], **args["c"]) + 0 * y
+
+    model.set_model_unet_function_wrapper(inplace)
+    done = world.optimize(model=model, iterations=2)
+    assert rewards(done)[-1] > rewards(done)[0]
+
+
+def test_an_unwilling_sampler_object_is_named():
+    why = host.why_not_differentiable(object(), Discrete())
+    assert why == "object is not a k-diffusion sampler"

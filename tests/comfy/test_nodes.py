@@ -1,0 +1,192 @@
+"""The nodes' own code, called as ComfyUI's executor calls it, with a real PromptServer."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+
+import comfy.samplers
+import pytest
+import server
+import torch
+from bench.pack import mira
+from bench.speed import sd15
+from comfy_api.latest import io
+
+nodes = mira("nodes")
+PixelReward = mira("rewards.pixel").PixelReward
+
+INPUTS = dict(
+    seed=1, steps=2, cfg=5.0, sampler_name="euler_ancestral", scheduler="normal", denoise=1.0, iterations=2,
+    learning_rate=0.02, regularizer="mira_two_sided", beta=1.0, keep="last", drift_limit=0.0, stop="never", patience=3,
+    memory="auto", drift_metric="score_distance", optimizer="adamw", clip_norm=1.0, weighting="marginal",
+    measured="guided", prompt="",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prompt_server():
+    loop = asyncio.new_event_loop()
+    instance = server.PromptServer(loop)
+    instance.client_id = None
+    yield instance
+    loop.close()
+
+
+def execute(node, **inputs):
+    clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
+    with torch.inference_mode():
+        return clone.execute(**inputs)
+
+
+def sampler_inputs(world, **changes):
+    return INPUTS | {
+        "model": world.model,
+        "positive": world.positive,
+        "negative": world.negative,
+        "vae": world.vae,
+        "latent_image": {"samples": torch.zeros(1, 4, 16, 16)},
+        "reward": PixelReward("brightness"),
+    } | changes
+
+
+def optimize(world, **changes):
+    return execute(nodes.MiraOptimizeKSampler, **sampler_inputs(world, **changes))
+
+
+def test_registration():
+    """What workflows hold for ever: ids, inputs and outputs, in this order."""
+    extension = asyncio.run(nodes.comfy_entrypoint())
+    listed = {n.define_schema().node_id: n.define_schema() for n in asyncio.run(extension.get_node_list())}
+    assert {k: [o.id or o.io_type for o in v.outputs] for k, v in listed.items()} == {
+        "MiraOptimizeKSampler": ["optimized", "plain", "trace"],
+        "MiraOptimizeSamplerAdvanced": ["optimized", "plain", "trace"],
+        "MiraPixelReward": ["reward"],
+        "MiraDemoCLIPScore": ["reward"],
+        "MiraCombineRewards": ["reward"],
+        "MiraDemoModel": ["model", "clip", "vae"],
+    }
+    settings = [
+        "iterations", "learning_rate", "regularizer", "beta", "keep", "drift_limit", "stop", "patience", "memory",
+        "drift_metric", "optimizer", "clip_norm", "weighting", "measured",
+    ]  # fmt: skip
+    assert [i.id for i in listed["MiraOptimizeKSampler"].inputs] == [
+        "model", "positive", "negative", "latent_image", "vae", "reward", "seed", "steps", "cfg", "sampler_name",
+        "scheduler", "denoise", *settings, "prompt",
+    ]  # fmt: skip
+    assert [i.id for i in listed["MiraOptimizeSamplerAdvanced"].inputs] == [
+        "noise", "guider", "sampler", "sigmas", "latent_image", "vae", "reward", *settings, "prompt"
+    ]  # fmt: skip
+
+
+def test_full_size_sd15_architecture(world):
+    context = torch.randn(1, 77, 768)
+    out = optimize(
+        world,
+        model=sd15(),
+        positive=[[context, {}]],
+        negative=[[context * 0, {}]],
+        latent_image={"samples": torch.zeros(1, 4, 8, 8)},
+    )
+    optimized, plain, trace = out.args
+    assert torch.isfinite(optimized["samples"]).all() and not torch.equal(optimized["samples"], plain["samples"])
+    assert [r["iteration"] for r in trace.rows] == [0, 1, 2]
+    assert out.ui["mira"][0]["rows"][0]["reward"] == trace.rows[0]["reward"]
+
+
+def test_advanced_equals_the_simple_one(world):
+    class Noise:
+        seed = 1
+
+        def generate_noise(self, latent):
+            return comfy.sample.prepare_noise(latent["samples"], self.seed)
+
+    shared = {k: v for k, v in INPUTS.items() if k not in ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise")}
+    out = execute(
+        nodes.MiraOptimizeSamplerAdvanced,
+        noise=Noise(),
+        guider=world.guider(),
+        sampler=comfy.samplers.sampler_object("euler_ancestral"),
+        sigmas=world.sigmas(steps=2),
+        latent_image={"samples": torch.zeros(1, 4, 16, 16)},
+        vae=world.vae,
+        reward=PixelReward("brightness"),
+        **shared,
+    )
+    for a, b in zip(out.args[:2], optimize(world).args[:2], strict=True):
+        assert torch.equal(a["samples"], b["samples"])
+
+
+def test_the_latent_dict_keeps_what_else_it_holds(world):
+    mask = torch.ones(1, 128, 128)
+    out = optimize(world, latent_image={"samples": torch.zeros(1, 4, 16, 16), "noise_mask": mask, "batch_index": [0]})
+    assert out.args[0]["noise_mask"] is mask and out.args[0]["batch_index"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"iterations": 0}, "iterations is 0.*use 1 or more"),
+        ({"steps": 0}, "steps is 0.*use 1 or more"),
+        ({"beta": -0.5}, "beta is -0.5.*use 0 or more"),
+        ({"beta": math.nan}, "beta is nan"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"denoise": 0.0}, "denoise is 0.0"),
+        ({"stop": "drift"}, "stop is drift but drift_limit is 0"),
+        ({"sampler_name": "dpm_adaptive"}, "sampler dpm_adaptive cannot be optimised through.*euler_ancestral"),
+        ({"latent_image": {"samples": torch.zeros(0, 4, 16, 16)}}, "the batch is empty"),
+        ({"latent_image": {"samples": torch.full((1, 4, 16, 16), math.nan)}}, "latent_image holds NaN"),
+        ({"latent_image": {"samples": torch.zeros(1, 4, 1, 16, 16)}}, "only still images"),
+        ({"reward": "brightness"}, "reward is a str: connect a MIRA reward node"),
+    ],
+)
+def test_bad_input_is_named_before_any_sampling(world, monkeypatch, changes, message):
+    def never(*_, **__):
+        raise AssertionError("sampling started")
+
+    monkeypatch.setattr(comfy.samplers.CFGGuider, "sample", never)
+    with pytest.raises(ValueError, match=f"MIRA Optimize KSampler: .*{message}"):
+        optimize(world, **changes)
+
+
+def test_a_reward_without_gradient_and_one_without_its_prompt_are_refused(world):
+    class BlackBox(PixelReward):
+        def __init__(self):
+            super().__init__("brightness")
+            self.facts = self.facts.__class__("file size", -1e9, 0, (-50, -5), differentiable=False)
+
+    with pytest.raises(ValueError, match="reward 'file size' has no gradient: use a differentiable reward"):
+        optimize(world, reward=BlackBox())
+    score = execute(nodes.MiraDemoCLIPScore).args[0]
+    with pytest.raises(ValueError, match="prompt is empty: give the prompt as text"):
+        optimize(world, reward=score, prompt="  ")
+
+
+def test_a_vae_of_another_model_is_refused(world):
+    import copy
+
+    vae = copy.copy(world.vae)
+    vae.latent_channels = 16
+    with pytest.raises(ValueError, match="vae decodes latents of 16 channels, but model makes 4"):
+        optimize(world, vae=vae)
+
+
+def test_validation_before_the_queue():
+    validate = nodes.MiraOptimizeKSampler.validate_inputs
+    assert validate(iterations=5, steps=3, beta=0.1) is True
+    assert validate(steps=3) is True
+    assert "beta is -1" in validate(beta=-1)
+    names = set(inspect.signature(validate).parameters)
+    assert names <= {i.id for i in nodes.MiraOptimizeKSampler.define_schema().inputs}
+
+
+def test_combine_rewards():
+    bright, dark = PixelReward("brightness"), PixelReward("darkness")
+    reward = execute(nodes.MiraCombineRewards, reward_1=bright, weight_1=2.0, reward_2=dark, weight_2=0.5).args[0]
+    image = torch.full((1, 3, 8, 8), 0.75)
+    total, parts = reward(image, [""])
+    assert total.item() == pytest.approx(2 * 0.5 - 0.5 * 0.5)
+    assert {k: v.item() for k, v in parts.items()} == pytest.approx({"brightness": 0.5, "darkness": -0.5})
+    with pytest.raises(ValueError, match="every weight is 0"):
+        execute(nodes.MiraCombineRewards, reward_1=bright, weight_1=0.0)

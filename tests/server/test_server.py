@@ -1,0 +1,246 @@
+"""The real ComfyUI server with the pack in it, spoken to over HTTP and WebSocket as any client does."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tools.comfy import ROOT, Client, Server, ServerError
+from tools.workflow import find, to_prompt
+
+QUICKSTART = json.loads((ROOT / "example_workflows" / "mira_quickstart.json").read_text())
+OPTIMIZER = "MiraOptimizeKSampler"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def quickstart(server):
+    async def get():
+        async with Client(server.url) as client:
+            return to_prompt(QUICKSTART, await client.get("/object_info"))
+
+    return asyncio.run(get())
+
+
+def changed(prompt, kind=OPTIMIZER, **inputs):
+    prompt = copy.deepcopy(prompt)
+    prompt[find(prompt, kind)]["inputs"] |= inputs
+    return prompt
+
+
+def small(prompt, **inputs):
+    return changed(prompt, **({"steps": 3, "iterations": 3} | inputs))
+
+
+async def follow(client, prompt):
+    """(events, outputs): every event of the run as (type, data), and what the history keeps."""
+    prompt_id = await client.submit(prompt)
+    events = [event async for event in client.events(prompt_id)]
+    return events, await client.outputs(prompt_id)
+
+
+def run(server, prompt):
+    async def go():
+        async with Client(server.url) as client:
+            return await follow(client, prompt)
+
+    return asyncio.run(go())
+
+
+async def pixels(client, outputs, prompt, prefix):
+    (node,) = (id for id, n in prompt.items() if n["inputs"].get("filename_prefix") == prefix)
+    (entry,) = outputs[node]["images"]
+    return np.asarray(Image.open(io.BytesIO(await client.image(entry))))
+
+
+def steps_of(events):
+    return [data for kind, data in events if kind == "mira.step"]
+
+
+def test_the_pack_loads_without_a_complaint(server):
+    log = server.log.read_text()
+    assert "IMPORT FAILED" not in log and "Traceback" not in log
+
+
+def test_all_nodes_are_registered_with_help_for_every_input(server):
+    async def get():
+        async with Client(server.url) as client:
+            return await client.get("/object_info")
+
+    info = asyncio.run(get())
+    mine = {k: v for k, v in info.items() if k.startswith("Mira")}
+    assert len(mine) == 6 and all(v["description"] for v in mine.values())
+    assert info[OPTIMIZER]["output"] == ["LATENT", "LATENT", "MIRA_TRACE"]
+
+
+def test_quickstart_raises_the_reward_and_reports_every_iteration(server, quickstart):
+    prompt = small(quickstart)
+
+    async def go():
+        async with Client(server.url) as client:
+            events, outputs = await follow(client, prompt)
+            return (
+                events,
+                outputs,
+                await pixels(client, outputs, prompt, "mira/optimized"),
+                await pixels(client, outputs, prompt, "mira/plain"),
+            )
+
+    events, outputs, optimized, plain = asyncio.run(go())
+    steps = steps_of(events)
+    node = find(prompt, OPTIMIZER)
+    assert [s["iteration"] for s in steps] == [0, 1, 2, 3]
+    assert all(s["node"] == node and s["iterations"] == 3 for s in steps)
+    assert [k for k, _ in events].count("preview") >= 4
+    progress = [d for k, d in events if k == "progress" and d["node"] == node]
+    assert progress[-1]["value"] == progress[-1]["max"] == 4
+    (record,) = outputs[node]["mira"]
+    assert [r["reward"] for r in record["rows"]] == [s["rows"][0]["reward"] for s in steps]
+    assert record["rows"][record["kept"][0]]["reward"] > record["rows"][0]["reward"]
+    assert record["settings"]["reward"] == "brightness" and record["settings"]["ended"] == "all iterations done"
+    assert optimized.shape == plain.shape == (128, 128, 3)
+    assert optimized.mean() > plain.mean() + 2
+
+
+def test_plain_output_is_the_stock_ksampler(server, quickstart):
+    prompt = small(quickstart)
+    inputs = prompt[find(prompt, OPTIMIZER)]["inputs"]
+    names = ("model", "positive", "negative", "latent_image", "seed", "steps", "cfg", "sampler_name", "scheduler", "denoise")
+    stock = copy.deepcopy(prompt)
+    node = find(stock, OPTIMIZER)
+    stock[node] = {"class_type": "KSampler", "inputs": {k: inputs[k] for k in names}}
+    for id in [id for id, n in stock.items() if [node, 1] in n["inputs"].values()]:
+        stock[id]["inputs"] = {k: [node, 0] if v == [node, 1] else v for k, v in stock[id]["inputs"].items()}
+
+    async def go():
+        async with Client(server.url) as client:
+            _, a = await follow(client, prompt)
+            _, b = await follow(client, stock)
+            return await pixels(client, a, prompt, "mira/plain"), await pixels(client, b, stock, "mira/plain")
+
+    ours, theirs = asyncio.run(go())
+    assert (ours == theirs).all()
+
+
+def test_two_runs_are_the_same_bits_and_an_unchanged_one_is_cached(server, quickstart):
+    a, b = small(quickstart, seed=11), small(quickstart, seed=12)
+    node = find(a, OPTIMIZER)
+
+    async def go():
+        async with Client(server.url) as client:
+            first, out_a = await follow(client, a)
+            cached, out_c = await follow(client, a)
+            _, out_b = await follow(client, b)
+            again, out_d = await follow(client, a)
+            images = [await pixels(client, o, a, "mira/optimized") for o in (out_a, out_b, out_d)]
+            return first, cached, again, images, [o[node]["mira"][0] for o in (out_a, out_c, out_d)]
+
+    first, cached, again, (one, other, two), records = asyncio.run(go())
+    assert len(steps_of(first)) == len(steps_of(again)) == 4 and not steps_of(cached)
+    assert any(node in d["nodes"] for k, d in cached if k == "execution_cached")
+    assert (one == two).all() and not (one == other).all()
+    rewards = [[r["reward"] for r in record["rows"]] for record in records]
+    assert rewards[0] == rewards[1] == rewards[2]
+
+
+def test_cancel_hands_back_the_best_so_far(server, quickstart):
+    prompt = changed(quickstart, steps=6, iterations=500, seed=5)
+    node = find(prompt, OPTIMIZER)
+
+    async def go():
+        async with Client(server.url) as client:
+            prompt_id = await client.submit(prompt)
+            seen = 0
+            async for kind, _ in client.events(prompt_id):
+                seen += kind == "mira.step"
+                if kind == "mira.step" and seen == 4:
+                    await client.interrupt()
+            outputs = await client.outputs(prompt_id)
+            return seen, outputs, await pixels(client, outputs, prompt, "mira/optimized")
+
+    seen, outputs, image = asyncio.run(go())
+    (record,) = outputs[node]["mira"]
+    assert record["settings"]["ended"].startswith("interrupted at iteration")
+    assert seen < 12 and len(record["rows"]) == seen
+    assert record["kept"][0] > 0 and image.shape == (128, 128, 3)
+    # The server is free again.
+    assert len(steps_of(run(server, small(quickstart, seed=6))[0])) == 4
+
+
+def test_a_client_that_comes_back_goes_on_listening(server, quickstart):
+    prompt = changed(quickstart, steps=4, iterations=12, seed=8)
+
+    async def go():
+        async with Client(server.url) as client:
+            prompt_id = await client.submit(prompt)
+            before = 0
+            async for kind, _ in client.events(prompt_id):
+                before += kind == "mira.step"
+                if before == 2:
+                    break
+            await client.socket.close()
+            client.socket = await client.session.ws_connect(f"{client.url}/ws?clientId={client.id}", max_msg_size=0)
+            after = [d async for k, d in client.events(prompt_id) if k == "mira.step"]
+            return after, await client.outputs(prompt_id)
+
+    after, outputs = asyncio.run(go())
+    assert after and after[-1]["iteration"] == 12
+    assert len(outputs[find(prompt, OPTIMIZER)]["mira"][0]["rows"]) == 13
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"iterations": 0}, "iterations is 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"beta": -1.0}, "beta is -1"),
+        ({"regularizer": "kl"}, "regularizer"),
+        ({"sampler_name": "dpm_fast"}, "MiraOptimizeKSampler: MIRA Optimize KSampler: sampler dpm_fast cannot"),
+    ],
+)
+def test_bad_input_is_refused_with_a_reason(server, quickstart, inputs, message):
+    with pytest.raises(ServerError, match=message):
+        run(server, small(quickstart, **inputs))
+
+
+def test_a_wrong_connection_is_refused(server, quickstart):
+    prompt = copy.deepcopy(quickstart)
+    node = prompt[find(prompt, OPTIMIZER)]
+    node["inputs"]["reward"] = node["inputs"]["vae"]
+    with pytest.raises(ServerError, match="MIRA_REWARD"):
+        run(server, prompt)
+
+
+def test_stock_nodes_work_on_the_demo_model(server, quickstart):
+    """img2img with the stock nodes: VAEEncode, then our sampler at denoise 0.5, batch of two."""
+    prompt = small(quickstart, denoise=0.5)
+    node = find(prompt, OPTIMIZER)
+    demo = find(prompt, "MiraDemoModel")
+    prompt |= {
+        "100": {"class_type": "EmptyImage", "inputs": {"width": 128, "height": 128, "batch_size": 2, "color": 3368703}},
+        "101": {"class_type": "VAEEncode", "inputs": {"pixels": ["100", 0], "vae": [demo, 2]}},
+    }
+    prompt[node]["inputs"]["latent_image"] = ["101", 0]
+    _, outputs = run(server, prompt)
+    (record,) = outputs[node]["mira"]
+    assert len(record["kept"]) == 2
+    for image in (0, 1):
+        rows = [r for r in record["rows"] if r["image"] == image]
+        assert rows[-1]["reward"] > rows[0]["reward"]
+
+
+def test_a_workflow_of_another_server_is_refused():
+    workflow = copy.deepcopy(QUICKSTART)
+    workflow["nodes"][0]["type"] = "NoSuchNode"
+    with pytest.raises(ValueError, match="uses the node 'NoSuchNode', which this server does not have"):
+        to_prompt(workflow, {})
