@@ -453,7 +453,13 @@ def why_not_differentiable(sampler, model_sampling) -> str | None:
     """Run the sampler's twin on a toy model for three steps: None, or why its trajectory cannot be optimised."""
     if not isinstance(sampler, comfy.samplers.KSAMPLER):
         return f"{type(sampler).__name__} is not a k-diffusion sampler"
+    with torch.inference_mode(False), torch.enable_grad():
+        model_sampling = copy.deepcopy(model_sampling)
+        leave_inference_mode(model_sampling)
+        return _try_on_a_toy(sampler, model_sampling)
 
+
+def _try_on_a_toy(sampler, model_sampling) -> str | None:
     def toy(x, sigma, **kwargs):
         # Any function that depends on x at every noise level will do.
         denoised = x / (1 + sigma.reshape(-1, 1, 1, 1))
@@ -484,11 +490,10 @@ def why_not_differentiable(sampler, model_sampling) -> str | None:
         x = (torch.linspace(-1, 1, 16).reshape(1, 4, 2, 2) * high * scale).requires_grad_()
         counted: list = []
         try:
-            with torch.enable_grad():
-                out = run(x, counted)
-                if not out.requires_grad:
-                    return "it cuts the gradient"
-                (gradient,) = torch.autograd.grad(out.sum(), x)
+            out = run(x, counted)
+            if not out.requires_grad:
+                return "it cuts the gradient"
+            (gradient,) = torch.autograd.grad(out.sum(), x)
         except AttributeError:
             return None  # it asks for more of ComfyUI than the toy has; the first iteration will tell
         except RuntimeError as problem:

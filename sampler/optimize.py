@@ -158,26 +158,26 @@ def optimize(
         started = time.perf_counter()
         try:
             evaluation = _evaluate(rollout, score, state, settings, gradient=k < settings.iterations)
+            latest = evaluation.path.x0.detach()
+            norms = None if evaluation.gradients is None else _norm(evaluation.gradients)
+            drift = evaluation.surrogates[settings.drift_metric]
+            state.keeper.update(k, evaluation.score.total, drift, latest, state.z, state.active)
+            rows = _rows(k, state, evaluation, norms, settings.lr, time.perf_counter() - started, memory())
+            trace.rows += rows
+            on_iteration(k, rows, evaluation.score)  # a host's progress bar raises its interrupts too
         except torch.OutOfMemoryError:
             if rollout.shrink():
                 trace.notices.append(f"out of memory at iteration {k}: went on with {rollout.memory} checkpointing")
                 continue
-            if k == 0:
+            if state.keeper.latent is None:
                 raise
             reason = f"out of memory at iteration {k}"
             break
         except interrupts:
-            if k == 0:
+            if state.keeper.latent is None:
                 raise
             reason = f"interrupted at iteration {k}"
             break
-        latest = evaluation.path.x0.detach()
-        norms = None if evaluation.gradients is None else _norm(evaluation.gradients)
-        drift = evaluation.surrogates[settings.drift_metric]
-        state.keeper.update(k, evaluation.score.total, drift, latest, state.z, state.active)
-        rows = _rows(k, state, evaluation, norms, settings.lr, time.perf_counter() - started, memory())
-        trace.rows += rows
-        on_iteration(k, rows, evaluation.score)
         if k < settings.iterations:
             _stop(state, settings, k, drift.cpu())
             _step(state, evaluation, norms.cpu(), settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -197,7 +198,13 @@ class Client:
         return await self.outputs(prompt_id)
 
     async def outputs(self, prompt_id: str) -> dict:
-        return (await self.get(f"/history/{prompt_id}"))[prompt_id]["outputs"]
+        """What the history keeps of a prompt that has ended; the server writes it just after the last event."""
+        for _ in range(100):
+            history = await self.get(f"/history/{prompt_id}")
+            if prompt_id in history:
+                return history[prompt_id]["outputs"]
+            await asyncio.sleep(0.05)
+        raise ServerError(f"the server has no history of prompt {prompt_id}")
 
     async def image(self, entry: dict) -> bytes:
         async with self.session.get(f"{self.url}/view", params=entry) as answer:

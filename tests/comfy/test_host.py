@@ -113,12 +113,11 @@ def test_checkpointed_runs_equal_the_unchecked_one(world, memory):
 
 def test_gradient_of_every_noise_against_finite_differences(world):
     """Through CFG, UNet, VAE and reward: d reward / d z_t along its own gradient."""
-    process = {}
+    checked = []
     original = host._Process.check_gradient
 
     def check(self, noise):
         original(self, noise)
-        process["it"] = self
         self.rollout = Rollout(self.differentiable, self.sigmas, memory="per_step")
         torch.manual_seed(3)
         z = [noise, *(torch.randn_like(noise) for _ in range(len(self.sigmas) - 2))]
@@ -130,20 +129,20 @@ def test_gradient_of_every_noise_against_finite_differences(world):
         with torch.enable_grad():
             gradients = torch.autograd.grad(reward(leaves), leaves)
         for i, g in enumerate(gradients):
-            step = g / g.norm() * z[i].norm() * 2e-2
+            step = g / g.norm() * z[i].norm() * 2e-3
             with torch.no_grad():
                 up = reward([n + step if j == i else n for j, n in enumerate(z)])
                 down = reward([n - step if j == i else n for j, n in enumerate(z)])
             slope = (g * step).sum()
             assert ((up - down) / 2 - slope).abs() < 0.1 * slope.abs()
-        process["checked"] = len(gradients)
+        checked.append(len(gradients))
 
     host._Process.check_gradient = check
     try:
         world.optimize(steps=4, iterations=1)
     finally:
         host._Process.check_gradient = original
-    assert process["checked"] == 4
+    assert checked == [4]
 
 
 def test_weights_made_in_inference_mode_are_replaced_once(world):
@@ -264,7 +263,7 @@ def test_out_of_memory_becomes_thriftier(world):
 
     def full(apply, args):
         calls.append(torch.is_grad_enabled())
-        if sum(calls) == 12:
+        if sum(calls) == 8:
             raise torch.OutOfMemoryError("full")
         return apply(args["input"], args["timestep"], **args["c"])
 

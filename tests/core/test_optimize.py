@@ -185,6 +185,15 @@ def test_an_interrupt_hands_back_the_best_so_far():
     torch.testing.assert_close(result.best, run(Settings(iterations=3, beta=0)).best)
 
 
+def test_an_interrupt_from_the_progress_bar_counts_too():
+    def report(k, rows, score):
+        if k == 2:
+            raise Cancelled
+
+    result = run(Settings(iterations=10, beta=0), interrupts=(Cancelled,), on_iteration=report)
+    assert result.reason == "interrupted at iteration 2" and result.trace.kept == [2, 2]
+
+
 def test_an_interrupt_before_anything_is_an_interrupt():
     with pytest.raises(Cancelled):
         run(Settings(iterations=10), failing(0, Cancelled()), interrupts=(Cancelled,))

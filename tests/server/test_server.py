@@ -139,18 +139,18 @@ def test_two_runs_are_the_same_bits_and_an_unchanged_one_is_cached(server, quick
     async def go():
         async with Client(server.url) as client:
             first, out_a = await follow(client, a)
-            cached, out_c = await follow(client, a)
+            cached, _ = await follow(client, a)
             _, out_b = await follow(client, b)
             again, out_d = await follow(client, a)
             images = [await pixels(client, o, a, "mira/optimized") for o in (out_a, out_b, out_d)]
-            return first, cached, again, images, [o[node]["mira"][0] for o in (out_a, out_c, out_d)]
+            return first, cached, again, images, [o[node]["mira"][0] for o in (out_a, out_d)]
 
     first, cached, again, (one, other, two), records = asyncio.run(go())
     assert len(steps_of(first)) == len(steps_of(again)) == 4 and not steps_of(cached)
     assert any(node in d["nodes"] for k, d in cached if k == "execution_cached")
     assert (one == two).all() and not (one == other).all()
     rewards = [[r["reward"] for r in record["rows"]] for record in records]
-    assert rewards[0] == rewards[1] == rewards[2]
+    assert rewards[0] == rewards[1]
 
 
 def test_cancel_hands_back_the_best_so_far(server, quickstart):
