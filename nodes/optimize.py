@@ -138,7 +138,7 @@ def settings_inputs() -> list:
             "weighting",
             options=list(WEIGHTINGS),
             default="marginal",
-            tooltip="The weights of the score energy over the steps: 1 - abar (marginal) or DDIM's transition variance.",
+            tooltip="The weights of the score energy over steps: 1 - abar (marginal) or DDIM's transition variance.",
         ),
         io.Combo.Input(
             "measured",
@@ -186,8 +186,16 @@ def complain(values: dict) -> str | None:
         or below("drift_limit", 0, "use 0 for no limit, or a value above 0")
         or below("clip_norm", 0, "use 0 for no clipping, or a value above 0")
         or below("patience", 1, "use 1 or more")
-        or (values.get("denoise") is not None and not 0 < values["denoise"] <= 1 and f"denoise is {values['denoise']}: use a value above 0 and up to 1")
-        or (drift and values.get("drift_limit") == 0 and f"stop is {values['stop']} but drift_limit is 0: set a limit above 0")
+        or (
+            values.get("denoise") is not None
+            and not 0 < values["denoise"] <= 1
+            and f"denoise is {values['denoise']}: use a value above 0 and up to 1"
+        )
+        or (
+            drift
+            and values.get("drift_limit") == 0
+            and f"stop is {values['stop']} but drift_limit is 0: set a limit above 0"
+        )
         or None
     )
 
@@ -217,7 +225,7 @@ def check(node: str, model, sampler, latent: dict, vae, reward: Reward, prompt: 
         fail("latent_image has an empty noise_mask")
     channels = model.get_model_object("latent_format").latent_channels
     if vae.latent_channels != channels:
-        fail(f"vae decodes latents of {vae.latent_channels} channels, but model makes {channels}: use the model's own VAE")
+        fail(f"vae decodes latents of {vae.latent_channels} channels, but model makes {channels}: use its own VAE")
     why = host.why_not_differentiable(sampler, model.get_model_object("model_sampling"))
     if why:
         name = values.get("sampler_name", type(sampler).__name__)
@@ -410,12 +418,12 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         return complain(locals()) or True
 
     @classmethod
-    def execute(
-        cls, noise, guider, sampler, sigmas, latent_image, vae, reward, prompt="", **values
-    ) -> io.NodeOutput:
+    def execute(cls, noise, guider, sampler, sigmas, latent_image, vae, reward, prompt="", **values) -> io.NodeOutput:
         node = "MIRA Optimize Sampler (Advanced)"
         if sigmas.shape[-1] < 2:
-            raise ValueError(f"{node}: sigmas has {sigmas.shape[-1]} values, so nothing would be sampled; give 2 or more")
+            raise ValueError(
+                f"{node}: sigmas has {sigmas.shape[-1]} values, so nothing would be sampled; give 2 or more"
+            )
         model = guider.model_patcher
         check(node, model, sampler, latent_image, vae, reward, prompt, values)
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])

@@ -258,7 +258,9 @@ def _rows(k, state: _State, evaluation: _Evaluation, norms, lr, seconds, memory)
 
 def _stop(state: _State, settings: Settings, k: int, drift: Tensor) -> None:
     if "plateau" in settings.stop:
-        state.end(state.keeper.since_progress(k) >= settings.patience, f"no progress for {settings.patience} iterations")
+        state.end(
+            state.keeper.since_progress(k) >= settings.patience, f"no progress for {settings.patience} iterations"
+        )
     if "drift" in settings.stop:
         state.end(drift > settings.drift_limit, f"{settings.drift_metric} passed {settings.drift_limit:g}")
 
@@ -283,6 +285,4 @@ def _step(state: _State, evaluation: _Evaluation, norms: Tensor, settings: Setti
     with torch.no_grad():
         for z, b, g in zip(state.z, before, good, strict=True):
             z.copy_(torch.where(per_image(stepping, z), z, torch.where(per_image(halving, z), (b + g) / 2, b)))
-    state.good = [
-        torch.where(per_image(stepping, b), b, g).detach() for b, g in zip(before, good, strict=True)
-    ]
+    state.good = [torch.where(per_image(stepping, b), b, g).detach() for b, g in zip(before, good, strict=True)]

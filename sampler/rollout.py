@@ -188,7 +188,10 @@ class Rollout:
 
     def _choose(self, denoise: Denoiser, x: Tensor) -> str:
         """Measure what one step keeps for its backward pass, and take the fastest policy that fits in 70 %."""
-        step = saved_bytes(denoise, x)
+        try:
+            step = saved_bytes(denoise, x)
+        except torch.OutOfMemoryError:
+            return "per_block"
         room = 0.7 * self.free_bytes()
         if step * (len(self.schedule) - 1) < room:
             return "none"

@@ -110,13 +110,24 @@ async def demo() -> dict:
         for label, record in (("mira", mira), ("dno", dno)):
             writer.writerows({"run": label, **row} for row in record["rows"])
     drift, reward = inputs["drift_metric"], mira["settings"]["reward"]
-    plot({"MIRA": mira, "DNO": dno}, [(n, p) for (n, _), p in zip(pictures, paths, strict=True)], drift, reward, OUTPUT / "plot.png")
+    plot(
+        {"MIRA": mira, "DNO": dno},
+        [(n, p) for (n, _), p in zip(pictures, paths, strict=True)],
+        drift,
+        reward,
+        OUTPUT / "plot.png",
+    )
     (before, after), (_, dno_after) = rows_of(mira), rows_of(dno)
     subject = text.split()[-1]
     adherence = judge(paths, subject)
     seconds = [r["seconds"] for r in mira["rows"][1:-1]]
     summary = {
-        "reward": {"name": reward, "before": before["reward"], "after": after["reward"], "dno_after": dno_after["reward"]},
+        "reward": {
+            "name": reward,
+            "before": before["reward"],
+            "after": after["reward"],
+            "dno_after": dno_after["reward"],
+        },
         "drift": {"name": drift, "before": before[drift], "after": after[drift], "dno_after": dno_after[drift]},
         "adherence": {
             "name": f"probability of {subject!r} by the held-out judge",

@@ -67,9 +67,7 @@ def _iconify(icons: dict, name: str) -> np.ndarray | None:
     if icon is None:
         return None
     width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
-    return _svg_to_rgba(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
-    )
+    return _svg_to_rgba(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>')
 
 
 def _fluent(folder: Path, hexcode: str) -> np.ndarray | None:
@@ -111,9 +109,7 @@ def rasterise(cache: Path) -> Path:
             raise RuntimeError(f"no emoji is labelled {label!r}")
         slug = re.sub(r"[^a-z0-9]+", "-", label)
         for style_id, style in enumerate(STYLES):
-            art = (
-                _iconify(icons[style], slug) if style in icons else _fluent(folders[style], emoji[label]["hexcode"])
-            )
+            art = _iconify(icons[style], slug) if style in icons else _fluent(folders[style], emoji[label]["hexcode"])
             if art is None:
                 print(f"no {style} art for {subject}")
                 continue

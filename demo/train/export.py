@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from safetensors.torch import save_file
 
-import demo.train.host  # noqa: F401  (before ComfyUI)
 from demo.train.data import CACHE
 from demo.train.unet import new_unet
 from demo.weights import FOLDER

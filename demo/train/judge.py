@@ -51,7 +51,10 @@ def main() -> None:
         hits = [(x.argmax(1) == y).float().mean().item() for x, y in zip(logits, labels.T, strict=True)]
         average = [0.97 * a + 0.03 * h for a, h in zip(average, hits, strict=True)]
         if step % 20 == 0:
-            print(f"step {step} {elapsed / 60:.1f} min loss {loss:.3f} " + " ".join(f"{a:.3f}" for a in average), flush=True)
+            print(
+                f"step {step} {elapsed / 60:.1f} min loss {loss:.3f} " + " ".join(f"{a:.3f}" for a in average),
+                flush=True,
+            )
     judge.eval()
     fresh = EmojiWorld(seed=99, animal_share=0.4)
     images, labels = fresh.batch(512)

@@ -10,13 +10,11 @@ import argparse
 import time
 
 import torch
-import torch.nn.functional as F
 
-import demo.train.host  # noqa: F401  (before ComfyUI)
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from demo.clip import new_clip
 from demo.train.clip import ShortTokenizer
 from demo.train.data import CACHE, EmojiWorld
+from demo.train.host import UNetModel
 from demo.train.vae import new_vae
 from demo.unet import CONFIG
 

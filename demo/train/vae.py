@@ -12,9 +12,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-import demo.train.host  # noqa: F401  (before ComfyUI)
-from comfy.taesd.taesd import TAESD
 from demo.train.data import CACHE, EmojiWorld
+from demo.train.host import TAESD
 
 # ComfyUI's SD1.5 latent format multiplies by this before the UNet.
 SD15_SCALE = 0.18215

@@ -52,7 +52,9 @@ def test_plain_output_for_every_scheduler(world, scheduler):
     )
 
 
-@pytest.mark.parametrize("name", ["euler", "dpmpp_2m_sde", "dpmpp_sde", "heun", "lcm", "euler_cfg_pp", "uni_pc", "ddim"])
+@pytest.mark.parametrize(
+    "name", ["euler", "dpmpp_2m_sde", "dpmpp_sde", "heun", "lcm", "euler_cfg_pp", "uni_pc", "ddim"]
+)
 def test_samplers_raise_the_reward(world, name):
     values = rewards(world.optimize(sampler=name, iterations=3, steps=3, beta=0))
     assert values[-1] > values[0]
@@ -199,7 +201,9 @@ def test_controlnet(world):
             p.data = torch.randn_like(p) * 0.02
         control = comfy.controlnet.ControlNet(network, load_device=world.model.load_device)
         control = control.copy().set_cond_hint(torch.rand(1, 3, 128, 128), 0.5, (0.0, 1.0))
-        positive = [[world.positive[0][0], {**world.positive[0][1], "control": control, "control_apply_to_uncond": True}]]
+        positive = [
+            [world.positive[0][0], {**world.positive[0][1], "control": control, "control_apply_to_uncond": True}]
+        ]
     done = world.optimize(positive=positive, iterations=2)
     assert torch.equal(done.plain, world.ksampler(positive=positive))
     assert not torch.equal(done.plain, world.ksampler())

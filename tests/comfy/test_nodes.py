@@ -10,9 +10,10 @@ import comfy.samplers
 import pytest
 import server
 import torch
+from comfy_api.latest import io
+
 from bench.pack import mira
 from bench.speed import sd15
-from comfy_api.latest import io
 
 nodes = mira("nodes")
 PixelReward = mira("rewards.pixel").PixelReward
@@ -41,14 +42,18 @@ def execute(node, **inputs):
 
 
 def sampler_inputs(world, **changes):
-    return INPUTS | {
-        "model": world.model,
-        "positive": world.positive,
-        "negative": world.negative,
-        "vae": world.vae,
-        "latent_image": {"samples": torch.zeros(1, 4, 16, 16)},
-        "reward": PixelReward("brightness"),
-    } | changes
+    return (
+        INPUTS
+        | {
+            "model": world.model,
+            "positive": world.positive,
+            "negative": world.negative,
+            "vae": world.vae,
+            "latent_image": {"samples": torch.zeros(1, 4, 16, 16)},
+            "reward": PixelReward("brightness"),
+        }
+        | changes
+    )
 
 
 def optimize(world, **changes):
@@ -102,7 +107,9 @@ def test_advanced_equals_the_simple_one(world):
         def generate_noise(self, latent):
             return comfy.sample.prepare_noise(latent["samples"], self.seed)
 
-    shared = {k: v for k, v in INPUTS.items() if k not in ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise")}
+    shared = {
+        k: v for k, v in INPUTS.items() if k not in ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise")
+    }
     out = execute(
         nodes.MiraOptimizeSamplerAdvanced,
         noise=Noise(),

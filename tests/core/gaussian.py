@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from mira.sampler.rollout import Rollout
 
@@ -25,7 +27,7 @@ def ancestral(D, schedule):
         model = wrap(D)
         x = z_T * (1 + schedule[0] ** 2).sqrt()
         ones = x.new_ones(len(x))
-        for s, t in zip(schedule[:-1], schedule[1:], strict=True):
+        for s, t in itertools.pairwise(schedule):
             denoised = model(x, s * ones)
             if t == 0:
                 return denoised

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -72,7 +73,7 @@ def test_the_record_has_every_surrogate_and_the_truth():
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_reward_rises(optimizer):
     rows = run(Settings(iterations=5, beta=0, optimizer=optimizer)).trace.of(0)
-    assert all(b["reward"] > a["reward"] for a, b in zip(rows, rows[1:], strict=False))
+    assert all(b["reward"] > a["reward"] for a, b in itertools.pairwise(rows))
 
 
 def test_clipping_bounds_the_step():

@@ -60,7 +60,9 @@ class ToyCLIP(torch.nn.Module):
 
 def toy_score():
     clip = ToyCLIP()
-    reward = CLIPScore(clip, lambda texts: torch.tensor([[len(t), ord(t[0])] for t in texts]), 8, (0.5,) * 3, (0.5,) * 3)
+    reward = CLIPScore(
+        clip, lambda texts: torch.tensor([[len(t), ord(t[0])] for t in texts]), 8, (0.5,) * 3, (0.5,) * 3
+    )
     return clip, reward
 
 

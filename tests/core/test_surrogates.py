@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import torch
@@ -48,7 +49,7 @@ def test_score_distance_of_a_shift_is_closed_form():
     value = SURROGATES["score_distance"](run([z0[0] + h, *z0[1:]]), run(z0).detach())
     s = schedule()
     delta, total = h * (1 + s[0] ** 2).sqrt(), 0.0
-    for a, b in zip(s[:-1], s[1:], strict=True):
+    for a, b in itertools.pairwise(s):
         total += (a / (1 + a**2) * delta) ** 2
         up = (b**2 * (a**2 - b**2) / a**2).sqrt()
         down = (b**2 - up**2).sqrt()
@@ -99,10 +100,18 @@ def test_prno_is_its_formula():
 
 def test_prno_of_white_noise_is_at_its_floor():
     path = rollout(40)(noises(40))
-    torch.testing.assert_close(prno(path, path, permutations=10), torch.full((2,), 4 * math.log(2), dtype=torch.float64), atol=1.5, rtol=0)
+    torch.testing.assert_close(
+        prno(path, path, permutations=10), torch.full((2,), 4 * math.log(2), dtype=torch.float64), atol=1.5, rtol=0
+    )
 
 
 def test_tables_hold_what_the_nodes_offer():
     assert set(REGULARIZERS) == {
-        "mira", "mira_two_sided", "score_distance", "path_kl", "latent_distance", "prno", "none"
+        "mira",
+        "mira_two_sided",
+        "score_distance",
+        "path_kl",
+        "latent_distance",
+        "prno",
+        "none",
     }

@@ -10,6 +10,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+
 from tools.comfy import ROOT, Client, Server, ServerError
 from tools.workflow import find, to_prompt
 
@@ -115,7 +116,18 @@ def test_quickstart_raises_the_reward_and_reports_every_iteration(server, quicks
 def test_plain_output_is_the_stock_ksampler(server, quickstart):
     prompt = small(quickstart)
     inputs = prompt[find(prompt, OPTIMIZER)]["inputs"]
-    names = ("model", "positive", "negative", "latent_image", "seed", "steps", "cfg", "sampler_name", "scheduler", "denoise")
+    names = (
+        "model",
+        "positive",
+        "negative",
+        "latent_image",
+        "seed",
+        "steps",
+        "cfg",
+        "sampler_name",
+        "scheduler",
+        "denoise",
+    )
     stock = copy.deepcopy(prompt)
     node = find(stock, OPTIMIZER)
     stock[node] = {"class_type": "KSampler", "inputs": {k: inputs[k] for k in names}}
