@@ -172,7 +172,7 @@ def decode(vae, latent: Tensor) -> Tensor:
     """VAE latents (B, C, h, w) -> images (B, 3, H, W), nominally in [0, 1]: not clamped, so that gradients live."""
     # The VAE's own last step is affine but for its clamp: read it off inside the clamp's range.
     zero, half = (vae.process_output(torch.tensor([v])).item() for v in (0.0, 0.5))
-    images = vae.first_stage_model.decode(latent.to(vae.vae_dtype)).float()
+    images = vae.first_stage_model.decode(latent.to(vae.device, vae.vae_dtype)).float()
     return images * (2 * (half - zero)) + zero
 
 
@@ -406,7 +406,8 @@ class _Process:
         if images.ndim != 4:
             raise ValueError(f"the VAE decodes to shape {tuple(images.shape)}: MIRA optimises still images only")
         total, parts = through(lambda i: self.job.reward(i, self.job.prompts), images)
-        return Score(total.float(), {k: p.detach().float() for k, p in parts.items()}, images.detach())
+        total = total.to(x0.device, torch.float32)
+        return Score(total, {k: p.detach().float() for k, p in parts.items()}, images.detach())
 
     def check_gradient(self, noise: Tensor) -> None:
         """One denoising step, its gradient against a finite difference, before anything is optimised."""
@@ -433,6 +434,11 @@ class _Process:
         try:
             wrong = error()
         except RuntimeError as problem:
+            if "Inference tensors" in str(problem):
+                raise RuntimeError(
+                    f"something that patches {name} holds tensors made in inference mode, which autograd cannot use: "
+                    "bypass the node that patches the model, or report which node it is"
+                ) from problem
             if "inplace operation" not in str(problem):
                 raise
             self.out_of_place = True

@@ -224,6 +224,11 @@ def check(node: str, model, sampler, latent: dict, vae, reward: Reward, prompt: 
     if "noise_mask" in latent and latent["noise_mask"].numel() == 0:
         fail("latent_image has an empty noise_mask")
     channels = model.get_model_object("latent_format").latent_channels
+    if samples.shape[1] != channels and torch.count_nonzero(samples):
+        fail(
+            f"latent_image has {samples.shape[1]} channels, but model works in {channels}: "
+            "encode the image with the model's own VAE"
+        )
     if vae.latent_channels != channels:
         fail(f"vae decodes latents of {vae.latent_channels} channels, but model makes {channels}: use its own VAE")
     why = host.why_not_differentiable(sampler, model.get_model_object("model_sampling"))
@@ -250,7 +255,7 @@ def reporter(node_id: str, iterations: int):
         server.send_sync("mira.step", event, server.client_id)
         pixels = (score.images[0].clamp(0, 1) * 255).round().byte().movedim(0, 2).cpu().numpy()
         preview = Image.fromarray(pixels)
-        bar.hook and bar.update_absolute(k + 1, iterations + 1, ("JPEG", preview, PREVIEW))
+        bar.update_absolute(k + 1, iterations + 1, ("JPEG", preview, PREVIEW))
 
     return report
 
@@ -347,8 +352,6 @@ class MiraOptimizeKSampler(io.ComfyNode):
         cls, model, positive, negative, latent_image, vae, reward, seed, cfg, prompt="", **values
     ) -> io.NodeOutput:
         node = "MIRA Optimize KSampler"
-        if message := complain(values):
-            raise ValueError(f"{node}: {message}")
         sampler = comfy.samplers.sampler_object(values["sampler_name"])
         check(node, model, sampler, latent_image, vae, reward, prompt, values)
         sigmas = comfy.samplers.KSampler(

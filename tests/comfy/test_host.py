@@ -9,6 +9,7 @@ import comfy.model_management
 import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
+import comfy.sd
 import pytest
 import torch
 from mira.nodes import demo, host
@@ -171,10 +172,16 @@ def test_conditioning_and_model_options_are_left_as_they_were(world):
 
 
 def test_lora_on_the_model(world):
-    model = world.model.clone()
-    key = "diffusion_model.out.2.weight"
-    shape = model.model.state_dict()[key].shape
-    model.add_patches({key: ("diff", (torch.full(shape, 0.002),))}, 1.0)
+    """Loaded by ComfyUI's own code from a LoRA in the usual key format."""
+    name = "middle_block_1_transformer_blocks_0_attn2_to_v"
+    g = torch.Generator().manual_seed(0)
+    lora = {
+        f"lora_unet_{name}.lora_up.weight": torch.randn(128, 4, generator=g) * 0.3,
+        f"lora_unet_{name}.lora_down.weight": torch.randn(4, 128, generator=g) * 0.3,
+        f"lora_unet_{name}.alpha": torch.tensor(4.0),
+    }
+    with torch.inference_mode():
+        model, _ = comfy.sd.load_lora_for_models(world.model, world.clip, lora, 1.0, 1.0)
     done = world.optimize(model=model, iterations=2)
     assert torch.equal(done.plain, world.ksampler(model=model))
     assert not torch.equal(done.plain, world.ksampler())

@@ -145,6 +145,7 @@ def test_the_latent_dict_keeps_what_else_it_holds(world):
         ({"latent_image": {"samples": torch.zeros(0, 4, 16, 16)}}, "the batch is empty"),
         ({"latent_image": {"samples": torch.full((1, 4, 16, 16), math.nan)}}, "latent_image holds NaN"),
         ({"latent_image": {"samples": torch.zeros(1, 4, 1, 16, 16)}}, "only still images"),
+        ({"latent_image": {"samples": torch.ones(1, 16, 8, 8)}}, "16 channels, but model works in 4"),
         ({"reward": "brightness"}, "reward is a str: connect a MIRA reward node"),
     ],
 )
