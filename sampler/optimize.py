@@ -35,7 +35,8 @@ class Settings:
     keep: which iterate comes back: "last" (Algorithm 1), "best_reward", or "best_within_drift".
     stop: when an image is left alone: when its best reward has not risen by 0.1 % of its gain for `patience`
         iterations ("plateau"), when its drift has passed the limit ("drift"), or either.
-    loss_scale: multiplies the loss in backward and divides the gradients, for networks in float16.
+    loss_scale: multiplies the loss in backward and divides the gradients, for networks in float16; it is lowered
+        when the gradients overflow.
     """
 
     iterations: int = 30
@@ -103,6 +104,7 @@ class _State:
     z: list[Tensor]
     optimizer: torch.optim.Optimizer
     keeper: Keeper
+    loss_scale: float
     reference: Path | None = None
     good: list[Tensor] | None = None
     active: Tensor = None
@@ -148,6 +150,7 @@ def optimize(
         z,
         OPTIMIZERS[settings.optimizer](z, settings.lr),
         Keeper(settings.keep, settings.drift_limit),
+        settings.loss_scale,
         active=torch.ones(batch, dtype=torch.bool),
         halvings=torch.zeros(batch, dtype=torch.long),
         reasons=[None] * batch,
@@ -158,8 +161,11 @@ def optimize(
         started = time.perf_counter()
         try:
             evaluation = _evaluate(rollout, score, state, settings, gradient=k < settings.iterations)
-            latest = evaluation.path.x0.detach()
             norms = None if evaluation.gradients is None else _norm(evaluation.gradients)
+            if _overflowed(state, evaluation, norms):
+                state.loss_scale = max(1.0, state.loss_scale / 16)
+                continue
+            latest = evaluation.path.x0.detach()
             drift = evaluation.surrogates[settings.drift_metric]
             state.keeper.update(k, evaluation.score.total, drift, latest, state.z, state.active)
             rows = _rows(k, state, evaluation, norms, settings.lr, time.perf_counter() - started, memory())
@@ -208,11 +214,18 @@ def _evaluate(rollout: Rollout, score, state: _State, settings: Settings, gradie
                 surrogates["prno"] = penalty.detach()
         if not gradient:
             return _Evaluation(path, result, surrogates, loss, None)
-        grads = torch.autograd.grad(loss.sum() * settings.loss_scale, state.z, allow_unused=True)
+        grads = torch.autograd.grad(loss.sum() * state.loss_scale, state.z, allow_unused=True)
         grads = [
-            torch.zeros_like(z) if g is None else g / settings.loss_scale for g, z in zip(grads, state.z, strict=True)
+            torch.zeros_like(z) if g is None else g / state.loss_scale for g, z in zip(grads, state.z, strict=True)
         ]
     return _Evaluation(path.detach(), result, surrogates, loss.detach(), grads)
+
+
+def _overflowed(state: _State, evaluation: _Evaluation, norms: Tensor | None) -> bool:
+    """A gradient that is not finite under a finite loss, while there is a scale to lower."""
+    if norms is None or state.loss_scale <= 1:
+        return False
+    return bool((torch.isfinite(evaluation.loss) & ~torch.isfinite(norms)).any())
 
 
 def _check_reward(reward: Tensor, x0: Tensor) -> None:

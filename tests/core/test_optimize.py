@@ -89,6 +89,24 @@ def test_loss_scale_changes_nothing_else():
     torch.testing.assert_close(a.best, b.best)
 
 
+def test_loss_scale_is_lowered_when_gradients_overflow():
+    class Overflowing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx, g):
+            return torch.where(g.abs() > 20, torch.inf, g)
+
+    def score(x0):
+        return mean_reward(Overflowing.apply(x0))
+
+    free, scaled = (run(Settings(iterations=3, beta=0, loss_scale=s), score) for s in (1.0, 1024.0))
+    assert scaled.reason == "all iterations done"
+    torch.testing.assert_close(scaled.best, free.best)
+
+
 # --- what comes back ------------------------------------------------------------------------------------------------
 
 

@@ -251,6 +251,30 @@ def test_stock_nodes_work_on_the_demo_model(server, quickstart):
         assert rows[-1]["reward"] > rows[0]["reward"]
 
 
+def test_advanced_with_the_custom_sampling_nodes(server, quickstart):
+    """BasicGuider (no negative, no CFG), RandomNoise, KSamplerSelect and BasicScheduler."""
+    prompt = copy.deepcopy(quickstart)
+    node, demo = find(prompt, OPTIMIZER), find(prompt, "MiraDemoModel")
+    old = prompt[node]["inputs"]
+    own = ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise", "model", "positive", "negative")
+    prompt |= {
+        "100": {"class_type": "RandomNoise", "inputs": {"noise_seed": 4}},
+        "101": {"class_type": "BasicGuider", "inputs": {"model": [demo, 0], "conditioning": old["positive"]}},
+        "102": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler_ancestral"}},
+        "103": {
+            "class_type": "BasicScheduler",
+            "inputs": {"model": [demo, 0], "scheduler": "karras", "steps": 3, "denoise": 1.0},
+        },
+    }
+    links = {"noise": ["100", 0], "guider": ["101", 0], "sampler": ["102", 0], "sigmas": ["103", 0]}
+    inputs = {k: v for k, v in old.items() if k not in own} | links | {"iterations": 2}
+    prompt[node] = {"class_type": "MiraOptimizeSamplerAdvanced", "inputs": inputs}
+    events, outputs = run(server, prompt)
+    (record,) = outputs[node]["mira"]
+    assert len(steps_of(events)) == 3 and record["settings"]["seed"] == 4
+    assert record["rows"][-1]["reward"] > record["rows"][0]["reward"]
+
+
 def test_a_workflow_of_another_server_is_refused():
     workflow = copy.deepcopy(QUICKSTART)
     workflow["nodes"][0]["type"] = "NoSuchNode"
