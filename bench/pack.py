@@ -22,10 +22,16 @@ def mira(module: str):
     return importlib.import_module(f"mira.{module}")
 
 
-def with_comfyui() -> None:
-    """Put the ComfyUI that `dev.py` chose on the path, on the CPU unless --gpu was given."""
+def with_comfyui(sdpa: bool = False) -> None:
+    """Put the ComfyUI that `dev.py` chose on the path, on the CPU unless --gpu was given.
+
+    sdpa: plain samples use PyTorch's attention too, as optimised ones always do, so that their times compare.
+    """
+    if os.environ["MIRA_COMFYUI"] in sys.path:
+        return
     sys.path.insert(0, os.environ["MIRA_COMFYUI"])
     import comfy.cli_args
 
+    comfy.cli_args.args.use_pytorch_cross_attention = sdpa
     comfy.cli_args.args.cpu = not (os.environ.get("MIRA_GPU") and torch.cuda.is_available())
     import utils.extra_config  # noqa: F401  (as main.py does: later, `utils` would be another module)

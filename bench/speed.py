@@ -16,6 +16,9 @@ import time
 
 import torch
 
+from bench.pack import with_comfyui
+
+with_comfyui(sdpa=True)
 from bench.world import World, demo, host
 
 RUNS = 5
@@ -123,24 +126,29 @@ def measure(world: World, name: str, pixels: int, steps: int) -> dict:
     return result
 
 
-def peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def probe(name: str, memory: str, steps: int) -> None:
-    """In a process of its own: the growth of the peak from a plain sample to two iterations, in MB."""
+    """In a process of its own: the growth of the peak memory from a plain sample to two iterations, in MB.
+
+    On a CPU the resident memory is read at every call of the network, forward and recomputed.
+    """
     world = World()
     if name == "sd15":
         world.sd15 = sd15()
     options = setting(world, name, 128, steps)
-    world.optimize(**options, iterations=1, memory="per_block")
-    before = peak_bytes()
+    model, seen = (options.get("model") or world.model).clone(), []
+
+    def watched(apply, args):
+        out = apply(args["input"], args["timestep"], **args["c"])
+        seen.append(host.used_bytes())
+        return out
+
+    model.set_model_unet_function_wrapper(watched)
+    options["model"] = model
+    world.optimize(**options, iterations=0)
+    before = max(seen)
+    seen.clear()
     world.optimize(**options, iterations=2, memory=memory)
-    print(json.dumps((peak_bytes() - before) / 1e6))
+    print(json.dumps((max(seen) - before) / 1e6))
 
 
 def memory_against_steps(name: str) -> dict:

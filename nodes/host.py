@@ -30,20 +30,28 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ..rewards.base import Reward
+from ..sampler.memory import out_of_memory
 from ..sampler.optimize import Result, Score, Settings, optimize
-from ..sampler.rollout import Rollout, draw
+from ..sampler.rollout import Rollout, draw, per_image
 from ..sampler.selftest import gradient_error
 from .twin import Twins
 
 log = logging.getLogger("mira")
 
-# Networks whose layers are worth a checkpoint of their own, by class name: UNets, Flux, Lumina, Qwen-Image.
+# Layers that are worth a checkpoint of their own, by class name.
 BLOCKS = {
-    "ResBlock",
+    "ResBlock",  # UNets
     "BasicTransformerBlock",
-    "DoubleStreamBlock",
+    "JointBlock",  # SD3
+    "DoubleStreamBlock",  # Flux, Chroma
     "SingleStreamBlock",
-    "JointTransformerBlock",
+    "MMDiTBlock",  # AuraFlow
+    "DiTBlock",
+    "PixArtMSBlock",
+    "HunYuanDiTBlock",
+    "HiDreamImageBlock",
+    "JointTransformerBlock",  # Lumina2, Z-Image
+    "OmniGen2TransformerBlock",
     "QwenImageTransformerBlock",
 }
 
@@ -95,6 +103,13 @@ def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def static(patcher):
+    """Newer cores move weights while a model runs, which backward does not survive: a clone that stays put."""
+    if "disable_dynamic" in inspect.signature(patcher.clone).parameters:
+        return patcher.clone(disable_dynamic=True)
+    return patcher
+
+
 @contextmanager
 def training() -> Iterator[None]:
     """Newer cores have kernels without a backward, and a switch that turns them off."""
@@ -126,16 +141,26 @@ def _sdpa(_, *args, **kwargs):
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
-def _with_blocks_checkpointed(root: nn.Module) -> Callable:
+def _blocks_checkpointed(root: nn.Module, place: Callable) -> Callable | None:
+    """A context within which the blocks of `root` checkpoint themselves, or None where it has no known ones.
+
+    place: the context of each block's forward; it must be there again when the block is recomputed in backward.
+    """
     blocks = [m for m in root.modules() if type(m).__name__ in BLOCKS]
+    if not blocks:
+        return None
 
     @contextmanager
     def patched() -> Iterator[None]:
         def wrap(forward):
+            def inside(*args, **kwargs):
+                with place():
+                    return forward(*args, **kwargs)
+
             def run(*args, **kwargs):
                 if not torch.is_grad_enabled():
                     return forward(*args, **kwargs)
-                return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+                return checkpoint(inside, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
             return run
 
@@ -223,8 +248,7 @@ def run(job: Job) -> Optimized:
     """Sample, optimise, hand back. Leaves inference mode, so it must not be awaited around."""
     with torch.inference_mode(False), torch.enable_grad():
         guider = copy.copy(job.guider)
-        if "disable_dynamic" in inspect.signature(guider.model_patcher.clone).parameters:
-            guider.model_patcher = guider.model_patcher.clone(disable_dynamic=True)
+        guider.model_patcher = static(guider.model_patcher)
         guider.original_conds = normal(guider.original_conds)
         guider.model_options = normal(guider.model_options)
         sampler = _OptimizingSampler(job)
@@ -256,9 +280,11 @@ class _OptimizingSampler(comfy.samplers.Sampler):
         with ExitStack() as stack:
             stack.enter_context(training())
             stack.enter_context(process.loaded())
+            synchronize()
             started = time.perf_counter()
             plain, noises = draw(process.plain, noise)
-            self.sampling_seconds = time.perf_counter() - started
+            synchronize()
+            sampling_seconds = time.perf_counter() - started
             self.plain = model_wrap.inner_model.process_latent_out(plain.float())
             process.check_gradient(noise)
             rollout = Rollout(
@@ -270,9 +296,10 @@ class _OptimizingSampler(comfy.samplers.Sampler):
                 memory=job.memory,
                 mask=denoise_mask,
                 free_bytes=free_bytes,
-                blocks=_with_blocks_checkpointed(model_wrap.inner_model.diffusion_model),
+                blocks=process.blocks(),
             )
             process.rollout = rollout
+            reset_peak()
             self.result = optimize(
                 rollout,
                 process.score,
@@ -284,10 +311,12 @@ class _OptimizingSampler(comfy.samplers.Sampler):
             )
             self.result.trace.settings = {
                 "checkpointing": rollout.memory,
-                "sampling_seconds": self.sampling_seconds,
+                "sampling_seconds": sampling_seconds,
                 "ended": self.result.reason,
             }
-        return self.result.best
+            # The replay under PyTorch's attention differs from the plain sample in its last bits.
+            kept_plain = torch.tensor(self.result.trace.kept, device=plain.device) == 0
+            return torch.where(per_image(kept_plain, plain), plain, self.result.best)
 
 
 class _Process:
@@ -295,11 +324,14 @@ class _Process:
 
     def __init__(self, job: Job, model_wrap, sigmas, extra_args, latent_image, mask):
         self.job, self.model_wrap, self.sigmas = job, model_wrap, sigmas
+        self.vae = copy.copy(job.vae)
+        self.vae.patcher = static(job.vae.patcher)
+        self.vae.first_stage_model = self.vae.patcher.model
         self.latent_image, self.mask = latent_image, mask
         self.extra_args = extra_args
         self.inner = model_wrap.inner_model
         self.flow = isinstance(self.inner.model_sampling, comfy.model_sampling.CONST)
-        self.out_of_place = False
+        self.place: Callable = nullcontext  # the self-test may change it
         self.rollout: Rollout | None = None
         dtype = self.inner.manual_cast_dtype or self.inner.get_dtype()
         # Gradients of a mean over pixels are near float16's smallest numbers.
@@ -313,12 +345,13 @@ class _Process:
     def loaded(self) -> Iterator[None]:
         """Everything that a run needs on the device in one call (several could evict one another), frozen."""
         job = self.job
-        patchers = [self.model_wrap.model_patcher, job.vae.patcher, *(patcher_of(m) for m in job.reward.modules)]
+        patchers = [self.model_wrap.model_patcher, *self.model_wrap.loaded_models, self.vae.patcher]
+        patchers += [patcher_of(m) for m in job.reward.modules]
         shape = list(job.latent.shape)
         need = self.inner.memory_required([2 * shape[0], *shape[1:]])
-        need += job.vae.memory_used_decode(shape, job.vae.vae_dtype)
+        need += self.vae.memory_used_decode(shape, self.vae.vae_dtype)
         comfy.model_management.load_models_gpu(patchers, memory_required=2 * need, force_full_load=True)
-        modules = [p.model for p in [*patchers, *self.model_wrap.loaded_models]]
+        modules = [p.model for p in patchers]
         for module in modules:
             leave_inference_mode(module)
         with frozen(modules):
@@ -380,12 +413,10 @@ class _Process:
                 return args["denoised"]
 
             options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", ()), capture]
-        # Looked up at every call: the self-test may turn it on.
-        place = _OutOfPlaceAdd if self.out_of_place else nullcontext
 
         def call(x, sigma, **kwargs):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            with place():
+            with self.place():
                 out = model_k(x, sigma, **kwargs)
             if self.job.measured != "conditional":
                 return out
@@ -402,54 +433,63 @@ class _Process:
         def through(f, x):
             return f(x) if keep else checkpoint(f, x, use_reentrant=False, preserve_rng_state=False)
 
-        images = through(lambda z: decode(self.job.vae, z), latent)
+        images = through(lambda z: decode(self.vae, z), latent).to(x0.device)
         if images.ndim != 4:
             raise ValueError(f"the VAE decodes to shape {tuple(images.shape)}: MIRA optimises still images only")
         total, parts = through(lambda i: self.job.reward(i, self.job.prompts), images)
         total = total.to(x0.device, torch.float32)
         return Score(total, {k: p.detach().float() for k, p in parts.items()}, images.detach())
 
+    def blocks(self) -> Callable | None:
+        return _blocks_checkpointed(self.inner.diffusion_model, lambda: self.place())
+
     def check_gradient(self, noise: Tensor) -> None:
         """One denoising step, its gradient against a finite difference, before anything is optimised."""
         half = (self.inner.manual_cast_dtype or self.inner.get_dtype()) in (torch.float16, torch.bfloat16)
         name = type(self.inner.diffusion_model).__name__
+        remedy = (
+            "This model cannot be optimised through as it is: use its fp16, bf16 or fp32 weights instead of a "
+            "quantised file, and bypass nodes that patch it or its attention."
+        )
 
-        def error() -> float:
-            found = []
+        def attempt(within: Callable) -> float:
+            try:
+                with within():
+                    return self._gradient_error(noise)
+            except RuntimeError as problem:
+                if out_of_memory(problem) and within is nullcontext and self.blocks():
+                    return attempt(self.blocks())
+                if "inplace operation" in str(problem) and self.place is nullcontext:
+                    self.place = _OutOfPlaceAdd
+                    return attempt(within)
+                if out_of_memory(problem):
+                    raise
+                raise RuntimeError(f"{name} has no gradient: {str(problem).splitlines()[0]}. {remedy}") from problem
 
-            def function(model_k, x, sigmas, extra_args, callback, disable, **options):
-                extra_args, call = self._network(model_k, extra_args)
-                sigma = sigmas[(len(sigmas) - 1) // 2] * x.new_ones(len(x))
-
-                def predict(x: Tensor) -> Tensor:
-                    out = call(x, sigma, **extra_args)
-                    return out[0] if isinstance(out, tuple) else out
-
-                found.append(gradient_error(predict, x * (sigma[0] ** 2 + 1).sqrt() / (sigmas[0] ** 2 + 1).sqrt()))
-                return x
-
-            self._run(noise, function, {})
-            return found[0]
-
-        try:
-            wrong = error()
-        except RuntimeError as problem:
-            if "Inference tensors" in str(problem):
-                raise RuntimeError(
-                    f"something that patches {name} holds tensors made in inference mode, which autograd cannot use: "
-                    "bypass the node that patches the model, or report which node it is"
-                ) from problem
-            if "inplace operation" not in str(problem):
-                raise
-            self.out_of_place = True
-            wrong = error()
+        wrong = attempt(nullcontext)
         if not wrong < (0.5 if half else 0.1):
             raise RuntimeError(
-                f"{name} gives no usable gradient (relative error {wrong:.2g} against a finite difference of one "
-                "denoising step): this model cannot be optimised through. Try its fp16, bf16 or fp32 weights instead "
-                "of a quantised file, and remove nodes that patch its attention."
+                f"{name} gives no usable gradient: it is off by {wrong:.2g} (relative) against a finite difference "
+                f"of one denoising step. {remedy}"
             )
         log.debug("gradient self-test of %s: relative error %.2g", name, wrong)
+
+    def _gradient_error(self, noise: Tensor) -> float:
+        found = []
+
+        def function(model_k, x, sigmas, extra_args, callback, disable, **options):
+            extra_args, call = self._network(model_k, extra_args)
+            sigma = sigmas[(len(sigmas) - 1) // 2] * x.new_ones(len(x))
+
+            def predict(x: Tensor) -> Tensor:
+                out = call(x, sigma, **extra_args)
+                return out[0] if isinstance(out, tuple) else out
+
+            found.append(gradient_error(predict, x * (sigma[0] ** 2 + 1).sqrt() / (sigmas[0] ** 2 + 1).sqrt()))
+            return x
+
+        self._run(noise, function, {})
+        return found[0]
 
 
 # --- what is asked before a run -------------------------------------------------------------------------------------
@@ -482,10 +522,14 @@ def _try_on_a_toy(sampler, model_sampling) -> str | None:
     low, high = float(model_sampling.sigma_min), float(model_sampling.sigma_max)
     sigmas = torch.tensor([high, math.sqrt(high * low), low, 0.0])
 
-    def run(x: Tensor, counted: list) -> Tensor:
+    def run(x: Tensor, noises: list, replay: bool = False) -> Tensor:
+        rest = iter(list(noises))
+
         def source(draw):
-            counted.append(draw())
-            return counted[-1]
+            if replay:
+                return next(rest)
+            noises.append(draw())
+            return noises[-1]
 
         return Twins(source)(sampler.sampler_function)(
             model, x, sigmas, extra_args={"seed": 0, "model_options": {}}, callback=None, disable=True, **options
@@ -494,25 +538,39 @@ def _try_on_a_toy(sampler, model_sampling) -> str | None:
     counts = []
     for scale in (1.0, 3.0):
         x = (torch.linspace(-1, 1, 16).reshape(1, 4, 2, 2) * high * scale).requires_grad_()
-        counted: list = []
+        noises: list = []
         try:
-            out = run(x, counted)
+            out = run(x, noises)
             if not out.requires_grad:
                 return "it cuts the gradient"
             (gradient,) = torch.autograd.grad(out.sum(), x)
+            with torch.no_grad():
+                again = run(x, noises, replay=True)
         except AttributeError:
             return None  # it asks for more of ComfyUI than the toy has; the first iteration will tell
         except RuntimeError as problem:
             return f"backward fails: {str(problem).splitlines()[0]}"
         if not torch.isfinite(gradient).all() or not gradient.abs().sum() > 0:
             return "its gradient is zero or not finite"
-        counts.append(len(counted))
+        if not torch.equal(again, out):
+            return "it draws noise of its own that cannot be held fixed (is s_churn above 0?)"
+        counts.append(len(noises))
     return None if counts[0] == counts[1] else "its number of steps depends on the image"
 
 
 def free_bytes() -> float:
     device = comfy.model_management.get_torch_device()
     return comfy.model_management.get_free_memory(device)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def used_bytes() -> float:

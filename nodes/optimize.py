@@ -125,7 +125,12 @@ def settings_inputs() -> list:
             default=DEFAULT.drift_metric,
             tooltip="What the drift limit is measured in.",
         ),
-        io.Combo.Input("optimizer", options=list(OPTIMIZERS), default=DEFAULT.optimizer),
+        io.Combo.Input(
+            "optimizer",
+            options=list(OPTIMIZERS),
+            default=DEFAULT.optimizer,
+            tooltip="adamw is the paper's; sgd (with Nesterov momentum 0.9) needs a larger learning rate.",
+        ),
         io.Float.Input(
             "clip_norm",
             default=DEFAULT.clip_norm,
@@ -200,6 +205,19 @@ def complain(values: dict) -> str | None:
     )
 
 
+def wrong_sigmas(sigmas: torch.Tensor) -> str | None:
+    if len(sigmas) < 2:
+        return f"sigmas has {len(sigmas)} values, so nothing would be sampled; give 2 or more"
+    if not (sigmas[1:] < sigmas[:-1]).all():
+        return "sigmas does not descend: use the output of a scheduler as it is"
+    if sigmas[-1] != 0:
+        return (
+            f"sigmas ends at {sigmas[-1].item():.3g}, not 0: the image would still be noisy, and a reward of it means "
+            "nothing; optimise the low half of split sigmas, which ends at 0"
+        )
+    return None
+
+
 def check(node: str, model, sampler, latent: dict, vae, reward: Reward, prompt: str, values: dict) -> None:
     """Raise ValueError before any sampling starts, saying what is wrong, where, and how to mend it."""
 
@@ -215,18 +233,19 @@ def check(node: str, model, sampler, latent: dict, vae, reward: Reward, prompt: 
     if reward.facts.needs_prompt and not (prompt or "").strip():
         fail(f"reward {reward.facts.name!r} compares image and prompt, but prompt is empty: give the prompt as text")
     samples = latent["samples"]
-    if getattr(samples, "is_nested", False) or samples.ndim != 4:
-        fail(f"latent_image has shape {tuple(samples.shape)}: only still images (B, C, H, W) can be optimised")
     if samples.numel() == 0:
         fail(f"latent_image has shape {tuple(samples.shape)}: the batch is empty; ask for at least one image")
+    fixed = comfy.sample.fix_empty_latent_channels(model, samples)
+    if getattr(fixed, "is_nested", False) or fixed.ndim != 4:
+        fail(f"latent_image has shape {tuple(fixed.shape)} in this model: only (B, C, H, W) images can be optimised")
     if not torch.isfinite(samples).all():
         fail("latent_image holds NaN or infinite values: look at the node that made it")
     if "noise_mask" in latent and latent["noise_mask"].numel() == 0:
         fail("latent_image has an empty noise_mask")
     channels = model.get_model_object("latent_format").latent_channels
-    if samples.shape[1] != channels and torch.count_nonzero(samples):
+    if fixed.shape[1] != channels:
         fail(
-            f"latent_image has {samples.shape[1]} channels, but model works in {channels}: "
+            f"latent_image has {fixed.shape[1]} channels, but model works in {channels}: "
             "encode the image with the model's own VAE"
         )
     if vae.latent_channels != channels:
@@ -314,17 +333,43 @@ class MiraOptimizeKSampler(io.ComfyNode):
                 io.Latent.Input("latent_image"),
                 io.Vae.Input("vae", tooltip="The model's own VAE: the reward looks at decoded images."),
                 MiraReward.Input("reward"),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Makes the noises that the optimisation starts from, as KSampler's does.",
+                ),
                 io.Int.Input("steps", default=20, min=0, max=10000, tooltip="Sampling steps of each image."),
-                io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=0.01),
+                io.Float.Input(
+                    "cfg",
+                    default=5.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Classifier-free guidance. At 1 the negative prompt is not used, and a step costs half.",
+                ),
                 io.Combo.Input(
                     "sampler_name",
                     options=comfy.samplers.KSampler.SAMPLERS,
                     default="euler_ancestral",
                     tooltip="Ancestral and SDE samplers inject noise at every step, and all of it is optimised.",
                 ),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    tooltip="How the noise levels are spread over the steps.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Below 1 the latent image is kept in part (image to image).",
+                ),
                 *settings_inputs(),
                 prompt_input(),
             ],
@@ -423,10 +468,8 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
     @classmethod
     def execute(cls, noise, guider, sampler, sigmas, latent_image, vae, reward, prompt="", **values) -> io.NodeOutput:
         node = "MIRA Optimize Sampler (Advanced)"
-        if sigmas.shape[-1] < 2:
-            raise ValueError(
-                f"{node}: sigmas has {sigmas.shape[-1]} values, so nothing would be sampled; give 2 or more"
-            )
+        if message := wrong_sigmas(sigmas):
+            raise ValueError(f"{node}: {message}")
         model = guider.model_patcher
         check(node, model, sampler, latent_image, vae, reward, prompt, values)
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])

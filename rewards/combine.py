@@ -33,7 +33,7 @@ class WeightedSum(Reward):
         total, parts = 0.0, {}
         for reward, weight in zip(self.rewards, self.weights, strict=True):
             score, inner = reward(images, prompts)
-            total = total + weight * score
+            total = weight * score.to(images.device) + total
             for name, part in inner.items():
                 number = sum(key == name or key.startswith(f"{name} #") for key in parts)
                 parts[f"{name} #{number + 1}" if number else name] = part

@@ -27,7 +27,7 @@ class Keeper:
         self, k: int, reward: Tensor, drift: Tensor, latent: Tensor, noises: Sequence[Tensor], active: Tensor
     ) -> None:
         """reward, drift, active: (B,). Images that are not active keep what they have."""
-        reward, drift = reward.detach().double().cpu(), drift.detach().double().cpu()
+        reward, drift = reward.detach().cpu().double(), drift.detach().cpu().double()
         if self.latent is None:
             self.latent = latent.clone()
             self.noises = [z.detach().clone() for z in noises]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .keep import Keeper
+from .memory import out_of_memory
 from .rollout import Path, Rollout, per_image
 from .surrogates import REGULARIZERS, SURROGATES
 from .trace import Trace
@@ -171,7 +172,9 @@ def optimize(
             rows = _rows(k, state, evaluation, norms, settings.lr, time.perf_counter() - started, memory())
             trace.rows += rows
             on_iteration(k, rows, evaluation.score)  # a host's progress bar raises its interrupts too
-        except torch.OutOfMemoryError:
+        except RuntimeError as problem:
+            if not out_of_memory(problem):
+                raise
             if rollout.shrink():
                 trace.notices.append(f"out of memory at iteration {k}: went on with {rollout.memory} checkpointing")
                 continue
@@ -253,14 +256,14 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def _rows(k, state: _State, evaluation: _Evaluation, norms, lr, seconds, memory) -> list[dict[str, float]]:
     columns = {"reward": evaluation.score.total}
-    if len(evaluation.score.parts) > 1:
+    if any(not torch.equal(part, evaluation.score.total) for part in evaluation.score.parts.values()):
         columns |= {f"reward.{name}": part for name, part in evaluation.score.parts.items()}
     columns |= evaluation.surrogates
     elements = sum(z[0].numel() for z in state.z)
     columns["noise_norm"] = _norm([z.detach() for z in state.z]) / elements**0.5
     if norms is not None:
         columns["gradient_norm"] = norms
-    values = {name: column.detach().double().cpu().tolist() for name, column in columns.items()}
+    values = {name: column.detach().cpu().double().tolist() for name, column in columns.items()}
     return [
         {"iteration": k, "image": b}
         | {name: column[b] for name, column in values.items()}

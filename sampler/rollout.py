@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .memory import saved_bytes
+from .memory import out_of_memory, saved_bytes
 
 # D(x, sigma): x (B, C, ...), sigma (B,) -> the denoised prediction, or (guided, conditional) predictions.
 Denoiser = Callable[..., Tensor | tuple[Tensor, Tensor]]
@@ -104,7 +104,8 @@ class Rollout:
         rectified flow; eps_hat = (x - signal * D) / sigma.
     memory: "none", "per_step" or "per_block" checkpointing, or "auto".
     free_bytes: how much memory is left, for "auto".
-    blocks: a context inside which the model checkpoints its own blocks, for "per_block".
+    blocks: a context inside which the model checkpoints its own blocks, for "per_block"; None when it has none,
+        and then "per_block" is "per_step".
     """
 
     POLICIES = ("none", "per_step", "per_block")
@@ -120,7 +121,7 @@ class Rollout:
         memory: str = "auto",
         mask: Tensor | None = None,
         free_bytes: Callable[[], float] = lambda: float("inf"),
-        blocks: Callable[[], AbstractContextManager] = nullcontext,
+        blocks: Callable[[], AbstractContextManager] | None = None,
     ):
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting {weighting!r} is not one of {', '.join(WEIGHTINGS)}")
@@ -135,6 +136,8 @@ class Rollout:
         self.mask = mask
         self.free_bytes = free_bytes
         self.blocks = blocks
+        if memory == "per_block":
+            self.memory = self._thriftiest
 
     def __call__(self, noises: Sequence[Tensor]) -> Path:
         """The run with these noises; differentiable where grad mode is on.
@@ -177,7 +180,7 @@ class Rollout:
             self.memory = self._choose(lambda x: denoiser(x, sigma, **kwargs), x)
         if self.memory == "none":
             return denoiser(x, sigma, **kwargs)
-        blocks = self.blocks if self.memory == "per_block" else nullcontext
+        blocks = self.blocks if self.memory == "per_block" and self.blocks else nullcontext
 
         def run(x: Tensor):
             with blocks():
@@ -190,16 +193,22 @@ class Rollout:
         """Measure what one step keeps for its backward pass, and take the fastest policy that fits in 70 %."""
         try:
             step = saved_bytes(denoise, x)
-        except torch.OutOfMemoryError:
-            return "per_block"
+        except RuntimeError as problem:
+            if not out_of_memory(problem):
+                raise
+            return self._thriftiest
         room = 0.7 * self.free_bytes()
         if step * (len(self.schedule) - 1) < room:
             return "none"
-        return "per_step" if step < room else "per_block"
+        return "per_step" if step < room else self._thriftiest
+
+    @property
+    def _thriftiest(self) -> str:
+        return "per_block" if self.blocks else "per_step"
 
     def shrink(self) -> bool:
         """After running out of memory: go to the next thriftier policy. False when there is none."""
-        if self.memory in ("auto", "per_block"):
+        if self.memory in ("auto", self._thriftiest):
             return False
         self.memory = self.POLICIES[self.POLICIES.index(self.memory) + 1]
         return True

@@ -11,8 +11,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.pack import mira
+from tools.comfy import stop_cleanly
 
 mira("sampler")
+stop_cleanly()  # a terminated test run stops its server
 if not os.environ.get("MIRA_COMFYUI"):
     collect_ignore = ["comfy", "server"]
 

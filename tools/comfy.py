@@ -45,6 +45,8 @@ def pack_in(comfyui: Path) -> Iterator[None]:
         yield
         return
     link = nodes / "mira"
+    if os.path.lexists(link):
+        raise ServerError(f"{link} is another copy of the pack: move it away, or run that copy's dev.py")
     if os.name == "nt":
         import _winapi
 
@@ -114,11 +116,12 @@ class Server:
         )
         self.stack.callback(self._stop)
         deadline = time.monotonic() + START_SECONDS
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy knows this machine's port
         while True:
             if self.process.poll() is not None:
                 raise ServerError(f"ComfyUI ended with code {self.process.returncode} at its start:\n{self.tail()}")
             with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-                urllib.request.urlopen(f"{self.url}/system_stats", timeout=5).read()
+                opener.open(f"{self.url}/system_stats", timeout=5).read()
                 return
             if time.monotonic() > deadline:
                 raise ServerError(f"ComfyUI did not answer within {START_SECONDS} s:\n{self.tail()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import csv
 import json
@@ -85,13 +86,24 @@ def plot(records: dict[str, dict], pictures: list[tuple[str, Path]], drift: str,
     figure.savefig(path, dpi=110)
 
 
+@contextlib.asynccontextmanager
+async def explained(server: Server):
+    """What goes wrong while the server works, with what it printed last."""
+    try:
+        yield
+    except (ServerError, ValueError, OSError, asyncio.TimeoutError) as problem:
+        raise ServerError(
+            f"{problem or type(problem).__name__}\nThe server printed last:\n{server.tail(15)}"
+        ) from problem
+
+
 async def demo() -> dict:
     workflow = json.loads(WORKFLOW.read_text())
     OUTPUT.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     print("Starting ComfyUI ...", flush=True)
     with Server() as server:
-        async with Client(server.url) as client:
+        async with Client(server.url) as client, explained(server):
             prompt = to_prompt(workflow, await client.get("/object_info"))
             inputs = prompt[find(prompt, OPTIMIZER)]["inputs"]
             text = prompt[inputs["prompt"][0]]["inputs"]["value"]

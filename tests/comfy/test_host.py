@@ -39,11 +39,26 @@ def test_which_samplers_can_be_optimised(name):
 
 
 @pytest.mark.parametrize("name", [s for s in SAMPLERS if s not in NOT_DIFFERENTIABLE])
-def test_plain_output_is_ksampler_bit_for_bit(world, name):
+def test_zero_iterations_are_ksampler_bit_for_bit(world, name):
     """Brownian-tree samplers (dpmpp_sde and its kin) too: their tree is asked, and its answers are kept."""
     done = world.optimize(sampler=name, iterations=0, steps=3)
-    assert torch.equal(done.plain, world.ksampler(sampler=name, steps=3))
-    torch.testing.assert_close(done.latent, done.plain, atol=2e-3, rtol=1e-3)
+    expected = world.ksampler(sampler=name, steps=3)
+    assert torch.equal(done.plain, expected) and torch.equal(done.latent, expected)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m_sde", "dpmpp_sde", "euler_ancestral", "seeds_2", "sa_solver", "lcm"])
+def test_the_recorded_noises_give_the_sample_again(world, name):
+    row = world.optimize(sampler=name, iterations=1, steps=3).result.trace.of(0)[0]
+    with torch.no_grad():
+        stock = PixelReward("brightness").score(host.decode(world.vae, world.ksampler(sampler=name, steps=3)), [""])
+    assert row["path_kl"] == 0
+    assert row["reward"] == pytest.approx(stock.item(), abs=1e-3)
+
+
+def test_noise_of_its_own_is_refused():
+    sampler = comfy.samplers.ksampler("euler", {"s_churn": 10.0})
+    assert "draws noise of its own" in host.why_not_differentiable(sampler, Discrete())
+    assert host.why_not_differentiable(comfy.samplers.ksampler("euler_ancestral", {"eta": 0.5}), Discrete()) is None
 
 
 @pytest.mark.parametrize("scheduler", comfy.samplers.KSampler.SCHEDULERS)
@@ -294,19 +309,57 @@ def test_a_model_without_a_gradient_is_refused_by_name(world):
         world.optimize(model=model, iterations=1)
 
 
-def test_in_place_residuals_are_mended(world):
+class InPlaceResidual(torch.nn.Module):
     """What the Flux family does: x += ... on a tensor that backward needs."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, *args, **kwargs):
+        x = self.block(x, *args, **kwargs)
+        y = x.sigmoid()
+        y += 0.1 * y
+        return x + 0.1 * y
+
+
+def test_in_place_residuals_are_mended(world, monkeypatch):
+    with torch.inference_mode():
+        model = demo.load_model()
+    transformer = model.model.diffusion_model.middle_block[1].transformer_blocks
+    transformer[0] = InPlaceResidual(transformer[0])
+    monkeypatch.setattr(host, "BLOCKS", {*host.BLOCKS, "InPlaceResidual"})
+    unchecked, *checked = (
+        world.optimize(model=model, iterations=2, memory=m).latent for m in ("none", "per_step", "per_block")
+    )
+    for latent in checked:
+        torch.testing.assert_close(latent, unchecked, atol=1e-3, rtol=1e-3)
+
+
+def test_a_step_that_fits_only_with_block_checkpoints_is_tested_with_them(world):
+    model, calls = world.model.clone(), []
+
+    def full(apply, args):
+        calls.append(1)
+        if len(calls) == 5:  # the self-test's first call, after four plain steps
+            raise torch.OutOfMemoryError("full")
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(full)
+    assert len(rewards(world.optimize(model=model, iterations=1, memory="per_step"))) == 2
+
+
+def test_a_network_without_a_backward_is_refused_with_a_remedy(world):
     model = world.model.clone()
 
-    def inplace(apply, args):
-        x = args["input"] * 1.0
-        y = x.sigmoid()
-        y += x * 0.0  # overwrites what sigmoid's backward needs
-        return apply(args["input"], args["timestep"], **args["c"]) + 0 * y
+    def none(apply, args):
+        if torch.is_grad_enabled():
+            raise RuntimeError("derivative for aten::_scaled_mm is not implemented")
+        return apply(args["input"], args["timestep"], **args["c"])
 
-    model.set_model_unet_function_wrapper(inplace)
-    done = world.optimize(model=model, iterations=2)
-    assert rewards(done)[-1] > rewards(done)[0]
+    model.set_model_unet_function_wrapper(none)
+    with pytest.raises(RuntimeError, match="UNetModel has no gradient: derivative for aten::_scaled_mm.*quantised"):
+        world.optimize(model=model, iterations=1)
 
 
 def test_an_unwilling_sampler_object_is_named():

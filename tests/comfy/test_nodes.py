@@ -125,6 +125,30 @@ def test_advanced_equals_the_simple_one(world):
         assert torch.equal(a["samples"], b["samples"])
 
 
+@pytest.mark.parametrize(
+    ("sigmas", "message"),
+    [([1.0], "has 1 values"), ([14.0, 3.0, 1.0], "ends at 1, not 0"), ([0.0, 1.0, 14.0], "does not descend")],
+)
+def test_sigmas_that_cannot_end_in_an_image_are_refused(world, sigmas, message):
+    shared = {k: v for k, v in sampler_inputs(world).items() if k in (*nodes.optimize.SETTINGS, "vae", "reward")}
+    with pytest.raises(ValueError, match=message):
+        execute(
+            nodes.MiraOptimizeSamplerAdvanced,
+            noise=None,
+            guider=world.guider(),
+            sampler=comfy.samplers.sampler_object("euler"),
+            sigmas=torch.tensor(sigmas),
+            latent_image={"samples": torch.zeros(1, 4, 16, 16)},
+            **shared,
+        )
+
+
+def test_every_widget_has_a_tooltip():
+    for node in nodes.NODES:
+        for i in node.define_schema().inputs:
+            assert i.tooltip or not hasattr(i, "default"), f"{node.__name__}.{i.id}"
+
+
 def test_the_latent_dict_keeps_what_else_it_holds(world):
     mask = torch.ones(1, 128, 128)
     out = optimize(world, latent_image={"samples": torch.zeros(1, 4, 16, 16), "noise_mask": mask, "batch_index": [0]})
@@ -144,7 +168,7 @@ def test_the_latent_dict_keeps_what_else_it_holds(world):
         ({"sampler_name": "dpm_adaptive"}, "sampler dpm_adaptive cannot be optimised through.*euler_ancestral"),
         ({"latent_image": {"samples": torch.zeros(0, 4, 16, 16)}}, "the batch is empty"),
         ({"latent_image": {"samples": torch.full((1, 4, 16, 16), math.nan)}}, "latent_image holds NaN"),
-        ({"latent_image": {"samples": torch.zeros(1, 4, 1, 16, 16)}}, "only still images"),
+        ({"latent_image": {"samples": torch.zeros(1, 4, 1, 16, 16)}}, "only .B, C, H, W. images can be optimised"),
         ({"latent_image": {"samples": torch.ones(1, 16, 8, 8)}}, "16 channels, but model works in 4"),
         ({"reward": "brightness"}, "reward is a str: connect a MIRA reward node"),
     ],

@@ -40,7 +40,7 @@ def test_preprocessing_is_torchvisions():
         image = torch.rand(1, *shape)
         expected = T.resize(image, [64], T.InterpolationMode.BICUBIC, antialias=True)
         expected = T.normalize(T.center_crop(expected, [64, 64]), list(mean), list(std))
-        torch.testing.assert_close(preprocess(image, 64, mean, std), expected, atol=2e-2, rtol=0)
+        torch.testing.assert_close(preprocess(image, 64, mean, std), expected, atol=1e-4, rtol=0)
 
 
 class ToyCLIP(torch.nn.Module):

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from gaussian import ancestral, ddim, denoiser, noises, rollout, schedule
@@ -97,10 +99,13 @@ def test_auto_takes_the_fastest_policy_that_fits():
     step = saved_bytes(lambda x: D(x, None), x)
     assert step == 2 * 2 * 12 * 8  # two tanh outputs of (2, 12) in float64; the weight is not counted
     for room, policy in ((step * 20, "none"), (step * 4, "per_step"), (step, "per_block")):
-        run = rollout(memory="auto", D=D, free_bytes=lambda room=room: room)
+        run = rollout(memory="auto", D=D, free_bytes=lambda room=room: room, blocks=contextlib.nullcontext)
         run(leaves(noises()))
         assert run.memory == policy
     assert run.shrink() is False
+    run = rollout(memory="auto", D=D, free_bytes=lambda: step)
+    run(leaves(noises()))
+    assert run.memory == "per_step" and run.shrink() is False  # no blocks to checkpoint
 
 
 def test_conditional_prediction_can_be_measured():

@@ -73,7 +73,7 @@ def test_the_pack_loads_without_a_complaint(server):
     assert "IMPORT FAILED" not in log and "Traceback" not in log
 
 
-def test_all_nodes_are_registered_with_help_for_every_input(server):
+def test_all_nodes_are_registered(server):
     async def get():
         async with Client(server.url) as client:
             return await client.get("/object_info")
