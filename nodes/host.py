@@ -146,7 +146,9 @@ def _blocks_checkpointed(root: nn.Module, place: Callable) -> Callable | None:
 
     place: the context of each block's forward; it must be there again when the block is recomputed in backward.
     """
-    blocks = [m for m in root.modules() if type(m).__name__ in BLOCKS]
+    found = {name: m for name, m in root.named_modules() if type(m).__name__ in BLOCKS}
+    # Outermost only: a block within a block would not be wrapped any more when the outer one is recomputed.
+    blocks = [m for name, m in found.items() if not any(name.startswith(f"{outer}.") for outer in found)]
     if not blocks:
         return None
 

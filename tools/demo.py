@@ -92,9 +92,8 @@ async def explained(server: Server):
     try:
         yield
     except (ServerError, ValueError, OSError, asyncio.TimeoutError) as problem:
-        raise ServerError(
-            f"{problem or type(problem).__name__}\nThe server printed last:\n{server.tail(15)}"
-        ) from problem
+        text = f"{problem or type(problem).__name__}\nThe server printed last:\n{server.tail(15)}"
+        raise ServerError(text) from problem
 
 
 async def demo() -> dict:

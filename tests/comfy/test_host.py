@@ -358,7 +358,7 @@ def test_a_network_without_a_backward_is_refused_with_a_remedy(world):
         return apply(args["input"], args["timestep"], **args["c"])
 
     model.set_model_unet_function_wrapper(none)
-    with pytest.raises(RuntimeError, match="UNetModel has no gradient: derivative for aten::_scaled_mm.*quantised"):
+    with pytest.raises(RuntimeError, match=r"UNetModel has no gradient: derivative for aten::_scaled_mm.*quantised"):
         world.optimize(model=model, iterations=1)
 
 
