@@ -7,16 +7,12 @@ hooks and LoRAs are prepared by ComfyUI exactly as for a plain sample.
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
-import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
@@ -26,7 +22,6 @@ import comfy.utils
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ..rewards.base import Reward
@@ -34,165 +29,10 @@ from ..sampler.memory import out_of_memory
 from ..sampler.optimize import Result, Score, Settings, optimize
 from ..sampler.rollout import Rollout, draw, per_image
 from ..sampler.selftest import gradient_error
-from .twin import Twins
+from .grad import OutOfPlaceAdd, blocks_checkpointed, frozen, leave_inference_mode, normal, sdpa, static, training
+from .twin import StandIn, Twins
 
 log = logging.getLogger("mira")
-
-# Layers that are worth a checkpoint of their own, by class name.
-BLOCKS = {
-    "ResBlock",  # UNets
-    "BasicTransformerBlock",
-    "JointBlock",  # SD3
-    "DoubleStreamBlock",  # Flux, Chroma
-    "SingleStreamBlock",
-    "MMDiTBlock",  # AuraFlow
-    "DiTBlock",
-    "PixArtMSBlock",
-    "HunYuanDiTBlock",
-    "HiDreamImageBlock",
-    "JointTransformerBlock",  # Lumina2, Z-Image
-    "OmniGen2TransformerBlock",
-    "QwenImageTransformerBlock",
-}
-
-
-# --- inference mode -------------------------------------------------------------------------------------------------
-
-
-def normal(value):
-    """A copy, outside inference mode, of every tensor in nested lists, tuples and dicts; the rest as it is."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {k: normal(v) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(normal(v) for v in value)
-    return value
-
-
-def _made_in_inference_mode(t: Tensor) -> bool:
-    # `is_inference()` forgets after `.to(dtype)`; the version counter is what autograd will ask for.
-    try:
-        t._version  # noqa: B018
-    except RuntimeError:
-        return True
-    return False
-
-
-def leave_inference_mode(module: nn.Module) -> None:
-    """Re-register every weight and buffer that was made in inference mode: autograd cannot save those."""
-    for child in module.modules():
-        for name, p in child._parameters.items():
-            if p is not None and _made_in_inference_mode(p):
-                child._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=False)
-        for name, b in child._buffers.items():
-            if b is not None and _made_in_inference_mode(b):
-                child._buffers[name] = b.detach().clone()
-
-
-@contextmanager
-def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Within, no weight asks for a gradient: only the noises do, and no activation is kept for the weights."""
-    asking = [p for m in modules for p in m.parameters() if p.requires_grad]
-    for p in asking:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in asking:
-            p.requires_grad_(True)
-
-
-def static(patcher):
-    """Newer cores move weights while a model runs, which backward does not survive: a clone that stays put."""
-    if "disable_dynamic" in inspect.signature(patcher.clone).parameters:
-        return patcher.clone(disable_dynamic=True)
-    return patcher
-
-
-@contextmanager
-def training() -> Iterator[None]:
-    """Newer cores have kernels without a backward, and a switch that turns them off."""
-    management = comfy.model_management
-    if not hasattr(management, "in_training"):
-        yield
-        return
-    before, management.in_training = management.in_training, True
-    try:
-        yield
-    finally:
-        management.in_training = before
-
-
-# --- the network ----------------------------------------------------------------------------------------------------
-
-
-class _OutOfPlaceAdd(TorchFunctionMode):
-    """x += y makes a new tensor: in-place residuals (Flux family) overwrite what backward needs."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.add_ and torch.is_grad_enabled():
-            return torch.add(*args, **(kwargs or {})).to(args[0].dtype)
-        return func(*args, **(kwargs or {}))
-
-
-def _sdpa(_, *args, **kwargs):
-    """PyTorch's attention: sage, flash, sub-quadratic and split have no backward, or change with free memory."""
-    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
-
-
-def _blocks_checkpointed(root: nn.Module, place: Callable) -> Callable | None:
-    """A context within which the blocks of `root` checkpoint themselves, or None where it has no known ones.
-
-    place: the context of each block's forward; it must be there again when the block is recomputed in backward.
-    """
-    found = {name: m for name, m in root.named_modules() if type(m).__name__ in BLOCKS}
-    # Outermost only: a block within a block would not be wrapped any more when the outer one is recomputed.
-    blocks = [m for name, m in found.items() if not any(name.startswith(f"{outer}.") for outer in found)]
-    if not blocks:
-        return None
-
-    @contextmanager
-    def patched() -> Iterator[None]:
-        def wrap(forward):
-            def inside(*args, **kwargs):
-                with place():
-                    return forward(*args, **kwargs)
-
-            def run(*args, **kwargs):
-                if not torch.is_grad_enabled():
-                    return forward(*args, **kwargs)
-                return checkpoint(inside, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-            return run
-
-        for block in blocks:
-            block.forward = wrap(block.forward)
-        try:
-            yield
-        finally:
-            for block in blocks:
-                del block.forward
-
-    return patched
-
-
-class _Denoiser:
-    """Stands where ComfyUI's `KSamplerX0Inpaint` stands in a sampler function."""
-
-    def __init__(self, model_k, call: Callable):
-        self.inner_model = model_k.inner_model
-        self.model_k = model_k
-        self.call = call
-
-    def __getattr__(self, name: str):
-        return getattr(self.model_k, name)
-
-    def __call__(self, x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
-        return self.call(x, sigma, **kwargs)
-
-
-# --- VAE and reward -------------------------------------------------------------------------------------------------
 
 
 def decode(vae, latent: Tensor) -> Tensor:
@@ -211,9 +51,6 @@ def patcher_of(module: nn.Module) -> comfy.model_patcher.ModelPatcher:
             module, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
         )
     return module.mira_patcher
-
-
-# --- one job --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -379,7 +216,7 @@ class _Process:
             extra_args, call = denoiser(model_k, extra_args)
             twin = twins(self.job.sampler.sampler_function)
             return twin(
-                _Denoiser(model_k, call), x, sigmas, extra_args=extra_args, callback=None, disable=True, **options
+                StandIn(model_k, call), x, sigmas, extra_args=extra_args, callback=None, disable=True, **options
             )
 
         return self._run(noise, function, options)
@@ -406,7 +243,7 @@ class _Process:
     def _network(self, model_k, extra_args: dict) -> tuple[dict, Callable]:
         """The denoiser with everything in it that has a backward; (guided, conditional) where both are wanted."""
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-        options.setdefault("transformer_options", {})["optimized_attention_override"] = _sdpa
+        options.setdefault("transformer_options", {})["optimized_attention_override"] = sdpa
         conditional = []
         if self.job.measured == "conditional":
 
@@ -443,7 +280,7 @@ class _Process:
         return Score(total, {k: p.detach().float() for k, p in parts.items()}, images.detach())
 
     def blocks(self) -> Callable | None:
-        return _blocks_checkpointed(self.inner.diffusion_model, lambda: self.place())
+        return blocks_checkpointed(self.inner.diffusion_model, lambda: self.place())
 
     def check_gradient(self, noise: Tensor) -> None:
         """One denoising step, its gradient against a finite difference, before anything is optimised."""
@@ -462,7 +299,7 @@ class _Process:
                 if out_of_memory(problem) and within is nullcontext and self.blocks():
                     return attempt(self.blocks())
                 if "inplace operation" in str(problem) and self.place is nullcontext:
-                    self.place = _OutOfPlaceAdd
+                    self.place = OutOfPlaceAdd
                     return attempt(within)
                 if out_of_memory(problem):
                     raise
@@ -492,72 +329,6 @@ class _Process:
 
         self._run(noise, function, {})
         return found[0]
-
-
-# --- what is asked before a run -------------------------------------------------------------------------------------
-
-
-def why_not_differentiable(sampler, model_sampling) -> str | None:
-    """Run the sampler's twin on a toy model for three steps: None, or why its trajectory cannot be optimised."""
-    if not isinstance(sampler, comfy.samplers.KSAMPLER):
-        return f"{type(sampler).__name__} is not a k-diffusion sampler"
-    with torch.inference_mode(False), torch.enable_grad():
-        model_sampling = copy.deepcopy(model_sampling)
-        leave_inference_mode(model_sampling)
-        return _try_on_a_toy(sampler, model_sampling)
-
-
-def _try_on_a_toy(sampler, model_sampling) -> str | None:
-    def toy(x, sigma, **kwargs):
-        # Any function that depends on x at every noise level will do.
-        denoised = x / (1 + sigma.reshape(-1, 1, 1, 1))
-        for post in kwargs.get("model_options", {}).get("sampler_post_cfg_function", ()):
-            post({"denoised": denoised, "uncond_denoised": denoised, "cond_denoised": denoised, "model": None})
-        return denoised
-
-    toy.inner_model = SimpleNamespace(
-        inner_model=SimpleNamespace(model_sampling=model_sampling),
-        model_patcher=SimpleNamespace(get_model_object=lambda name: model_sampling),
-    )
-    model = _Denoiser(toy, toy)
-    options = {k: v for k, v in sampler.extra_options.items() if k != "noise_sampler"}
-    low, high = float(model_sampling.sigma_min), float(model_sampling.sigma_max)
-    sigmas = torch.tensor([high, math.sqrt(high * low), low, 0.0])
-
-    def run(x: Tensor, noises: list, replay: bool = False) -> Tensor:
-        rest = iter(list(noises))
-
-        def source(draw):
-            if replay:
-                return next(rest)
-            noises.append(draw())
-            return noises[-1]
-
-        return Twins(source)(sampler.sampler_function)(
-            model, x, sigmas, extra_args={"seed": 0, "model_options": {}}, callback=None, disable=True, **options
-        )
-
-    counts = []
-    for scale in (1.0, 3.0):
-        x = (torch.linspace(-1, 1, 16).reshape(1, 4, 2, 2) * high * scale).requires_grad_()
-        noises: list = []
-        try:
-            out = run(x, noises)
-            if not out.requires_grad:
-                return "it cuts the gradient"
-            (gradient,) = torch.autograd.grad(out.sum(), x)
-            with torch.no_grad():
-                again = run(x, noises, replay=True)
-        except AttributeError:
-            return None  # it asks for more of ComfyUI than the toy has; the first iteration will tell
-        except RuntimeError as problem:
-            return f"backward fails: {str(problem).splitlines()[0]}"
-        if not torch.isfinite(gradient).all() or not gradient.abs().sum() > 0:
-            return "its gradient is zero or not finite"
-        if not torch.equal(again, out):
-            return "it draws noise of its own that cannot be held fixed (is s_churn above 0?)"
-        counts.append(len(noises))
-    return None if counts[0] == counts[1] else "its number of steps depends on the image"
 
 
 def free_bytes() -> float:

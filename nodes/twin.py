@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import comfy.k_diffusion.sampling as k_diffusion
 import torch
+from torch import Tensor
 
 NoiseSource = Callable[[Callable[[], torch.Tensor]], torch.Tensor]
 
@@ -80,3 +81,18 @@ class _Identity(tuple):
 
 
 _NOISE_FACTORIES = _Identity((k_diffusion.default_noise_sampler, k_diffusion.BrownianTreeNoiseSampler))
+
+
+class StandIn:
+    """Stands where ComfyUI's `KSamplerX0Inpaint` stands in a sampler function."""
+
+    def __init__(self, model_k, call: Callable):
+        self.inner_model = model_k.inner_model
+        self.model_k = model_k
+        self.call = call
+
+    def __getattr__(self, name: str):
+        return getattr(self.model_k, name)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
+        return self.call(x, sigma, **kwargs)

@@ -12,7 +12,7 @@ import comfy.samplers
 import comfy.sd
 import pytest
 import torch
-from mira.nodes import demo, host
+from mira.nodes import demo, grad, host, probe
 from mira.rewards.combine import WeightedSum
 from mira.rewards.pixel import PixelReward
 from mira.sampler.rollout import Rollout
@@ -33,7 +33,7 @@ class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_which_samplers_can_be_optimised(name):
     for model_sampling in (Discrete(), Flow()):
-        why = host.why_not_differentiable(comfy.samplers.sampler_object(name), model_sampling)
+        why = probe.why_not_differentiable(comfy.samplers.sampler_object(name), model_sampling)
         assert (why is None) == (name not in NOT_DIFFERENTIABLE), why
         assert why is None or NOT_DIFFERENTIABLE[name] in why
 
@@ -57,8 +57,8 @@ def test_the_recorded_noises_give_the_sample_again(world, name):
 
 def test_noise_of_its_own_is_refused():
     sampler = comfy.samplers.ksampler("euler", {"s_churn": 10.0})
-    assert "draws noise of its own" in host.why_not_differentiable(sampler, Discrete())
-    assert host.why_not_differentiable(comfy.samplers.ksampler("euler_ancestral", {"eta": 0.5}), Discrete()) is None
+    assert "draws noise of its own" in probe.why_not_differentiable(sampler, Discrete())
+    assert probe.why_not_differentiable(comfy.samplers.ksampler("euler_ancestral", {"eta": 0.5}), Discrete()) is None
 
 
 @pytest.mark.parametrize("scheduler", comfy.samplers.KSampler.SCHEDULERS)
@@ -166,9 +166,9 @@ def test_gradient_of_every_noise_against_finite_differences(world):
 def test_weights_made_in_inference_mode_are_replaced_once(world):
     with torch.inference_mode():
         model = demo.load_model()
-        assert host._made_in_inference_mode(next(model.model.parameters()))
+        assert grad.made_in_inference_mode(next(model.model.parameters()))
     world.optimize(model=model, iterations=1)
-    assert not any(host._made_in_inference_mode(p) for p in model.model.parameters())
+    assert not any(grad.made_in_inference_mode(p) for p in model.model.parameters())
 
 
 def test_weights_that_ask_for_gradients_get_none_and_ask_again(world):
@@ -328,7 +328,7 @@ def test_in_place_residuals_are_mended(world, monkeypatch):
         model = demo.load_model()
     transformer = model.model.diffusion_model.middle_block[1].transformer_blocks
     transformer[0] = InPlaceResidual(transformer[0])
-    monkeypatch.setattr(host, "BLOCKS", {*host.BLOCKS, "InPlaceResidual"})
+    monkeypatch.setattr(grad, "BLOCKS", {*grad.BLOCKS, "InPlaceResidual"})
     unchecked, *checked = (
         world.optimize(model=model, iterations=2, memory=m).latent for m in ("none", "per_step", "per_block")
     )
@@ -363,5 +363,5 @@ def test_a_network_without_a_backward_is_refused_with_a_remedy(world):
 
 
 def test_an_unwilling_sampler_object_is_named():
-    why = host.why_not_differentiable(object(), Discrete())
+    why = probe.why_not_differentiable(object(), Discrete())
     assert why == "object is not a k-diffusion sampler"

@@ -1,0 +1,92 @@
+"""What is wrong with a run's inputs, said before any sampling starts: where, what, and how to mend it."""
+
+from __future__ import annotations
+
+import math
+
+import comfy.sample
+import torch
+
+from ..rewards.base import Reward
+from .probe import why_not_differentiable
+
+
+def complain(values: dict) -> str | None:
+    """What is wrong with plain values, or None. A value that is not known yet (a linked input) is None."""
+
+    def below(name, least, why):
+        value = values.get(name)
+        return value is not None and (not math.isfinite(value) or value < least) and f"{name} is {value}: {why}"
+
+    drift = values.get("stop") and "drift" in values["stop"]
+    return (
+        below("iterations", 1, "nothing would be optimised; use 1 or more, or a KSampler for a plain sample")
+        or below("steps", 1, "nothing would be sampled; use 1 or more")
+        or below("beta", 0, "a negative weight would reward drift; use 0 or more")
+        or below("learning_rate", 1e-12, "the noises would not move; use a value above 0, such as 0.01")
+        or below("drift_limit", 0, "use 0 for no limit, or a value above 0")
+        or below("clip_norm", 0, "use 0 for no clipping, or a value above 0")
+        or below("patience", 1, "use 1 or more")
+        or (
+            values.get("denoise") is not None
+            and not 0 < values["denoise"] <= 1
+            and f"denoise is {values['denoise']}: use a value above 0 and up to 1"
+        )
+        or (
+            drift
+            and values.get("drift_limit") == 0
+            and f"stop is {values['stop']} but drift_limit is 0: set a limit above 0"
+        )
+        or None
+    )
+
+
+def wrong_sigmas(sigmas: torch.Tensor) -> str | None:
+    if len(sigmas) < 2:
+        return f"sigmas has {len(sigmas)} values, so nothing would be sampled; give 2 or more"
+    if not (sigmas[1:] < sigmas[:-1]).all():
+        return "sigmas does not descend: use the output of a scheduler as it is"
+    if sigmas[-1] != 0:
+        return (
+            f"sigmas ends at {sigmas[-1].item():.3g}, not 0: the image would still be noisy, and a reward of it means "
+            "nothing; optimise the low half of split sigmas, which ends at 0"
+        )
+    return None
+
+
+def check(node: str, model, sampler, latent: dict, vae, reward: Reward, prompt: str, values: dict) -> None:
+    """Raise ValueError before any sampling starts, saying what is wrong, where, and how to mend it."""
+
+    def fail(message: str):
+        raise ValueError(f"{node}: {message}")
+
+    if message := complain(values):
+        fail(message)
+    if not isinstance(reward, Reward):
+        fail(f"reward is a {type(reward).__name__}: connect a MIRA reward node")
+    if not reward.facts.differentiable:
+        fail(f"reward {reward.facts.name!r} has no gradient: use a differentiable reward here")
+    if reward.facts.needs_prompt and not (prompt or "").strip():
+        fail(f"reward {reward.facts.name!r} compares image and prompt, but prompt is empty: give the prompt as text")
+    samples = latent["samples"]
+    if samples.numel() == 0:
+        fail(f"latent_image has shape {tuple(samples.shape)}: the batch is empty; ask for at least one image")
+    fixed = comfy.sample.fix_empty_latent_channels(model, samples)
+    if getattr(fixed, "is_nested", False) or fixed.ndim != 4:
+        fail(f"latent_image has shape {tuple(fixed.shape)} in this model: only (B, C, H, W) images can be optimised")
+    if not torch.isfinite(samples).all():
+        fail("latent_image holds NaN or infinite values: look at the node that made it")
+    if "noise_mask" in latent and latent["noise_mask"].numel() == 0:
+        fail("latent_image has an empty noise_mask")
+    channels = model.get_model_object("latent_format").latent_channels
+    if fixed.shape[1] != channels:
+        fail(
+            f"latent_image has {fixed.shape[1]} channels, but model works in {channels}: "
+            "encode the image with the model's own VAE"
+        )
+    if vae.latent_channels != channels:
+        fail(f"vae decodes latents of {vae.latent_channels} channels, but model makes {channels}: use its own VAE")
+    why = why_not_differentiable(sampler, model.get_model_object("model_sampling"))
+    if why:
+        name = values.get("sampler_name", type(sampler).__name__)
+        fail(f"sampler {name} cannot be optimised through: {why}. Use euler_ancestral, euler or dpmpp_2m")

@@ -1,0 +1,77 @@
+"""Can a sampler's trajectory be optimised? Found by running it on a toy, not by its name."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from .grad import leave_inference_mode
+from .twin import StandIn, Twins
+
+
+def why_not_differentiable(sampler, model_sampling) -> str | None:
+    """Run the sampler's twin on a toy model for three steps: None, or why its trajectory cannot be optimised."""
+    if not isinstance(sampler, comfy.samplers.KSAMPLER):
+        return f"{type(sampler).__name__} is not a k-diffusion sampler"
+    with torch.inference_mode(False), torch.enable_grad():
+        model_sampling = copy.deepcopy(model_sampling)
+        leave_inference_mode(model_sampling)
+        return _try_on_a_toy(sampler, model_sampling)
+
+
+def _try_on_a_toy(sampler, model_sampling) -> str | None:
+    def toy(x, sigma, **kwargs):
+        # Any function that depends on x at every noise level will do.
+        denoised = x / (1 + sigma.reshape(-1, 1, 1, 1))
+        for post in kwargs.get("model_options", {}).get("sampler_post_cfg_function", ()):
+            post({"denoised": denoised, "uncond_denoised": denoised, "cond_denoised": denoised, "model": None})
+        return denoised
+
+    toy.inner_model = SimpleNamespace(
+        inner_model=SimpleNamespace(model_sampling=model_sampling),
+        model_patcher=SimpleNamespace(get_model_object=lambda name: model_sampling),
+    )
+    model = StandIn(toy, toy)
+    options = {k: v for k, v in sampler.extra_options.items() if k != "noise_sampler"}
+    low, high = float(model_sampling.sigma_min), float(model_sampling.sigma_max)
+    sigmas = torch.tensor([high, math.sqrt(high * low), low, 0.0])
+
+    def run(x: Tensor, noises: list, replay: bool = False) -> Tensor:
+        rest = iter(list(noises))
+
+        def source(draw):
+            if replay:
+                return next(rest)
+            noises.append(draw())
+            return noises[-1]
+
+        return Twins(source)(sampler.sampler_function)(
+            model, x, sigmas, extra_args={"seed": 0, "model_options": {}}, callback=None, disable=True, **options
+        )
+
+    counts = []
+    for scale in (1.0, 3.0):
+        x = (torch.linspace(-1, 1, 16).reshape(1, 4, 2, 2) * high * scale).requires_grad_()
+        noises: list = []
+        try:
+            out = run(x, noises)
+            if not out.requires_grad:
+                return "it cuts the gradient"
+            (gradient,) = torch.autograd.grad(out.sum(), x)
+            with torch.no_grad():
+                again = run(x, noises, replay=True)
+        except AttributeError:
+            return None  # it asks for more of ComfyUI than the toy has; the first iteration will tell
+        except RuntimeError as problem:
+            return f"backward fails: {str(problem).splitlines()[0]}"
+        if not torch.isfinite(gradient).all() or not gradient.abs().sum() > 0:
+            return "its gradient is zero or not finite"
+        if not torch.equal(again, out):
+            return "it draws noise of its own that cannot be held fixed (is s_churn above 0?)"
+        counts.append(len(noises))
+    return None if counts[0] == counts[1] else "its number of steps depends on the image"

@@ -1,0 +1,164 @@
+"""The inputs and outputs that both optimising samplers share."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..sampler.optimize import KEEP, OPTIMIZERS, STOP, Settings
+from ..sampler.rollout import WEIGHTINGS, Rollout
+from ..sampler.surrogates import REGULARIZERS, SURROGATES
+from .types import MiraTrace
+
+DEFAULT = Settings()
+
+# Inputs that both samplers share, in the order in which a node shows them.
+SETTINGS = (
+    "iterations",
+    "learning_rate",
+    "regularizer",
+    "beta",
+    "keep",
+    "drift_limit",
+    "stop",
+    "patience",
+    "memory",
+    "drift_metric",
+    "optimizer",
+    "clip_norm",
+    "weighting",
+    "measured",
+)
+
+
+def settings_inputs() -> list:
+    return [
+        io.Int.Input(
+            "iterations",
+            default=DEFAULT.iterations,
+            min=0,
+            max=1000,
+            tooltip="Updates of the noises. Each costs two to three plain samples.",
+        ),
+        io.Float.Input(
+            "learning_rate",
+            default=DEFAULT.lr,
+            min=0.0001,
+            max=10.0,
+            step=0.001,
+            round=0.0001,
+            tooltip="How far an update moves the noises, in units of their standard deviation. The paper uses 0.01.",
+        ),
+        io.Combo.Input(
+            "regularizer",
+            options=list(REGULARIZERS),
+            default=DEFAULT.regularizer,
+            tooltip=(
+                "What holds the image near the model. mira: the paper's loss; mira_two_sided: its score energy, held "
+                "from both sides; score_distance: the distance of the scores; path_kl: the distance of the noises; "
+                "latent_distance: the distance of the result; prno: DNO's; none: plain noise optimisation."
+            ),
+        ),
+        io.Float.Input(
+            "beta",
+            default=DEFAULT.beta,
+            min=-1000.0,
+            max=1000.0,
+            step=0.01,
+            tooltip="The weight of the regularizer against the reward: higher means less reward and less drift.",
+        ),
+        io.Combo.Input(
+            "keep",
+            options=list(KEEP),
+            default=DEFAULT.keep,
+            tooltip=(
+                "Which image comes back: the best reward among those within the drift limit, the best reward, "
+                "or the last one (as in the paper). Each image of a batch on its own."
+            ),
+        ),
+        io.Float.Input(
+            "drift_limit",
+            default=DEFAULT.drift_limit,
+            min=0.0,
+            max=1000000.0,
+            step=0.01,
+            round=0.0001,
+            tooltip="The largest drift (by drift_metric) that `keep` and `stop` accept. 0: no limit.",
+        ),
+        io.Combo.Input(
+            "stop",
+            options=list(STOP),
+            default=DEFAULT.stop,
+            tooltip="When to leave an image alone: never, on a plateau of its reward, past the drift limit, or either.",
+        ),
+        io.Int.Input(
+            "patience",
+            default=DEFAULT.patience,
+            min=1,
+            max=1000,
+            tooltip="How many iterations without progress make a plateau.",
+        ),
+        io.Combo.Input(
+            "memory",
+            options=["auto", *Rollout.POLICIES],
+            default="auto",
+            tooltip=(
+                "What is kept for the backward pass. none: everything (fastest); per_step: only the latents; "
+                "per_block: less still inside a step; auto: the fastest that fits, and thriftier when memory runs out."
+            ),
+        ),
+        io.Combo.Input(
+            "drift_metric",
+            options=list(SURROGATES),
+            default=DEFAULT.drift_metric,
+            tooltip="What the drift limit is measured in.",
+        ),
+        io.Combo.Input(
+            "optimizer",
+            options=list(OPTIMIZERS),
+            default=DEFAULT.optimizer,
+            tooltip="adamw is the paper's; sgd (with Nesterov momentum 0.9) needs a larger learning rate.",
+        ),
+        io.Float.Input(
+            "clip_norm",
+            default=DEFAULT.clip_norm,
+            min=0.0,
+            max=1000.0,
+            step=0.01,
+            tooltip="The largest gradient norm of one image. 0: no clipping.",
+        ),
+        io.Combo.Input(
+            "weighting",
+            options=list(WEIGHTINGS),
+            default="marginal",
+            tooltip="The weights of the score energy over steps: 1 - abar (marginal) or DDIM's transition variance.",
+        ),
+        io.Combo.Input(
+            "measured",
+            options=["guided", "conditional"],
+            default="guided",
+            tooltip="Which prediction the surrogates look at: the one that samples (with CFG), or the conditional one.",
+        ),
+    ]
+
+
+def prompt_input():
+    return io.String.Input(
+        "prompt",
+        default="",
+        multiline=True,
+        optional=True,
+        tooltip="The prompt as text, for rewards that compare image and prompt. One for the whole batch.",
+    )
+
+
+def trace_outputs() -> list:
+    return [
+        io.Latent.Output("optimized", tooltip="The kept iterate of every image."),
+        io.Latent.Output("plain", tooltip="The plain sample of the same seed, as KSampler gives it."),
+        MiraTrace.Output("trace", tooltip="The record: reward, drift and more at every iteration."),
+    ]
+
+
+def settings_of(values: dict) -> Settings:
+    names = set(Settings.__dataclass_fields__)
+    return Settings(lr=values["learning_rate"], **{k: v for k, v in values.items() if k in names})
