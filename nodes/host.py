@@ -260,7 +260,7 @@ class _Process:
             if self.job.measured != "conditional":
                 return out
             if not conditional:
-                raise RuntimeError("this guider gives no conditional prediction: set `measured` to guided")
+                raise ValueError("this guider gives no conditional prediction: set `measured` to guided")
             return out, conditional.pop()
 
         return {**extra_args, "model_options": options}, call
