@@ -31,15 +31,18 @@ ANIMALS = vocabulary.ANIMALS
 METHODS = (
     ("none", 0.0, 45),
     ("mira", 1.0, 15),
-    ("mira_two_sided", 1.0, 15),
     ("mira_two_sided", 5.0, 15),
-    ("score_distance", 1.0, 15),
     ("score_distance", 5.0, 15),
     ("latent_distance", 0.3, 15),
     ("path_kl", 1.0, 15),
 )
 REWARDS = ("brightness", "darkness", "CLIPScore")
-STEPS, ITERATIONS, LR, BATCH, SEED = 10, 15, 0.02, 15, 0
+STEPS, ITERATIONS, LR, BATCH, SEED = 8, 12, 0.025, 15, 0
+
+
+def raw(reward: str, regularizer: str, beta: float, suffix: str = ".json") -> Path:
+    """The file of one run: its name holds every setting, so runs of other settings are never mixed in."""
+    return RAW / f"{reward}_{regularizer}_{beta:g}_{STEPS}x{ITERATIONS}_lr{LR:g}_seed{SEED}{suffix}"
 
 
 def run(world: World, judge, clip_score, reward: str, regularizer: str, beta: float, count: int) -> list[dict]:
@@ -65,7 +68,7 @@ def run(world: World, judge, clip_score, reward: str, regularizer: str, beta: fl
             regularizer=regularizer, beta=beta, lr=LR, seed=SEED + start, on_iteration=observe, memory="none",
         )  # fmt: skip
         rows += done.result.trace.rows
-    sheet(torch.cat(pictures), BATCH, RAW / f"{reward}_{regularizer}_{beta:g}.jpg")
+    sheet(torch.cat(pictures), BATCH, raw(reward, regularizer, beta, ".jpg"))
     return rows
 
 
@@ -112,7 +115,7 @@ def load() -> dict[tuple[str, str, float], list[dict]]:
     runs = {}
     for reward in REWARDS:
         for regularizer, beta, _ in METHODS:
-            path = RAW / f"{reward}_{regularizer}_{beta:g}.json"
+            path = raw(reward, regularizer, beta)
             if path.is_file():
                 runs[reward, regularizer, beta] = json.loads(path.read_text())
     return runs
@@ -180,7 +183,7 @@ def main() -> None:
         world, judge, clip_score = World(), judge_module.load_judge(), demo.demo_clip_score()
         for regularizer, beta, count in METHODS:
             for reward in args.rewards:
-                path = RAW / f"{reward}_{regularizer}_{beta:g}.json"
+                path = raw(reward, regularizer, beta)
                 if path.is_file():
                     continue
                 start = time.perf_counter()
