@@ -148,6 +148,16 @@ def report(runs: dict, out: Path) -> None:
                 values = matched(rows, runs[reward, "none", 0.0], fraction)
                 writer.writerow([reward, regularizer, beta, fraction, *(f"{v:.3f}" for v in values)])
                 print(reward, regularizer, beta, fraction, *(f"{v:.3f}" for v in values))
+    with (out / "surrogates_thresholds.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["optimised", "surrogate", "at_90_percent_of_adherence", "at_75_percent", "at_50_percent"])
+        for reward in REWARDS:
+            rows = runs.get((reward, "none", 0.0), [])
+            for surrogate in SURROGATES if rows else ():
+                lost, value = -curve(rows, "adherence").mean(1), curve(rows, surrogate).mean(1)
+                levels = [at(lost, value, lost[0].item() * share) for share in (0.9, 0.75, 0.5)]
+                writer.writerow([reward, surrogate, *(f"{v:.3g}" for v in levels)])
+                print(reward, surrogate, *(f"{v:.3g}" for v in levels))
     figure, axes = plt.subplots(3, len(REWARDS), figsize=(15, 12), layout="constrained")
     for column, reward in enumerate(REWARDS):
         subset = {r["animal"] for key, rows in runs.items() if key[0] == reward and key[1] != "none" for r in rows}

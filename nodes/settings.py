@@ -9,7 +9,17 @@ from ..sampler.rollout import WEIGHTINGS, Rollout
 from ..sampler.surrogates import REGULARIZERS, SURROGATES
 from .types import MiraTrace
 
-DEFAULT = Settings()
+# What the measurement in docs/surrogates.md chose: plain optimisation's path, ended by the distance travelled.
+DEFAULT = Settings(
+    iterations=20,
+    lr=0.02,
+    regularizer="path_kl",
+    beta=1.0,
+    drift_metric="path_kl",
+    drift_limit=0.05,
+    keep="best_within_drift",
+    stop="drift",
+)
 
 # Inputs that both samplers share, in the order in which a node shows them.
 SETTINGS = (
@@ -82,7 +92,10 @@ def settings_inputs() -> list:
             max=1000000.0,
             step=0.01,
             round=0.0001,
-            tooltip="The largest drift (by drift_metric) that `keep` and `stop` accept. 0: no limit.",
+            tooltip=(
+                "The largest drift (by drift_metric) that `keep` and `stop` accept. On the demo model 0.05 of path_kl "
+                "kept about 90 % of the prompt adherence. 0: no limit."
+            ),
         ),
         io.Combo.Input(
             "stop",

@@ -27,7 +27,7 @@ MAX_HALVINGS = 3
 
 @dataclass(frozen=True)
 class Settings:
-    """How to optimise.
+    """How to optimise. The defaults here are plain noise optimisation; the nodes have the measured ones.
 
     iterations: K, updates of the noises. lr: the optimiser's step, in units of the noise's standard deviation.
     regularizer, beta: the penalty beta * R(z) of the loss, one of `REGULARIZERS`.
@@ -42,8 +42,8 @@ class Settings:
 
     iterations: int = 30
     lr: float = 0.01
-    regularizer: str = "mira"
-    beta: float = 0.5
+    regularizer: str = "none"
+    beta: float = 0.0
     optimizer: str = "adamw"
     clip_norm: float = 1.0
     drift_metric: str = "score_distance"

@@ -25,12 +25,13 @@ async def optimise(client: Client, prompt: dict, label: str) -> tuple[dict, dict
     from tqdm import tqdm
 
     node = find(prompt, OPTIMIZER)
+    drift = prompt[node]["inputs"]["drift_metric"]
     prompt_id = await client.submit(prompt)
     with tqdm(total=prompt[node]["inputs"]["iterations"] + 1, desc=label, unit="it") as bar:
         async for kind, data in client.events(prompt_id):
             if kind == "mira.step":
                 row = data["rows"][0]
-                bar.set_postfix(reward=f"{row['reward']:.3f}", drift=f"{row['score_distance']:.3f}")
+                bar.set_postfix(reward=f"{row['reward']:.3f}", drift=f"{row[drift]:.3f}")
                 bar.update()
     outputs = await client.outputs(prompt_id)
     images = {}
@@ -107,7 +108,7 @@ async def demo() -> dict:
             inputs = prompt[find(prompt, OPTIMIZER)]["inputs"]
             text = prompt[inputs["prompt"][0]]["inputs"]["value"]
             plain = copy.deepcopy(prompt)
-            plain[find(prompt, OPTIMIZER)]["inputs"] |= {"regularizer": "none", "keep": "last"}
+            plain[find(prompt, OPTIMIZER)]["inputs"] |= {"regularizer": "none", "keep": "last", "stop": "never"}
             mira, images = await optimise(client, prompt, "MIRA")
             dno, contrast = await optimise(client, plain, "DNO ")
     pictures = [("before", images["plain"]), ("after MIRA", images["optimized"]), ("after DNO", contrast["optimized"])]
