@@ -40,7 +40,7 @@ def changed(prompt, kind=OPTIMIZER, **inputs):
 
 
 def small(prompt, **inputs):
-    return changed(prompt, **({"steps": 3, "iterations": 3} | inputs))
+    return changed(prompt, **({"steps": 3, "iterations": 3, "stop": "never"} | inputs))
 
 
 async def follow(client, prompt):
@@ -166,7 +166,7 @@ def test_two_runs_are_the_same_bits_and_an_unchanged_one_is_cached(server, quick
 
 
 def test_cancel_hands_back_the_best_so_far(server, quickstart):
-    prompt = changed(quickstart, steps=6, iterations=500, seed=5)
+    prompt = changed(quickstart, steps=6, iterations=500, seed=5, stop="never")
     node = find(prompt, OPTIMIZER)
 
     async def go():
@@ -190,7 +190,7 @@ def test_cancel_hands_back_the_best_so_far(server, quickstart):
 
 
 def test_a_client_that_comes_back_goes_on_listening(server, quickstart):
-    prompt = changed(quickstart, steps=4, iterations=12, seed=8)
+    prompt = changed(quickstart, steps=4, iterations=12, seed=8, stop="never")
 
     async def go():
         async with Client(server.url) as client:
