@@ -97,7 +97,11 @@ class MiraDemoModel(io.ComfyNode):
                 'Prompt it as "generate an image of a fox" or "a 3d fox on a blue background".'
             ),
             inputs=[],
-            outputs=[io.Model.Output("model"), io.Clip.Output("clip"), io.Vae.Output("vae")],
+            outputs=[
+                io.Model.Output("model", display_name="model"),
+                io.Clip.Output("clip", display_name="clip"),
+                io.Vae.Output("vae", display_name="vae"),
+            ],
         )
 
     @classmethod
@@ -117,7 +121,7 @@ class MiraDemoCLIPScore(io.ComfyNode):
                 "use it with the MIRA Demo Model. The optimiser needs the prompt as text."
             ),
             inputs=[],
-            outputs=[MiraReward.Output("reward")],
+            outputs=[MiraReward.Output("reward", display_name="reward")],
         )
 
     @classmethod

@@ -26,7 +26,7 @@ class MiraPixelReward(io.ComfyNode):
                     tooltip="brightness: the mean pixel, -1 is black and 1 is white; darkness: its negative.",
                 )
             ],
-            outputs=[MiraReward.Output("reward")],
+            outputs=[MiraReward.Output("reward", display_name="reward")],
         )
 
     @classmethod
@@ -60,7 +60,7 @@ class MiraCombineRewards(io.ComfyNode):
                 "a CLIPScore of 100 weighs as much as a brightness of 1 with weights 0.01 and 1."
             ),
             inputs=inputs,
-            outputs=[MiraReward.Output("reward")],
+            outputs=[MiraReward.Output("reward", display_name="reward")],
         )
 
     @classmethod

@@ -166,9 +166,13 @@ def prompt_input():
 
 def trace_outputs() -> list:
     return [
-        io.Latent.Output("optimized", tooltip="The kept iterate of every image."),
-        io.Latent.Output("plain", tooltip="The plain sample of the same seed, as KSampler gives it."),
-        MiraTrace.Output("trace", tooltip="The record: reward, drift and more at every iteration."),
+        io.Latent.Output("optimized", display_name="optimized", tooltip="The kept iterate of every image."),
+        io.Latent.Output(
+            "plain", display_name="plain", tooltip="The plain sample of the same seed, as KSampler gives it."
+        ),
+        MiraTrace.Output(
+            "trace", display_name="trace", tooltip="The record: reward, drift and more at every iteration."
+        ),
     ]
 
 

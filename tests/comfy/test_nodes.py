@@ -64,7 +64,7 @@ def test_registration():
     """What workflows hold for ever: ids, inputs and outputs, in this order."""
     extension = asyncio.run(nodes.comfy_entrypoint())
     listed = {n.define_schema().node_id: n.define_schema() for n in asyncio.run(extension.get_node_list())}
-    assert {k: [o.id or o.io_type for o in v.outputs] for k, v in listed.items()} == {
+    assert {k: [o.display_name for o in v.outputs] for k, v in listed.items()} == {
         "MiraOptimizeKSampler": ["optimized", "plain", "trace"],
         "MiraOptimizeSamplerAdvanced": ["optimized", "plain", "trace"],
         "MiraPixelReward": ["reward"],
