@@ -253,6 +253,12 @@ class _Process:
 
             options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", ()), capture]
 
+        own = len(options.get("sampler_post_cfg_function", ()))
+
+        def escapes(kwargs) -> bool:
+            # CFG++ samplers add a function of theirs, and take the unconditional prediction out of it.
+            return len(kwargs.get("model_options", {}).get("sampler_post_cfg_function", ())) > own
+
         def call(x, sigma, **kwargs):
             comfy.model_management.throw_exception_if_processing_interrupted()
             with self.place():
@@ -263,6 +269,7 @@ class _Process:
                 raise ValueError("this guider gives no conditional prediction: set `measured` to guided")
             return out, conditional.pop()
 
+        call.escapes = escapes
         return {**extra_args, "model_options": options}, call
 
     def score(self, x0: Tensor) -> Score:

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .memory import out_of_memory, saved_bytes
 
-# D(x, sigma): x (B, C, ...), sigma (B,) -> the denoised prediction, or (guided, conditional) predictions.
+# D(x, sigma): x (B, C, ...), sigma (B,) -> the denoised prediction, or (guided, conditional) predictions. It may have
+# `escapes(kwargs)`: whether anything but its return value carries a gradient out of a call.
 Denoiser = Callable[..., Tensor | tuple[Tensor, Tensor]]
 # Returns the next noise; `draw` makes the host's own, which only a first run uses.
 NoiseSource = Callable[[Callable[[], Tensor]], Tensor]
@@ -80,6 +81,30 @@ def weight_transition(nsr: Tensor, nsr_next: Tensor) -> Tensor:
 
 
 WEIGHTINGS = {"marginal": weight_marginal, "transition": weight_transition}
+
+
+class _Recomputed(torch.autograd.Function):
+    """run(x), of which only x is kept; the rest is computed again in backward.
+
+    torch's own checkpoint keeps a record for every tensor that it does not keep, megabytes a step. It is still what a
+    step needs whose gradient leaves by another way than its return value.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, run: Callable):
+        ctx.run = run
+        ctx.save_for_backward(x)
+        return run(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients: Tensor):
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            out = ctx.run(x)
+            outputs = out if isinstance(out, tuple) else (out,)
+            (gradient,) = torch.autograd.grad(outputs, x, gradients)
+        return gradient, None
 
 
 @torch.no_grad()
@@ -186,8 +211,10 @@ class Rollout:
             with blocks():
                 return denoiser(x, sigma, **kwargs)
 
-        # No dropout in a frozen model, so no random state to keep.
-        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+        if getattr(denoiser, "escapes", lambda kwargs: False)(kwargs):
+            # No dropout in a frozen model, so no random state to keep.
+            return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+        return _Recomputed.apply(x, run)
 
     def _choose(self, denoise: Denoiser, x: Tensor) -> str:
         """Measure what one step keeps for its backward pass, and take the fastest policy that fits in 70 %."""
