@@ -196,12 +196,10 @@ class _Process:
         with frozen(modules):
             yield
 
-    def _run(self, noise: Tensor, function: Callable, options: dict | None = None) -> Tensor:
-        """ComfyUI's own sampler object, with `function` in place of its sampler function."""
+    def _run(self, noise: Tensor, function: Callable, options: dict) -> Tensor:
+        """ComfyUI's own sampler object, with `function` and `options` in place of its own."""
         sampler = copy.copy(self.job.sampler)
-        sampler.sampler_function = function
-        if options is not None:
-            sampler.extra_options = options
+        sampler.sampler_function, sampler.extra_options = function, options
         return sampler.sample(
             self.model_wrap, self.sigmas, dict(self.extra_args), None, noise, self.latent_image, self.mask, True
         )

@@ -21,26 +21,9 @@ DEFAULT = Settings(
     stop="drift",
 )
 
-# Inputs that both samplers share, in the order in which a node shows them.
-SETTINGS = (
-    "iterations",
-    "learning_rate",
-    "regularizer",
-    "beta",
-    "keep",
-    "drift_limit",
-    "stop",
-    "patience",
-    "memory",
-    "drift_metric",
-    "optimizer",
-    "clip_norm",
-    "weighting",
-    "measured",
-)
-
 
 def settings_inputs() -> list:
+    """In the order in which a node shows them."""
     return [
         io.Int.Input(
             "iterations",

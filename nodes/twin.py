@@ -12,10 +12,9 @@ import types
 from collections.abc import Callable
 
 import comfy.k_diffusion.sampling as k_diffusion
-import torch
 from torch import Tensor
 
-NoiseSource = Callable[[Callable[[], torch.Tensor]], torch.Tensor]
+from ..sampler.rollout import NoiseSource
 
 
 def _without_no_grad(function: types.FunctionType) -> types.FunctionType:
