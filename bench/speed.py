@@ -127,6 +127,17 @@ def measure(world: World, name: str, pixels: int, steps: int) -> dict:
     return result
 
 
+def keep_heap() -> None:
+    """Let the allocator keep what is freed: else every iteration pays for mapping its activations anew.
+
+    That would measure the system's page faults, and differently at every run; a GPU's allocator keeps its memory too.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def release() -> None:
     """Hand what the allocator holds in reserve back to the system: only what is in use is to be counted."""
     if sys.platform == "linux":
@@ -181,6 +192,7 @@ def main() -> None:
     if args.probe:
         probe(args.probe[0], args.probe[1], int(args.probe[2]))
         return
+    keep_heap()
     world, result = World(), {"models": {}, "memory": {}}
     if "demo" in args.models:
         result["models"]["demo"] = measure(world, "demo", 128, 20)

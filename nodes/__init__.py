@@ -4,16 +4,43 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import files
 from .demo import MiraDemoCLIPScore, MiraDemoModel
+from .loaders import (
+    MiraLoadAestheticReward,
+    MiraLoadCLIPScore,
+    MiraLoadHPSReward,
+    MiraLoadImageReward,
+    MiraLoadPickScoreReward,
+)
 from .optimize import MiraOptimizeKSampler, MiraOptimizeSamplerAdvanced
-from .rewards import MiraCombineRewards, MiraPixelReward
+from .rewards import (
+    MiraAugmentReward,
+    MiraCombineRewards,
+    MiraJPEGReward,
+    MiraPixelReward,
+    MiraRewardFromHTTP,
+    MiraRewardFromPython,
+)
+from .score import MiraRankImages, MiraScoreImages
 
 NODES: list[type[io.ComfyNode]] = [
     MiraOptimizeKSampler,
     MiraOptimizeSamplerAdvanced,
     MiraPixelReward,
+    MiraJPEGReward,
+    MiraLoadAestheticReward,
+    MiraLoadHPSReward,
+    MiraLoadPickScoreReward,
+    MiraLoadImageReward,
+    MiraLoadCLIPScore,
     MiraDemoCLIPScore,
+    MiraRewardFromPython,
+    MiraRewardFromHTTP,
     MiraCombineRewards,
+    MiraAugmentReward,
+    MiraScoreImages,
+    MiraRankImages,
     MiraDemoModel,
 ]
 
@@ -24,4 +51,5 @@ class MiraExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> MiraExtension:
+    files.register()  # before the schemas list what is in it
     return MiraExtension()

@@ -17,7 +17,9 @@ from comfy_api.latest import io
 from ..demo import clip as demo_clip
 from ..demo import unet as demo_unet
 from ..demo.weights import load
-from ..rewards.clip import CLIPScore
+from ..rewards.clip import Encoder, Similarity, clip_score
+from ..rewards.preprocess import Preprocessing
+from ..rewards.text import ClipTokens
 from .types import MiraReward
 
 TEXT = demo_clip.CONFIG["text_cfg"]
@@ -75,13 +77,9 @@ def _clip_network() -> torch.nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def demo_clip_score() -> CLIPScore:
-    import open_clip
-
-    tokenize = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
-    return CLIPScore(
-        _clip_network(), tokenize, demo_clip.CONFIG["vision_cfg"]["image_size"], demo_clip.MEAN, demo_clip.STD
-    )
+def demo_clip_score() -> Similarity:
+    size = demo_clip.CONFIG["vision_cfg"]["image_size"]
+    return clip_score(Encoder(_clip_network(), ClipTokens(TEXT["context_length"]), Preprocessing(size)))
 
 
 class MiraDemoModel(io.ComfyNode):

@@ -28,6 +28,11 @@ BLOCKS = {
     "JointTransformerBlock",  # Lumina2, Z-Image
     "OmniGen2TransformerBlock",
     "QwenImageTransformerBlock",
+    "ResidualAttentionBlock",  # open_clip
+    "CLIPLayer",  # ComfyUI's CLIP vision
+    "BlipEncoderLayer",
+    "BlipTextLayer",
+    "SiglipEncoderLayer",
 }
 
 

@@ -172,6 +172,7 @@ class _Process:
         self.flow = isinstance(self.inner.model_sampling, comfy.model_sampling.CONST)
         self.place: Callable = nullcontext  # the self-test may change it
         self.rollout: Rollout | None = None
+        self.evaluations = 0
         dtype = self.inner.manual_cast_dtype or self.inner.get_dtype()
         # Gradients of a mean over pixels are near float16's smallest numbers.
         scale = 2.0**10 if dtype == torch.float16 else 1.0
@@ -280,9 +281,24 @@ class _Process:
         images = through(lambda z: decode(self.vae, z), latent).to(x0.device)
         if images.ndim != 4:
             raise ValueError(f"the VAE decodes to shape {tuple(images.shape)}: MIRA optimises still images only")
-        total, parts = through(lambda i: self.job.reward(i, self.job.prompts), images)
+        self.job.reward.evaluation(self.evaluations)
+        self.evaluations += 1
+        total, parts = self._reward(images, keep)
         total = total.to(x0.device, torch.float32)
         return Score(total, {k: p.detach().float() for k, p in parts.items()}, images.detach())
+
+    def _reward(self, images: Tensor, keep: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        job = self.job
+        # Layer by layer where a network has known layers: less is kept, and recomputed once only.
+        layers = [] if keep else [blocks_checkpointed(m, OutOfPlaceAdd) for m in job.reward.modules]
+        if keep or any(layers):
+            with ExitStack() as stack:
+                for within in filter(None, layers):
+                    stack.enter_context(within())
+                return job.reward(images, job.prompts)
+        return checkpoint(
+            lambda i: job.reward(i, job.prompts), images, use_reentrant=False, preserve_rng_state=False
+        )
 
     def blocks(self) -> Callable | None:
         return blocks_checkpointed(self.inner.diffusion_model, lambda: self.place())

@@ -1,14 +1,27 @@
-"""Reward nodes that need no file."""
+"""Rewards that need no published file: formulas, the user's own, and rewards made of rewards."""
 
 from __future__ import annotations
 
+import os
+
+import comfy.model_management
 from comfy_api.latest import io
 
-from ..rewards.combine import WeightedSum
-from ..rewards.pixel import MEASURES, PixelReward
+from ..rewards.combine import SCALINGS, Augmented, WeightedSum, scaled
+from ..rewards.http import HTTPReward, host_of
+from ..rewards.jpeg import JPEG, QUALITY, JPEGSurrogate
+from ..rewards.pixel import MEASURES, REFERENCE, MatchReference, PixelReward
+from ..rewards.python_file import PythonReward
+from . import files
+from .images import to_core
 from .types import MiraReward
 
 SLOTS = 4
+NO_SCRIPT = "put a .py file into models/mira_rewards"
+
+
+def reward_output():
+    return MiraReward.Output("reward", display_name="reward")
 
 
 class MiraPixelReward(io.ComfyNode):
@@ -18,20 +31,59 @@ class MiraPixelReward(io.ComfyNode):
             node_id="MiraPixelReward",
             display_name="Pixel Reward",
             category="MIRA/rewards",
-            description="A reward that is a formula of the pixels: the mean brightness or darkness, from -1 to 1.",
+            description="A reward that is a formula of the pixels.",
             inputs=[
                 io.Combo.Input(
                     "measure",
-                    options=list(MEASURES),
-                    tooltip="brightness: the mean pixel, -1 is black and 1 is white; darkness: its negative.",
-                )
+                    options=[*MEASURES, REFERENCE],
+                    tooltip=(
+                        "brightness: the mean pixel, -1 is black and 1 is white; darkness: its negative; contrast: the "
+                        "deviation of the luma; colourfulness: Hasler and Suesstrunk's; sharpness: the size of the "
+                        "Laplacian; symmetry: 0 for an image that is its own mirror; match reference: 0 for the "
+                        "reference image itself."
+                    ),
+                ),
+                io.Image.Input("reference", optional=True, tooltip="The image to match, for match reference."),
             ],
-            outputs=[MiraReward.Output("reward", display_name="reward")],
+            outputs=[reward_output()],
         )
 
     @classmethod
-    def execute(cls, measure) -> io.NodeOutput:
-        return io.NodeOutput(PixelReward(measure))
+    def execute(cls, measure, reference=None) -> io.NodeOutput:
+        if measure != REFERENCE:
+            return io.NodeOutput(PixelReward(measure))
+        if reference is None:
+            raise ValueError("Pixel Reward: measure is match reference, but reference is not connected; connect an image")
+        return io.NodeOutput(MatchReference(to_core(reference, "Pixel Reward: reference")))
+
+
+class MiraJPEGReward(io.ComfyNode):
+    GRADIENT = {"black box": JPEG, "differentiable estimate": JPEGSurrogate}
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraJPEGReward",
+            display_name="JPEG Reward",
+            category="MIRA/rewards",
+            description="Minus the kilobytes of the image as a JPEG: small files score high.",
+            inputs=[
+                io.Combo.Input(
+                    "kind",
+                    options=list(cls.GRADIENT),
+                    tooltip=(
+                        "black box: the real file's size, without a gradient. differentiable estimate: a smooth "
+                        "stand-in for it, which a gradient can follow."
+                    ),
+                ),
+                io.Int.Input("quality", default=QUALITY, min=1, max=100, tooltip="The JPEG's; the paper uses 95."),
+            ],
+            outputs=[reward_output()],
+        )
+
+    @classmethod
+    def execute(cls, kind, quality) -> io.NodeOutput:
+        return io.NodeOutput(cls.GRADIENT[kind](quality))
 
 
 class MiraCombineRewards(io.ComfyNode):
@@ -48,25 +100,185 @@ class MiraCombineRewards(io.ComfyNode):
                     max=1000.0,
                     step=0.01,
                     optional=i > 1,
-                    tooltip=f"What reward_{i} counts, in its own units. Negative: less of it.",
+                    tooltip=f"What reward_{i} counts, see `scaling`. Negative: less of it.",
                 ),
             ]
+        inputs.append(
+            io.Combo.Input(
+                "scaling",
+                options=list(SCALINGS),
+                default="by typical range",
+                optional=True,
+                tooltip=(
+                    "by typical range: each score is divided by the width of its typical range, so that equal weights "
+                    "count about equally. raw: scores as they are. ReNO: its composite of HPSv2.1 (5), ImageReward (1), "
+                    "CLIPScore (0.01) and PickScore (0.05), times your weights."
+                ),
+            )
+        )
         return io.Schema(
             node_id="MiraCombineRewards",
             display_name="Combine Rewards",
             category="MIRA/rewards",
-            description=(
-                "A weighted sum of rewards; each part stays in the record. Rewards have different scales: "
-                "a CLIPScore of 100 weighs as much as a brightness of 1 with weights 0.01 and 1."
-            ),
+            description="A weighted sum of rewards; each part stays in the record, in its own units.",
             inputs=inputs,
-            outputs=[MiraReward.Output("reward", display_name="reward")],
+            outputs=[reward_output()],
         )
 
     @classmethod
-    def execute(cls, **inputs) -> io.NodeOutput:
+    def execute(cls, scaling="by typical range", **inputs) -> io.NodeOutput:
         used = [i for i in range(1, SLOTS + 1) if inputs.get(f"reward_{i}") is not None]
         weights = [inputs.get(f"weight_{i}", 1.0) for i in used]
         if not any(weights):
             raise ValueError("Combine Rewards: every weight is 0, so there is nothing to optimise; set one")
-        return io.NodeOutput(WeightedSum([inputs[f"reward_{i}"] for i in used], weights))
+        rewards = [inputs[f"reward_{i}"] for i in used]
+        try:
+            factors = scaled(rewards, weights, scaling)
+        except ValueError as problem:
+            raise ValueError(f"Combine Rewards: {problem}") from problem
+        return io.NodeOutput(WeightedSum(rewards, factors))
+
+
+class MiraAugmentReward(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraAugmentReward",
+            display_name="Augment Reward",
+            category="MIRA/rewards",
+            description=(
+                "Scores the mean of random crops and mirror images, so that patterns of pixels that fool a scorer at "
+                "one alignment only stop paying. Costs as many scores as crops."
+            ),
+            inputs=[
+                MiraReward.Input("reward"),
+                io.Int.Input("crops", default=4, min=1, max=64, tooltip="Views for every score."),
+                io.Float.Input(
+                    "smallest",
+                    default=0.8,
+                    min=0.1,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The least side of a crop, as a share of the image's. 1: the whole image.",
+                ),
+                io.Boolean.Input("flip", default=True, tooltip="Mirror half of the views, left and right."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the crops."),
+            ],
+            outputs=[reward_output()],
+        )
+
+    @classmethod
+    def execute(cls, reward, crops, smallest, flip, seed) -> io.NodeOutput:
+        return io.NodeOutput(Augmented(reward, crops, smallest, flip, seed))
+
+
+class MiraRewardFromPython(io.ComfyNode):
+    NAME = "Reward from Python File"
+
+    @classmethod
+    def define_schema(cls):
+        names = files.scripts() or [NO_SCRIPT]
+        return io.Schema(
+            node_id="MiraRewardFromPython",
+            display_name=cls.NAME,
+            category="MIRA/rewards",
+            description=(
+                "A reward of your own: a Python file in models/mira_rewards with FACTS and score(images, prompts). "
+                "It runs as any Python on your machine does: use files that you trust."
+            ),
+            inputs=[io.Combo.Input("file", options=names, tooltip="Read again whenever it changes.")],
+            outputs=[reward_output()],
+        )
+
+    @classmethod
+    def missing(cls, file) -> str | None:
+        # Only a name that the folder lists is ever run, whatever a workflow says.
+        if file is None or (file in files.scripts() and files.find(file)):
+            return None
+        return f"{file} is not in models/mira_rewards: put the reward's .py file there and refresh the node list (key R)"
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        return cls.missing(file) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        path = files.find(file)
+        return path.read_bytes() if path else ""
+
+    @classmethod
+    def execute(cls, file) -> io.NodeOutput:
+        if message := cls.missing(file):
+            raise ValueError(f"{cls.NAME}: {message}")
+        try:
+            return io.NodeOutput(PythonReward(files.find(file)))
+        except ValueError as problem:
+            raise ValueError(f"{cls.NAME}: {problem}") from problem
+
+
+def allowed_hosts() -> list[str]:
+    """Machines that the user lets workflows send images to: not a workflow's to say."""
+    return [h.strip() for h in os.environ.get("MIRA_HTTP_HOSTS", "").split(",") if h.strip()]
+
+
+class MiraRewardFromHTTP(io.ComfyNode):
+    NAME = "Reward from HTTP"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraRewardFromHTTP",
+            display_name=cls.NAME,
+            category="MIRA/rewards",
+            description=(
+                "A reward that a server of yours computes, as a black box: it gets PNGs and prompts, and answers "
+                "scores. Another machine than this one has to be allowed by the environment variable MIRA_HTTP_HOSTS."
+            ),
+            inputs=[
+                io.String.Input("url", default="http://127.0.0.1:8000/score"),
+                io.String.Input("name", default="my reward", tooltip="What the record calls it."),
+                io.Boolean.Input("needs_prompt", default=True, tooltip="Whether a score without a prompt means nothing."),
+                io.Float.Input("timeout", default=60.0, min=0.1, max=3600.0, step=0.1, tooltip="Seconds, per attempt."),
+                io.Int.Input("retries", default=2, min=0, max=20, tooltip="Further attempts, after a growing pause."),
+                io.Float.Input(
+                    "typical_low",
+                    default=0.0,
+                    min=-1e6,
+                    max=1e6,
+                    step=0.01,
+                    tooltip="Where scores of ordinary images begin.",
+                ),
+                io.Float.Input(
+                    "typical_high", default=1.0, min=-1e6, max=1e6, step=0.01, tooltip="Where they end."
+                ),
+            ],
+            outputs=[reward_output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, url=None, typical_low=None, typical_high=None):
+        if url is not None:
+            try:
+                host_of(url, allowed_hosts())
+            except ValueError as problem:
+                return str(problem)
+        if None not in (typical_low, typical_high) and not typical_low < typical_high:
+            return f"typical_low is {typical_low}, typical_high is {typical_high}: give the lower one first"
+        return True
+
+    @classmethod
+    def execute(cls, url, name, needs_prompt, timeout, retries, typical_low, typical_high) -> io.NodeOutput:
+        try:
+            reward = HTTPReward(
+                url,
+                name,
+                timeout,
+                retries,
+                needs_prompt,
+                (typical_low, typical_high),
+                allowed_hosts(),
+                comfy.model_management.throw_exception_if_processing_interrupted,
+            )
+        except ValueError as problem:
+            raise ValueError(f"{cls.NAME}: {problem}") from problem
+        return io.NodeOutput(reward)

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Facts:
-    """Higher is always better. `low`, `high`: the range; `typical`: where unoptimised images lie."""
+    """Higher is always better. `low`, `high`: the range; `typical`: where unoptimised images lie.
+
+    preprocessing: what the network is shown, in words.
+    """
 
     name: str
     low: float
@@ -18,6 +21,11 @@ class Facts:
     typical: tuple[float, float]
     differentiable: bool = True
     needs_prompt: bool = False
+    preprocessing: str = "none"
+
+    def describe(self) -> str:
+        """One line: the range, and where unoptimised images lie."""
+        return f"typical {self.typical[0]:g} to {self.typical[1]:g}, range {self.low:g} to {self.high:g}"
 
 
 class Reward:
@@ -36,3 +44,10 @@ class Reward:
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise NotImplementedError
+
+    def evaluation(self, number: int) -> None:
+        """Told before every evaluation of a run, from 0 on: a reward that draws random numbers seeds them with it."""
+
+    def notices(self, prompts: Sequence[str]) -> list[str]:
+        """What the user should know of these prompts, such as that one is too long."""
+        return []

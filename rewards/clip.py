@@ -1,62 +1,87 @@
-"""CLIPScore: 100 times the cosine between an image and its prompt (arXiv 2104.08718, without its factor 2.5)."""
+"""Scores by the cosine between an image and its prompt: CLIPScore (arXiv 2104.08718), HPSv2 (2306.09341),
+PickScore (2305.01569).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Facts, Reward
+from .half import place_of, through
+from .preprocess import Preprocessing
+from .text import cut
 
 
-def preprocess(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Bicubic, antialiased resize of the shorter side to `size`, centre crop, normalisation; differentiable.
+@dataclass(frozen=True)
+class Encoder:
+    """An image-text network with all that goes with it.
 
-    images (B, 3, H, W) in [0, 1]; values beyond the range pass through, so that saturated pixels keep a gradient.
+    network: `encode_image(pixels)` and `encode_text(ids)`, each -> (B, D); tokens: prompts -> ids (see `text.py`).
     """
-    height, width = images.shape[-2:]
-    # Sizes and offsets are rounded as torchvision rounds them: the reference pipelines are made of it.
-    shape = tuple(size * side // min(height, width) for side in (height, width))
-    images = F.interpolate(images, size=shape, mode="bicubic", antialias=True, align_corners=False)
-    top, left = (round((side - size) / 2) for side in shape)
-    images = images[..., top : top + size, left : left + size]
-    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (mean, std))
-    return (images - mean) / std
+
+    network: nn.Module
+    tokens: Callable[[Sequence[str]], Tensor]
+    preprocessing: Preprocessing
+    name: str = ""
 
 
-class CLIPScore(Reward):
-    """clip: a module with open_clip's `encode_image` and `encode_text`; tokenize: prompts -> (B, context) ids."""
+class Similarity(Reward):
+    """scale * cos(image, prompt), per image."""
 
-    def __init__(
-        self,
-        clip: nn.Module,
-        tokenize: Callable[[list[str]], Tensor],
-        size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        name: str = "CLIPScore",
-    ):
-        self.facts = Facts(name, -100.0, 100.0, (15.0, 80.0), needs_prompt=True)
-        self.clip, self.tokenize = clip, tokenize
-        self.size, self.mean, self.std = size, mean, std
-        self.modules = (clip,)
+    def __init__(self, encoder: Encoder, facts: Facts, scale: float):
+        self.encoder, self.facts, self.scale = encoder, facts, scale
+        self.modules = (encoder.network,)
         self._text: tuple[tuple, Tensor] | None = None
 
     def _encode_text(self, prompts: Sequence[str]) -> Tensor:
         """(B, D), unit length. The last prompts' encoding is kept: a run asks for the same ones every time."""
-        parameter = next(self.clip.parameters())
-        key = (tuple(prompts), parameter.device, parameter.dtype)
+        place = place_of(self.encoder.network)
+        key = (tuple(prompts), place.device, place.dtype)
         if self._text is None or self._text[0] != key:
-            with torch.no_grad():
-                ids = self.tokenize(list(prompts)).to(parameter.device)
-                self._text = key, F.normalize(self.clip.encode_text(ids).float(), dim=1).clone()
+            # Normal tensors, whoever asks first: a score under inference mode, or a run that needs gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                ids = self.encoder.tokens(prompts).to(place.device)
+                text = self.encoder.network.encode_text(ids)
+                self._text = key, F.normalize(text if text.dtype.itemsize > 2 else text.float(), dim=1).clone()
         return self._text[1]
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         text = self._encode_text(prompts)
-        pixels = preprocess(images.float(), self.size, self.mean, self.std)
-        parameter = next(self.clip.parameters())
-        embedding = self.clip.encode_image(pixels.to(parameter)).float()
-        return 100 * (F.normalize(embedding, dim=1) * text).sum(1)
+        pixels = self.encoder.preprocessing(images)
+        embedding = through(self.encoder.network.encode_image, pixels, self.encoder.network)
+        return self.scale * (F.normalize(embedding, dim=1) * text).sum(1)
+
+    def notices(self, prompts: Sequence[str]) -> list[str]:
+        return cut(prompts, self.encoder.tokens)
+
+
+def clip_score(encoder: Encoder, name: str = "CLIPScore") -> Similarity:
+    """100 times the cosine (without the paper's factor 2.5 and its clamp at 0)."""
+    facts = Facts(name, -100.0, 100.0, (15.0, 35.0), needs_prompt=True, preprocessing=words(encoder.preprocessing))
+    return Similarity(encoder, facts, 100.0)
+
+
+def hps(encoder: Encoder, version: str) -> Similarity:
+    """The cosine. version: "v2" or "v2.1", whose scores do not compare."""
+    facts = Facts(
+        f"HPS{version}", -1.0, 1.0, (0.2, 0.35), needs_prompt=True, preprocessing=words(encoder.preprocessing)
+    )
+    return Similarity(encoder, facts, 1.0)
+
+
+def pick_score(encoder: Encoder, logit_scale: float) -> Similarity:
+    """exp(logit_scale) times the cosine; exp(logit_scale) is 100 in the released network."""
+    scale = float(torch.tensor(logit_scale).exp())
+    facts = Facts(
+        "PickScore", -scale, scale, (18.0, 24.0), needs_prompt=True, preprocessing=words(encoder.preprocessing)
+    )
+    return Similarity(encoder, facts, scale)
+
+
+def words(preprocessing: Preprocessing) -> str:
+    return f"{preprocessing.fit.__name__.replace('_', ' ')}, bicubic, {preprocessing.size} px"

@@ -1,12 +1,37 @@
-"""A weighted sum of rewards."""
+"""Rewards made of rewards: a weighted sum, and a mean over random crops."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Facts, Reward
+
+# ReNO's composite (arXiv 2406.04312): the weights of its losses, by the names of the rewards.
+RENO = {"HPSv2.1": 5.0, "ImageReward": 1.0, "CLIPScore": 0.01, "PickScore": 0.05}
+SCALINGS = ("by typical range", "raw", "ReNO")
+
+
+def scaled(rewards: Sequence[Reward], weights: Sequence[float], scaling: str) -> list[float]:
+    """The factor of every reward's raw score. scaling: one of `SCALINGS`.
+
+    "by typical range": a weight of 1 counts the width of a reward's typical range as 1. "ReNO": its own weights.
+    Raises ValueError for a reward that ReNO's composite does not have.
+    """
+    if scaling == "raw":
+        return list(weights)
+    if scaling == "by typical range":
+        return [w / (r.facts.typical[1] - r.facts.typical[0]) for r, w in zip(rewards, weights, strict=True)]
+    unknown = [r.facts.name for r in rewards if r.facts.name not in RENO]
+    if unknown:
+        raise ValueError(
+            f"ReNO's composite has no {', '.join(unknown)}: it is made of {', '.join(RENO)}; connect those, or choose "
+            "another scaling"
+        )
+    return [RENO[r.facts.name] * w for r, w in zip(rewards, weights, strict=True)]
 
 
 class WeightedSum(Reward):
@@ -18,15 +43,16 @@ class WeightedSum(Reward):
         self.rewards, self.weights = tuple(rewards), tuple(weights)
         self.modules = tuple(dict.fromkeys(m for r in rewards for m in r.modules))
         facts = [r.facts for r in rewards]
-        ends = [sorted((w * f.low, w * f.high)) for w, f in zip(weights, facts, strict=True)]
+        ends = [sorted((w * f.low, w * f.high)) for w, f in zip(weights, facts, strict=True) if w]
         usual = [sorted((w * f.typical[0], w * f.typical[1])) for w, f in zip(weights, facts, strict=True)]
         self.facts = Facts(
-            " + ".join(f"{w:g} {f.name}" for w, f in zip(weights, facts, strict=True)),
+            " + ".join(f"{w:.3g} {f.name}" for w, f in zip(weights, facts, strict=True)),
             sum(e[0] for e in ends),
             sum(e[1] for e in ends),
             (sum(u[0] for u in usual), sum(u[1] for u in usual)),
             all(f.differentiable for f in facts),
             any(f.needs_prompt for f in facts),
+            "each its own",
         )
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -38,3 +64,52 @@ class WeightedSum(Reward):
                 number = sum(key == name or key.startswith(f"{name} #") for key in parts)
                 parts[f"{name} #{number + 1}" if number else name] = part
         return total, parts
+
+    def evaluation(self, number: int) -> None:
+        for reward in self.rewards:
+            reward.evaluation(number)
+
+    def notices(self, prompts: Sequence[str]) -> list[str]:
+        return list(dict.fromkeys(notice for r in self.rewards for notice in r.notices(prompts)))
+
+
+class Augmented(Reward):
+    """The mean score of random crops and mirror images: patterns that only work at one alignment stop paying.
+
+    crops: how many each time. smallest: the least side of a crop, as a share of the image's. Every evaluation of a run
+    draws anew, from (seed, number of the evaluation); all images of a batch share the crops.
+    """
+
+    def __init__(self, reward: Reward, crops: int, smallest: float, flip: bool, seed: int):
+        if crops < 1 or not 0 < smallest <= 1:
+            raise ValueError(f"crops must be 1 or more and the smallest side in (0, 1] (got {crops} and {smallest})")
+        self.reward, self.crops, self.smallest, self.flip, self.seed = reward, crops, smallest, flip, seed
+        self.facts, self.modules = reward.facts, reward.modules
+        self.number = 0
+
+    def evaluation(self, number: int) -> None:
+        self.number = number
+        self.reward.evaluation(number)
+
+    def notices(self, prompts: Sequence[str]) -> list[str]:
+        return self.reward.notices(prompts)
+
+    def views(self, images: Tensor) -> list[Tensor]:
+        g = torch.Generator().manual_seed((self.seed * 1_000_003 + self.number) % 2**63)
+        height, width = images.shape[-2:]
+        views = []
+        for _ in range(self.crops):
+            share, top, left, mirror = torch.rand(4, generator=g).tolist()
+            share = self.smallest + (1 - self.smallest) * share
+            h, w = max(1, round(height * share)), max(1, round(width * share))
+            top, left = round(top * (height - h)), round(left * (width - w))
+            view = images[..., top : top + h, left : left + w]
+            if (h, w) != (height, width):
+                view = F.interpolate(view, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
+            views.append(view.flip(-1) if self.flip and mirror < 0.5 else view)
+        return views
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        scores = [self.reward(view, prompts) for view in self.views(images)]
+        total = torch.stack([s for s, _ in scores]).mean(0)
+        return total, {name: torch.stack([p[name] for _, p in scores]).mean(0) for name in scores[0][1]}

@@ -1,8 +1,13 @@
+import math
+
 import pytest
 import torch
-from mira.rewards.clip import CLIPScore, preprocess
-from mira.rewards.combine import WeightedSum
-from mira.rewards.pixel import PixelReward
+from mira.rewards.combine import Augmented, WeightedSum, scaled
+from mira.rewards.pixel import MEASURES, MatchReference, PixelReward
+
+
+def flat(value, size=8):
+    return torch.full((1, 3, size, size), float(value))
 
 
 def test_brightness_is_the_mean_in_minus_one_to_one():
@@ -13,78 +18,57 @@ def test_brightness_is_the_mean_in_minus_one_to_one():
     assert PixelReward("darkness")(images, [""] * 3)[0].tolist() == [1, -1, -2]
 
 
-def test_a_saturated_image_still_feels_its_reward():
-    images = torch.full((1, 3, 4, 4), 1.2, requires_grad=True)
-    PixelReward("brightness")(images, [""])[0].sum().backward()
-    assert (images.grad > 0).all()
+def test_measures_on_images_with_known_answers():
+    def of(measure, image):
+        return PixelReward(measure).score(image, [""]).item()
+
+    for measure in ("contrast", "colourfulness", "sharpness", "symmetry"):
+        assert of(measure, flat(0.3)) == pytest.approx(0, abs=2e-4)
+    half = torch.cat([torch.zeros(1, 3, 8, 4), torch.ones(1, 3, 8, 4)], 3)  # black and white
+    assert of("contrast", half) == pytest.approx(0.5, abs=1e-4)
+    assert of("symmetry", half) == pytest.approx(-1, abs=1e-4)
+    assert of("symmetry", torch.cat([half, half.flip(-1)], 3)) == pytest.approx(0, abs=2e-4)
+    # Two of the six columns that the stencil covers whole lie at the edge, where the Laplacian is 1 in size.
+    assert of("sharpness", half) == pytest.approx(math.sqrt(2 / 6), abs=1e-4)
+    red = torch.zeros(1, 3, 8, 8)
+    red[:, 0] = 1  # rg = 1 and yb = 1/2 everywhere: no spread, and a mean of sqrt(1.25)
+    assert of("colourfulness", red) == pytest.approx(0.3 * math.sqrt(1.25), abs=2e-4)
 
 
-@pytest.mark.parametrize("measure", ["brightness", "darkness"])
+def test_match_reference():
+    reference = torch.rand(1, 3, 8, 8)
+    reward = MatchReference(reference)
+    assert reward.score(reference.clone(), [""]).item() == pytest.approx(0, abs=2e-4)
+    assert reward.score(reference + 0.25, [""]).item() == pytest.approx(-0.25, abs=1e-4)
+    assert reward.score(torch.rand(2, 3, 16, 12), ["", ""]).shape == (2,)  # another size
+    with pytest.raises(ValueError, match="2 reference images for 3 images"):
+        MatchReference(torch.rand(2, 3, 8, 8)).score(torch.rand(3, 3, 8, 8), [""] * 3)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_saturated_image_still_feels_its_reward(measure):
+    images = (torch.rand(1, 3, 8, 8) + 1.2).requires_grad_()
+    PixelReward(measure)(images, [""])[0].sum().backward()
+    assert (images.grad != 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("measure", MEASURES)
 def test_gradcheck_pixels(measure):
-    images = torch.rand(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    images = torch.rand(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
     reward = PixelReward(measure)
-    # The sum runs in float32, as norms and means do: a looser step.
-    assert torch.autograd.gradcheck(lambda x: reward.score(x, ["", ""]), images, eps=1e-3, atol=1e-3)
+    assert torch.autograd.gradcheck(lambda x: reward.score(x, ["", ""]), images)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_scores_are_per_image(measure):
+    images, reward = torch.rand(3, 3, 8, 8), PixelReward(measure)
+    alone = torch.cat([reward.score(i[None], [""]) for i in images])
+    torch.testing.assert_close(reward.score(images, [""] * 3), alone)
 
 
 def test_unknown_measure():
     with pytest.raises(ValueError, match="is not one of brightness, darkness"):
         PixelReward("shine")
-
-
-def test_preprocessing_is_torchvisions():
-    from torchvision.transforms.v2 import functional as T
-
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-    for shape in ((3, 96, 128), (3, 128, 128), (3, 130, 97)):
-        image = torch.rand(1, *shape)
-        expected = T.resize(image, [64], T.InterpolationMode.BICUBIC, antialias=True)
-        expected = T.normalize(T.center_crop(expected, [64, 64]), list(mean), list(std))
-        torch.testing.assert_close(preprocess(image, 64, mean, std), expected, atol=1e-4, rtol=0)
-
-
-class ToyCLIP(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.image = torch.nn.Linear(3 * 64, 5)
-        self.text = torch.nn.Embedding(300, 5)
-        self.texts = 0
-
-    def encode_image(self, x):
-        return self.image(x.flatten(1))
-
-    def encode_text(self, ids):
-        self.texts += 1
-        return self.text(ids).sum(1)
-
-
-def toy_score():
-    clip = ToyCLIP()
-    reward = CLIPScore(
-        clip, lambda texts: torch.tensor([[len(t), ord(t[0])] for t in texts]), 8, (0.5,) * 3, (0.5,) * 3
-    )
-    return clip, reward
-
-
-def test_clip_score_is_a_cosine_per_image_and_prompts_are_encoded_once():
-    clip, reward = toy_score()
-    images = torch.rand(2, 3, 8, 8)
-    scores = reward.score(images, ["a", "bb"])
-    for i, text in enumerate(("a", "bb")):
-        a = clip.encode_image((images[i : i + 1] - 0.5) / 0.5)
-        b = clip.text(torch.tensor([[len(text), ord(text[0])]])).sum(1)
-        assert scores[i].item() == pytest.approx(100 * torch.cosine_similarity(a, b).item(), rel=1e-5)
-    reward.score(images, ["a", "bb"])
-    assert clip.texts == 1
-    reward.score(images, ["a", "c"])
-    assert clip.texts == 2
-
-
-def test_clip_score_has_a_gradient_for_every_pixel():
-    _, reward = toy_score()
-    images = torch.rand(1, 3, 16, 16, requires_grad=True)
-    reward.score(images, ["a"]).sum().backward()
-    assert (images.grad != 0).float().mean() > 0.95
 
 
 def test_weighted_sum_keeps_parts_in_their_own_units():
@@ -97,3 +81,46 @@ def test_weighted_sum_keeps_parts_in_their_own_units():
     assert not reward.facts.needs_prompt
     with pytest.raises(ValueError, match="one weight per reward"):
         WeightedSum([bright], [])
+
+
+def test_scaling():
+    bright, contrast = PixelReward("brightness"), PixelReward("contrast")
+    assert scaled([bright, contrast], [1, -2], "raw") == [1, -2]
+    # The typical ranges are 1 and 0.2 wide.
+    assert scaled([bright, contrast], [1, -2], "by typical range") == pytest.approx([1, -10])
+    with pytest.raises(ValueError, match="has no brightness, contrast: it is made of HPSv2.1, ImageReward"):
+        scaled([bright, contrast], [1, 1], "ReNO")
+
+
+def test_augmentation_is_seeded_by_run_and_evaluation():
+    images = torch.rand(2, 3, 16, 16)
+    reward = Augmented(PixelReward("contrast"), crops=3, smallest=0.5, flip=True, seed=5)
+
+    def run(numbers):
+        scores = []
+        for number in numbers:
+            reward.evaluation(number)
+            scores.append(reward(images, ["", ""])[0])
+        return torch.stack(scores)
+
+    first = run(range(3))
+    assert torch.equal(first, run(range(3)))  # two runs in a row
+    assert not torch.equal(first[0], first[1])  # fresh crops every time
+    reward.evaluation(1)
+    assert torch.equal(first[1], reward(images, ["", ""])[0])  # a recomputation sees the same crops
+    torch.testing.assert_close(first[1][:1], reward(images[:1], [""])[0])  # whoever else is in the batch
+
+
+def test_augmentation_of_the_whole_image_is_the_reward():
+    images = torch.rand(2, 3, 16, 16)
+    plain = PixelReward("sharpness")
+    same = Augmented(plain, crops=2, smallest=1.0, flip=True, seed=0)
+    torch.testing.assert_close(same(images, ["", ""])[0], plain.score(images, ["", ""]))
+    with pytest.raises(ValueError, match="crops must be 1 or more"):
+        Augmented(plain, crops=0, smallest=1.0, flip=True, seed=0)
+
+
+def test_gradcheck_augmented():
+    images = torch.rand(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    reward = Augmented(PixelReward("contrast"), crops=2, smallest=0.6, flip=True, seed=0)
+    assert torch.autograd.gradcheck(lambda x: reward(x, [""])[0], images)

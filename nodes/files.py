@@ -1,0 +1,70 @@
+"""The files that reward loaders offer, found in ComfyUI's model folders."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ..rewards.files import SHARD
+from ..rewards.known import Published
+
+FOLDER = "mira_rewards"
+WEIGHTS = {".safetensors", ".sft", ".pt", ".pth", ".bin"}
+INDEX = ".index.json"
+
+
+def register() -> None:
+    """Make models/mira_rewards known to ComfyUI, beside what extra_model_paths.yaml may have added."""
+    path = os.path.join(folder_paths.models_dir, FOLDER)
+    folder_paths.add_model_folder_path(FOLDER, path)
+    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, WEIGHTS | {".json", ".py"})
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as problem:
+        logging.getLogger("mira").warning("MIRA: %s could not be made (%s): make it to add rewards", path, problem)
+
+
+def _weights(folder: str) -> list[str]:
+    """Weight files, and the index in place of the shards that it names."""
+    names = folder_paths.get_filename_list(folder)
+    return [n for n in names if (Path(n).suffix in WEIGHTS and not SHARD.search(n)) or n.endswith(INDEX)]
+
+
+def weights(*stock: str) -> list[str]:
+    """Names found in mira_rewards and in these folders of ComfyUI's."""
+    return list(dict.fromkeys(name for folder in (FOLDER, *stock) for name in _weights(folder)))
+
+
+def scripts() -> list[str]:
+    return [n for n in folder_paths.get_filename_list(FOLDER) if n.endswith(".py")]
+
+
+def offered(names: list[str], published: Published, like: str = "") -> dict:
+    """options and default of a file input: what is there, else the published name, so that a new node says what it
+    wants. like: part of the name of the files to be preferred."""
+    options = names or [published.file]
+    wanted = [n for n in options if like.lower() in n.lower()]
+    return {"options": options, "default": (wanted or options)[0]}
+
+
+def find(name: str, *stock: str) -> Path | None:
+    for folder in (FOLDER, *stock):
+        path = folder_paths.get_full_path(folder, name)
+        if path:
+            return Path(path)
+    return None
+
+
+def missing(name: str | None, published: Published, *stock: str) -> str | None:
+    """What to do about a file that is not there, or None. A name that is not known yet is None."""
+    if name is None or find(name, *stock):
+        return None
+    folders = " or ".join(f"models/{f}" for f in (FOLDER, *stock))
+    return (
+        f"{name} is not in {folders}. The published file is {published.file} (about {published.gigabytes:g} GB) of "
+        f"{published.model}: download it into models/{FOLDER} and refresh the node list (key R)"
+    )

@@ -1,0 +1,312 @@
+"""Loaders of published scorers, one node per family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+
+from ..rewards import files as weight_files
+from ..rewards import known
+from ..rewards.aesthetic import Aesthetic, head_of
+from ..rewards.clip import Encoder, clip_score, hps, pick_score
+from ..rewards.image_reward import image_reward_of
+from ..rewards.networks import ENCODERS, NAMES, clip_image_half, clip_of, name_of, open_clip_layout
+from ..rewards.preprocess import Preprocessing, crop_torchvision, crop_transformers, pad_longest
+from . import files
+from .grad import OutOfPlaceAdd
+from .types import MiraReward
+
+CONNECTED = "the connected clip_vision"
+SAME_FILE = "in the same file"
+CLIP_FOLDERS = ("clip_vision", "text_encoders")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+GELU = {"auto": None, "quick_gelu": True, "gelu": False}
+
+
+def precision_input():
+    return io.Combo.Input(
+        "precision",
+        options=["auto", *DTYPES],
+        default="auto",
+        tooltip="Of the network. auto: fp16 on a GPU that is fast at it, else fp32. Scores differ by less than 2 %.",
+    )
+
+
+def reward_output():
+    return MiraReward.Output("reward", display_name="reward")
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    if precision != "auto":
+        return DTYPES[precision]
+    management = comfy.model_management
+    return torch.float16 if management.should_use_fp16(management.get_torch_device()) else torch.float32
+
+
+def path_of(node: str, name: str, published: known.Published, *stock: str) -> Path:
+    if message := files.missing(name, published, *stock):
+        raise ValueError(f"{node}: {message}")
+    return files.find(name, *stock)
+
+
+def expect(node: str, name: str, state: dict, wanted: str) -> None:
+    """Refuse a CLIP of another known size than the one that the scorer was made of."""
+    size = name_of(state)
+    if size != wanted and size in NAMES.values():
+        raise weight_files.WrongFile(
+            f"{node}: {name} is a CLIP {size}, but this scorer is a {wanted}; Load CLIPScore Reward takes it"
+        )
+
+
+def whole_clip(node: str, path: Path, precision: str, size: str) -> Encoder:
+    state = weight_files.read(path)
+    kind = weight_files.require(state, (weight_files.OPEN_CLIP, weight_files.HF_CLIP), path.name, node)
+    laid = state if kind is weight_files.OPEN_CLIP else open_clip_layout(state)
+    expect(node, path.name, laid, size)
+    encoder = clip_of(state, kind, path, quick_gelu=False)
+    encoder.network.to(dtype_of(precision))
+    return encoder
+
+
+class MiraLoadAestheticReward(io.ComfyNode):
+    NAME = "Load Aesthetic Reward"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraLoadAestheticReward",
+            display_name=cls.NAME,
+            category="MIRA/rewards",
+            description=(
+                "The LAION aesthetic predictor v2: from 1 to 10, ordinary images score 4.5 to 6.5. It needs its small "
+                "head and a CLIP ViT-L/14, from a file or from Load CLIP Vision."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "head",
+                    **files.offered(files.weights(), known.AESTHETIC_HEAD, "linearMSE"),
+                    tooltip="sac+logos+ava1-l14-linearMSE.pth, in models/mira_rewards.",
+                ),
+                io.Combo.Input(
+                    "clip",
+                    options=[CONNECTED, *files.weights(*CLIP_FOLDERS)],
+                    default=CONNECTED,
+                    tooltip="CLIP ViT-L/14 with its projection, whole or the image half.",
+                ),
+                precision_input(),
+                io.ClipVision.Input("clip_vision", optional=True, tooltip="A CLIP ViT-L/14 that is loaded already."),
+            ],
+            outputs=[reward_output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, head=None, clip=None):
+        return (
+            files.missing(head, known.AESTHETIC_HEAD)
+            or (clip != CONNECTED and files.missing(clip, known.CLIP_L, *CLIP_FOLDERS))
+            or True
+        )
+
+    @classmethod
+    def execute(cls, head, clip, precision, clip_vision=None) -> io.NodeOutput:
+        path = path_of(cls.NAME, head, known.AESTHETIC_HEAD)
+        linear = head_of(weight_files.read(path), path.name)
+        if clip == CONNECTED:
+            return io.NodeOutput(cls.connected(linear, clip_vision))
+        path = path_of(cls.NAME, clip, known.CLIP_L, *CLIP_FOLDERS)
+        state = weight_files.read(path)
+        wanted = (weight_files.OPEN_CLIP, weight_files.HF_CLIP, weight_files.HF_CLIP_VISION)
+        kind = weight_files.require(state, wanted, path.name, cls.NAME)
+        network, preprocessing, name = clip_image_half(state, kind, path)
+        cls.check_width(linear, network.proj.shape[1], f"{path.name} ({name})")
+        network.to(dtype_of(precision))
+        return io.NodeOutput(Aesthetic(linear, network, network, preprocessing))
+
+    @classmethod
+    def check_width(cls, head, width: int, what: str) -> None:
+        if width != head.width:
+            raise ValueError(
+                f"{cls.NAME}: {what} makes embeddings of {width} numbers, but this head reads {head.width}: use CLIP "
+                f"ViT-L/14 ({known.CLIP_L.model})"
+            )
+
+    @classmethod
+    def connected(cls, head, clip_vision) -> Aesthetic:
+        if clip_vision is None:
+            raise ValueError(f"{cls.NAME}: clip says {CONNECTED}, but none is: connect Load CLIP Vision, or choose a file")
+        network = clip_vision.model
+        if not hasattr(network, "visual_projection") or not hasattr(network.visual_projection, "weight"):
+            raise ValueError(f"{cls.NAME}: clip_vision is no CLIP (or lacks its projection): load CLIP ViT-L/14")
+        cls.check_width(head, network.visual_projection.weight.shape[0], "clip_vision")
+        network.mira_patcher = clip_vision.patcher  # it is in ComfyUI's memory management already
+
+        def encode(pixels):
+            with OutOfPlaceAdd():  # its residuals are in place
+                return network(pixel_values=pixels.float(), intermediate_output=-2)[2]
+
+        preprocessing = Preprocessing(
+            clip_vision.image_size, crop_torchvision, clip_vision.image_mean, clip_vision.image_std
+        )
+        return Aesthetic(head, network, encode, preprocessing)
+
+
+class MiraLoadHPSReward(io.ComfyNode):
+    NAME = "Load HPS Reward"
+    VERSIONS = ("from the file's name", "v2", "v2.1")
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraLoadHPSReward",
+            display_name=cls.NAME,
+            category="MIRA/rewards",
+            description="Human Preference Score v2 or v2.1: how much people like an image for its prompt, .2 to .35.",
+            inputs=[
+                io.Combo.Input("file", **files.offered(files.weights(), known.HPS_21, "hps")),
+                io.Combo.Input(
+                    "version",
+                    options=list(cls.VERSIONS),
+                    tooltip="The two releases have the same architecture, and their scores do not compare.",
+                ),
+                precision_input(),
+            ],
+            outputs=[reward_output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        return files.missing(file, known.HPS_21) or True
+
+    @classmethod
+    def execute(cls, file, version, precision) -> io.NodeOutput:
+        path = path_of(cls.NAME, file, known.HPS_21)
+        if version == cls.VERSIONS[0]:
+            found = [v for sign, v in (("v2.1", "v2.1"), ("v21", "v2.1"), ("v2", "v2")) if sign in file.lower()]
+            if not found:
+                raise ValueError(f"{cls.NAME}: the name {file} tells no version: set version to v2 or v2.1")
+            version = found[0]
+        encoder = whole_clip(cls.NAME, path, precision, "ViT-H/14")
+        padded = Preprocessing(encoder.preprocessing.size, pad_longest)
+        return io.NodeOutput(hps(Encoder(encoder.network, encoder.tokens, padded, encoder.name), version))
+
+
+class MiraLoadPickScoreReward(io.ComfyNode):
+    NAME = "Load PickScore Reward"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraLoadPickScoreReward",
+            display_name=cls.NAME,
+            category="MIRA/rewards",
+            description="PickScore v1: which of two images people pick for a prompt; ordinary images score 18 to 24.",
+            inputs=[
+                io.Combo.Input("file", **files.offered(files.weights(), known.PICKSCORE, "pick")),
+                precision_input(),
+            ],
+            outputs=[reward_output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        return files.missing(file, known.PICKSCORE) or True
+
+    @classmethod
+    def execute(cls, file, precision) -> io.NodeOutput:
+        path = path_of(cls.NAME, file, known.PICKSCORE)
+        encoder = whole_clip(cls.NAME, path, precision, "ViT-H/14")
+        cropped = Preprocessing(encoder.preprocessing.size, crop_transformers)
+        scale = encoder.network.logit_scale.float().item()
+        return io.NodeOutput(pick_score(Encoder(encoder.network, encoder.tokens, cropped, encoder.name), scale))
+
+
+class MiraLoadImageReward(io.ComfyNode):
+    NAME = "Load ImageReward"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraLoadImageReward",
+            display_name=cls.NAME,
+            category="MIRA/rewards",
+            description="ImageReward v1.0: human preference, standardised; ordinary images score -1 to 1.5.",
+            inputs=[
+                io.Combo.Input("file", **files.offered(files.weights(), known.IMAGE_REWARD, "imagereward")),
+                precision_input(),
+            ],
+            outputs=[reward_output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        return files.missing(file, known.IMAGE_REWARD) or True
+
+    @classmethod
+    def execute(cls, file, precision) -> io.NodeOutput:
+        path = path_of(cls.NAME, file, known.IMAGE_REWARD)
+        state = weight_files.read(path)
+        weight_files.require(state, (weight_files.IMAGE_REWARD,), path.name, cls.NAME)
+        reward = image_reward_of(state, path)
+        reward.network.to(dtype_of(precision))
+        return io.NodeOutput(reward)
+
+
+class MiraLoadCLIPScore(io.ComfyNode):
+    NAME = "Load CLIPScore Reward"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraLoadCLIPScore",
+            display_name=cls.NAME,
+            category="MIRA/rewards",
+            description="100 times the cosine between image and prompt, by any CLIP or SigLIP.",
+            inputs=[
+                io.Combo.Input("file", **files.offered(files.weights(*CLIP_FOLDERS), known.CLIP_L, "clip")),
+                io.Combo.Input(
+                    "text_file",
+                    options=[SAME_FILE, *files.weights(*CLIP_FOLDERS)],
+                    default=SAME_FILE,
+                    tooltip="Where the text half is, if `file` holds the image half only. It must have its projection.",
+                ),
+                io.Combo.Input(
+                    "activation",
+                    options=list(GELU),
+                    default="auto",
+                    tooltip=(
+                        "auto: by the config.json beside the file, else QuickGELU for OpenAI's networks and for "
+                        "ViT-L/14, GELU for the rest. The weights do not tell; the wrong one spoils the scores."
+                    ),
+                ),
+                precision_input(),
+            ],
+            outputs=[reward_output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None, text_file=None):
+        return (
+            files.missing(file, known.CLIP_L, *CLIP_FOLDERS)
+            or (text_file != SAME_FILE and files.missing(text_file, known.CLIP_L, *CLIP_FOLDERS))
+            or True
+        )
+
+    @classmethod
+    def execute(cls, file, text_file, activation, precision) -> io.NodeOutput:
+        path = path_of(cls.NAME, file, known.CLIP_L, *CLIP_FOLDERS)
+        state = weight_files.read(path)
+        if text_file != SAME_FILE:
+            weight_files.require(state, (weight_files.HF_CLIP_VISION, weight_files.HF_CLIP), path.name, cls.NAME)
+            other = path_of(cls.NAME, text_file, known.CLIP_L, *CLIP_FOLDERS)
+            text = weight_files.read(other)
+            weight_files.require(text, (weight_files.HF_CLIP_TEXT, weight_files.HF_CLIP), other.name, cls.NAME)
+            half = {k: v for k, v in text.items() if k.startswith("text_") or k == "logit_scale"}
+            state = {k: v for k, v in state.items() if not k.startswith("text_")} | half
+        kind = weight_files.require(state, tuple(ENCODERS), path.name, cls.NAME)
+        quick = {} if ENCODERS[kind] is not clip_of else {"quick_gelu": GELU[activation]}
+        encoder = ENCODERS[kind](state, kind, path, **quick)
+        encoder.network.to(dtype_of(precision))
+        return io.NodeOutput(clip_score(encoder))

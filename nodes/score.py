@@ -1,0 +1,138 @@
+"""Scores of finished images, and their order: Best-of-N is a batch, these two nodes, and nothing else."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..rewards.base import Reward
+from .host import patcher_of
+from .images import to_core
+from .types import MiraReward
+
+CHUNK = 8  # images that a scorer sees at once
+
+
+def score_images(reward: Reward, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """images (B, 3, H, W) -> the scores (B,) and their parts, on the CPU; networks are loaded as ComfyUI loads models.
+
+    Raises RuntimeError for a score that is not finite: none is made up.
+    """
+    patchers = [patcher_of(m) for m in reward.modules]
+    if patchers:
+        comfy.model_management.load_models_gpu(patchers, force_full_load=True)
+    device = patchers[0].load_device if patchers else images.device
+    totals, parts = [], {}
+    for start in range(0, len(images), CHUNK):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        total, named = reward(images[start : start + CHUNK].to(device), prompts[start : start + CHUNK])
+        totals.append(total.float().cpu())
+        for name, part in named.items():
+            parts.setdefault(name, []).append(part.float().cpu())
+    total = torch.cat(totals)
+    if not torch.isfinite(total).all():
+        bad = [i for i, s in enumerate(total.tolist()) if s != s or abs(s) == float("inf")]
+        raise RuntimeError(f"reward {reward.facts.name!r} gave no finite score for image(s) {bad}: look at those images")
+    return total, {name: torch.cat(p) for name, p in parts.items()}
+
+
+def table(reward: Reward, total: Tensor, parts: dict[str, Tensor], notices: list[str]) -> str:
+    """The scores as text, a line per image, with where ordinary images lie."""
+    lines = [f"{reward.facts.name} ({reward.facts.describe()})"]
+    for i, score in enumerate(total.tolist()):
+        inner = "" if len(parts) < 2 else "   " + ", ".join(f"{n} {p[i].item():.4g}" for n, p in parts.items())
+        lines.append(f"{i}: {score:.5g}{inner}")
+    return "\n".join([*lines, *notices])
+
+
+class MiraScoreImages(io.ComfyNode):
+    NAME = "Score Images"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraScoreImages",
+            display_name=cls.NAME,
+            category="MIRA/scores",
+            description="The absolute score of every image, with the range that is typical of the reward.",
+            inputs=[
+                io.Image.Input("images"),
+                MiraReward.Input("reward"),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="For rewards that compare image and prompt: one for all, or a list with one per image.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output("scores", display_name="scores", is_output_list=True, tooltip="One per image."),
+                io.String.Output("text", display_name="text", tooltip="The same for people."),
+            ],
+            is_input_list=True,
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, images, reward, prompt=("",)) -> io.NodeOutput:
+        (reward,) = reward
+        if not isinstance(reward, Reward):
+            raise ValueError(f"{cls.NAME}: reward is a {type(reward).__name__}: connect a MIRA reward node")
+        batches = [to_core(batch, f"{cls.NAME}: images") for batch in images]
+        count = sum(len(batch) for batch in batches)
+        prompts = list(prompt) * count if len(prompt) == 1 else list(prompt)
+        if len(prompts) != count:
+            raise ValueError(f"{cls.NAME}: {len(prompts)} prompts for {count} images: give one, or one per image")
+        if reward.facts.needs_prompt and not all(p.strip() for p in prompts):
+            raise ValueError(
+                f"{cls.NAME}: reward {reward.facts.name!r} compares image and prompt, but prompt is empty: give the text"
+            )
+        reward.evaluation(0)
+        scored, start = [], 0
+        for batch in batches:  # images of one batch have one size, batches need not
+            scored.append(score_images(reward, batch, prompts[start : start + len(batch)]))
+            start += len(batch)
+        total = torch.cat([t for t, _ in scored])
+        parts = {name: torch.cat([p[name] for _, p in scored]) for name in scored[0][1]}
+        text = table(reward, total, parts, reward.notices(prompts))
+        return io.NodeOutput(total.tolist(), text, ui={"mira_text": [text], "mira_scores": total.tolist()})
+
+
+class MiraRankImages(io.ComfyNode):
+    NAME = "Rank Images"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraRankImages",
+            display_name=cls.NAME,
+            category="MIRA/scores",
+            description="The batch in the order of its scores, the best first, and only the best few if you like.",
+            inputs=[
+                io.Image.Input("images"),
+                io.Float.Input("scores", force_input=True, tooltip="From Score Images, one per image."),
+                io.Int.Input("top_k", default=1, min=1, max=4096, tooltip="How many to keep."),
+            ],
+            outputs=[
+                io.Image.Output("images", display_name="images", tooltip="The best first."),
+                io.Float.Output("scores", display_name="scores", is_output_list=True, tooltip="Theirs."),
+                io.Int.Output(
+                    "indices", display_name="indices", is_output_list=True, tooltip="Where they were, from 0 on."
+                ),
+            ],
+            is_input_list=True,
+        )
+
+    @classmethod
+    def execute(cls, images, scores, top_k) -> io.NodeOutput:
+        sizes = {tuple(batch.shape[1:]) for batch in images}
+        if len(sizes) != 1:
+            raise ValueError(f"{cls.NAME}: images have sizes {sorted(sizes)}, which make no batch; resize them first")
+        batch = torch.cat(list(images))
+        if len(scores) != len(batch):
+            raise ValueError(f"{cls.NAME}: {len(scores)} scores for {len(batch)} images: connect the scores of the same")
+        order = sorted(range(len(batch)), key=lambda i: -scores[i])[: top_k[0]]  # equal scores keep their order
+        return io.NodeOutput(batch[order], [scores[i] for i in order], order)

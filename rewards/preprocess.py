@@ -1,0 +1,82 @@
+"""From images to what a scorer's network sees: equal to the reference pipelines', and differentiable.
+
+images are (B, 3, H, W), nominally in [0, 1]. The references read 8-bit files with Pillow, so values beyond the range are
+clamped, and every pass of a resize is rounded to 8 bits. The gradient goes straight through both, as if they were not
+there (Bengio et al., arXiv 1308.3432): the score is the one that the saved image gets, and a saturated pixel still feels
+its reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def straight_through(images: Tensor, seen: Tensor) -> Tensor:
+    """The values of `seen` with the gradient of `images`."""
+    return images + (seen - images).detach()
+
+
+def resize(images: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Bicubic and antialiased, as Pillow's: first along the width, then along the height."""
+    height, width = images.shape[-2:]
+    for step in ((height, shape[1]), shape):
+        if tuple(images.shape[-2:]) != step:
+            images = F.interpolate(images, size=step, mode="bicubic", antialias=True, align_corners=False)
+            images = straight_through(images, (images * 255).round().clamp(0, 255) / 255)
+    return images
+
+
+def crop_torchvision(images: Tensor, size: int) -> Tensor:
+    """The shorter side to `size`, then the centre: OpenAI's and open_clip's, made of torchvision."""
+    return _crop(images, size, lambda spare: round(spare / 2))
+
+
+def crop_transformers(images: Tensor, size: int) -> Tensor:
+    """The same by Hugging Face's processors, which round the offset of the centre down."""
+    return _crop(images, size, lambda spare: spare // 2)
+
+
+def _crop(images: Tensor, size: int, offset: Callable[[int], int]) -> Tensor:
+    height, width = images.shape[-2:]
+    # Sizes are truncated as both libraries truncate them.
+    images = resize(images, tuple(size * side // min(height, width) for side in (height, width)))
+    top, left = (offset(side - size) for side in images.shape[-2:])
+    return images[..., top : top + size, left : left + size]
+
+
+def pad_longest(images: Tensor, size: int) -> Tensor:
+    """The longer side to `size`, then black around it (HPSv2)."""
+    height, width = images.shape[-2:]
+    scale = size / max(height, width)
+    images = resize(images, (round(height * scale), round(width * scale)))
+    spare = [size - side for side in images.shape[-2:]]
+    left, top = spare[1] // 2, spare[0] // 2
+    return F.pad(images, (left, spare[1] - left, top, spare[0] - top))
+
+
+def squash(images: Tensor, size: int) -> Tensor:
+    """Both sides to `size`, whatever the proportions (SigLIP)."""
+    return resize(images, (size, size))
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """It travels with a network: fit(images, size), then (x - mean) / std of every channel."""
+
+    size: int
+    fit: Callable[[Tensor, int], Tensor] = crop_torchvision
+    mean: Sequence[float] = CLIP_MEAN
+    std: Sequence[float] = CLIP_STD
+
+    def __call__(self, images: Tensor) -> Tensor:
+        images = images if images.dtype.itemsize > 2 else images.float()
+        images = self.fit(straight_through(images, images.clamp(0, 1)), self.size)
+        mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        return (images - mean) / std

@@ -1,0 +1,101 @@
+"""A reward from a Python file of the user's own.
+
+The file defines `FACTS`, a dict of `Facts`'s fields (only name and typical are needed), and `score(images, prompts)`:
+images (B, 3, H, W) in [0, 1], one prompt per image -> (B,). `MODULES`, a list of torch modules, is optional: they are
+then loaded and offloaded by ComfyUI's memory management.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.machinery
+import importlib.util
+import linecache
+import math
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .base import Facts, Reward
+
+DEFAULTS = {"low": -math.inf, "high": math.inf}
+
+
+class _Fresh(importlib.machinery.SourceFileLoader):
+    """Compiles the file as it is now: compiled files are told apart by their second, and a user edits faster."""
+
+    def path_stats(self, path):
+        raise OSError
+
+
+def located(problem: BaseException, path: Path) -> str:
+    """The message of an exception, with the line of the user's file where it came from."""
+    kind = f"{type(problem).__name__}: {problem}"
+    if isinstance(problem, SyntaxError) and problem.filename == str(path):
+        return f"{path.name}, line {problem.lineno}: {kind}"
+    lines = [f for f in traceback.extract_tb(problem.__traceback__) if f.filename == str(path)]
+    if not lines:
+        return f"{path.name}: {kind}"
+    return f"{path.name}, line {lines[-1].lineno} ({lines[-1].line}): {kind}"
+
+
+def facts_of(declared, path: Path) -> Facts:
+    fields = {f.name for f in dataclasses.fields(Facts)}
+    if not isinstance(declared, dict):
+        raise ValueError(f'{path.name} defines no FACTS: add FACTS = {{"name": "...", "typical": (0.0, 1.0)}}')
+    if unknown := sorted(declared.keys() - fields):
+        raise ValueError(f"{path.name}: FACTS has no {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
+    if missing := sorted({"name", "typical"} - declared.keys()):
+        raise ValueError(f"{path.name}: FACTS lacks {', '.join(missing)}")
+    facts = Facts(**{**DEFAULTS, **declared})
+    if not isinstance(facts.name, str) or not facts.name:
+        raise ValueError(f"{path.name}: FACTS['name'] is {facts.name!r}; give it a name")
+    if not (isinstance(facts.typical, (tuple, list)) and len(facts.typical) == 2 and facts.typical[0] < facts.typical[1]):
+        raise ValueError(f"{path.name}: FACTS['typical'] is {facts.typical!r}; give (low, high), low below high")
+    return facts
+
+
+class PythonReward(Reward):
+    """Runs the file once, when made. Raises ValueError for a file that does not fit, with its line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        linecache.checkcache(str(path))
+        loader = _Fresh(f"mira_reward_{path.stem}", str(path))
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+        try:
+            loader.exec_module(module)
+        except Exception as problem:
+            raise ValueError(located(problem, path)) from problem
+        self.facts = facts_of(getattr(module, "FACTS", None), path)
+        self.function = getattr(module, "score", None)
+        if not callable(self.function):
+            raise ValueError(f"{path.name} defines no function score(images, prompts)")
+        self.modules = tuple(getattr(module, "MODULES", ()))
+        if not all(isinstance(m, torch.nn.Module) for m in self.modules):
+            raise ValueError(f"{path.name}: MODULES must hold torch modules only")
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        try:
+            score = self.function(images, list(prompts))
+        except (torch.OutOfMemoryError, MemoryError):
+            raise  # whoever called knows what to do
+        except Exception as problem:
+            raise RuntimeError(located(problem, self.path)) from problem
+        return self._checked(score, images)
+
+    def _checked(self, score, images: Tensor) -> Tensor:
+        if not self.facts.differentiable:
+            score = torch.as_tensor(score, dtype=torch.float32, device=images.device)
+        if not isinstance(score, Tensor) or score.shape != (len(images),):
+            found = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor) else f"a {type(score).__name__}"
+            raise RuntimeError(f"{self.path.name}: score gave {found}; it must be a tensor of shape ({len(images)},)")
+        if self.facts.differentiable and images.requires_grad and not score.requires_grad:
+            raise RuntimeError(
+                f"{self.path.name}: the score has no gradient, though FACTS says differentiable. Compute it from images "
+                "with torch alone, or set differentiable to False and use it as a black box"
+            )
+        return score
