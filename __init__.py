@@ -6,4 +6,5 @@ from importlib.util import find_spec
 if __package__ and find_spec("comfy") is not None and find_spec("comfy.utils") is not None:
     from .nodes import comfy_entrypoint
 
-    __all__ = ["comfy_entrypoint"]
+    WEB_DIRECTORY = "./web"
+    __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -65,7 +65,7 @@ def check(node: str, model, sampler, latent: dict, vae, reward: Reward, prompt: 
     if not isinstance(reward, Reward):
         fail(f"reward is a {type(reward).__name__}: connect a MIRA reward node")
     if not reward.facts.differentiable:
-        fail(f"reward {reward.facts.name!r} has no gradient: use a differentiable reward here")
+        fail(f"reward {reward.facts.name!r} has no gradient: use a differentiable reward here, or rank images by it")
     if reward.facts.needs_prompt and not (prompt or "").strip():
         fail(f"reward {reward.facts.name!r} compares image and prompt, but prompt is empty: give the prompt as text")
     samples = latent["samples"]

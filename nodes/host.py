@@ -296,9 +296,7 @@ class _Process:
                 for within in filter(None, layers):
                     stack.enter_context(within())
                 return job.reward(images, job.prompts)
-        return checkpoint(
-            lambda i: job.reward(i, job.prompts), images, use_reentrant=False, preserve_rng_state=False
-        )
+        return checkpoint(lambda i: job.reward(i, job.prompts), images, use_reentrant=False, preserve_rng_state=False)
 
     def blocks(self) -> Callable | None:
         return blocks_checkpointed(self.inner.diffusion_model, lambda: self.place())

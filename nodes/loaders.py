@@ -136,7 +136,9 @@ class MiraLoadAestheticReward(io.ComfyNode):
     @classmethod
     def connected(cls, head, clip_vision) -> Aesthetic:
         if clip_vision is None:
-            raise ValueError(f"{cls.NAME}: clip says {CONNECTED}, but none is: connect Load CLIP Vision, or choose a file")
+            raise ValueError(
+                f"{cls.NAME}: clip says {CONNECTED}, but none is: connect Load CLIP Vision, or choose a file"
+            )
         network = clip_vision.model
         if not hasattr(network, "visual_projection") or not hasattr(network.visual_projection, "weight"):
             raise ValueError(f"{cls.NAME}: clip_vision is no CLIP (or lacks its projection): load CLIP ViT-L/14")
@@ -165,7 +167,11 @@ class MiraLoadHPSReward(io.ComfyNode):
             category="MIRA/rewards",
             description="Human Preference Score v2 or v2.1: how much people like an image for its prompt, .2 to .35.",
             inputs=[
-                io.Combo.Input("file", **files.offered(files.weights(), known.HPS_21, "hps")),
+                io.Combo.Input(
+                    "file",
+                    **files.offered(files.weights(), known.HPS_21, "hps"),
+                    tooltip=f"{known.HPS_21.file} or {known.HPS_2.file}, in models/mira_rewards.",
+                ),
                 io.Combo.Input(
                     "version",
                     options=list(cls.VERSIONS),
@@ -204,7 +210,11 @@ class MiraLoadPickScoreReward(io.ComfyNode):
             category="MIRA/rewards",
             description="PickScore v1: which of two images people pick for a prompt; ordinary images score 18 to 24.",
             inputs=[
-                io.Combo.Input("file", **files.offered(files.weights(), known.PICKSCORE, "pick")),
+                io.Combo.Input(
+                    "file",
+                    **files.offered(files.weights(), known.PICKSCORE, "pick"),
+                    tooltip="The whole model of PickScore_v1, in models/mira_rewards; name it as you like.",
+                ),
                 precision_input(),
             ],
             outputs=[reward_output()],
@@ -234,7 +244,11 @@ class MiraLoadImageReward(io.ComfyNode):
             category="MIRA/rewards",
             description="ImageReward v1.0: human preference, standardised; ordinary images score -1 to 1.5.",
             inputs=[
-                io.Combo.Input("file", **files.offered(files.weights(), known.IMAGE_REWARD, "imagereward")),
+                io.Combo.Input(
+                    "file",
+                    **files.offered(files.weights(), known.IMAGE_REWARD, "imagereward"),
+                    tooltip=f"{known.IMAGE_REWARD.file}, in models/mira_rewards.",
+                ),
                 precision_input(),
             ],
             outputs=[reward_output()],
@@ -265,7 +279,11 @@ class MiraLoadCLIPScore(io.ComfyNode):
             category="MIRA/rewards",
             description="100 times the cosine between image and prompt, by any CLIP or SigLIP.",
             inputs=[
-                io.Combo.Input("file", **files.offered(files.weights(*CLIP_FOLDERS), known.CLIP_L, "clip")),
+                io.Combo.Input(
+                    "file",
+                    **files.offered(files.weights(*CLIP_FOLDERS), known.CLIP_L, "clip"),
+                    tooltip="A whole CLIP or SigLIP, or the image half of a CLIP.",
+                ),
                 io.Combo.Input(
                     "text_file",
                     options=[SAME_FILE, *files.weights(*CLIP_FOLDERS)],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -16,6 +18,7 @@ from .checks import check, complain, wrong_sigmas
 from .settings import prompt_input, settings_inputs, settings_of, trace_outputs
 from .types import MiraReward
 
+log = logging.getLogger("mira")
 PREVIEW = 512  # pixels of the preview's longer side
 
 
@@ -59,11 +62,15 @@ def run(node: str, node_id: str, guider, sampler, sigmas, noise, seed, latent: d
     )
     done = host.run(job)
     trace = done.result.trace
+    notices = reward.notices(job.prompts)
+    for notice in notices:
+        log.warning("%s: %s", node, notice)
     trace.settings |= {k: v for k, v in values.items() if isinstance(v, (int, float, str))} | {
         "node": node,
         "seed": seed,
         "prompt": prompt or "",
         "reward": reward.facts.name,
+        "notices": notices,
     }
     out, plain = latent.copy(), latent.copy()
     out["samples"], plain["samples"] = done.latent, done.plain

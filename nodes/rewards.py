@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 import comfy.model_management
@@ -53,7 +54,9 @@ class MiraPixelReward(io.ComfyNode):
         if measure != REFERENCE:
             return io.NodeOutput(PixelReward(measure))
         if reference is None:
-            raise ValueError("Pixel Reward: measure is match reference, but reference is not connected; connect an image")
+            raise ValueError(
+                "Pixel Reward: measure is match reference, but reference is not connected; connect an image"
+            )
         return io.NodeOutput(MatchReference(to_core(reference, "Pixel Reward: reference")))
 
 
@@ -164,7 +167,7 @@ class MiraAugmentReward(io.ComfyNode):
                 io.Boolean.Input("flip", default=True, tooltip="Mirror half of the views, left and right."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the crops."),
             ],
-            outputs=[reward_output()],
+            outputs=[MiraReward.Output("augmented", display_name="reward")],
         )
 
     @classmethod
@@ -195,7 +198,9 @@ class MiraRewardFromPython(io.ComfyNode):
         # Only a name that the folder lists is ever run, whatever a workflow says.
         if file is None or (file in files.scripts() and files.find(file)):
             return None
-        return f"{file} is not in models/mira_rewards: put the reward's .py file there and refresh the node list (key R)"
+        return (
+            f"{file} is not in models/mira_rewards: put the reward's .py file there and refresh the node list (key R)"
+        )
 
     @classmethod
     def validate_inputs(cls, file=None):
@@ -204,7 +209,7 @@ class MiraRewardFromPython(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file):
         path = files.find(file)
-        return path.read_bytes() if path else ""
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
@@ -235,9 +240,13 @@ class MiraRewardFromHTTP(io.ComfyNode):
                 "scores. Another machine than this one has to be allowed by the environment variable MIRA_HTTP_HOSTS."
             ),
             inputs=[
-                io.String.Input("url", default="http://127.0.0.1:8000/score"),
+                io.String.Input(
+                    "url", default="http://127.0.0.1:8000/score", tooltip="Where the server listens for the POST."
+                ),
                 io.String.Input("name", default="my reward", tooltip="What the record calls it."),
-                io.Boolean.Input("needs_prompt", default=True, tooltip="Whether a score without a prompt means nothing."),
+                io.Boolean.Input(
+                    "needs_prompt", default=True, tooltip="Whether a score without a prompt means nothing."
+                ),
                 io.Float.Input("timeout", default=60.0, min=0.1, max=3600.0, step=0.1, tooltip="Seconds, per attempt."),
                 io.Int.Input("retries", default=2, min=0, max=20, tooltip="Further attempts, after a growing pause."),
                 io.Float.Input(
@@ -248,9 +257,7 @@ class MiraRewardFromHTTP(io.ComfyNode):
                     step=0.01,
                     tooltip="Where scores of ordinary images begin.",
                 ),
-                io.Float.Input(
-                    "typical_high", default=1.0, min=-1e6, max=1e6, step=0.01, tooltip="Where they end."
-                ),
+                io.Float.Input("typical_high", default=1.0, min=-1e6, max=1e6, step=0.01, tooltip="Where they end."),
             ],
             outputs=[reward_output()],
         )

@@ -34,7 +34,9 @@ def score_images(reward: Reward, images: Tensor, prompts: list[str]) -> tuple[Te
     total = torch.cat(totals)
     if not torch.isfinite(total).all():
         bad = [i for i, s in enumerate(total.tolist()) if s != s or abs(s) == float("inf")]
-        raise RuntimeError(f"reward {reward.facts.name!r} gave no finite score for image(s) {bad}: look at those images")
+        raise RuntimeError(
+            f"reward {reward.facts.name!r} gave no finite score for image(s) {bad}: look at those images"
+        )
     return total, {name: torch.cat(p) for name, p in parts.items()}
 
 
@@ -117,8 +119,8 @@ class MiraRankImages(io.ComfyNode):
                 io.Int.Input("top_k", default=1, min=1, max=4096, tooltip="How many to keep."),
             ],
             outputs=[
-                io.Image.Output("images", display_name="images", tooltip="The best first."),
-                io.Float.Output("scores", display_name="scores", is_output_list=True, tooltip="Theirs."),
+                io.Image.Output("ranked", display_name="images", tooltip="The best first."),
+                io.Float.Output("ranked_scores", display_name="scores", is_output_list=True, tooltip="Theirs."),
                 io.Int.Output(
                     "indices", display_name="indices", is_output_list=True, tooltip="Where they were, from 0 on."
                 ),
@@ -133,6 +135,8 @@ class MiraRankImages(io.ComfyNode):
             raise ValueError(f"{cls.NAME}: images have sizes {sorted(sizes)}, which make no batch; resize them first")
         batch = torch.cat(list(images))
         if len(scores) != len(batch):
-            raise ValueError(f"{cls.NAME}: {len(scores)} scores for {len(batch)} images: connect the scores of the same")
+            raise ValueError(
+                f"{cls.NAME}: {len(scores)} scores for {len(batch)} images: connect the scores of the same"
+            )
         order = sorted(range(len(batch)), key=lambda i: -scores[i])[: top_k[0]]  # equal scores keep their order
         return io.NodeOutput(batch[order], [scores[i] for i in order], order)

@@ -40,8 +40,12 @@ def head_of(state: dict[str, Tensor], file: str) -> LinearHead:
     require(state, (AESTHETIC_HEAD,), file, "Load Aesthetic Reward")
     head = LinearHead(state)
     sizes = [head.width, *(layer.out_features for layer in head.layers)]
-    if sizes[-1] != 1 or any(a.out_features != b.in_features for a, b in zip(head.layers, head.layers[1:], strict=False)):
-        raise WrongFile(f"Load Aesthetic Reward: {file} has layers of sizes {sizes}, which do not fit; use another file")
+    if sizes[-1] != 1 or any(
+        a.out_features != b.in_features for a, b in zip(head.layers, head.layers[1:], strict=False)
+    ):
+        raise WrongFile(
+            f"Load Aesthetic Reward: {file} has layers of sizes {sizes}, which do not fit; use another file"
+        )
     return head
 
 
@@ -52,7 +56,11 @@ class Aesthetic(Reward):
     """
 
     def __init__(
-        self, head: LinearHead, network: nn.Module, encode_image: Callable[[Tensor], Tensor], preprocessing: Preprocessing
+        self,
+        head: LinearHead,
+        network: nn.Module,
+        encode_image: Callable[[Tensor], Tensor],
+        preprocessing: Preprocessing,
     ):
         self.head, self.network, self.encode_image, self.preprocessing = head, network, encode_image, preprocessing
         self.modules = (network, head)

@@ -125,10 +125,10 @@ def _read_one(path: Path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         reason = re.search(r"GLOBAL ([\w.]+)", str(problem))
-        if "Weights only" not in str(problem) and reason is None:
-            raise WrongFile(f"{path.name} is damaged ({problem}): download it again") from problem
+        if reason is None:
+            raise WrongFile(f"{path.name} is damaged, or no file of weights at all: download it again") from problem
         raise WrongFile(
-            f"{path.name} is a pickle that needs more than weights{f' ({reason[1]})' if reason else ''}: opening it "
+            f"{path.name} is a pickle that needs more than weights ({reason[1]}): opening it "
             "could run a stranger's code, so it is not opened. Use a safetensors version, or, if you trust the file, "
             "convert it once:\n"
             f"  python -c \"import torch; d = torch.load('{path.name}', 'cpu', weights_only=False); "
@@ -167,7 +167,9 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 def _unwrapped(loaded, path: Path) -> dict[str, Tensor]:
     """The state dict inside a checkpoint, its names without what training put before them."""
     for _ in WRAPPERS:
-        inner = next((loaded[w] for w in WRAPPERS if isinstance(loaded, dict) and isinstance(loaded.get(w), dict)), None)
+        inner = next(
+            (loaded[w] for w in WRAPPERS if isinstance(loaded, dict) and isinstance(loaded.get(w), dict)), None
+        )
         if inner is None:
             break
         loaded = inner

@@ -149,7 +149,9 @@ class HTTPReward(Reward):
             scores = json.loads(answer)["scores"]
         except (ValueError, KeyError, TypeError) as problem:
             raise nonsense(repr(answer[:80].decode(errors="replace"))) from problem
-        numbers = isinstance(scores, list) and all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in scores)
+        numbers = isinstance(scores, list) and all(
+            isinstance(s, (int, float)) and not isinstance(s, bool) for s in scores
+        )
         if not numbers or len(scores) != count or not all(math.isfinite(s) for s in scores):
             raise nonsense(f"the scores {str(scores)[:80]}")
         return [float(s) for s in scores]

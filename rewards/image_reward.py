@@ -90,7 +90,9 @@ def network_of(state: dict[str, Tensor], path: Path) -> Network:
         for end in ("", ".weight", ".bias"):
             if theirs + a + end in state:
                 named[f"vision.{b}{end}"] = state[theirs + a + end]
-    named |= {k.replace("blip.text_encoder.", "text."): v for k, v in state.items() if k.startswith("blip.text_encoder.")}
+    named |= {
+        k.replace("blip.text_encoder.", "text."): v for k, v in state.items() if k.startswith("blip.text_encoder.")
+    }
     return adopt(network, named, path.name)
 
 

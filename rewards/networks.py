@@ -175,7 +175,10 @@ def clip_image_half(
     heads = sizes["width"] // sizes.pop("head_width")
     with torch.device("meta"):
         network = VisionTransformer(
-            **sizes, heads=heads, output_dim=state["visual.proj"].shape[1], act_layer=QuickGELU if quick_gelu else nn.GELU
+            **sizes,
+            heads=heads,
+            output_dim=state["visual.proj"].shape[1],
+            act_layer=QuickGELU if quick_gelu else nn.GELU,
         )
     visual = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
     # Every reference of an image score is made of torchvision's transforms.

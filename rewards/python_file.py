@@ -53,7 +53,9 @@ def facts_of(declared, path: Path) -> Facts:
     facts = Facts(**{**DEFAULTS, **declared})
     if not isinstance(facts.name, str) or not facts.name:
         raise ValueError(f"{path.name}: FACTS['name'] is {facts.name!r}; give it a name")
-    if not (isinstance(facts.typical, (tuple, list)) and len(facts.typical) == 2 and facts.typical[0] < facts.typical[1]):
+    if not (
+        isinstance(facts.typical, (tuple, list)) and len(facts.typical) == 2 and facts.typical[0] < facts.typical[1]
+    ):
         raise ValueError(f"{path.name}: FACTS['typical'] is {facts.typical!r}; give (low, high), low below high")
     return facts
 

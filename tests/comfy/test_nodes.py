@@ -26,6 +26,24 @@ INPUTS = dict(
 )  # fmt: skip
 
 
+REWARDS = {
+    "MiraPixelReward": ["measure", "reference"],
+    "MiraJPEGReward": ["kind", "quality"],
+    "MiraLoadAestheticReward": ["head", "clip", "precision", "clip_vision"],
+    "MiraLoadHPSReward": ["file", "version", "precision"],
+    "MiraLoadPickScoreReward": ["file", "precision"],
+    "MiraLoadImageReward": ["file", "precision"],
+    "MiraLoadCLIPScore": ["file", "text_file", "activation", "precision"],
+    "MiraDemoCLIPScore": [],
+    "MiraRewardFromPython": ["file"],
+    "MiraRewardFromHTTP": [
+        "url", "name", "needs_prompt", "timeout", "retries", "typical_low", "typical_high"
+    ],
+    "MiraCombineRewards": [*(f"{k}_{i}" for i in range(1, 5) for k in ("reward", "weight")), "scaling"],
+    "MiraAugmentReward": ["reward", "crops", "smallest", "flip", "seed"],
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module", autouse=True)
 def prompt_server():
     loop = asyncio.new_event_loop()
@@ -63,15 +81,18 @@ def optimize(world, **changes):
 def test_registration():
     """What workflows hold for ever: ids, inputs and outputs, in this order."""
     extension = asyncio.run(nodes.comfy_entrypoint())
-    listed = {n.define_schema().node_id: n.define_schema() for n in asyncio.run(extension.get_node_list())}
+    listed = {n.GET_SCHEMA().node_id: n.GET_SCHEMA() for n in asyncio.run(extension.get_node_list())}
     assert {k: [o.display_name for o in v.outputs] for k, v in listed.items()} == {
         "MiraOptimizeKSampler": ["optimized", "plain", "trace"],
         "MiraOptimizeSamplerAdvanced": ["optimized", "plain", "trace"],
-        "MiraPixelReward": ["reward"],
-        "MiraDemoCLIPScore": ["reward"],
-        "MiraCombineRewards": ["reward"],
+        "MiraScoreImages": ["scores", "text"],
+        "MiraRankImages": ["images", "scores", "indices"],
         "MiraDemoModel": ["model", "clip", "vae"],
-    }
+    } | {node: ["reward"] for node in REWARDS}
+    inputs = {node: [i.id for i in listed[node].inputs] for node in REWARDS}
+    assert inputs == REWARDS
+    assert [i.id for i in listed["MiraScoreImages"].inputs] == ["images", "reward", "prompt"]
+    assert [i.id for i in listed["MiraRankImages"].inputs] == ["images", "scores", "top_k"]
     settings = [
         "iterations", "learning_rate", "regularizer", "beta", "keep", "drift_limit", "stop", "patience", "memory",
         "drift_metric", "optimizer", "clip_norm", "weighting", "measured",
@@ -189,7 +210,7 @@ def test_a_reward_without_gradient_and_one_without_its_prompt_are_refused(world)
             super().__init__("brightness")
             self.facts = self.facts.__class__("file size", -1e9, 0, (-50, -5), differentiable=False)
 
-    with pytest.raises(ValueError, match="reward 'file size' has no gradient: use a differentiable reward"):
+    with pytest.raises(ValueError, match="reward 'file size' has no gradient: use a differentiable reward here"):
         optimize(world, reward=BlackBox())
     score = execute(nodes.MiraDemoCLIPScore).args[0]
     with pytest.raises(ValueError, match="prompt is empty: give the prompt as text"):
@@ -216,10 +237,13 @@ def test_validation_before_the_queue():
 
 def test_combine_rewards():
     bright, dark = PixelReward("brightness"), PixelReward("darkness")
-    reward = execute(nodes.MiraCombineRewards, reward_1=bright, weight_1=2.0, reward_2=dark, weight_2=0.5).args[0]
+    weighted = dict(reward_1=bright, weight_1=2.0, reward_2=dark, weight_2=0.5)
+    reward = execute(nodes.MiraCombineRewards, **weighted, scaling="raw").args[0]
     image = torch.full((1, 3, 8, 8), 0.75)
     total, parts = reward(image, [""])
     assert total.item() == pytest.approx(2 * 0.5 - 0.5 * 0.5)
     assert {k: v.item() for k, v in parts.items()} == pytest.approx({"brightness": 0.5, "darkness": -0.5})
     with pytest.raises(ValueError, match="every weight is 0"):
         execute(nodes.MiraCombineRewards, reward_1=bright, weight_1=0.0)
+    with pytest.raises(ValueError, match="Combine Rewards: ReNO's composite has no brightness"):
+        execute(nodes.MiraCombineRewards, **weighted, scaling="ReNO")

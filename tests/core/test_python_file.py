@@ -38,7 +38,9 @@ def test_the_example():
 
 
 def test_a_black_box_may_answer_with_a_list(tmp_path):
-    text = 'FACTS = dict(name="n", typical=(0, 1), differentiable=False)\ndef score(images, prompts):\n    return [1, 2]\n'
+    text = (
+        'FACTS = dict(name="n", typical=(0, 1), differentiable=False)\ndef score(images, prompts):\n    return [1, 2]\n'
+    )
     assert made(tmp_path, text).score(torch.rand(2, 3, 4, 4), ["", ""]).tolist() == [1, 2]
 
 

@@ -181,7 +181,9 @@ def test_siglip_in_open_clips_layout(tmp_path):
     extra = dict(global_pool="map", class_token=False, embed_dim=192, depth=2, num_heads=3, img_size=64, num_classes=0)
     import timm
 
-    theirs.visual.trunk = timm.models.vision_transformer.VisionTransformer(patch_size=16, act_layer="gelu_tanh", **extra)
+    theirs.visual.trunk = timm.models.vision_transformer.VisionTransformer(
+        patch_size=16, act_layer="gelu_tanh", **extra
+    )
     theirs.load_state_dict(small.fill(theirs.state_dict()))
     theirs.eval()
     small.siglip_tokenizer(tmp_path)

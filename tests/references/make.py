@@ -137,7 +137,9 @@ def hps() -> dict:
     text, out = tokenize(PROMPTS), {}
     for name, picture in pictures().items():
         features = network(transform(picture)[None], text)
-        features = features if isinstance(features, dict) else dict(image_features=features[0], text_features=features[1])
+        features = (
+            features if isinstance(features, dict) else dict(image_features=features[0], text_features=features[1])
+        )
         out[name] = (features["image_features"] @ features["text_features"].T)[0].tolist()
     return {"hps": out}
 
