@@ -2,12 +2,13 @@
 
 Every scorer on its full-size network with random weights, one 512 px image: time of score and gradient over time of the
 score alone, medians of five alternating runs, with and without checkpointed layers; parameters; what autograd keeps for
-the backward pass; and, in fresh processes, the first import of each library on top of PyTorch.
+the backward pass; and, in fresh processes, the first import of each library over that of PyTorch.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -46,7 +47,7 @@ def random_clip(name: str):
 
 def head(width: int):
     sizes, shapes = [width, 1024, 128, 64, 16, 1], {}
-    for number, (a, b) in zip(aesthetic.LAYERS, zip(sizes, sizes[1:], strict=False), strict=True):
+    for number, (a, b) in zip(aesthetic.LAYERS, itertools.pairwise(sizes), strict=True):
         shapes |= {f"layers.{number}.weight": torch.empty(b, a), f"layers.{number}.bias": torch.empty(b)}
     return aesthetic.LinearHead(drawn(shapes))
 
@@ -131,8 +132,8 @@ def measure(reward, device: torch.device) -> dict:
     return result
 
 
-def import_seconds(module: str) -> float:
-    code = f"import torch, time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+def import_seconds(module: str, after: str = "import torch") -> float:
+    code = f"import time\n{after}\nt = time.perf_counter()\nimport {module}\nprint(time.perf_counter() - t)"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
     return statistics.median(float(r.stdout.splitlines()[-1]) for r in runs)
 
@@ -144,18 +145,13 @@ def main() -> None:
     import comfy.model_management
 
     device = comfy.model_management.get_torch_device()
-    result = {"scorers": {}, "import_seconds": {}}
+    result = {"scorers": {}, "import_over_torch": {}}
     for name, make in SCORERS.items():
-        result["scorers"][name] = measure(make(), device)
-        print(
-            name,
-            {k: round(v, 2) if isinstance(v, float) else v for k, v in result["scorers"][name].items()},
-            flush=True,
-        )
-    base = import_seconds("torchvision")
+        found = result["scorers"][name] = measure(make(), device)
+        print(name, {k: round(v, 2) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
+    base = import_seconds("torch", "")
     for module in ("open_clip", "transformers.models.blip.modeling_blip"):
-        result["import_seconds"][module] = import_seconds(module)
-    result["import_over_torchvision"] = {k: v / base for k, v in result["import_seconds"].items()}
+        result["import_over_torch"][module] = import_seconds(module) / base
     print(json.dumps(result, indent=1))
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

@@ -79,7 +79,8 @@ def _clip_network() -> torch.nn.Module:
 
 def demo_clip_score() -> Similarity:
     size = demo_clip.CONFIG["vision_cfg"]["image_size"]
-    return clip_score(Encoder(_clip_network(), ClipTokens(TEXT["context_length"]), Preprocessing(size)))
+    encoder = Encoder(_clip_network(), ClipTokens(TEXT["context_length"]), Preprocessing(size))
+    return clip_score(encoder, typical=(45.0, 75.0))
 
 
 class MiraDemoModel(io.ComfyNode):

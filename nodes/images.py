@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def to_core(images: Tensor, what: str) -> Tensor:
-    """float32, or float64 as it is. Raises ValueError, beginning with `what`, for anything but a batch of RGB images."""
+    """float32, or float64 as it is. Raises ValueError, beginning with `what`, for all but a batch of RGB images."""
     if not isinstance(images, Tensor) or images.ndim != 4:
         found = f"of shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise ValueError(f"{what} is {found}: connect an IMAGE, (batch, height, width, 3)")
@@ -16,6 +16,6 @@ def to_core(images: Tensor, what: str) -> Tensor:
     if channels != 3:
         kind = {1: "greyscale", 2: "greyscale with transparency", 4: "RGB with transparency"}.get(channels, "no RGB")
         raise ValueError(
-            f"{what} has {channels} channel(s) ({kind}): scorers read RGB; split off the alpha or repeat the channel first"
+            f"{what} has {channels} channel(s) ({kind}): scorers read RGB; split off the alpha or repeat the grey first"
         )
     return images.movedim(3, 1).to(images.dtype if images.dtype.itemsize > 4 else images.float().dtype)

@@ -327,4 +327,5 @@ class MiraLoadCLIPScore(io.ComfyNode):
         quick = {} if ENCODERS[kind] is not clip_of else {"quick_gelu": GELU[activation]}
         encoder = ENCODERS[kind](state, kind, path, **quick)
         encoder.network.to(dtype_of(precision))
-        return io.NodeOutput(clip_score(encoder))
+        # SigLIP was trained on a sigmoid: even its matching pairs are nearly orthogonal.
+        return io.NodeOutput(clip_score(encoder, **({} if quick else {"typical": (0.0, 20.0)})))

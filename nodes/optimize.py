@@ -62,15 +62,14 @@ def run(node: str, node_id: str, guider, sampler, sigmas, noise, seed, latent: d
     )
     done = host.run(job)
     trace = done.result.trace
-    notices = reward.notices(job.prompts)
-    for notice in notices:
+    for notice in reward.notices(job.prompts):
         log.warning("%s: %s", node, notice)
+        trace.notices.append(notice)
     trace.settings |= {k: v for k, v in values.items() if isinstance(v, (int, float, str))} | {
         "node": node,
         "seed": seed,
         "prompt": prompt or "",
         "reward": reward.facts.name,
-        "notices": notices,
     }
     out, plain = latent.copy(), latent.copy()
     out["samples"], plain["samples"] = done.latent, done.plain

@@ -114,8 +114,8 @@ class MiraCombineRewards(io.ComfyNode):
                 optional=True,
                 tooltip=(
                     "by typical range: each score is divided by the width of its typical range, so that equal weights "
-                    "count about equally. raw: scores as they are. ReNO: its composite of HPSv2.1 (5), ImageReward (1), "
-                    "CLIPScore (0.01) and PickScore (0.05), times your weights."
+                    "count about equally. raw: scores as they are. ReNO: its composite of HPSv2.1 (5), ImageReward "
+                    "(1), CLIPScore (0.01) and PickScore (0.05), times your weights."
                 ),
             )
         )
@@ -198,9 +198,7 @@ class MiraRewardFromPython(io.ComfyNode):
         # Only a name that the folder lists is ever run, whatever a workflow says.
         if file is None or (file in files.scripts() and files.find(file)):
             return None
-        return (
-            f"{file} is not in models/mira_rewards: put the reward's .py file there and refresh the node list (key R)"
-        )
+        return f"{file} is not in models/mira_rewards: put the reward's .py file there and refresh the nodes (key R)"
 
     @classmethod
     def validate_inputs(cls, file=None):
@@ -244,9 +242,7 @@ class MiraRewardFromHTTP(io.ComfyNode):
                     "url", default="http://127.0.0.1:8000/score", tooltip="Where the server listens for the POST."
                 ),
                 io.String.Input("name", default="my reward", tooltip="What the record calls it."),
-                io.Boolean.Input(
-                    "needs_prompt", default=True, tooltip="Whether a score without a prompt means nothing."
-                ),
+                io.Boolean.Input("needs_prompt", default=True, tooltip="Refuse to score without a prompt."),
                 io.Float.Input("timeout", default=60.0, min=0.1, max=3600.0, step=0.1, tooltip="Seconds, per attempt."),
                 io.Int.Input("retries", default=2, min=0, max=20, tooltip="Further attempts, after a growing pause."),
                 io.Float.Input(

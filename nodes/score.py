@@ -90,7 +90,7 @@ class MiraScoreImages(io.ComfyNode):
             raise ValueError(f"{cls.NAME}: {len(prompts)} prompts for {count} images: give one, or one per image")
         if reward.facts.needs_prompt and not all(p.strip() for p in prompts):
             raise ValueError(
-                f"{cls.NAME}: reward {reward.facts.name!r} compares image and prompt, but prompt is empty: give the text"
+                f"{cls.NAME}: reward {reward.facts.name!r} compares image and prompt, but prompt is empty: give it"
             )
         reward.evaluation(0)
         scored, start = [], 0

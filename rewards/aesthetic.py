@@ -40,9 +40,7 @@ def head_of(state: dict[str, Tensor], file: str) -> LinearHead:
     require(state, (AESTHETIC_HEAD,), file, "Load Aesthetic Reward")
     head = LinearHead(state)
     sizes = [head.width, *(layer.out_features for layer in head.layers)]
-    if sizes[-1] != 1 or any(
-        a.out_features != b.in_features for a, b in zip(head.layers, head.layers[1:], strict=False)
-    ):
+    if sizes[-1] != 1 or sizes[:-1] != [layer.in_features for layer in head.layers]:
         raise WrongFile(
             f"Load Aesthetic Reward: {file} has layers of sizes {sizes}, which do not fit; use another file"
         )

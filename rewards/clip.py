@@ -60,9 +60,9 @@ class Similarity(Reward):
         return cut(prompts, self.encoder.tokens)
 
 
-def clip_score(encoder: Encoder, name: str = "CLIPScore") -> Similarity:
-    """100 times the cosine (without the paper's factor 2.5 and its clamp at 0)."""
-    facts = Facts(name, -100.0, 100.0, (15.0, 35.0), needs_prompt=True, preprocessing=words(encoder.preprocessing))
+def clip_score(encoder: Encoder, typical: tuple[float, float] = (15.0, 35.0)) -> Similarity:
+    """100 times the cosine (without the paper's factor 2.5 and its clamp at 0). typical: CLIP's, unless told."""
+    facts = Facts("CLIPScore", -100.0, 100.0, typical, needs_prompt=True, preprocessing=words(encoder.preprocessing))
     return Similarity(encoder, facts, 100.0)
 
 

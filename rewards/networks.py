@@ -1,6 +1,7 @@
-"""Networks from state dicts: CLIP of either layout as open_clip's, SigLIP as transformers'. Sizes come from the tensors.
+"""Networks from state dicts: CLIP of either layout as open_clip's, SigLIP as transformers'.
 
-Networks are made without storage and take the file's tensors as their own, so that nothing is initialised or copied.
+Sizes come from the tensors. Networks are made without storage and take the file's tensors as their own: nothing is
+initialised or copied.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def adopt(network: nn.Module, state: dict[str, Tensor], file: str) -> nn.Module:
     if wrong:
         found = f"has shape {tuple(state[wrong[0]].shape)}" if wrong[0] in state else "is missing"
         raise WrongFile(
-            f"{file}: {wrong[0]} {found}, where {tuple(wanted[wrong[0]].shape)} is needed ({len(wrong)} such): the file "
-            "is of another architecture, or incomplete"
+            f"{file}: {wrong[0]} {found}, where {tuple(wanted[wrong[0]].shape)} is needed ({len(wrong)} such): the "
+            "file is of another architecture, or incomplete"
         )
     network.load_state_dict({k: state[k] for k in wanted}, assign=True)
     return network.eval().requires_grad_(False)

@@ -1,9 +1,9 @@
 """From images to what a scorer's network sees: equal to the reference pipelines', and differentiable.
 
-images are (B, 3, H, W), nominally in [0, 1]. The references read 8-bit files with Pillow, so values beyond the range are
-clamped, and every pass of a resize is rounded to 8 bits. The gradient goes straight through both, as if they were not
-there (Bengio et al., arXiv 1308.3432): the score is the one that the saved image gets, and a saturated pixel still feels
-its reward.
+images are (B, 3, H, W), nominally in [0, 1]. The references read 8-bit files with Pillow, so values beyond the range
+are clamped, and every pass of a resize is rounded to 8 bits. The gradient goes straight through both, as if they were
+not there (Bengio et al., arXiv 1308.3432): the score is the one that the saved image gets, and a saturated pixel still
+feels its reward.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ def straight_through(images: Tensor, seen: Tensor) -> Tensor:
 
 def resize(images: Tensor, shape: tuple[int, int]) -> Tensor:
     """Bicubic and antialiased, as Pillow's: first along the width, then along the height."""
-    height, width = images.shape[-2:]
-    for step in ((height, shape[1]), shape):
+    for step in ((images.shape[-2], shape[1]), shape):
         if tuple(images.shape[-2:]) != step:
             images = F.interpolate(images, size=step, mode="bicubic", antialias=True, align_corners=False)
             images = straight_through(images, (images * 255).round().clamp(0, 255) / 255)

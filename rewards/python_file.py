@@ -83,6 +83,8 @@ class PythonReward(Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         try:
             score = self.function(images, list(prompts))
+            if not self.facts.differentiable:
+                score = torch.as_tensor(score, dtype=torch.float32, device=images.device)
         except (torch.OutOfMemoryError, MemoryError):
             raise  # whoever called knows what to do
         except Exception as problem:
@@ -90,14 +92,12 @@ class PythonReward(Reward):
         return self._checked(score, images)
 
     def _checked(self, score, images: Tensor) -> Tensor:
-        if not self.facts.differentiable:
-            score = torch.as_tensor(score, dtype=torch.float32, device=images.device)
         if not isinstance(score, Tensor) or score.shape != (len(images),):
             found = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor) else f"a {type(score).__name__}"
             raise RuntimeError(f"{self.path.name}: score gave {found}; it must be a tensor of shape ({len(images)},)")
         if self.facts.differentiable and images.requires_grad and not score.requires_grad:
             raise RuntimeError(
-                f"{self.path.name}: the score has no gradient, though FACTS says differentiable. Compute it from images "
-                "with torch alone, or set differentiable to False and use it as a black box"
+                f"{self.path.name}: the score has no gradient, though FACTS says differentiable. Compute it from "
+                "images with torch alone, or set differentiable to False and use it as a black box"
             )
         return score

@@ -26,7 +26,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             images = [Image.open(io.BytesIO(base64.b64decode(i))).convert("RGB") for i in asked["images"]]
-            status, answer = 200, {"scores": [judge(*pair) for pair in zip(images, asked["prompts"])]}
+            status, answer = 200, {"scores": [judge(*p) for p in zip(images, asked["prompts"], strict=True)]}
         except (KeyError, TypeError, ValueError, OSError) as problem:
             status, answer = 400, {"error": str(problem)}
         body = json.dumps(answer).encode()

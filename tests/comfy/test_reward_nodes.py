@@ -180,7 +180,7 @@ def test_the_head_on_comfyuis_own_clip_vision(world, models):
     path.write_text(json.dumps(config))
     with torch.inference_mode():
         vision = comfy.clip_vision.ClipVisionModel(str(path))
-        missing, unexpected = vision.load_sd(mira("rewards.files").read(models / "clip_vision.safetensors"))
+        missing, _ = vision.load_sd(mira("rewards.files").read(models / "clip_vision.safetensors"))
         vision.model.float()
     path.unlink()
     assert not missing
@@ -203,16 +203,48 @@ def test_the_head_on_comfyuis_own_clip_vision(world, models):
 @pytest.mark.parametrize(
     ("node", "inputs", "message"),
     [
-        ("MiraLoadHPSReward", dict(file="ImageReward.pt", version="v2"), "Load HPS Reward: ImageReward.pt is ImageReward.*Load ImageReward takes it"),
-        ("MiraLoadHPSReward", dict(file="none.pt", version="v2"), "none.pt is not in models/mira_rewards.*HPS_v2.1_compressed.pt .about 1.97 GB. of xswu/HPSv2"),
-        ("MiraLoadHPSReward", dict(file="mine.pt", version="from the file's name"), "mine.pt tells no version: set version"),
-        ("MiraLoadImageReward", dict(file="PickScore_v1.safetensors"), "is a CLIP in Hugging Face's layout, not ImageReward; Load CLIPScore"),
-        ("MiraLoadPickScoreReward", dict(file="sac+logos+ava1-l14-linearMSE.pth"), "is an aesthetic head.*Load Aesthetic Reward takes it"),
-        ("MiraLoadCLIPScore", dict(file="clip_vision.safetensors", text_file="in the same file", activation="auto"), "is the image half of a CLIP"),
-        ("MiraLoadAestheticReward", dict(head="head768.pth", clip="clip_vision.safetensors"), "makes embeddings of 32 numbers, but this head reads 768"),
-        ("MiraLoadAestheticReward", dict(head="head768.pth", clip="the connected clip_vision"), "connect Load CLIP Vision, or choose a file"),
+        (
+            "MiraLoadHPSReward",
+            dict(file="ImageReward.pt", version="v2"),
+            "Load HPS Reward: ImageReward.pt is ImageReward.*Load ImageReward takes it",
+        ),
+        (
+            "MiraLoadHPSReward",
+            dict(file="none.pt", version="v2"),
+            "none.pt is not in models/mira_rewards.*HPS_v2.1_compressed.pt .about 1.97 GB. of xswu/HPSv2",
+        ),
+        (
+            "MiraLoadHPSReward",
+            dict(file="mine.pt", version="from the file's name"),
+            "mine.pt tells no version: set version",
+        ),
+        (
+            "MiraLoadImageReward",
+            dict(file="PickScore_v1.safetensors"),
+            "is a CLIP in Hugging Face's layout, not ImageReward; Load CLIPScore",
+        ),
+        (
+            "MiraLoadPickScoreReward",
+            dict(file="sac+logos+ava1-l14-linearMSE.pth"),
+            "is an aesthetic head.*Load Aesthetic Reward takes it",
+        ),
+        (
+            "MiraLoadCLIPScore",
+            dict(file="clip_vision.safetensors", text_file="in the same file", activation="auto"),
+            "is the image half of a CLIP",
+        ),
+        (
+            "MiraLoadAestheticReward",
+            dict(head="head768.pth", clip="clip_vision.safetensors"),
+            "makes embeddings of 32 numbers, but this head reads 768",
+        ),
+        (
+            "MiraLoadAestheticReward",
+            dict(head="head768.pth", clip="the connected clip_vision"),
+            "connect Load CLIP Vision, or choose a file",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_and_missing_files(models, node, inputs, message):
     with pytest.raises(ValueError, match=message):
         execute(getattr(nodes, node), **inputs, precision="fp32")

@@ -1,7 +1,8 @@
-"""Small networks of the scorers' architectures and their files, the same on every machine: weights are drawn by name."""
+"""Small networks of the scorers' architectures, and their files: weights drawn by name, the same on any machine."""
 
 from __future__ import annotations
 
+import itertools
 import zlib
 
 import numpy as np
@@ -114,7 +115,7 @@ def head_state(width: int, prefix: str = "layers.") -> dict[str, Tensor]:
     """The five layers of the aesthetic and ImageReward heads, with their released names."""
     sizes = [width, 1024, 128, 64, 16, 1]
     state = {}
-    for number, (a, b) in zip((0, 2, 4, 6, 7), zip(sizes, sizes[1:], strict=False), strict=True):
+    for number, (a, b) in zip((0, 2, 4, 6, 7), itertools.pairwise(sizes), strict=True):
         state |= {f"{prefix}{number}.weight": torch.empty(b, a), f"{prefix}{number}.bias": torch.empty(b)}
     return fill(state)
 

@@ -7,7 +7,10 @@ import torch
 from mira.rewards.python_file import PythonReward
 
 ROOT = Path(__file__).resolve().parents[2]
-GOOD = 'FACTS = {"name": "red", "typical": (0.0, 1.0)}\ndef score(images, prompts):\n    return images[:, 0].mean((1, 2))\n'
+GOOD = """FACTS = {"name": "red", "typical": (0.0, 1.0)}
+def score(images, prompts):
+    return images[:, 0].mean((1, 2))
+"""
 
 
 def made(folder, text):

@@ -66,7 +66,7 @@ def test_shards(tmp_path):
     back = read(index)
     assert all(torch.equal(back[k], state[k]) for k in state)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(WrongFile, match="names model-00002-of-00002.safetensors, which"):
+    with pytest.raises(WrongFile, match=r"names model-00002-of-00002.safetensors, which"):
         read(index)
     index.write_text("{}")
     with pytest.raises(WrongFile, match="needs a weight_map"):
@@ -116,7 +116,7 @@ def test_a_pickle_that_needs_more_is_not_run(tmp_path):
 def test_a_torchscript_program_is_not_run(tmp_path):
     path = tmp_path / "ViT-L-14.pt"
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
-    with pytest.raises(WrongFile, match="TorchScript program.*clip-vit-large-patch14"):
+    with pytest.raises(WrongFile, match=r"TorchScript program.*clip-vit-large-patch14"):
         read(path)
 
 
@@ -134,7 +134,7 @@ def test_nothing_there_and_nothing_in_it(tmp_path):
     with pytest.raises(WrongFile, match="is not there"):
         read(tmp_path / "none.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(WrongFile, match="holds no weights .it is a list"):
+    with pytest.raises(WrongFile, match=r"holds no weights .it is a list"):
         read(tmp_path / "list.pt")
 
 
@@ -166,7 +166,7 @@ def test_kinds_are_told_apart(clip, hf_clip):
 
 
 def test_a_wrong_file_says_what_it_is_and_what_takes_it():
-    with pytest.raises(WrongFile, match="x.pt is ImageReward, not a CLIP.*Load ImageReward takes it"):
+    with pytest.raises(WrongFile, match=r"x.pt is ImageReward, not a CLIP.*Load ImageReward takes it"):
         require(small.image_reward_state(), (files.OPEN_CLIP,), "x.pt", "Load HPS Reward")
     with pytest.raises(WrongFile, match=r"of an unknown kind \(it begins with x\)"):
         require({"x": torch.zeros(1)}, (files.OPEN_CLIP,), "x.pt", "Load HPS Reward")
@@ -182,7 +182,7 @@ def test_a_head_of_other_sizes():
 def test_incomplete_networks(clip, hf_clip):
     path = Path("here/x.pt")
     without = {k: v for k, v in clip.items() if "resblocks.1.ln_1" not in k}
-    with pytest.raises(WrongFile, match="ln_1.weight is missing"):
+    with pytest.raises(WrongFile, match=r"ln_1.weight is missing"):
         clip_of(without, files.OPEN_CLIP, path)
     with pytest.raises(WrongFile, match="lacks text_projection"):
         clip_of({k: v for k, v in hf_clip.items() if k != "text_projection.weight"}, files.HF_CLIP, path)

@@ -88,7 +88,7 @@ def test_scaling():
     assert scaled([bright, contrast], [1, -2], "raw") == [1, -2]
     # The typical ranges are 1 and 0.2 wide.
     assert scaled([bright, contrast], [1, -2], "by typical range") == pytest.approx([1, -10])
-    with pytest.raises(ValueError, match="has no brightness, contrast: it is made of HPSv2.1, ImageReward"):
+    with pytest.raises(ValueError, match=r"has no brightness, contrast: it is made of HPSv2\.1, ImageReward"):
         scaled([bright, contrast], [1, 1], "ReNO")
 
 

@@ -117,7 +117,7 @@ def test_gradcheck(scorer):
 
 
 def test_saturated_and_resized_images_keep_their_gradient(scorer):
-    name, reward = scorer
+    _, reward = scorer
     images = (torch.rand(1, 3, 150, 120) * 3 - 1).requires_grad_()  # two thirds of the pixels out of range
     score = reward.score(images, [small.PROMPT]).sum()
     (gradient,) = torch.autograd.grad(score, images)

@@ -1,8 +1,8 @@
 """Makes scores.json: what the libraries' own pipelines give for the small networks of tests/core/small.py.
 
     python tests/references/make.py clip siglip demo     (open_clip, transformers, as ComfyUI's environment has them)
-    python tests/references/make.py hps                  (needs hpsv2==1.2.0, with open_clip's bpe_simple_vocab_16e6.txt.gz,
-                                                      which its wheel forgets, in its src/open_clip)
+    python tests/references/make.py hps                  (needs hpsv2==1.2.0, and in its src/open_clip the file
+                                                      bpe_simple_vocab_16e6.txt.gz of open_clip, which it lacks)
     python tests/references/make.py imagereward          (needs image-reward==1.5 and transformers==4.30.2)
 
 Images go through Pillow, in 8 bits, exactly as in the libraries; nothing of this pack's rewards is used.

@@ -153,4 +153,4 @@ def test_what_the_record_says_of_a_long_prompt(server):
     prompt["9"] = node("PreviewImage", images=["6", 0])
     events, _ = run(server, prompt)
     (done,) = (data for kind, data in events if kind == "executed" and data["node"] == "5")
-    assert "cut to 77" in json.dumps(done["output"]["mira"][0]["settings"]["notices"])
+    assert "cut to 77" in json.dumps(done["output"]["mira"][0]["notices"])
