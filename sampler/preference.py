@@ -106,7 +106,9 @@ def by_score(scores: Tensor) -> Verdict:
     scores = scores.detach().cpu().double()
     if not torch.isfinite(scores).any(1).all():
         images = torch.nonzero(~torch.isfinite(scores).any(1)).flatten().tolist()
-        raise ValueError(f"the reward gives no number for any candidate of image(s) {images}: there is nothing to prefer")
+        raise ValueError(
+            f"the reward gives no number for any candidate of image(s) {images}: there is nothing to prefer"
+        )
     known = torch.where(torch.isfinite(scores), scores, -math.inf)
     return Verdict(known.argmax(1), known.argmin(1), known.amax(1) == known.amin(1), scores)
 
@@ -435,7 +437,8 @@ def prefer(
             score = None if verdict.scores is None else verdict.scores.gather(1, verdict.best[:, None])[:, 0]
             kept.update(k, _better(judge, settings, k, kept, winner, score, verdict), winner, score)
             choices += [
-                [k, b, int(verdict.best[b]), int(verdict.worst[b]), bool(verdict.tie[b])] for b in range(len(verdict.tie))
+                [k, b, int(verdict.best[b]), int(verdict.worst[b]), bool(verdict.tie[b])]
+                for b in range(len(verdict.tie))
             ]
             norms = None if verdict.stop else method.learn(found, verdict)
             started_from = references if settings.method == "dpo" else references[:1] * len(found)
