@@ -29,7 +29,7 @@ def mira_reversed(path: Path, reference: Path) -> Tensor:
 
 
 def mira_two_sided(path: Path, reference: Path) -> Tensor:
-    """Minus the two-sided departure of the score energy: the winner is held near its reference, the loser driven off."""
+    """Minus the two-sided departure of the score energy: winners stay near their reference, losers are driven off."""
     return -SURROGATES["mira_two_sided"](path, reference)
 
 
