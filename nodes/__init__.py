@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import files
+from . import files, judges
 from .demo import MiraDemoCLIPScore, MiraDemoModel
 from .loaders import (
     MiraLoadAestheticReward,
@@ -14,6 +14,7 @@ from .loaders import (
     MiraLoadPickScoreReward,
 )
 from .optimize import MiraOptimizeKSampler, MiraOptimizeSamplerAdvanced
+from .preference import MiraDPOPreference
 from .rewards import (
     MiraAugmentReward,
     MiraCombineRewards,
@@ -27,6 +28,7 @@ from .score import MiraRankImages, MiraScoreImages
 NODES: list[type[io.ComfyNode]] = [
     MiraOptimizeKSampler,
     MiraOptimizeSamplerAdvanced,
+    MiraDPOPreference,
     MiraPixelReward,
     MiraJPEGReward,
     MiraLoadAestheticReward,
@@ -51,5 +53,6 @@ class MiraExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> MiraExtension:
+    judges.register_routes()
     files.register()  # before the schemas list what is in it
     return MiraExtension()

@@ -56,18 +56,32 @@ def wrong_sigmas(sigmas: torch.Tensor) -> str | None:
 
 def check(node: str, model, sampler, latent: dict, vae, reward: Reward, prompt: str, values: dict) -> None:
     """Raise ValueError before any sampling starts, saying what is wrong, where, and how to mend it."""
+    if message := complain(values):
+        raise ValueError(f"{node}: {message}")
+    if not isinstance(reward, Reward):
+        raise ValueError(f"{node}: reward is a {type(reward).__name__}: connect a MIRA reward node")
+    if not reward.facts.differentiable:
+        raise ValueError(
+            f"{node}: reward {reward.facts.name!r} has no gradient: use a differentiable reward here, or MIRA-DPO "
+            "Preference, which only ranks images by it"
+        )
+    needs_prompt(node, reward, prompt)
+    check_latent(node, model, latent, vae, sampler, values)
+
+
+def needs_prompt(node: str, reward: Reward, prompt: str) -> None:
+    if reward.facts.needs_prompt and not (prompt or "").strip():
+        raise ValueError(
+            f"{node}: reward {reward.facts.name!r} compares image and prompt, but prompt is empty: give it as text"
+        )
+
+
+def check_latent(node: str, model, latent: dict, vae, sampler, values: dict, gradient: bool = True) -> None:
+    """The latent, the VAE and, where a gradient is needed, the sampler: as `check`."""
 
     def fail(message: str):
         raise ValueError(f"{node}: {message}")
 
-    if message := complain(values):
-        fail(message)
-    if not isinstance(reward, Reward):
-        fail(f"reward is a {type(reward).__name__}: connect a MIRA reward node")
-    if not reward.facts.differentiable:
-        fail(f"reward {reward.facts.name!r} has no gradient: use a differentiable reward here, or rank images by it")
-    if reward.facts.needs_prompt and not (prompt or "").strip():
-        fail(f"reward {reward.facts.name!r} compares image and prompt, but prompt is empty: give the prompt as text")
     samples = latent["samples"]
     if samples.numel() == 0:
         fail(f"latent_image has shape {tuple(samples.shape)}: the batch is empty; ask for at least one image")
@@ -86,6 +100,8 @@ def check(node: str, model, sampler, latent: dict, vae, reward: Reward, prompt: 
         )
     if vae.latent_channels != channels:
         fail(f"vae decodes latents of {vae.latent_channels} channels, but model makes {channels}: use its own VAE")
+    if not gradient:
+        return
     why = why_not_differentiable(sampler, model.get_model_object("model_sampling"))
     if why:
         name = values.get("sampler_name", type(sampler).__name__)

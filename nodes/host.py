@@ -27,12 +27,14 @@ from torch.utils.checkpoint import checkpoint
 from ..rewards.base import Reward
 from ..sampler.memory import out_of_memory
 from ..sampler.optimize import Result, Score, Settings, optimize
+from ..sampler.preference import PreferenceSettings
 from ..sampler.rollout import Rollout, draw, per_image
 from ..sampler.selftest import gradient_error
 from .grad import OutOfPlaceAdd, blocks_checkpointed, frozen, leave_inference_mode, normal, sdpa, static, training
 from .twin import StandIn, Twins
 
 log = logging.getLogger("mira")
+INTERRUPTS = (comfy.model_management.InterruptProcessingException,)
 
 
 def decode(vae, latent: Tensor) -> Tensor:
@@ -63,14 +65,15 @@ class Job:
     noise: Tensor
     latent: Tensor
     vae: object
-    reward: Reward
-    settings: Settings
+    reward: Reward | None
+    settings: Settings | PreferenceSettings
     seed: int = 0
     mask: Tensor | None = None
     prompts: Sequence[str] = ()
     weighting: str = "marginal"
     measured: str = "guided"
     memory: str = "auto"
+    gradient: bool = True  # whether the work needs one through the model
     on_iteration: Callable = lambda k, rows, score: None
 
 
@@ -83,14 +86,17 @@ class Optimized:
     result: Result
 
 
-def run(job: Job) -> Optimized:
-    """Sample, optimise, hand back. Leaves inference mode, so it must not be awaited around."""
+def run(job: Job, work: Callable[[_Process, tuple[Tensor, ...]], Result] | None = None) -> Optimized:
+    """Sample, optimise, hand back. Leaves inference mode, so it must not be awaited around.
+
+    work(process, noises): what to do with the plain sample's noises; the reward's optimisation if not given.
+    """
     with torch.inference_mode(False), torch.enable_grad():
         guider = copy.copy(job.guider)
         guider.model_patcher = static(guider.model_patcher)
         guider.original_conds = normal(guider.original_conds)
         guider.model_options = normal(guider.model_options)
-        sampler = _OptimizingSampler(job)
+        sampler = _WorkingSampler(job, work or optimizing)
         latent = guider.sample(
             normal(job.noise),
             normal(job.latent),
@@ -105,11 +111,24 @@ def run(job: Job) -> Optimized:
         return Optimized(latent.to(device), sampler.plain.to(device), sampler.result)
 
 
-class _OptimizingSampler(comfy.samplers.Sampler):
-    """Runs the whole optimisation where ComfyUI runs one sample. Afterwards: `plain` and `result`."""
+def optimizing(process: _Process, noises: tuple[Tensor, ...]) -> Result:
+    """Follow the gradient of the reward."""
+    return optimize(
+        process.rollout,
+        process.score,
+        noises,
+        process.settings,
+        on_iteration=process.job.on_iteration,
+        interrupts=INTERRUPTS,
+        memory=used_bytes,
+    )
 
-    def __init__(self, job: Job):
-        self.job = job
+
+class _WorkingSampler(comfy.samplers.Sampler):
+    """Does the whole work where ComfyUI runs one sample. Afterwards: `plain` and `result`."""
+
+    def __init__(self, job: Job, work: Callable):
+        self.job, self.work = job, work
         self.plain: Tensor | None = None
         self.result: Result | None = None
 
@@ -125,8 +144,9 @@ class _OptimizingSampler(comfy.samplers.Sampler):
             synchronize()
             sampling_seconds = time.perf_counter() - started
             self.plain = model_wrap.inner_model.process_latent_out(plain.float())
-            process.check_gradient(noise)
-            rollout = Rollout(
+            if job.gradient:
+                process.check_gradient(noise)
+            process.rollout = rollout = Rollout(
                 process.differentiable,
                 sigmas,
                 signal=process.signal,
@@ -137,24 +157,16 @@ class _OptimizingSampler(comfy.samplers.Sampler):
                 free_bytes=free_bytes,
                 blocks=process.blocks(),
             )
-            process.rollout = rollout
             reset_peak()
-            self.result = optimize(
-                rollout,
-                process.score,
-                noises,
-                process.settings,
-                on_iteration=job.on_iteration,
-                interrupts=(comfy.model_management.InterruptProcessingException,),
-                memory=used_bytes,
-            )
-            self.result.trace.settings = {
+            self.result = self.work(process, noises)
+            self.result.trace.settings |= {
                 "checkpointing": rollout.memory,
                 "sampling_seconds": sampling_seconds,
                 "ended": self.result.reason,
             }
             # The replay under PyTorch's attention differs from the plain sample in its last bits.
-            kept_plain = torch.tensor(self.result.trace.kept, device=plain.device) == 0
+            pairs = zip(noises, self.result.best_noises, strict=True)
+            kept_plain = torch.stack([(z == kept).flatten(1).all(1) for z, kept in pairs]).all(0)
             return torch.where(per_image(kept_plain, plain), plain, self.result.best)
 
 
@@ -186,7 +198,7 @@ class _Process:
         """Everything that a run needs on the device in one call (several could evict one another), frozen."""
         job = self.job
         patchers = [self.model_wrap.model_patcher, *self.model_wrap.loaded_models, self.vae.patcher]
-        patchers += [patcher_of(m) for m in job.reward.modules]
+        patchers += [patcher_of(m) for m in job.reward.modules] if job.reward else []
         shape = list(job.latent.shape)
         need = self.inner.memory_required([2 * shape[0], *shape[1:]])
         need += self.vae.memory_used_decode(shape, self.vae.vae_dtype)
@@ -271,24 +283,31 @@ class _Process:
         call.escapes = escapes
         return {**extra_args, "model_options": options}, call
 
-    def score(self, x0: Tensor) -> Score:
+    @property
+    def _keep(self) -> bool:
+        return self.rollout.memory == "none" or not torch.is_grad_enabled()
+
+    def render(self, x0: Tensor) -> Tensor:
+        """(B, C, h, w) as sampled -> images (B, 3, H, W), nominally in [0, 1]."""
         latent = self.inner.process_latent_out(x0.float())
-        keep = self.rollout.memory == "none" or not torch.is_grad_enabled()
-
-        def through(f, x):
-            return f(x) if keep else checkpoint(f, x, use_reentrant=False, preserve_rng_state=False)
-
-        images = through(lambda z: decode(self.vae, z), latent).to(x0.device)
+        if self._keep:
+            images = decode(self.vae, latent)
+        else:
+            images = checkpoint(lambda z: decode(self.vae, z), latent, use_reentrant=False, preserve_rng_state=False)
         if images.ndim != 4:
             raise ValueError(f"the VAE decodes to shape {tuple(images.shape)}: MIRA optimises still images only")
-        self.job.reward.evaluation(self.evaluations)
-        self.evaluations += 1
-        total, parts = self._reward(images, keep)
+        return images.to(x0.device)
+
+    def score(self, x0: Tensor) -> Score:
+        images = self.render(x0)
+        total, parts = self.reward(images)
         total = total.to(x0.device, torch.float32)
         return Score(total, {k: p.detach().float() for k, p in parts.items()}, images.detach())
 
-    def _reward(self, images: Tensor, keep: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        job = self.job
+    def reward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        job, keep = self.job, self._keep
+        job.reward.evaluation(self.evaluations)
+        self.evaluations += 1
         # Layer by layer where a network has known layers: less is kept, and recomputed once only.
         layers = [] if keep else [blocks_checkpointed(m, OutOfPlaceAdd) for m in job.reward.modules]
         if keep or any(layers):

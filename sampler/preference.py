@@ -5,6 +5,7 @@ Nothing flows through the judge: it only says which image of a few it likes most
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -52,7 +53,8 @@ class PreferenceSettings:
     return what the judge liked less. skip_ties: learn nothing from a tie, rather than take the first as the winner.
     kick: how much fresh noise the loser gets when the candidates have become the same image; 0 is none.
     clip_norm: the largest gradient norm of one image; 0 does not clip. patience: ties of every image in a row after
-    which nothing can be learned.
+    which nothing can be learned. loss_scale: multiplies the energy in backward and divides the gradients, for networks
+    in float16.
     """
 
     iterations: int = 20
@@ -68,6 +70,7 @@ class PreferenceSettings:
     optimizer: str = "adamw"
     clip_norm: float = 1.0
     patience: int = 5
+    loss_scale: float = 1.0
 
     def __post_init__(self):
         tables = {"method": METHODS, "energy": ENERGIES, "keep": KEEP, "optimizer": OPTIMIZERS}
@@ -88,13 +91,15 @@ class PreferenceSettings:
 
 @dataclass
 class Verdict:
-    """best, worst: (B,) indices of candidates. tie: (B,). scores: (B, n) where the judge has numbers. stop: enough."""
+    """best, worst: (B,) indices of candidates. tie: (B,). scores: (B, n) where the judge has numbers. stop: enough;
+    back: the last choice again (neither says anything of these candidates)."""
 
     best: Tensor
     worst: Tensor
     tie: Tensor
     scores: Tensor | None = None
     stop: bool = False
+    back: bool = False
 
 
 # judge(k, candidates): images (B, 3, H, W) of every candidate -> a Verdict.
@@ -148,8 +153,9 @@ class _Run:
         gradients = None
         if gradient:
             self.backwards += 1
-            found = torch.autograd.grad(energy.sum(), z, allow_unused=True)
-            gradients = [torch.zeros_like(n) if g is None else g for g, n in zip(found, z, strict=True)]
+            scale = self.settings.loss_scale
+            found = torch.autograd.grad(energy.sum() * scale, z, allow_unused=True)
+            gradients = [torch.zeros_like(n) if g is None else g / scale for g, n in zip(found, z, strict=True)]
         with torch.no_grad():
             images = self.render(path.x0.detach())
         return Candidate([n.detach() for n in z], path.detach(), images, energy.detach(), gradients)
@@ -233,7 +239,7 @@ class _Challenged:
 
     def __init__(self, run: _Run, trajectories: Sequence[Sequence[Tensor]]):
         self.run, self.noises = run, list(trajectories[0])
-        self.first = list(trajectories[1])
+        self.first = list(trajectories[1]) if len(trajectories) > 1 else None  # the first challenger
         self.incumbent: Candidate | None = None
         self.reference: Path | None = None
 
@@ -337,8 +343,9 @@ class _Hybrid2:
             wanted = -(along.to(images) * images).sum()
         self.run.evaluations += 1
         self.run.backwards += 1
-        found_gradients = torch.autograd.grad(wanted, z, allow_unused=True)
-        gradients = [torch.zeros_like(n) if g is None else g for g, n in zip(found_gradients, z, strict=True)]
+        scale = self.run.settings.loss_scale
+        along_noise = torch.autograd.grad(wanted * scale, z, allow_unused=True)
+        gradients = [torch.zeros_like(n) if g is None else g / scale for g, n in zip(along_noise, z, strict=True)]
         gradients, size = _clipped(gradients, self.run.settings.clip_norm)
         finite = torch.isfinite(size)
         before = [n.clone() for n in self.z]
@@ -373,7 +380,7 @@ class _Kept:
         def chosen(a: Tensor, b: Tensor) -> Tensor:
             return torch.where(per_image(where.to(a.device), a), b, a)
 
-        self.latent = chosen(self.latent, winner.path.x0)
+        self.latent = chosen(self.latent, winner.path.x0)  # never in place: earlier states hold the same tensors
         self.noises = list(map(chosen, self.noises, winner.noises))
         self.images = chosen(self.images, winner.images)
         self.iteration = torch.where(where, k, self.iteration)
@@ -407,6 +414,7 @@ def prefer(
     settings: PreferenceSettings,
     *,
     seed: int = 0,
+    history: int = 0,
     on_iteration: Callable[[int, list[dict], list[Tensor]], None] = lambda k, rows, images: None,
     interrupts: tuple[type[BaseException], ...] = (),
     memory: Callable[[], float] = lambda: 0.0,
@@ -414,69 +422,116 @@ def prefer(
     """Optimise noises (z_T, ..., z_1), each (B, C, ...), by what `judge` prefers.
 
     trajectories: the noises of every first candidate; "dpo" uses all of them, the others the first, and "best_of_n"
-    the second too. seed: of every further noise. Every image of the batch is judged on its own. An exception of
-    `interrupts` after the first comparison, and running out of memory, end the run with the best so far.
+    the second too. seed: of every further noise. history: how many choices can be taken back. Every image of the batch
+    is judged on its own. An exception of `interrupts` after the first comparison, and running out of memory, end the
+    run with the best so far.
 
     The record has, for each iteration and image, which candidate won (-1: a tie), the winner's surrogates against its
     own reference, and its reward and the loser's where the judge has numbers. `trace.settings["choices"]` repeats the
     run: (iteration, image, best, worst, tie) each.
     """
-    device = trajectories[0][0].device
     run = _Run(rollout, render, settings, torch.Generator().manual_seed(seed))
-    method = METHODS[settings.method](run, trajectories)
-    kept, trace, choices = _Kept(), Trace(), []
-    k, ties, reason = 0, 0, ""
-    references: list[Path] = []
-    while k < settings.iterations:
+    book = _Book(METHODS[settings.method](run, trajectories), run.generator, history)
+    trace = book.trace
+
+    def ask(images: Sequence[Tensor]) -> Verdict:
+        verdict = judge(book.k, images)
+        if verdict.stop or verdict.back:
+            raise _Stop if verdict.stop else _Back
+        of_each = zip(verdict.best.tolist(), verdict.worst.tolist(), verdict.tie.tolist(), strict=True)
+        book.choices += [[book.k, b, *choice] for b, choice in enumerate(of_each)]
+        return verdict
+
+    reason, references = "", []
+    while book.k < settings.iterations:
         started = time.perf_counter()
+        book.remember()
         try:
-            found = method.candidates()
+            found = book.method.candidates()
             references = references or [c.path for c in found]
-            verdict = judge(k, [c.images for c in found])
+            verdict = ask([c.images for c in found])
             winner = _pick(found, verdict.best)
             score = None if verdict.scores is None else verdict.scores.gather(1, verdict.best[:, None])[:, 0]
-            kept.update(k, _better(judge, settings, k, kept, winner, score, verdict), winner, score)
-            choices += [
-                [k, b, int(verdict.best[b]), int(verdict.worst[b]), bool(verdict.tie[b])]
-                for b in range(len(verdict.tie))
-            ]
-            norms = None if verdict.stop else method.learn(found, verdict)
+            book.kept.update(book.k, _better(ask, settings, book.kept, winner, score), winner, score)
+            norms = book.method.learn(found, verdict)
             started_from = references if settings.method == "dpo" else references[:1] * len(found)
-            rows = _rows(k, run, found, verdict, started_from, norms, time.perf_counter() - started, memory())
+            rows = _rows(book.k, run, found, verdict, started_from, norms, time.perf_counter() - started, memory())
             trace.rows += rows
-            on_iteration(k, rows, [c.images for c in found])
+            on_iteration(book.k, rows, [c.images for c in found])
         except RuntimeError as problem:
             if not out_of_memory(problem):
                 raise
             if rollout.shrink():
-                trace.notices.append(f"out of memory at iteration {k}: went on with {rollout.memory} checkpointing")
+                book.restore()
+                trace.notices.append(f"out of memory at iteration {book.k}: went on with {rollout.memory} checkpoints")
                 continue
-            if kept.latent is None:
+            if book.kept.latent is None:
                 raise
-            reason = f"out of memory at iteration {k}"
+            reason = f"out of memory at iteration {book.k}"
             break
         except interrupts:
-            if kept.latent is None:
+            if book.kept.latent is None:
                 raise
-            reason = f"interrupted at iteration {k}"
+            reason = f"interrupted at iteration {book.k}"
             break
-        if verdict.stop:
+        except _Back:
+            book.restore(1)
+            continue
+        except _Stop:
+            if book.kept.latent is None:  # nothing was chosen, so the plain sample it is
+                nobody = torch.zeros(len(found[0].images), dtype=torch.long)
+                undecided = Verdict(nobody, nobody, torch.ones_like(nobody, dtype=torch.bool))
+                book.kept.update(0, nobody, found[0], None)
+                seconds = time.perf_counter() - started
+                trace.rows += _rows(0, run, found, undecided, [c.path for c in found], None, seconds, memory())
             reason = "the judge had enough"
             break
-        ties = ties + 1 if verdict.tie.all() else 0
-        if ties >= settings.patience:
-            reason = f"{ties} ties in a row: the judge finds the images equal, so no preference can be learned"
+        book.ties = book.ties + 1 if verdict.tie.all() else 0
+        if book.ties >= settings.patience:
+            reason = f"{book.ties} ties in a row: the judge finds the images equal, so no preference can be learned"
             break
-        k += 1
-    reason = reason or "all comparisons done"
+        book.k += 1
+    reason, kept = reason or "all comparisons done", book.kept
     trace.kept = kept.iteration.tolist()
     trace.reasons = [reason] * len(trace.kept)
-    trace.settings["choices"] = choices
+    trace.settings["choices"] = book.choices
     trace.settings["evaluations"] = {"forward": run.evaluations, "backward": run.backwards}
-    return Result(kept.latent.to(device), winner.path.x0, tuple(kept.noises), trace, reason)
+    return Result(kept.latent, found[0].path.x0, tuple(kept.noises), trace, reason)
 
 
-def _better(judge: Judge, s: PreferenceSettings, k: int, kept: _Kept, winner: Candidate, score, verdict) -> Tensor:
+class _Stop(Exception):
+    """The judge had enough."""
+
+
+class _Back(Exception):
+    """The judge wants its last choice again."""
+
+
+class _Book:
+    """What a run has come to, and how it was before its last comparisons, so that a choice can be taken back."""
+
+    def __init__(self, method, generator: torch.Generator, history: int):
+        self.method, self.generator, self.history = method, generator, history
+        self.k, self.ties, self.kept, self.trace, self.choices = 0, 0, _Kept(), Trace(), []
+        self.past: list[tuple] = []
+
+    def remember(self) -> None:
+        """The state before this comparison; of the last `history` ones before it too."""
+        inner = copy.deepcopy({k: v for k, v in vars(self.method).items() if k != "run"})
+        state = (self.k, self.ties, copy.copy(self.kept), len(self.trace.rows), len(self.choices))
+        self.past = [*self.past, (inner, state, self.generator.get_state())][-self.history - 1 :]
+
+    def restore(self, steps: int = 0) -> None:
+        """To before this comparison, or before an earlier one where it is still known."""
+        del self.past[len(self.past) - min(steps, len(self.past) - 1) :]
+        inner, state, generator = self.past.pop()
+        vars(self.method).update(inner)
+        self.k, self.ties, self.kept, rows, choices = state
+        del self.trace.rows[rows:], self.choices[choices:]
+        self.generator.set_state(generator)
+
+
+def _better(ask: Callable, s: PreferenceSettings, kept: _Kept, winner: Candidate, score: Tensor | None) -> Tensor:
     """(B,): where the winner takes the kept image's place."""
     everywhere = torch.ones(len(winner.images), dtype=torch.bool)
     if s.keep == "last_winner" or kept.latent is None:
@@ -485,7 +540,7 @@ def _better(judge: Judge, s: PreferenceSettings, k: int, kept: _Kept, winner: Ca
         return ~(score < kept.score)
     if s.method in ("dueling", "best_of_n"):
         return everywhere  # its first candidate is the incumbent already
-    asked = judge(k, [kept.images, winner.images])
+    asked = ask([kept.images, winner.images])
     return (asked.best == 1) & ~asked.tie
 
 

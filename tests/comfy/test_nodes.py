@@ -54,7 +54,7 @@ def prompt_server():
 
 
 def execute(node, **inputs):
-    clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
+    clone = node.PREPARE_CLASS_CLONE({io.Hidden.unique_id: "1"})
     with torch.inference_mode():
         return clone.execute(**inputs)
 

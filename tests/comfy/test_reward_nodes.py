@@ -69,7 +69,7 @@ def models(tmp_path_factory):
 
 @torch.inference_mode()
 def execute(node, **inputs):
-    return node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}}).execute(**inputs)
+    return node.PREPARE_CLASS_CLONE({io.Hidden.unique_id: "1"}).execute(**inputs)
 
 
 def reward_of(node, **inputs):

@@ -1,0 +1,212 @@
+"""Judges of MIRA-DPO: a black-box reward, a recorded list of choices, a person."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import comfy.model_management
+import folder_paths
+import torch
+from aiohttp import web
+from PIL import Image
+from server import PromptServer
+from torch import Tensor
+
+from ..sampler.preference import Verdict, by_score
+
+ROUTE = "/mira/choice"
+ANSWERS = ("left", "right", "tie", "stop", "back")
+ON_TIMEOUT = ("stop", "tie")
+
+
+class RewardJudge:
+    """score(images) -> (B,): every candidate's reward decides."""
+
+    def __init__(self, score: Callable[[Tensor], Tensor]):
+        self.score = score
+
+    def __call__(self, k: int, candidates: Sequence[Tensor]) -> Verdict:
+        with torch.no_grad():
+            return by_score(torch.stack([self.score(c).cpu() for c in candidates], 1))
+
+
+class RecordedJudge:
+    """Repeats the choices of a record, in their order; when they are used up, it has had enough."""
+
+    def __init__(self, choices: list[list]):
+        self.choices = list(choices)
+
+    def __call__(self, k: int, candidates: Sequence[Tensor]) -> Verdict:
+        batch = len(candidates[0])
+        now, self.choices = self.choices[:batch], self.choices[batch:]
+        if not now:
+            return Verdict(None, None, None, stop=True)
+        if [c[1] for c in now] != list(range(batch)) or max(max(c[2], c[3]) for c in now) >= len(candidates):
+            raise ValueError(
+                f"the recorded choices do not fit: at comparison {k} they speak of images {[c[1] for c in now]}, where "
+                f"the batch has {batch} of {len(candidates)} candidates each; use the settings of the recorded run"
+            )
+        best, worst, tie = (torch.tensor([c[i] for c in now]) for i in (2, 3, 4))
+        return Verdict(best, worst, tie.bool())
+
+
+def read_choices(text: str) -> list[list]:
+    """The `choices` output of a run, or a whole trace as JSON. Raises ValueError for anything else."""
+    try:
+        data = json.loads(text)
+        if isinstance(data, dict):
+            data = data["settings"]["choices"]
+        choices = [[int(k), int(b), int(best), int(worst), bool(tie)] for k, b, best, worst, tie in data]
+    except (ValueError, TypeError, KeyError) as problem:
+        raise ValueError(
+            f"choices is not a record of choices ({problem!r}): give the choices output of an earlier run, "
+            "[[comparison, image, best, worst, tie], ...]"
+        ) from problem
+    if not choices:
+        raise ValueError("choices is empty: give the choices output of an earlier run")
+    return choices
+
+
+@dataclass
+class Pending:
+    """A pair that the run waits for. It is answered once, with its token, by the client that queued the run."""
+
+    prompt: str
+    node: str
+    client: str | None
+    token: str
+    shown: dict
+    answered: threading.Event = field(default_factory=threading.Event)
+    answer: str = ""
+
+
+_lock = threading.Lock()
+_pending: dict[str, Pending] = {}  # by node id: a node waits for one pair at a time
+
+
+def refusal(status: int, message: str) -> web.Response:
+    return web.json_response({"error": message}, status=status)
+
+
+def may_answer(pending: Pending, client: str | None) -> bool:
+    """The client that queued the run; any other once that one is gone."""
+    return pending.client is None or client == pending.client or pending.client not in PromptServer.instance.sockets
+
+
+async def list_pending(request: web.Request) -> web.Response:
+    """What is waited for, for a page that was loaded again."""
+    client = request.query.get("client_id")
+    with _lock:
+        shown = [p.shown for p in _pending.values() if may_answer(p, client)]
+    return web.json_response({"pending": shown})
+
+
+async def choose(request: web.Request) -> web.Response:
+    """Take one answer, if it is what the run waits for."""
+    try:
+        body = await request.json()
+    except ValueError:
+        return refusal(400, "the body is no JSON")
+    if not isinstance(body, dict):
+        return refusal(400, "the body is no JSON object")
+    prompt, node, token, answer, client = (
+        body.get(k) for k in ("prompt_id", "node_id", "token", "choice", "client_id")
+    )
+    if answer not in ANSWERS:
+        return refusal(400, f"choice is {answer!r}: it must be one of {', '.join(ANSWERS)}")
+    with _lock:
+        pending = _pending.get(str(node))
+        if pending is None:
+            return refusal(409, f"node {node} waits for no choice: it was made already, or the run has ended")
+        if prompt != pending.prompt:
+            return refusal(409, f"the choice is for run {prompt}, but node {node} waits in run {pending.prompt}")
+        if not isinstance(token, str) or not secrets.compare_digest(token, pending.token):
+            return refusal(409, "this pair is not the one that is waited for: it was answered already")
+        if not may_answer(pending, client):
+            return refusal(403, "another client queued this run, and is still connected: choose there")
+        pending.answer = answer
+        del _pending[str(node)]
+    pending.answered.set()
+    return web.json_response({"accepted": answer})
+
+
+def register_routes() -> None:
+    routes = PromptServer.instance.routes
+    routes.get(ROUTE)(list_pending)
+    routes.post(ROUTE)(choose)
+
+
+class PersonJudge:
+    """Shows pairs on the node and waits for a click.
+
+    order: draws which candidate stands on the left. timeout: seconds for each pair; 0 waits for ever.
+    on_timeout: one of `ON_TIMEOUT`.
+    """
+
+    def __init__(
+        self, node: str, prompt: str, client: str | None, total: int, seed: int, timeout: float, on_timeout: str
+    ):
+        self.node, self.prompt, self.client, self.total = node, prompt, client, total
+        self.timeout, self.on_timeout = timeout, on_timeout
+        self.order = torch.Generator().manual_seed(seed % 2**63)
+
+    def __call__(self, k: int, candidates: Sequence[Tensor]) -> Verdict:
+        best, worst, tie = [], [], []
+        for b in range(len(candidates[0])):
+            swap = bool(torch.randint(2, (), generator=self.order))
+            left, right = (1, 0) if swap else (0, 1)
+            answer = self.ask(k, b, len(candidates[0]), candidates[left][b], candidates[right][b])
+            if answer in ("stop", "back"):
+                return Verdict(None, None, None, stop=answer == "stop", back=answer == "back")
+            first = left if answer != "right" else right
+            best.append(first if answer != "tie" else 0)
+            worst.append(1 - best[-1])
+            tie.append(answer == "tie")
+        return Verdict(torch.tensor(best), torch.tensor(worst), torch.tensor(tie))
+
+    def ask(self, k: int, image: int, batch: int, left: Tensor, right: Tensor) -> str:
+        token = secrets.token_urlsafe(16)
+        shown = {
+            "prompt_id": self.prompt,
+            "node": self.node,
+            "token": token,
+            "iteration": k,
+            "iterations": self.total,
+            "image": image,
+            "batch": batch,
+            "left": save(left, f"{token}_left"),
+            "right": save(right, f"{token}_right"),
+            "timeout": self.timeout,
+        }
+        pending = Pending(self.prompt, self.node, self.client, token, shown)
+        with _lock:
+            _pending[self.node] = pending
+        server = PromptServer.instance
+        server.send_sync("mira.choice", shown, self.client)
+        end = time.monotonic() + self.timeout
+        try:
+            while not pending.answered.wait(0.1):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                if self.timeout and time.monotonic() > end:
+                    return self.on_timeout
+        finally:
+            with _lock:
+                if _pending.get(self.node) is pending:
+                    del _pending[self.node]
+            server.send_sync("mira.chosen", {"node": self.node, "token": token}, self.client)
+        return pending.answer
+
+
+def save(image: Tensor, name: str) -> dict:
+    """(3, H, W) in [0, 1] as a PNG in ComfyUI's temporary folder: what /view needs to show it."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().movedim(0, 2).contiguous().cpu().numpy()
+    folder = os.path.join(folder_paths.get_temp_directory(), "mira")
+    os.makedirs(folder, exist_ok=True)
+    Image.fromarray(pixels).save(os.path.join(folder, f"{name}.png"), compress_level=1)
+    return {"filename": f"{name}.png", "subfolder": "mira", "type": "temp"}

@@ -1,0 +1,338 @@
+"""MIRA-DPO as a node."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import comfy.sample
+import comfy.samplers
+import torch
+from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+from torch import Tensor
+
+from ..rewards.base import Reward
+from ..sampler.optimize import Result, Score
+from ..sampler.preference import ENERGIES, KEEP, METHODS, PreferenceSettings, prefer
+from ..sampler.rollout import Rollout
+from . import host
+from .checks import check_latent, complain, needs_prompt
+from .judges import ON_TIMEOUT, PersonJudge, RecordedJudge, RewardJudge, read_choices
+from .optimize import reporter
+from .settings import prompt_input, trace_outputs
+from .types import MiraReward
+
+log = logging.getLogger("mira")
+NODE = "MIRA-DPO Preference"
+JUDGES = ("reward", "person", "recorded choices")
+DEFAULT = PreferenceSettings(iterations=20)
+TAKE_BACK = 3  # choices
+GRADIENT = ("dpo", "hybrid2")
+
+
+def preferring(judge, seed: int, history: int):
+    """The work of `host.run`: other candidates start from noises of their own."""
+
+    def work(process: host._Process, noises: tuple[Tensor, ...]) -> Result:
+        settings: PreferenceSettings = process.settings
+        g = torch.Generator().manual_seed((seed + 1) % 2**63)
+        count = {"dpo": settings.candidates, "best_of_n": 2}.get(settings.method, 1)
+        others = [tuple(torch.randn(z.shape, generator=g).to(z) for z in noises) for _ in range(count - 1)]
+
+        def report(k: int, rows: list[dict], candidates: list[Tensor]) -> None:
+            shown = candidates[max(0, int(rows[0]["preferred"]))]
+            process.job.on_iteration(k, rows, Score(None, {}, shown))
+
+        return prefer(
+            process.rollout,
+            process.render,
+            judge(process),
+            [noises, *others],
+            settings,
+            seed=seed + 2,
+            history=history,
+            on_iteration=report,
+            interrupts=host.INTERRUPTS,
+            memory=host.used_bytes,
+        )
+
+    return work
+
+
+class MiraDPOPreference(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraDPOPreference",
+            display_name=NODE,
+            category="MIRA/sampling",
+            description=(
+                "A KSampler that learns from preferences alone: it makes images, asks which is better (a reward "
+                "without a gradient, you, or the choices of an earlier run), and moves its noises accordingly."
+            ),
+            inputs=[
+                io.Model.Input("model"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Latent.Input("latent_image"),
+                io.Vae.Input("vae", tooltip="The model's own VAE: the judge looks at decoded images."),
+                io.Combo.Input(
+                    "judge",
+                    options=list(JUDGES),
+                    tooltip=(
+                        "reward: the connected reward, which needs no gradient. person: you choose on this node, by "
+                        "click or by the keys 1 and 2. recorded choices: those of an earlier run."
+                    ),
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Makes the first candidate's noises, as KSampler's does, and all others from there.",
+                ),
+                io.Int.Input("steps", default=20, min=0, max=10000, tooltip="Sampling steps of each image."),
+                io.Float.Input(
+                    "cfg",
+                    default=5.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Classifier-free guidance. At 1 the negative prompt is not used, and a step costs half.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="euler_ancestral",
+                    tooltip="Ancestral and SDE samplers inject noise at every step, and all of it is optimised.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    tooltip="How the noise levels are spread over the steps.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Below 1 the latent image is kept in part (image to image).",
+                ),
+                io.Int.Input(
+                    "iterations", default=DEFAULT.iterations, min=0, max=1000, tooltip="Comparisons, for each image."
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default=DEFAULT.method,
+                    tooltip=(
+                        "dpo: the paper's Algorithm 2. dueling: perturb the noises, move towards what is preferred. "
+                        "best_of_n: another seed every time, the best stays. hybrid2: DNO's estimator from probes "
+                        "(needs a reward's numbers)."
+                    ),
+                ),
+                io.Int.Input(
+                    "candidates",
+                    default=DEFAULT.candidates,
+                    min=2,
+                    max=16,
+                    tooltip="Images per comparison: dpo's best against its worst, hybrid2's probes and one. Person: 2.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=DEFAULT.lr,
+                    min=0.0001,
+                    max=10.0,
+                    step=0.001,
+                    round=0.0001,
+                    tooltip="How far an update moves the noises, in units of their deviation; for dueling, a win.",
+                ),
+                io.Float.Input(
+                    "beta",
+                    default=DEFAULT.beta,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    tooltip="Of dpo's loss: how sharply a preference pushes winner and loser apart.",
+                ),
+                io.Combo.Input(
+                    "energy",
+                    options=list(ENERGIES),
+                    default=DEFAULT.energy,
+                    tooltip="What dpo pushes apart. mira: the paper's score energy; its sign reversed; both sides.",
+                ),
+                io.Float.Input(
+                    "explore",
+                    default=DEFAULT.explore,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How different dueling's challenger (0.3) or hybrid2's probes (0.01) are. 1: another seed.",
+                ),
+                io.Combo.Input(
+                    "keep",
+                    options=list(KEEP),
+                    default=DEFAULT.keep,
+                    tooltip=(
+                        "last_winner: of the last comparison, as in the paper. incumbent: never an image that lost to "
+                        "an earlier one (a person is asked about both)."
+                    ),
+                ),
+                io.Boolean.Input("skip_ties", default=False, tooltip="Learn nothing from a tie. Else the first wins."),
+                io.Float.Input(
+                    "kick",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Fresh noise for the loser when the candidates have become the same image. 0: none.",
+                ),
+                io.Combo.Input(
+                    "memory",
+                    options=["auto", *Rollout.POLICIES],
+                    default="auto",
+                    tooltip="What is kept for the backward pass, as in MIRA Optimize KSampler.",
+                ),
+                io.Float.Input(
+                    "timeout",
+                    default=0.0,
+                    min=0.0,
+                    max=86400.0,
+                    step=1.0,
+                    tooltip="Seconds that a person has for a pair. 0: as long as it takes.",
+                ),
+                io.Combo.Input(
+                    "on_timeout", options=list(ON_TIMEOUT), tooltip="stop with the best so far, or count as a tie."
+                ),
+                MiraReward.Input("reward", optional=True, tooltip="For judge reward. It needs no gradient."),
+                io.String.Input(
+                    "choices",
+                    default="",
+                    optional=True,
+                    force_input=True,
+                    tooltip="For judge recorded choices: the choices output of an earlier run, or its trace as JSON.",
+                ),
+                prompt_input(),
+            ],
+            outputs=[
+                *trace_outputs(),
+                io.String.Output("choices_made", display_name="choices", tooltip="The choices, to repeat the run."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, iterations=None, steps=None, learning_rate=None, denoise=None, judge=None, method=None, candidates=None
+    ):
+        return complain({k: v for k, v in locals().items() if k != "cls"}) or wrong_judge(locals()) or True
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, latent_image, vae, seed, cfg, reward=None, choices="", prompt="", **values
+    ) -> io.NodeOutput:
+        sampler = comfy.samplers.sampler_object(values["sampler_name"])
+        if message := complain(values) or wrong_judge(values):
+            raise ValueError(f"{NODE}: {message}")
+        check_latent(NODE, model, latent_image, vae, sampler, values, values["method"] in GRADIENT)
+        judge, context = values["judge"], get_executing_context()
+        if judge == "reward":
+            if not isinstance(reward, Reward):
+                raise ValueError(f"{NODE}: judge is reward, but none is connected; connect a MIRA reward node")
+            needs_prompt(NODE, reward, prompt)
+        made = {
+            "reward": lambda: lambda process: RewardJudge(lambda images: process.reward(images)[0]),
+            "person": lambda: person(cls.hidden.unique_id, context, values, seed),
+            "recorded choices": lambda: recorded(choices),
+        }[judge]()
+        settings = settings_of(values)
+        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
+        job = host.Job(
+            guider=guider,
+            sampler=sampler,
+            sigmas=comfy.samplers.KSampler(
+                model,
+                steps=values["steps"],
+                device=model.load_device,
+                sampler=values["sampler_name"],
+                scheduler=values["scheduler"],
+                denoise=values["denoise"],
+                model_options=model.model_options,
+            ).sigmas,
+            noise=comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index")),
+            latent=samples,
+            vae=vae,
+            reward=reward if judge == "reward" else None,
+            settings=settings,
+            seed=seed,
+            mask=latent_image.get("noise_mask"),
+            prompts=[prompt or ""] * len(samples),
+            memory=values["memory"],
+            gradient=settings.method in GRADIENT,
+            on_iteration=reporter(cls.hidden.unique_id, settings.iterations - 1),
+        )
+        done = host.run(job, preferring(made, seed, TAKE_BACK if judge == "person" else 0))
+        trace = done.result.trace
+        trace.settings |= {k: v for k, v in values.items() if isinstance(v, (int, float, str))} | {
+            "node": NODE,
+            "seed": seed,
+            "cfg": cfg,
+            "prompt": prompt or "",
+            "reward": reward.facts.name if judge == "reward" else judge,
+        }
+        if judge == "reward":
+            trace.notices += reward.notices(job.prompts)
+        out, plain = latent_image.copy(), latent_image.copy()
+        out["samples"], plain["samples"] = done.latent, done.plain
+        record = json.dumps(trace.settings["choices"])
+        return io.NodeOutput(out, plain, trace, record, ui={"mira": [trace.to_dict()]})
+
+
+def settings_of(values: dict) -> PreferenceSettings:
+    names = set(PreferenceSettings.__dataclass_fields__)
+    return PreferenceSettings(lr=values["learning_rate"], **{k: v for k, v in values.items() if k in names})
+
+
+def wrong_judge(values: dict) -> str | None:
+    """What does not go together, or None. A value that is not known yet (a linked input) is None."""
+    judge, method, candidates = (values.get(k) for k in ("judge", "method", "candidates"))
+    if judge in ("person", "recorded choices") and method == "hybrid2":
+        return f"method is hybrid2, which needs a reward's numbers, but judge is {judge}: use dpo, dueling or best_of_n"
+    if judge == "person" and method == "dpo" and candidates is not None and candidates != 2:
+        return f"candidates is {candidates}, but a person is shown pairs: use 2"
+    return None
+
+
+def person(node: str, context, values: dict, seed: int):
+    client = PromptServer.instance.client_id
+    if client is None and not values["timeout"]:
+        raise ValueError(
+            f"{NODE}: judge is person, but nobody is connected to choose (the run was queued without a client_id): set "
+            "a timeout, or use a reward or recorded choices"
+        )
+    judge = PersonJudge(
+        node,
+        context.prompt_id if context else "",
+        client,
+        values["iterations"],
+        seed,
+        values["timeout"],
+        values["on_timeout"],
+    )
+    return lambda process: judge
+
+
+def recorded(text: str):
+    try:
+        judge = RecordedJudge(read_choices(text))
+    except ValueError as problem:
+        raise ValueError(f"{NODE}: {problem}") from problem
+    return lambda process: judge

@@ -1,0 +1,270 @@
+"""The MIRA-DPO node, called as ComfyUI's executor calls it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+
+import pytest
+import server
+import torch
+from comfy_api.latest import io
+
+from bench.pack import mira
+
+nodes, judges, preference = mira("nodes"), mira("nodes.judges"), mira("nodes.preference")
+PixelReward, JPEG = mira("rewards.pixel").PixelReward, mira("rewards.jpeg").JPEG
+
+pytestmark = pytest.mark.timeout(120)  # a person who is not there is waited for
+INPUTS = dict(
+    judge="reward", seed=1, steps=3, cfg=5.0, sampler_name="euler_ancestral", scheduler="normal", denoise=1.0,
+    iterations=3, method="dpo", candidates=2, learning_rate=0.05, beta=1.0, energy="mira", explore=0.3,
+    keep="last_winner", skip_ties=False, kick=0.0, memory="auto", timeout=0.0, on_timeout="stop", choices="", prompt="",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prompt_server():
+    loop = asyncio.new_event_loop()
+    instance = server.PromptServer(loop)
+    instance.client_id = "me"
+    yield instance
+    loop.close()
+
+
+def prefer(world, **changes):
+    inputs = INPUTS | {
+        "model": world.model,
+        "positive": world.positive,
+        "negative": world.negative,
+        "vae": world.vae,
+        "latent_image": {"samples": torch.zeros(1, 4, 16, 16)},
+        "reward": JPEG(),
+    }
+    clone = nodes.MiraDPOPreference.PREPARE_CLASS_CLONE({io.Hidden.unique_id: "1"})
+    with torch.inference_mode():
+        return clone.execute(**(inputs | changes))
+
+
+@pytest.mark.parametrize("method", preference.METHODS)
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "euler", "dpmpp_2m_sde"])
+def test_every_method_with_a_black_box(world, method, sampler):
+    out = prefer(world, method=method, sampler_name=sampler, keep="incumbent")
+    optimized, plain, trace, choices = out.args
+    assert torch.isfinite(optimized["samples"]).all()
+    assert len(trace.rows) == 3 and len(json.loads(choices)) == 3
+    assert torch.equal(plain["samples"], world.ksampler(seed=1, steps=3, sampler=sampler))
+    assert out.ui["mira"][0]["rows"][0]["reward"] == trace.rows[0]["reward"]
+
+
+def test_two_runs_are_the_same_and_the_choices_repeat_it(world):
+    a, b = prefer(world), prefer(world)
+    assert torch.equal(a.args[0]["samples"], b.args[0]["samples"])
+    for record in (a.args[3], a.args[2].to_json()):
+        again = prefer(world, judge="recorded choices", choices=record, reward=None)
+        assert torch.equal(a.args[0]["samples"], again.args[0]["samples"])
+
+
+def test_a_batch_with_a_mask(world):
+    mask = torch.zeros(1, 128, 128)
+    mask[:, :, 64:] = 1
+    latent = {"samples": torch.randn(3, 4, 16, 16), "noise_mask": mask}
+    out = prefer(world, latent_image=latent, method="dueling", keep="incumbent", denoise=0.7)
+    assert out.args[0]["samples"].shape == (3, 4, 16, 16) and len(out.args[2].rows) == 9
+
+
+def test_methods_without_a_gradient_need_none(world, monkeypatch):
+    def never(*_):
+        raise AssertionError("a gradient was asked for")
+
+    monkeypatch.setattr(mira("nodes.host")._Process, "check_gradient", never)
+    prefer(world, method="dueling", sampler_name="dpm_fast")
+    with pytest.raises(ValueError, match="dpm_fast cannot be optimised through"):
+        prefer(world, method="dpo", sampler_name="dpm_fast")
+
+
+class Person:
+    """Answers every pair in a thread, as a browser would over HTTP."""
+
+    def __init__(self, answers, client="me"):
+        self.answers, self.client, self.seen, self.replies = list(answers), client, [], []
+
+    def __enter__(self):
+        self.running = True
+        self.thread = threading.Thread(target=self.loop, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.running = False
+        self.thread.join()
+
+    def post(self, **body):
+        class Request:
+            async def json(self):
+                return body
+
+        response = asyncio.run(judges.choose(Request()))
+        return response.status, json.loads(response.body)
+
+    def loop(self):
+        while self.running:
+            pending = next(iter(judges._pending.values()), None)
+            if pending is None or (self.seen and self.seen[-1]["token"] == pending.token) or not self.answers:
+                time.sleep(0.01)
+                continue
+            self.seen.append(pending.shown)
+            answer = self.answers.pop(0)
+            body = dict(prompt_id=pending.prompt, node_id=pending.node, token=pending.token, client_id=self.client)
+            self.replies.append(self.post(**body, choice=answer))
+            self.last = body
+
+
+def test_a_person_chooses(world):
+    with Person(["left", "tie", "right"]) as person:
+        out = prefer(world, judge="person", reward=None)
+    assert [s["iteration"] for s in person.seen] == [0, 1, 2]
+    choices = json.loads(out.args[3])
+    assert [c[4] for c in choices] == [False, True, False]
+    again = prefer(world, judge="recorded choices", reward=None, choices=out.args[3])
+    assert torch.equal(out.args[0]["samples"], again.args[0]["samples"])
+    status, reply = person.post(**person.last, choice="left")  # late
+    assert status == 409 and "waits for no choice" in reply["error"]
+
+
+def test_left_and_right_are_drawn(world):
+    with Person(["left"] * 12) as person:
+        out = prefer(world, judge="person", reward=None, iterations=12, method="best_of_n", steps=1)
+    assert len(person.seen) == 12
+    assert {c[2] for c in json.loads(out.args[3])} == {0, 1}
+
+
+def test_good_enough_and_a_step_back(world):
+    with Person(["left", "right", "back", "left", "stop"]) as person:
+        out = prefer(world, judge="person", reward=None, iterations=9)
+    assert [s["iteration"] for s in person.seen] == [0, 1, 2, 1, 2]
+    assert len(json.loads(out.args[3])) == 2 and out.args[2].reasons == ["the judge had enough"]
+
+
+@pytest.mark.parametrize(("policy", "reason"), [("stop", "the judge had enough"), ("tie", "all comparisons done")])
+def test_a_timeout_has_its_policy(world, policy, reason):
+    out = prefer(world, judge="person", reward=None, iterations=2, timeout=0.2, on_timeout=policy)
+    assert out.args[2].reasons == [reason]
+    assert not judges._pending
+
+
+def test_a_cancel_while_paused_keeps_the_best_so_far(world):
+    import comfy.model_management as management
+
+    def cancel():
+        while len(person.seen) < 2 or not judges._pending:
+            time.sleep(0.01)
+        management.interrupt_current_processing()
+
+    with Person(["left"]) as person:
+        person.answers.append("left")
+        thread = threading.Thread(target=cancel, daemon=True)
+        thread.start()
+        out = prefer(world, judge="person", reward=None, iterations=9)
+        thread.join()
+    assert out.args[2].reasons[0].startswith("interrupted at iteration")
+    assert not judges._pending
+
+
+def test_an_answer_has_to_fit(world):
+    bad = {}
+
+    def meddle():
+        while not judges._pending:
+            time.sleep(0.01)
+        pending = next(iter(judges._pending.values()))
+        body = dict(prompt_id=pending.prompt, node_id="1", token=pending.token, client_id="me", choice="left")
+        person = Person([])
+        server.PromptServer.instance.sockets["me"] = object()
+        for name, change in {
+            "choice": {"choice": "both"}, "node": {"node_id": "2"}, "prompt": {"prompt_id": "other"},
+            "token": {"token": "x"}, "client": {"client_id": "you"}, "no token": {"token": None},
+        }.items():  # fmt: skip
+            bad[name] = person.post(**(body | change))
+        del server.PromptServer.instance.sockets["me"]
+        bad["gone"] = person.post(**(body | {"client_id": "you"}))  # the one who queued it has left
+
+    thread = threading.Thread(target=meddle, daemon=True)
+    thread.start()
+    prefer(world, judge="person", reward=None, iterations=1)
+    thread.join()
+    assert {k: v[0] for k, v in bad.items()} == {
+        "choice": 400, "node": 409, "prompt": 409, "token": 409, "client": 403, "no token": 409, "gone": 200,
+    }  # fmt: skip
+    assert "another client queued this run" in bad["client"][1]["error"]
+
+
+def test_a_page_that_was_loaded_again_sees_the_pair(world):
+    listed = []
+
+    class Request:
+        query = {"client_id": "me"}
+
+    def look():
+        while not judges._pending:
+            time.sleep(0.01)
+        listed.extend(json.loads(asyncio.run(judges.list_pending(Request())).body)["pending"])
+
+    thread = threading.Thread(target=look, daemon=True)
+    with Person(["left"]) as person:
+        person.answers, waiting = [], person.answers
+        thread.start()
+
+        def release():
+            thread.join()
+            person.answers = waiting
+
+        threading.Thread(target=release, daemon=True).start()
+        prefer(world, judge="person", reward=None, iterations=1)
+    assert listed == person.seen and {"left", "right", "token"} <= listed[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": None}, "judge is reward, but none is connected"),
+        ({"judge": "person", "method": "hybrid2"}, "method is hybrid2, which needs a reward's numbers"),
+        ({"judge": "person", "candidates": 3}, "a person is shown pairs: use 2"),
+        ({"judge": "recorded choices"}, "choices is not a record of choices"),
+        ({"judge": "recorded choices", "choices": "[]"}, "choices is empty"),
+        ({"judge": "recorded choices", "choices": "[[0, 1, 0, 1, false]]"}, "the recorded choices do not fit"),
+        ({"iterations": 0}, "iterations is 0"),
+        ({"beta": -1.0}, "beta is -1"),
+        ({"latent_image": {"samples": torch.zeros(0, 4, 16, 16)}}, "the batch is empty"),
+    ],
+)
+def test_bad_input(world, changes, message):
+    with pytest.raises(ValueError, match=message):
+        prefer(world, **changes)
+
+
+def test_nobody_there_to_choose(world, prompt_server):
+    prompt_server.client_id = None
+    try:
+        with pytest.raises(ValueError, match="nobody is connected to choose"):
+            prefer(world, judge="person", reward=None)
+        out = prefer(world, judge="person", reward=None, timeout=0.2, iterations=2)
+        assert out.args[2].reasons == ["the judge had enough"]
+    finally:
+        prompt_server.client_id = "me"
+
+
+def test_a_reward_that_is_constant_or_no_number(world):
+    class Constant(JPEG):
+        value = 1.0
+
+        def score(self, images, prompts):
+            return torch.full((len(images),), self.value)
+
+    out = prefer(world, reward=Constant(), iterations=9, steps=1)
+    assert "no preference can be learned" in out.args[2].reasons[0]
+    Constant.value = float("nan")
+    with pytest.raises(ValueError, match="gives no number for any candidate"):
+        prefer(world, reward=Constant())
