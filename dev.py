@@ -4,7 +4,7 @@
     python dev.py demo      MIRA on the demo model in a real ComfyUI; results in output/demo/
     python dev.py serve     the same ComfyUI, for a person
     python dev.py test      every test
-    python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards
+    python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference
     python dev.py train     retrain the demo model: data, vae, clip, judge, unet, export
 
 Standard library only: it builds its environment (.venv, .cache) at the first run.
@@ -40,6 +40,7 @@ BENCHES = {
     "gaussian": "bench.gaussian",
     "model": "bench.model",
     "rewards": "bench.rewards",
+    "preference": "bench.preference",
 }
 STAGES = ("data", "vae", "clip", "judge", "unet", "export")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import files, judges
+from . import files, judges, live
 from .demo import MiraDemoCLIPScore, MiraDemoModel
 from .loaders import (
     MiraLoadAestheticReward,
@@ -54,5 +54,6 @@ class MiraExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> MiraExtension:
     judges.register_routes()
+    live.register_routes()
     files.register()  # before the schemas list what is in it
     return MiraExtension()

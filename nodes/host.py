@@ -79,11 +79,12 @@ class Job:
 
 @dataclass
 class Optimized:
-    """Latents as a KSampler gives them: the kept iterates, and the plain sample of the same noise."""
+    """Latents as a KSampler gives them: the kept iterates, the plain sample of the same noise, and every iterate."""
 
     latent: Tensor
     plain: Tensor
     result: Result
+    iterates: list[Tensor]
 
 
 def run(job: Job, work: Callable[[_Process, tuple[Tensor, ...]], Result] | None = None) -> Optimized:
@@ -108,7 +109,7 @@ def run(job: Job, work: Callable[[_Process, tuple[Tensor, ...]], Result] | None 
             seed=job.seed,
         )
         device = comfy.model_management.intermediate_device()
-        return Optimized(latent.to(device), sampler.plain.to(device), sampler.result)
+        return Optimized(latent.to(device), sampler.plain.to(device), sampler.result, sampler.iterates)
 
 
 def optimizing(process: _Process, noises: tuple[Tensor, ...]) -> Result:
@@ -125,7 +126,7 @@ def optimizing(process: _Process, noises: tuple[Tensor, ...]) -> Result:
 
 
 class _WorkingSampler(comfy.samplers.Sampler):
-    """Does the whole work where ComfyUI runs one sample. Afterwards: `plain` and `result`."""
+    """Does the whole work where ComfyUI runs one sample. Afterwards: `plain`, `iterates` and `result`."""
 
     def __init__(self, job: Job, work: Callable):
         self.job, self.work = job, work
@@ -159,6 +160,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
             )
             reset_peak()
             self.result = self.work(process, noises)
+            self.iterates = [model_wrap.inner_model.process_latent_out(x.float()) for x in self.result.iterates]
             self.result.trace.settings |= {
                 "checkpointing": rollout.memory,
                 "sampling_seconds": sampling_seconds,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import threading
 import time
@@ -11,14 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import comfy.model_management
-import folder_paths
 import torch
 from aiohttp import web
-from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
 from ..sampler.preference import Verdict, by_score
+from .live import picture, store
 
 ROUTE = "/mira/choice"
 ANSWERS = ("left", "right", "tie", "stop", "back")
@@ -180,8 +178,9 @@ class PersonJudge:
             "iterations": self.total,
             "image": image,
             "batch": batch,
-            "left": save(left, f"{token}_left"),
-            "right": save(right, f"{token}_right"),
+            # The names tell nothing of which candidate is which.
+            "left": store(picture(left), f"{token}_left.png", compress_level=1),
+            "right": store(picture(right), f"{token}_right.png", compress_level=1),
             "timeout": self.timeout,
         }
         pending = Pending(self.prompt, self.node, self.client, token, shown)
@@ -201,12 +200,3 @@ class PersonJudge:
                     del _pending[self.node]
             server.send_sync("mira.chosen", {"node": self.node, "token": token}, self.client)
         return pending.answer
-
-
-def save(image: Tensor, name: str) -> dict:
-    """(3, H, W) in [0, 1] as a PNG in ComfyUI's temporary folder: what /view needs to show it."""
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().movedim(0, 2).contiguous().cpu().numpy()
-    folder = os.path.join(folder_paths.get_temp_directory(), "mira")
-    os.makedirs(folder, exist_ok=True)
-    Image.fromarray(pixels).save(os.path.join(folder, f"{name}.png"), compress_level=1)
-    return {"filename": f"{name}.png", "subfolder": "mira", "type": "temp"}

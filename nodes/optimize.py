@@ -3,46 +3,51 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import comfy.sample
 import comfy.samplers
-import comfy.utils
 from comfy_api.latest import io
-from PIL import Image
-from server import PromptServer
 
-from ..sampler.optimize import Score
-from ..sampler.trace import json_row
-from . import host
+from . import host, memo
 from .checks import check, complain, wrong_sigmas
-from .settings import prompt_input, settings_inputs, settings_of, trace_outputs
+from .live import LiveRun
+from .settings import iterate_input, prompt_input, settings_inputs, settings_of, trace_outputs
 from .types import MiraReward
 
 log = logging.getLogger("mira")
-PREVIEW = 512  # pixels of the preview's longer side
 
 
-def reporter(node_id: str, iterations: int):
-    """Progress bar, preview and an event per iteration, to the client that asked for the run."""
-    bar = comfy.utils.ProgressBar(iterations + 1, node_id=node_id)
-    server = PromptServer.instance
-
-    def report(k: int, rows: list[dict], score: Score) -> None:
-        event = {"node": node_id, "iteration": k, "iterations": iterations, "rows": [json_row(r) for r in rows]}
-        server.send_sync("mira.step", event, server.client_id)
-        pixels = (score.images[0].clamp(0, 1) * 255).round().byte().movedim(0, 2).cpu().numpy()
-        preview = Image.fromarray(pixels)
-        bar.update_absolute(k + 1, iterations + 1, ("JPEG", preview, PREVIEW))
-
-    return report
-
-
-def run(node: str, node_id: str, guider, sampler, sigmas, noise, seed, latent: dict, vae, reward, prompt, values):
+def run(
+    node: str, node_id: str, guider, sampler, sigmas, noise, seed, latent: dict, vae, reward, prompt, values, identity
+):
     """Optimise and wrap: the outputs of both nodes."""
+    iterate = values.pop("iterate", -1)
+    # Guiders and the like are made anew for every execution: what they are made of tells whether it is the same run.
+    inputs = values | {"vae": vae, "reward": reward, "prompt": prompt, "seed": seed} | identity
+    before = memo.recall(node_id, inputs)
+    if before is None:
+        before = optimized(node, node_id, guider, sampler, sigmas, noise, seed, latent, vae, reward, prompt, values)
+        memo.remember(node_id, inputs, before)
+    done, live = before
+    return wrapped(node, done, live, latent, iterate)
+
+
+def wrapped(node: str, done: host.Optimized, live: LiveRun, latent: dict, iterate: int, *more) -> io.NodeOutput:
+    samples, kept = memo.taken(done, iterate, node)
+    trace = replace(done.result.trace, kept=kept)
+    out, plain = latent.copy(), latent.copy()
+    out["samples"], plain["samples"] = samples, done.plain
+    return io.NodeOutput(out, plain, trace, *more, ui=live.output(trace))
+
+
+def optimized(node, node_id, guider, sampler, sigmas, noise, seed, latent: dict, vae, reward, prompt, values):
+    """One run: (what came out, what the editor was told)."""
     model = guider.model_patcher
     latent = latent.copy()
     latent["samples"] = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     settings = settings_of(values)
+    live = LiveRun(node_id, settings.iterations, {"drift_metric": settings.drift_metric})
     job = host.Job(
         guider=guider,
         sampler=sampler,
@@ -58,7 +63,7 @@ def run(node: str, node_id: str, guider, sampler, sigmas, noise, seed, latent: d
         weighting=values["weighting"],
         measured=values["measured"],
         memory=values["memory"],
-        on_iteration=reporter(node_id, settings.iterations),
+        on_iteration=live,
     )
     done = host.run(job)
     trace = done.result.trace
@@ -71,9 +76,7 @@ def run(node: str, node_id: str, guider, sampler, sigmas, noise, seed, latent: d
         "prompt": prompt or "",
         "reward": reward.facts.name,
     }
-    out, plain = latent.copy(), latent.copy()
-    out["samples"], plain["samples"] = done.latent, done.plain
-    return io.NodeOutput(out, plain, trace, ui={"mira": [trace.to_dict()]})
+    return done, live
 
 
 class MiraOptimizeKSampler(io.ComfyNode):
@@ -133,6 +136,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
                 ),
                 *settings_inputs(),
                 prompt_input(),
+                iterate_input(),
             ],
             outputs=trace_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -187,6 +191,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
             reward,
             prompt,
             values | {"cfg": cfg},
+            {"model": model, "positive": positive, "negative": negative, "latent": latent_image},
         )
 
 
@@ -208,6 +213,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
                 MiraReward.Input("reward"),
                 *settings_inputs(),
                 prompt_input(),
+                iterate_input(),
             ],
             outputs=trace_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -248,4 +254,5 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
             reward,
             prompt,
             values,
+            {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent": latent_image},
         )

@@ -17,11 +17,12 @@ from ..rewards.base import Reward
 from ..sampler.optimize import Result, Score
 from ..sampler.preference import ENERGIES, KEEP, METHODS, PreferenceSettings, prefer
 from ..sampler.rollout import Rollout
-from . import host
+from . import host, memo
 from .checks import check_latent, complain, needs_prompt
 from .judges import ON_TIMEOUT, PersonJudge, RecordedJudge, RewardJudge, read_choices
-from .optimize import reporter
-from .settings import prompt_input, trace_outputs
+from .live import LiveRun
+from .optimize import wrapped
+from .settings import iterate_input, prompt_input, trace_outputs
 from .types import MiraReward
 
 log = logging.getLogger("mira")
@@ -218,6 +219,7 @@ class MiraDPOPreference(io.ComfyNode):
                     tooltip="For judge recorded choices: the choices output of an earlier run, or its trace as JSON.",
                 ),
                 prompt_input(),
+                iterate_input(),
             ],
             outputs=[
                 *trace_outputs(),
@@ -234,12 +236,37 @@ class MiraDPOPreference(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, vae, seed, cfg, reward=None, choices="", prompt="", **values
+        cls,
+        model,
+        positive,
+        negative,
+        latent_image,
+        vae,
+        seed,
+        cfg,
+        reward=None,
+        choices="",
+        prompt="",
+        iterate=-1,
+        **values,
     ) -> io.NodeOutput:
+        linked = dict(model=model, positive=positive, negative=negative, latent=latent_image, vae=vae, reward=reward)
+        inputs = values | linked | dict(seed=seed, cfg=cfg, choices=choices, prompt=prompt)
+        before = memo.recall(cls.hidden.unique_id, inputs)
+        if before is None:
+            before = cls.preferred(**linked, seed=seed, cfg=cfg, choices=choices, prompt=prompt, values=values)
+            memo.remember(cls.hidden.unique_id, inputs, before)
+        done, live = before
+        record = json.dumps(done.result.trace.settings["choices"])
+        return wrapped(NODE, done, live, latent_image, iterate, record)
+
+    @classmethod
+    def preferred(cls, *, model, positive, negative, latent, vae, reward, seed, cfg, choices, prompt, values):
+        """One run: (what came out, what the editor was told)."""
         sampler = comfy.samplers.sampler_object(values["sampler_name"])
         if message := complain(values) or wrong_judge(values):
             raise ValueError(f"{NODE}: {message}")
-        check_latent(NODE, model, latent_image, vae, sampler, values, values["method"] in GRADIENT)
+        check_latent(NODE, model, latent, vae, sampler, values, values["method"] in GRADIENT)
         judge, context = values["judge"], get_executing_context()
         if judge == "reward":
             if not isinstance(reward, Reward):
@@ -251,10 +278,11 @@ class MiraDPOPreference(io.ComfyNode):
             "recorded choices": lambda: recorded(choices),
         }[judge]()
         settings = settings_of(values)
-        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
+        live = LiveRun(cls.hidden.unique_id, settings.iterations - 1, {"drift_metric": "path_kl"})
         job = host.Job(
             guider=guider,
             sampler=sampler,
@@ -267,17 +295,17 @@ class MiraDPOPreference(io.ComfyNode):
                 denoise=values["denoise"],
                 model_options=model.model_options,
             ).sigmas,
-            noise=comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index")),
+            noise=comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
             latent=samples,
             vae=vae,
             reward=reward if judge == "reward" else None,
             settings=settings,
             seed=seed,
-            mask=latent_image.get("noise_mask"),
+            mask=latent.get("noise_mask"),
             prompts=[prompt or ""] * len(samples),
             memory=values["memory"],
             gradient=settings.method in GRADIENT,
-            on_iteration=reporter(cls.hidden.unique_id, settings.iterations - 1),
+            on_iteration=live,
         )
         done = host.run(job, preferring(made, seed, TAKE_BACK if judge == "person" else 0))
         trace = done.result.trace
@@ -290,10 +318,7 @@ class MiraDPOPreference(io.ComfyNode):
         }
         if judge == "reward":
             trace.notices += reward.notices(job.prompts)
-        out, plain = latent_image.copy(), latent_image.copy()
-        out["samples"], plain["samples"] = done.latent, done.plain
-        record = json.dumps(trace.settings["choices"])
-        return io.NodeOutput(out, plain, trace, record, ui={"mira": [trace.to_dict()]})
+        return done, live
 
 
 def settings_of(values: dict) -> PreferenceSettings:

@@ -147,6 +147,20 @@ def prompt_input():
     )
 
 
+def iterate_input():
+    return io.Int.Input(
+        "iterate",
+        default=-1,
+        min=-1,
+        max=1000,
+        optional=True,
+        tooltip=(
+            "Which iteration's image comes back: -1, the one that `keep` chooses. Changing it alone does not run the "
+            "optimisation again."
+        ),
+    )
+
+
 def trace_outputs() -> list:
     return [
         io.Latent.Output("optimized", display_name="optimized", tooltip="The kept iterate of every image."),

@@ -89,13 +89,17 @@ class Score:
 
 @dataclass
 class Result:
-    """best, last: latents (B, C, ...). best_noises: the trajectory of the best iterate. reason: why it ended."""
+    """best, last: latents (B, C, ...). best_noises: the trajectory of the best iterate. reason: why it ended.
+
+    iterates: the latents of every iteration, on the CPU.
+    """
 
     best: Tensor
     last: Tensor
     best_noises: tuple[Tensor, ...]
     trace: Trace
     reason: str
+    iterates: list[Tensor]
 
 
 @dataclass
@@ -156,7 +160,7 @@ def optimize(
         halvings=torch.zeros(batch, dtype=torch.long),
         reasons=[None] * batch,
     )
-    trace = Trace()
+    trace, iterates = Trace(), []
     k, reason, latest = 0, "", None
     while k <= settings.iterations:
         started = time.perf_counter()
@@ -171,6 +175,7 @@ def optimize(
             state.keeper.update(k, evaluation.score.total, drift, latest, state.z, state.active)
             rows = _rows(k, state, evaluation, norms, settings.lr, time.perf_counter() - started, memory())
             trace.rows += rows
+            iterates.append(latest.cpu())
             on_iteration(k, rows, evaluation.score)  # a host's progress bar raises its interrupts too
         except RuntimeError as problem:
             if not out_of_memory(problem):
@@ -197,7 +202,7 @@ def optimize(
     reason = reason or "all iterations done"
     trace.kept = state.keeper.iteration.tolist()
     trace.reasons = [r or reason for r in state.reasons]
-    return Result(state.keeper.latent, latest, tuple(state.keeper.noises), trace, reason)
+    return Result(state.keeper.latent, latest, tuple(state.keeper.noises), trace, reason, iterates)
 
 
 def _evaluate(rollout: Rollout, score, state: _State, settings: Settings, gradient: bool) -> _Evaluation:

@@ -457,6 +457,7 @@ def prefer(
             started_from = references if settings.method == "dpo" else references[:1] * len(found)
             rows = _rows(book.k, run, found, verdict, started_from, norms, time.perf_counter() - started, memory())
             trace.rows += rows
+            book.iterates = [*book.iterates[: book.k], winner.path.x0.cpu()]
             on_iteration(book.k, rows, [c.images for c in found])
         except RuntimeError as problem:
             if not out_of_memory(problem):
@@ -496,7 +497,7 @@ def prefer(
     trace.reasons = [reason] * len(trace.kept)
     trace.settings["choices"] = book.choices
     trace.settings["evaluations"] = {"forward": run.evaluations, "backward": run.backwards}
-    return Result(kept.latent, found[0].path.x0, tuple(kept.noises), trace, reason)
+    return Result(kept.latent, found[0].path.x0, tuple(kept.noises), trace, reason, book.iterates)
 
 
 class _Stop(Exception):
@@ -514,6 +515,7 @@ class _Book:
         self.method, self.generator, self.history = method, generator, history
         self.k, self.ties, self.kept, self.trace, self.choices = 0, 0, _Kept(), Trace(), []
         self.past: list[tuple] = []
+        self.iterates: list[Tensor] = []
 
     def remember(self) -> None:
         """The state before this comparison; of the last `history` ones before it too."""

@@ -1,30 +1,205 @@
-// The only file that touches ComfyUI's app.
+// The only file that touches ComfyUI's app and api.
 import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { addStyles, createChart } from "./chart.js";
+import { CSS as CHOICE_CSS, createChooser, validPair } from "./choice.js";
+import { addStep, csv, fromOutput, newRun } from "./series.js";
 import { textElement, textOf } from "./text.js";
 
 const SCORES = "MiraScoreImages";
+const PREFERENCE = "MiraDPOPreference";
+const CHARTED = new Set(["MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced", PREFERENCE]);
+const views = new WeakMap(); // node -> { chart, chooser, text }
+
+/** The node of an execution id, "12" or "12:5" within subgraphs, or null. */
+function nodeOf(id) {
+  let graph = app.rootGraph ?? app.graph;
+  let node = null;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById?.(part) ?? graph?.getNodeById?.(Number(part)) ?? null;
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+function imageUrl({ filename, subfolder, type }) {
+  return api.apiURL(`/view?${new URLSearchParams({ filename, subfolder: subfolder ?? "", type: type ?? "temp" })}`);
+}
+
+function saveAs(name, text) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+function addDom(node, name, element, height) {
+  const widget = node.addDOMWidget(name, name.toUpperCase(), element, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: height,
+  });
+  widget.serialize = false; // neither in the workflow file ...
+  widget.options.serialize = false; // ... nor in the prompt, whose cache key it would change
+  return widget;
+}
+
+function fit(node) {
+  const wanted = node.computeSize();
+  node.setSize([Math.max(node.size[0], wanted[0], 380), Math.max(node.size[1], wanted[1])]);
+  node.setDirtyCanvas?.(true, true);
+}
+
+/** Return iterate k: the run's own seed again, fixed, and `iterate`; everything else is as it was. */
+function take(node, chart, iterate) {
+  const set = (name, value) => {
+    const widget = node.widgets?.find((w) => w.name === name);
+    if (!widget) return;
+    widget.value = value;
+    widget.callback?.(value);
+  };
+  const seed = chart.run().settings.seed;
+  if (Number.isSafeInteger(seed)) set("seed", seed);
+  set("control_after_generate", "fixed");
+  set("iterate", iterate);
+  app.queuePrompt(0);
+}
+
+function addCharted(node) {
+  addStyles(document, new URL("./vendor/uPlot.min.css", import.meta.url).href);
+  const chart = createChart({ imageUrl, saveAs, onTake: (k) => take(node, chart, k) });
+  const view = { chart };
+  if (node.comfyClass === PREFERENCE) {
+    if (!document.getElementById("mira-choice-styles")) {
+      const style = document.createElement("style");
+      style.id = "mira-choice-styles";
+      style.textContent = CHOICE_CSS;
+      document.head.append(style);
+    }
+    view.chooser = createChooser({ imageUrl, onAnswer: answer });
+    chart.inner.prepend(view.chooser.element);
+    new MutationObserver(() => fit(node)).observe(view.chooser.element, { attributeFilter: ["hidden"] });
+  }
+  addDom(node, "mira_chart", chart.element, () => {
+    const scrub = chart.run().rows.length ? 78 : 0;
+    const chooser = view.chooser && !view.chooser.element.hidden ? 330 : 0;
+    return 206 + scrub + chooser;
+  });
+  views.set(node, view);
+  chain(node, "onExecuted", (output) => {
+    const run = fromOutput(output, chart.run());
+    if (run) showRun(node, chart, run);
+    view.chooser?.hide();
+  });
+  chain(node, "onRemoved", () => chart.destroy());
+  fit(node);
+}
+
+function showRun(node, chart, run) {
+  const empty = chart.run().rows.length === 0;
+  chart.set(run);
+  if (empty && run.rows.length) fit(node);
+}
 
 function addScores(node) {
+  addStyles(document, new URL("./vendor/uPlot.min.css", import.meta.url).href);
   const { outer, inner } = textElement(document);
-  const widget = node.addDOMWidget("mira_text", "MIRA_TEXT", outer, {
-    serialize: false,
-    getMinHeight: () => Math.min(Math.max(inner.scrollHeight + 8, 48), 248),
-  });
-  widget.serialize = false;
-  const executed = node.onExecuted;
-  node.onExecuted = function (output) {
-    executed?.apply(this, arguments);
+  addDom(node, "mira_text", outer, () => Math.min(Math.max(inner.scrollHeight + 8, 48), 248));
+  const show = (output) => {
     const text = textOf(output);
-    if (text !== null) {
-      inner.textContent = text;
-      this.setDirtyCanvas?.(true, true);
-    }
+    if (text === null) return;
+    inner.textContent = text;
+    node.setDirtyCanvas?.(true, true);
   };
+  views.set(node, { text: show });
+  chain(node, "onExecuted", show);
+}
+
+function chain(node, name, after) {
+  const before = node[name];
+  node[name] = function (...given) {
+    const result = before?.apply(this, given);
+    after(...given);
+    return result;
+  };
+}
+
+/** Post an answer; null when it was taken, else why not. */
+async function answer(pair, choice) {
+  const body = { prompt_id: pair.prompt_id, node_id: pair.node, token: pair.token, choice, client_id: api.clientId };
+  try {
+    const reply = await api.fetchApi("/mira/choice", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify(body),
+    });
+    if (reply.ok) return null;
+    return (await reply.json()).error ?? `the server answered ${reply.status}`;
+  } catch (problem) {
+    return `the server cannot be reached (${problem.message}); the choice is still open`;
+  }
+}
+
+function showPair(data) {
+  const pair = validPair(data);
+  const node = pair && nodeOf(pair.node);
+  views.get(node)?.chooser?.show(pair);
+}
+
+async function get(path) {
+  const reply = await api.fetchApi(`${path}?client_id=${encodeURIComponent(api.clientId ?? "")}`);
+  return reply.ok ? reply.json() : {};
+}
+
+/** After a page was loaded, a connection came back or a graph was opened: what the server knows, and history. */
+async function restore() {
+  const graph = app.rootGraph ?? app.graph;
+  for (const node of graph?.nodes ?? []) {
+    const view = views.get(node);
+    const output = app.nodeOutputs?.[node.id];
+    if (!view || !output) continue;
+    view.text?.(output);
+    const run = view.chart && fromOutput(output);
+    if (run && view.chart.run().rows.length === 0) showRun(node, view.chart, run);
+  }
+  const [live, waiting] = await Promise.all([get("/mira/live"), get("/mira/choice")]);
+  for (const known of live.runs ?? []) {
+    const node = nodeOf(known.node);
+    const chart = views.get(node)?.chart;
+    if (!chart || chart.run().rows.length >= known.rows.length) continue;
+    showRun(node, chart, { ...newRun(), ...known, done: false });
+  }
+  for (const pair of waiting.pending ?? []) showPair(pair);
+}
+
+function restoreSoon() {
+  setTimeout(() => restore().catch((problem) => console.warn("MIRA: could not restore the live view:", problem)), 50);
 }
 
 app.registerExtension({
   name: "MIRA",
+  setup() {
+    api.addEventListener("mira.step", ({ detail }) => {
+      const node = nodeOf(detail?.node);
+      const chart = views.get(node)?.chart;
+      if (chart) showRun(node, chart, addStep(chart.run(), detail));
+    });
+    api.addEventListener("mira.choice", ({ detail }) => showPair(detail));
+    api.addEventListener("mira.chosen", ({ detail }) => views.get(nodeOf(detail?.node))?.chooser?.hide(detail.token));
+    api.addEventListener("reconnected", restoreSoon);
+    document.addEventListener("visibilitychange", () => document.hidden || restoreSoon());
+    restoreSoon();
+  },
   nodeCreated(node) {
     if (node.comfyClass === SCORES) addScores(node);
+    if (CHARTED.has(node.comfyClass)) addCharted(node);
+  },
+  afterConfigureGraph: restoreSoon,
+  getNodeMenuItems(node) {
+    const chart = views.get(node)?.chart;
+    if (!chart) return [];
+    const disabled = chart.run().rows.length === 0;
+    return [{ content: "Save MIRA record as CSV", disabled, callback: () => saveAs("mira_trace.csv", csv(chart.run())) }];
   },
 });

@@ -85,6 +85,7 @@ def test_registration():
     assert {k: [o.display_name for o in v.outputs] for k, v in listed.items()} == {
         "MiraOptimizeKSampler": ["optimized", "plain", "trace"],
         "MiraOptimizeSamplerAdvanced": ["optimized", "plain", "trace"],
+        "MiraDPOPreference": ["optimized", "plain", "trace", "choices"],
         "MiraScoreImages": ["scores", "text"],
         "MiraRankImages": ["images", "scores", "indices"],
         "MiraDemoModel": ["model", "clip", "vae"],
@@ -99,10 +100,15 @@ def test_registration():
     ]  # fmt: skip
     assert [i.id for i in listed["MiraOptimizeKSampler"].inputs] == [
         "model", "positive", "negative", "latent_image", "vae", "reward", "seed", "steps", "cfg", "sampler_name",
-        "scheduler", "denoise", *settings, "prompt",
+        "scheduler", "denoise", *settings, "prompt", "iterate",
+    ]  # fmt: skip
+    assert [i.id for i in listed["MiraDPOPreference"].inputs] == [
+        "model", "positive", "negative", "latent_image", "vae", "judge", "seed", "steps", "cfg", "sampler_name",
+        "scheduler", "denoise", "iterations", "method", "candidates", "learning_rate", "beta", "energy", "explore",
+        "keep", "skip_ties", "kick", "memory", "timeout", "on_timeout", "reward", "choices", "prompt", "iterate",
     ]  # fmt: skip
     assert [i.id for i in listed["MiraOptimizeSamplerAdvanced"].inputs] == [
-        "noise", "guider", "sampler", "sigmas", "latent_image", "vae", "reward", *settings, "prompt"
+        "noise", "guider", "sampler", "sigmas", "latent_image", "vae", "reward", *settings, "prompt", "iterate"
     ]  # fmt: skip
 
 
@@ -171,6 +177,25 @@ def test_every_widget_has_a_tooltip():
             assert i.tooltip or not hasattr(i, "default"), f"{node.__name__}.{i.id}"
 
 
+def test_another_iterate_is_taken_without_running_again(world, monkeypatch):
+    inputs = sampler_inputs(world, iterations=3, seed=77)
+    first = execute(nodes.MiraOptimizeKSampler, **inputs)
+
+    def never(*_, **__):
+        raise AssertionError("sampling started")
+
+    monkeypatch.setattr(comfy.samplers.CFGGuider, "sample", never)
+    taken = [execute(nodes.MiraOptimizeKSampler, **inputs, iterate=k) for k in range(4)]
+    assert torch.equal(taken[3].args[0]["samples"], first.args[0]["samples"])  # keep is last
+    assert len({t.args[0]["samples"].sum().item() for t in taken}) == 4
+    assert [t.args[2].kept for t in taken] == [[0], [1], [2], [3]] and first.args[2].kept == [3]
+    assert taken[1].ui["mira"][0]["kept"] == [1] and len(taken[1].ui["mira"][0]["previews"]) == 4
+    with pytest.raises(ValueError, match="iterate is 4, but the run ended at iteration 3"):
+        execute(nodes.MiraOptimizeKSampler, **inputs, iterate=4)
+    with pytest.raises(AssertionError, match="sampling started"):
+        execute(nodes.MiraOptimizeKSampler, **(inputs | {"seed": 78}), iterate=1)
+
+
 def test_the_latent_dict_keeps_what_else_it_holds(world):
     mask = torch.ones(1, 128, 128)
     out = optimize(world, latent_image={"samples": torch.zeros(1, 4, 16, 16), "noise_mask": mask, "batch_index": [0]})
@@ -213,7 +238,7 @@ def test_a_reward_without_gradient_and_one_without_its_prompt_are_refused(world)
     with pytest.raises(ValueError, match="reward 'file size' has no gradient: use a differentiable reward here"):
         optimize(world, reward=BlackBox())
     score = execute(nodes.MiraDemoCLIPScore).args[0]
-    with pytest.raises(ValueError, match="prompt is empty: give the prompt as text"):
+    with pytest.raises(ValueError, match="prompt is empty: give it as text"):
         optimize(world, reward=score, prompt="  ")
 
 

@@ -1,0 +1,120 @@
+"""What Algorithm 2 gains over choosing among seeds: `python dev.py bench preference [--animals N]`.
+
+JPEG size and brightness as black boxes on the demo model: every method judges the same number of images (41), and the
+network passes that each needed are counted (a backward pass as two forward ones). The best of N images in the judge's
+eyes comes back (keep = incumbent). Every run is kept in output/preference/ and not repeated; the means go to
+docs/results/preference.csv, the images to docs/results/preference_<reward>.jpg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from dataclasses import replace
+
+import torch
+
+from bench.model import batch_conditioning, sheet
+from bench.pack import ROOT, mira
+from bench.world import World, host
+
+judge_module, vocabulary = mira("demo.judge"), mira("demo.vocabulary")
+node, judges, core = mira("nodes.preference"), mira("nodes.judges"), mira("sampler.preference")
+PixelReward, JPEG = mira("rewards.pixel").PixelReward, mira("rewards.jpeg").JPEG
+RAW, OUT = ROOT / "output" / "preference", ROOT / "docs" / "results"
+STEPS, SEED, JUDGED = 6, 0, 40
+
+Settings = core.PreferenceSettings
+DPO = dict(method="dpo", iterations=JUDGED // 2, keep="incumbent")
+METHODS = {
+    "best_of_n": Settings(method="best_of_n", iterations=JUDGED, keep="incumbent"),
+    "dueling, explore 0.3": Settings(method="dueling", iterations=JUDGED, explore=0.3, lr=0.3, keep="incumbent"),
+    "dueling, explore 0.6": Settings(method="dueling", iterations=JUDGED, explore=0.6, lr=0.6, keep="incumbent"),
+    "hybrid2, 4 probes": Settings(
+        method="hybrid2", iterations=JUDGED // 5, candidates=5, explore=0.01, lr=0.05, keep="incumbent"
+    ),
+    "dpo (Algorithm 2)": Settings(**DPO, lr=0.01),
+    "dpo, lr 0.05": Settings(**DPO, lr=0.05),
+    "dpo, lr 0.05, reversed": Settings(**DPO, lr=0.05, energy="mira_reversed"),
+    "dpo, lr 0.05, both sides": Settings(**DPO, lr=0.05, energy="mira_two_sided"),
+}
+REWARDS = {"JPEG": JPEG, "brightness": lambda: PixelReward("brightness")}
+
+
+def run(world: World, judge, reward: str, name: str, animals: list[str]) -> tuple[list[dict], torch.Tensor]:
+    prompts = [vocabulary.caption(a, prefix=True) for a in animals]
+    settings = METHODS[name]
+    job = world.job(
+        positive=batch_conditioning(world, prompts), steps=STEPS, batch=len(animals), reward=REWARDS[reward](),
+        prompts=prompts, seed=SEED, memory="none",
+    )  # fmt: skip
+    job = replace(job, settings=settings, gradient=settings.method in node.GRADIENT)
+    by_reward = lambda process: judges.RewardJudge(lambda images: process.reward(images)[0])  # noqa: E731
+    with torch.inference_mode():
+        done = host.run(job, node.preferring(by_reward, SEED, 0))
+        images = torch.cat([world.vae.decode(x[None]) for x in done.latent]).movedim(3, 1)
+        plain = torch.cat([world.vae.decode(x[None]) for x in done.plain]).movedim(3, 1)
+    score = REWARDS[reward]()
+    before, after = (score(i, prompts)[0].tolist() for i in (plain, images))
+    kept_before, kept_after = (judge_module.adherence(judge, i, animals).tolist() for i in (plain, images))
+    cost = done.result.trace.settings["evaluations"]
+    rows = []
+    for b, animal in enumerate(animals):
+        best = done.result.trace.kept[b]
+        row = next(r for r in done.result.trace.of(b) if r["iteration"] == best)
+        rows.append(
+            {
+                "animal": animal,
+                "before": before[b],
+                "after": after[b],
+                "gain": after[b] - before[b],
+                "adherence_before": kept_before[b],
+                "adherence_after": kept_after[b],
+                "path_kl": row["path_kl"],
+                "passes": cost["forward"] + 2 * cost["backward"],
+            }
+        )
+    return rows, images
+
+
+def summary(rows: list[dict]) -> dict:
+    def mean(column):
+        return torch.tensor([r[column] for r in rows], dtype=torch.float64)
+
+    out = {}
+    for column in ("before", "after", "gain", "adherence_before", "adherence_after", "path_kl", "passes"):
+        out[column] = mean(column).mean().item()
+    out["gain_se"] = (mean("gain").std() / len(rows) ** 0.5).item()
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--animals", type=int, default=10)
+    args = parser.parse_args()
+    world, judge = World(), judge_module.load_judge()
+    animals = list(vocabulary.ANIMALS[: args.animals])
+    RAW.mkdir(parents=True, exist_ok=True)
+    table = []
+    for reward in REWARDS:
+        pictures = []
+        for name in METHODS:
+            stem = f"{reward}_{name}_{args.animals}x{STEPS}_seed{SEED}".replace(" ", "").replace(",", "_")
+            file, image = RAW / f"{stem}.json", RAW / f"{stem}.pt"
+            if not file.is_file():
+                rows, images = run(world, judge, reward, name, animals)
+                torch.save(images, image)
+                file.write_text(json.dumps(rows))
+            table.append({"reward": reward, "method": name} | summary(json.loads(file.read_text())))
+            pictures.append(torch.load(image, weights_only=True))
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in table[-1].items()}, flush=True)
+        sheet(torch.cat(pictures), len(animals), OUT / f"preference_{reward}.jpg")
+    with open(OUT / "preference.csv", "w", newline="") as out:
+        writer = csv.DictWriter(out, list(table[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What the graph editor is told while a node runs, and what a page that was loaded again can ask for."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections import OrderedDict
+
+import comfy.utils
+import folder_paths
+from aiohttp import web
+from comfy_execution.utils import get_executing_context
+from PIL import Image
+from server import PromptServer
+from torch import Tensor
+
+from ..sampler.optimize import Score
+from ..sampler.trace import Trace, json_row
+
+ROUTE = "/mira/live"
+PREVIEW = 512  # pixels of the longer side of ComfyUI's own preview
+THUMBNAIL = 256  # and of a stored one
+MOST = 8  # runs that are remembered
+
+_runs: OrderedDict[str, dict] = OrderedDict()  # by node id, the newest last
+
+
+def picture(image: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> 8 bits."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().movedim(0, 2).contiguous().cpu().numpy()
+    return Image.fromarray(pixels)
+
+
+def store(image: Image.Image, name: str, **options) -> dict:
+    """Into ComfyUI's temporary folder; returns what /view needs to show it."""
+    folder = os.path.join(folder_paths.get_temp_directory(), "mira")
+    os.makedirs(folder, exist_ok=True)
+    image.save(os.path.join(folder, name), **options)
+    return {"filename": name, "subfolder": "mira", "type": "temp"}
+
+
+class LiveRun:
+    """Progress bar, preview, stored thumbnails and an event per iteration, to the client that asked for the run."""
+
+    def __init__(self, node: str, iterations: int, settings: dict):
+        self.node, self.iterations = node, iterations
+        self.name = secrets.token_hex(8)
+        self.bar = comfy.utils.ProgressBar(iterations + 1, node_id=node)
+        self.server = PromptServer.instance
+        context = get_executing_context()
+        self.run = {
+            "node": node,
+            "prompt_id": context.prompt_id if context else None,
+            "client": self.server.client_id,
+            "iterations": iterations,
+            "settings": settings,
+            "rows": [],
+            "previews": {},
+        }
+        _runs[node] = self.run
+        _runs.move_to_end(node)
+        while len(_runs) > MOST:
+            _runs.popitem(last=False)
+
+    def __call__(self, k: int, rows: list[dict], score: Score) -> None:
+        shown = picture(score.images[0])
+        small = shown.copy()
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        preview = store(small, f"{self.name}_{k}.jpg", quality=88)
+        rows = [json_row(r) for r in rows]
+        # A choice that was taken back, or a retry, comes again.
+        self.run["rows"] = [r for r in self.run["rows"] if r["iteration"] < k] + rows
+        self.run["previews"][k] = preview
+        event = {"node": self.node, "iteration": k, "iterations": self.iterations, "rows": rows, "preview": preview}
+        self.server.send_sync("mira.step", event | {"settings": self.run["settings"]}, self.server.client_id)
+        self.bar.update_absolute(k + 1, self.iterations + 1, ("JPEG", shown, PREVIEW))
+
+    def output(self, trace: Trace) -> dict:
+        """The node's `ui` output, from which history and a reloaded page draw the same chart."""
+        return {"mira": [trace.to_dict() | {"previews": dict(self.run["previews"])}]}
+
+
+async def list_runs(request: web.Request) -> web.Response:
+    client = request.query.get("client_id")
+    return web.json_response({"runs": [r for r in _runs.values() if r["client"] in (None, client)]})
+
+
+def register_routes() -> None:
+    PromptServer.instance.routes.get(ROUTE)(list_runs)

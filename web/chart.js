@@ -1,0 +1,228 @@
+// The live chart of one run as an element: no side effects beyond it, nothing of ComfyUI.
+import uPlot from "./vendor/uPlot.esm.js";
+import { brief, columns, csv, driftColumn, images, newRun, status, table } from "./series.js";
+
+const REWARD = "#5b9cf5";
+const DRIFT = "#f0a03c";
+const PART_DASHES = [[4, 3], [1, 3], [8, 4], [2, 2]];
+const HEIGHT = 150;
+
+const CSS = `
+.mira-box { display: flex; flex-direction: column; gap: 4px; width: 100%; box-sizing: border-box;
+  font: 12px/1.35 var(--mira-font, Inter, Arial, sans-serif); color: var(--fg-color, #ddd); }
+.mira-head { display: flex; gap: 6px; align-items: center; min-height: 22px; }
+.mira-status { flex: 1; overflow: hidden; text-overflow: ellipsis; }
+.mira-box button, .mira-box select { font: inherit; color: var(--input-text, var(--fg-color, #ddd));
+  background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #4e4e4e); border-radius: 4px;
+  padding: 2px 7px; cursor: pointer; }
+.mira-box button:hover:not(:disabled) { border-color: ${REWARD}; }
+.mira-box button:disabled { opacity: .45; cursor: default; }
+.mira-box :focus-visible { outline: 2px solid ${REWARD}; outline-offset: 1px; }
+.mira-plot { position: relative; width: 100%; height: ${HEIGHT}px; border-radius: 4px; overflow: hidden;
+  background: var(--comfy-input-bg, #222); }
+.mira-values { display: flex; flex-wrap: wrap; gap: 0 10px; min-height: 17px; font-variant-numeric: tabular-nums; }
+.mira-values b { font-weight: 600; }
+.mira-scrub { display: flex; gap: 8px; align-items: center; }
+.mira-scrub input { flex: 1; min-width: 40px; accent-color: ${REWARD}; }
+.mira-scrub img { width: 72px; height: 72px; object-fit: contain; border-radius: 4px;
+  background: var(--comfy-input-bg, #222); }
+.mira-notices { color: var(--descrip-text, #999); }
+.mira-plot .u-legend { display: none; }
+`;
+
+/** Styles for charts and choosers, once per page. */
+export function addStyles(document, href) {
+  if (document.getElementById("mira-styles")) return;
+  const link = document.createElement("link");
+  Object.assign(link, { rel: "stylesheet", href, id: "mira-uplot" });
+  const style = document.createElement("style");
+  style.id = "mira-styles";
+  style.textContent = CSS;
+  document.head.append(link, style);
+}
+
+function element(tag, className, attributes = {}) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+
+/**
+ * onTake(iteration): the user wants this iterate; null leaves the button out.
+ * imageUrl(preview): the address of a stored preview.
+ * Returns { element, inner, set(run), run(), destroy() }: `element` is for the host, `inner` may be measured.
+ */
+export function createChart({ onTake = null, imageUrl = () => "", saveAs = () => {} } = {}) {
+  const outer = element("div");
+  const inner = element("div", "mira-box", { role: "group", "aria-label": "MIRA record" });
+  const head = element("div", "mira-head");
+  const line = element("div", "mira-status", { role: "status", "aria-live": "off" });
+  const which = element("select", "", { "aria-label": "Image of the batch" });
+  const save = element("button", "", { type: "button", title: "Save the record as CSV" });
+  save.textContent = "CSV";
+  const plot = element("div", "mira-plot", { role: "img", "aria-label": "Reward and drift by iteration" });
+  const values = element("div", "mira-values");
+  const scrub = element("div", "mira-scrub");
+  const shown = element("img", "", { alt: "The image at the chosen iteration" });
+  const slider = element("input", "", { type: "range", min: "0", step: "1", "aria-label": "Iteration to look at" });
+  const take = element("button", "", { type: "button", title: "Return this iterate: set `iterate` and queue again" });
+  take.textContent = "Take";
+  const notices = element("div", "mira-notices");
+  head.append(line, which, save);
+  scrub.append(shown, slider, ...(onTake ? [take] : []));
+  inner.append(head, plot, values, scrub, notices);
+  outer.append(inner);
+  for (const type of ["wheel", "pointerdown"]) inner.addEventListener(type, (e) => e.stopPropagation());
+
+  let run = newRun();
+  let image = 0;
+  let chart = null;
+  let shape = "";
+  let frame = 0;
+
+  function colour(name) {
+    return getComputedStyle(inner).getPropertyValue(name).trim();
+  }
+
+  function names() {
+    const drift = driftColumn(run);
+    const all = columns(run);
+    const rewards = all.filter((n) => n === "reward" || n.startsWith("reward."));
+    return { drift, rewards, list: [...rewards, ...(drift ? [drift] : [])] };
+  }
+
+  function mark(u) {
+    const kept = run.done ? run.kept[image] : null;
+    const chosen = Number(slider.value);
+    const { ctx } = u;
+    for (const [at, stroke] of [[kept, REWARD], [chosen, colour("--descrip-text") || "#999"]]) {
+      if (!Number.isInteger(at)) continue;
+      const x = Math.round(u.valToPos(at, "x", true));
+      ctx.save();
+      ctx.strokeStyle = stroke;
+      ctx.setLineDash(at === kept ? [] : [3, 3]);
+      ctx.beginPath();
+      ctx.moveTo(x, u.bbox.top);
+      ctx.lineTo(x, u.bbox.top + u.bbox.height);
+      ctx.stroke();
+      ctx.restore();
+    }
+  }
+
+  function build({ drift, rewards, list }) {
+    chart?.destroy();
+    const text = colour("--fg-color") || "#ddd";
+    const grid = { stroke: colour("--border-color") || "#444", width: 0.5 };
+    const axis = { stroke: text, grid, ticks: grid, font: "11px Inter, Arial, sans-serif", size: 46 };
+    const series = rewards.map((name, i) => ({
+      label: name, scale: "reward", stroke: REWARD, width: name === "reward" ? 2 : 1,
+      dash: name === "reward" ? undefined : PART_DASHES[(i - 1) % PART_DASHES.length], points: { size: 4 },
+    }));
+    if (drift) series.push({ label: drift, scale: "drift", stroke: DRIFT, width: 2, points: { size: 4 } });
+    chart = new uPlot(
+      {
+        width: Math.max(plot.clientWidth, 120), height: HEIGHT, legend: { show: false },
+        cursor: { drag: { x: false, y: false } },
+        scales: { x: { time: false }, reward: {}, drift: {} },
+        axes: [
+          { ...axis, size: 26, incrs: [1, 2, 5, 10, 20, 50, 100, 200] },
+          ...(rewards.length ? [{ ...axis, scale: "reward", stroke: REWARD }] : []),
+          ...(drift ? [{ ...axis, scale: "drift", side: 1, stroke: DRIFT, grid: { show: false } }] : []),
+        ],
+        series: [{ label: "iteration" }, ...series],
+        hooks: { draw: [mark], setCursor: [(u) => showValues(u.cursor.idx)] },
+      },
+      table(run, image, list),
+      plot,
+    );
+  }
+
+  function showValues(index) {
+    const { list, drift } = names();
+    const rows = run.rows.filter((r) => r.image === image);
+    const row = rows[index ?? rows.findIndex((r) => r.iteration === Number(slider.value))];
+    values.replaceChildren();
+    if (!row) return;
+    for (const name of ["iteration", ...list]) {
+      const item = element("span");
+      const label = element("b");
+      label.textContent = `${name} `;
+      if (name !== "iteration") label.style.color = name === drift ? DRIFT : REWARD;
+      item.append(label, name === "iteration" ? String(row.iteration) : brief(row[name]));
+      values.append(item);
+    }
+  }
+
+  function showIterate() {
+    const at = Number(slider.value);
+    const preview = run.previews?.[at];
+    shown.hidden = !preview || image !== 0;
+    if (preview) shown.src = imageUrl(preview);
+    slider.setAttribute("aria-valuetext", `iteration ${at}`);
+    take.disabled = !run.done;
+    showValues(null);
+    chart?.redraw(false);
+  }
+
+  function draw() {
+    frame = 0;
+    const all = images(run);
+    if (!all.includes(image)) image = all[0] ?? 0;
+    which.hidden = all.length < 2;
+    which.replaceChildren(
+      ...all.map((b) => Object.assign(element("option"), { value: b, textContent: `image ${b}`, selected: b === image })),
+    );
+    line.textContent = line.title = status(run, image);
+    save.disabled = run.rows.length === 0;
+    notices.textContent = run.notices.join("\n");
+    const last = Math.max(0, ...run.rows.map((r) => r.iteration));
+    const following = Number(slider.value) >= Number(slider.max);
+    slider.max = String(last);
+    if (run.done && run.fresh) slider.value = String(run.kept[image] ?? last);
+    else if (following && !run.done) slider.value = String(last);
+    run.fresh = false;
+    scrub.hidden = run.rows.length === 0;
+    const wanted = names();
+    if (wanted.list.length === 0) return showIterate();
+    const signature = wanted.list.join();
+    if (!chart || signature !== shape) {
+      shape = signature;
+      build(wanted);
+    } else {
+      chart.setData(table(run, image, wanted.list));
+    }
+    showIterate();
+  }
+
+  const redraw = () => {
+    frame ||= requestAnimationFrame(draw);
+  };
+  const resized = new ResizeObserver(() => {
+    if (chart && plot.clientWidth > 0) chart.setSize({ width: plot.clientWidth, height: HEIGHT });
+  });
+  resized.observe(plot);
+  slider.addEventListener("input", showIterate);
+  which.addEventListener("change", () => {
+    image = Number(which.value);
+    redraw();
+  });
+  save.addEventListener("click", () => saveAs("mira_trace.csv", csv(run)));
+  take.addEventListener("click", () => onTake?.(Number(slider.value)));
+  draw();
+
+  return {
+    element: outer,
+    inner,
+    run: () => run,
+    set(next) {
+      run = { ...next, fresh: next.done && !run.done };
+      redraw();
+    },
+    destroy() {
+      resized.disconnect();
+      cancelAnimationFrame(frame);
+      chart?.destroy();
+    },
+  };
+}

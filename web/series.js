@@ -1,0 +1,135 @@
+// Pure: from a run's record to what is drawn. No side effects, nothing of ComfyUI, nothing of the page.
+
+/** Columns that are not measurements of an image. */
+const BOOKKEEPING = new Set(["iteration", "image", "lr", "seconds", "memory_mb", "evaluations", "preferred"]);
+const MOST_ROWS = 20000;
+
+/** A run as the events and the history tell it: settings, rows, kept iterations. Bad input gives an empty run. */
+export function newRun() {
+  return { settings: {}, rows: [], kept: [], reasons: [], notices: [], iterations: 0, previews: {}, done: false };
+}
+
+/** Number, or null for what is none. */
+export function finite(value) {
+  return typeof value === "number" && Number.isFinite(value) ? value : null;
+}
+
+function isRow(row) {
+  return row !== null && typeof row === "object" && Number.isInteger(row.iteration) && Number.isInteger(row.image);
+}
+
+/** The run after one `mira.step` event. Iteration 0 begins a new one; an iteration that comes again replaces itself. */
+export function addStep(run, event) {
+  if (!Array.isArray(event?.rows)) return run;
+  const rows = event.rows.filter(isRow);
+  const known = event.iteration === 0 ? [] : run.rows.filter((r) => r.iteration < event.iteration);
+  const previews = event.iteration === 0 ? {} : { ...run.previews };
+  if (event.preview) previews[event.iteration] = event.preview;
+  return {
+    ...newRun(),
+    rows: [...known, ...rows].slice(-MOST_ROWS),
+    iterations: finite(event.iterations) ?? run.iterations,
+    settings: event.settings ?? (event.iteration === 0 ? {} : run.settings),
+    previews,
+  };
+}
+
+/** The run of a finished node's output, `ui.mira` (a list of traces), or null where there is none. */
+export function fromOutput(output, before = newRun()) {
+  const trace = Array.isArray(output?.mira) ? output.mira[0] : null;
+  if (!trace || !Array.isArray(trace.rows)) return null;
+  const rows = trace.rows.filter(isRow).slice(-MOST_ROWS);
+  const list = (value) => (Array.isArray(value) ? value : []);
+  return {
+    rows,
+    settings: trace.settings ?? {},
+    kept: list(trace.kept),
+    reasons: list(trace.reasons),
+    notices: list(trace.notices),
+    previews: trace.previews ?? before.previews,
+    iterations: Math.max(0, ...rows.map((r) => r.iteration)),
+    done: true,
+  };
+}
+
+export function images(run) {
+  return [...new Set(run.rows.map((r) => r.image))].sort((a, b) => a - b);
+}
+
+/** Names of the measured columns, in the order in which they first appear. */
+export function columns(run) {
+  const names = new Set();
+  for (const row of run.rows) for (const name of Object.keys(row)) if (!BOOKKEEPING.has(name)) names.add(name);
+  return [...names];
+}
+
+/** The column of the drift that the run's limit is measured in, or the first one that there is. */
+export function driftColumn(run) {
+  const names = columns(run);
+  const wanted = run.settings.drift_metric;
+  if (names.includes(wanted)) return wanted;
+  return ["path_kl", "score_distance", "mira"].find((name) => names.includes(name)) ?? null;
+}
+
+/** [iterations, ...one array per column] of one image, as uPlot takes it. */
+export function table(run, image, names) {
+  const rows = run.rows.filter((r) => r.image === image);
+  return [rows.map((r) => r.iteration), ...names.map((name) => rows.map((r) => finite(r[name])))];
+}
+
+/** Seconds left, by the median of the last iterations, or null while nothing is known. */
+export function secondsLeft(run) {
+  if (run.done || run.rows.length === 0) return null;
+  const first = run.rows[0].image;
+  const seconds = run.rows.filter((r) => r.image === first).map((r) => finite(r.seconds)).filter((s) => s !== null);
+  if (seconds.length === 0) return null;
+  const recent = seconds.slice(-5).sort((a, b) => a - b);
+  const last = Math.max(...run.rows.map((r) => r.iteration));
+  return Math.max(0, run.iterations - last) * recent[Math.floor(recent.length / 2)];
+}
+
+export function clock(seconds) {
+  const s = Math.round(seconds);
+  return s >= 3600
+    ? `${Math.floor(s / 3600)}:${String(Math.floor(s / 60) % 60).padStart(2, "0")}:${String(s % 60).padStart(2, "0")}`
+    : `${Math.floor(s / 60)}:${String(s % 60).padStart(2, "0")}`;
+}
+
+/** A number in four significant digits, a dash for none. */
+export function brief(value) {
+  const number = finite(value);
+  if (number === null) return "–";
+  if (number !== 0 && (Math.abs(number) >= 1e5 || Math.abs(number) < 1e-3)) return number.toExponential(2);
+  return String(Number(number.toPrecision(4)));
+}
+
+/** One line of what has happened so far. */
+export function status(run, image) {
+  const rows = run.rows.filter((r) => r.image === image);
+  if (rows.length === 0) return "Reward and drift appear here while the node runs.";
+  const last = rows[rows.length - 1];
+  const kept = run.done ? rows.find((r) => r.iteration === run.kept[image]) : null;
+  const row = kept ?? last;
+  const drift = driftColumn(run);
+  const parts = [kept ? `kept iteration ${row.iteration}` : `iteration ${last.iteration} of ${run.iterations}`];
+  if (finite(row.reward) !== null) {
+    parts.push(`reward ${brief(row.reward)} (plain ${brief(rows[0].reward)})`);
+  }
+  if (drift) parts.push(`drift ${brief(row[drift])}`);
+  const left = secondsLeft(run);
+  if (left !== null) parts.push(`${clock(left)} left`);
+  if (run.done && run.reasons[image]) parts.push(run.reasons[image]);
+  return parts.join(" · ");
+}
+
+/** The rows as CSV, every column that any row has. */
+export function csv(run) {
+  const names = [...new Set(run.rows.flatMap((r) => Object.keys(r)))];
+  const cell = (value) => {
+    if (value === null || value === undefined) return "";
+    const text = String(value);
+    return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const quoted = (list) => list.map(cell).join(",");
+  return [quoted(names), ...run.rows.map((r) => quoted(names.map((n) => r[n])))].join("\n") + "\n";
+}
