@@ -13,6 +13,7 @@ from .loaders import (
     MiraLoadImageReward,
     MiraLoadPickScoreReward,
 )
+from .monitor import MiraDriftMonitor, MiraLoadTrace
 from .optimize import MiraOptimizeKSampler, MiraOptimizeSamplerAdvanced
 from .preference import MiraDPOPreference
 from .rewards import (
@@ -43,6 +44,8 @@ NODES: list[type[io.ComfyNode]] = [
     MiraAugmentReward,
     MiraScoreImages,
     MiraRankImages,
+    MiraDriftMonitor,
+    MiraLoadTrace,
     MiraDemoModel,
 ]
 

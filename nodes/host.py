@@ -30,6 +30,7 @@ from ..sampler.optimize import Result, Score, Settings, optimize
 from ..sampler.preference import PreferenceSettings
 from ..sampler.rollout import Rollout, draw, per_image
 from ..sampler.selftest import gradient_error
+from ..sampler.statistics import expected, noise_statistics
 from .grad import OutOfPlaceAdd, blocks_checkpointed, frozen, leave_inference_mode, normal, sdpa, static, training
 from .twin import StandIn, Twins
 
@@ -165,6 +166,11 @@ class _WorkingSampler(comfy.samplers.Sampler):
                 "checkpointing": rollout.memory,
                 "sampling_seconds": sampling_seconds,
                 "ended": self.result.reason,
+                "noise_statistics": {
+                    "plain": noise_statistics(noises),
+                    "kept": noise_statistics(self.result.best_noises),
+                    "expected": expected(noises),
+                },
             }
             # The replay under PyTorch's attention differs from the plain sample in its last bits.
             pairs = zip(noises, self.result.best_noises, strict=True)

@@ -12,17 +12,16 @@ from comfy_api.latest import io
 from . import host, memo
 from .checks import check, complain, wrong_sigmas
 from .live import LiveRun
+from .monitor import travel
 from .settings import iterate_input, prompt_input, settings_inputs, settings_of, trace_outputs
 from .types import MiraReward
 
 log = logging.getLogger("mira")
 
 
-def run(
-    node: str, node_id: str, guider, sampler, sigmas, noise, seed, latent: dict, vae, reward, prompt, values, identity
-):
+def run(node: str, hidden, guider, sampler, sigmas, noise, seed, latent: dict, vae, reward, prompt, values, identity):
     """Optimise and wrap: the outputs of both nodes."""
-    iterate = values.pop("iterate", -1)
+    iterate, node_id = values.pop("iterate", -1), hidden.unique_id
     # Guiders and the like are made anew for every execution: what they are made of tells whether it is the same run.
     inputs = values | {"vae": vae, "reward": reward, "prompt": prompt, "seed": seed} | identity
     before = memo.recall(node_id, inputs)
@@ -30,12 +29,13 @@ def run(
         before = optimized(node, node_id, guider, sampler, sigmas, noise, seed, latent, vae, reward, prompt, values)
         memo.remember(node_id, inputs, before)
     done, live = before
-    return wrapped(node, done, live, latent, iterate)
+    return wrapped(node, hidden, done, live, latent, iterate)
 
 
-def wrapped(node: str, done: host.Optimized, live: LiveRun, latent: dict, iterate: int, *more) -> io.NodeOutput:
+def wrapped(node: str, hidden, done: host.Optimized, live: LiveRun, latent: dict, iterate: int, *more):
     samples, kept = memo.taken(done, iterate, node)
     trace = replace(done.result.trace, kept=kept)
+    travel(hidden.extra_pnginfo, hidden.unique_id, trace)
     out, plain = latent.copy(), latent.copy()
     out["samples"], plain["samples"] = samples, done.plain
     return io.NodeOutput(out, plain, trace, *more, ui=live.output(trace))
@@ -139,7 +139,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
                 iterate_input(),
             ],
             outputs=trace_outputs(),
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -180,7 +180,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
         return run(
             node,
-            cls.hidden.unique_id,
+            cls.hidden,
             guider,
             sampler,
             sigmas,
@@ -216,7 +216,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
                 iterate_input(),
             ],
             outputs=trace_outputs(),
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -243,7 +243,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         initial = noise.generate_noise({**latent_image, "samples": samples})
         return run(
             node,
-            cls.hidden.unique_id,
+            cls.hidden,
             guider,
             sampler,
             sigmas,

@@ -225,7 +225,7 @@ class MiraDPOPreference(io.ComfyNode):
                 *trace_outputs(),
                 io.String.Output("choices_made", display_name="choices", tooltip="The choices, to repeat the run."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -258,7 +258,7 @@ class MiraDPOPreference(io.ComfyNode):
             memo.remember(cls.hidden.unique_id, inputs, before)
         done, live = before
         record = json.dumps(done.result.trace.settings["choices"])
-        return wrapped(NODE, done, live, latent_image, iterate, record)
+        return wrapped(NODE, cls.hidden, done, live, latent_image, iterate, record)
 
     @classmethod
     def preferred(cls, *, model, positive, negative, latent, vae, reward, seed, cfg, choices, prompt, values):

@@ -61,6 +61,25 @@ class Trace:
         rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in data["rows"]]
         return cls(data["settings"], rows, data["kept"], data["reasons"], data.get("notices", []))
 
+    @classmethod
+    def from_csv(cls, text: str) -> Trace:
+        """The rows; settings and reasons are not in a CSV, and the last iteration counts as kept."""
+        found = list(csv.DictReader(io.StringIO(text)))
+        if not found or not {"iteration", "image"} <= found[0].keys():
+            raise ValueError("this is not the CSV of a MIRA trace: it needs the columns iteration and image, and rows")
+        try:
+            if any(None in row.values() or None in row for row in found):
+                raise ValueError("a row has too few or too many cells")
+            rows = [
+                {k: int(v) if k in ("iteration", "image") else float(v) for k, v in row.items() if v != ""}
+                for row in found
+            ]
+            images = max(row["image"] for row in rows) + 1
+            kept = [max(r["iteration"] for r in rows if r["image"] == b) for b in range(images)]
+        except (ValueError, KeyError) as problem:
+            raise ValueError(f"the CSV is damaged or cut short ({problem})") from problem
+        return cls({}, rows, kept, ["read from a CSV"] * images, ["read from a CSV: the last iteration counts as kept"])
+
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
 

@@ -1,0 +1,393 @@
+"""The Drift Monitor: reward against drift, of one run or several, and what the numbers say in plain words."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+
+import comfy.model_management
+import folder_paths
+import numpy as np
+import torch
+import torch.nn.functional as F
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..rewards.clip import Similarity
+from ..rewards.half import place_of
+from ..sampler.statistics import cmmd, pareto, spread
+from ..sampler.surrogates import SURROGATES
+from ..sampler.trace import Trace
+from .host import patcher_of
+from .images import to_core
+from .plot import COLOURS, Line, Panel, draw
+from .score import score_images
+from .types import MiraReward, MiraTrace
+
+NODE = "Drift Monitor"
+SLOTS = 4
+SIGMAS = 2.0  # of the base model's own spread
+
+
+@dataclass
+class Run:
+    """One trace with what is known of its images. means: a row per iteration, over the images of the batch."""
+
+    label: str
+    trace: Trace
+    images: Tensor | None
+    means: list[dict[str, float]]
+
+    def curve(self, column: str) -> list[float]:
+        return [row.get(column, math.nan) for row in self.means]
+
+    def kept(self, column: str) -> float:
+        """The mean over images of the kept iterates' values."""
+        values = []
+        for image, iteration in enumerate(self.trace.kept):
+            row = next((r for r in self.trace.of(image) if r["iteration"] == iteration), None)
+            values.append(math.nan if row is None else row.get(column, math.nan))
+        return sum(values) / len(values) if values else math.nan
+
+
+def run_of(number: int, trace, images: Tensor | None) -> Run:
+    """Raises ValueError for what is no trace, and for images that are not the trace's."""
+    if not isinstance(trace, Trace) or not trace.rows:
+        found = "an empty trace" if isinstance(trace, Trace) else f"a {type(trace).__name__}"
+        raise ValueError(
+            f"{NODE}: trace_{number} is {found}: connect the trace of an optimising node or Load MIRA Trace"
+        )
+    if images is not None:
+        images = to_core(images, f"{NODE}: images_{number}")
+        if len(images) != len(trace.kept):
+            raise ValueError(
+                f"{NODE}: images_{number} has {len(images)} image(s), but trace_{number} is of {len(trace.kept)}: "
+                "connect the images of that run"
+            )
+    s = trace.settings
+    method = s.get("method") or s.get("regularizer") or "run"
+    beta = f" beta {s['beta']:g}" if s.get("beta") and method != "none" else ""
+    means = []
+    for k in sorted({r["iteration"] for r in trace.rows}):
+        rows = [r for r in trace.rows if r["iteration"] == k]
+        names = {n for r in rows for n, v in r.items() if isinstance(v, (int, float))}
+        means.append({n: sum(r.get(n, math.nan) for r in rows) / len(rows) for n in names})
+    return Run(f"{number}: {method}{beta}", trace, images, means)
+
+
+def plots(runs: list[Run], metric: str) -> Tensor:
+    """(1, H, W, 3): reward and surrogates by iteration, and the plane of drift and reward with the Pareto front."""
+    reward = Panel("Reward", "iteration", "reward")
+    drift = Panel("Drift", "iteration", metric)
+    plane = Panel("Reward against drift", metric, "reward")
+    points = [(r.curve(metric), r.curve("reward")) for r in runs]
+    for i, (run, (x, y)) in enumerate(zip(runs, points, strict=True)):
+        colour, steps = COLOURS[i % len(COLOURS)], run.curve("iteration")
+        marks = [k for k, step in enumerate(steps) if step in run.trace.kept]
+        reward.lines.append(Line(run.label, steps, y, colour, marks=marks))
+        drift.lines.append(Line(run.label, steps, x, colour, marks=marks))
+        plane.lines.append(Line(run.label, x, y, colour, marks=marks, dots=True))
+    if len(runs) == 1:
+        others = [s for s in SURROGATES if s != metric]
+        drift.title, drift.y_label = "Every surrogate", ""
+        drift.lines += [
+            Line(name, runs[0].curve("iteration"), runs[0].curve(name), COLOURS[1 + i], dashed=True)
+            for i, name in enumerate(others)
+        ]
+        drift.lines[0].label = metric
+    everything = [(a, b) for x, y in points for a, b in zip(x, y, strict=True)]
+    front = [everything[i] for i in pareto(everything)]
+    plane.lines.append(Line("Pareto front", [p[0] for p in front], [p[1] for p in front], "#999999", dashed=True))
+    pixels = np.asarray(draw([reward, drift, plane]), dtype=np.float32) / 255
+    return torch.from_numpy(pixels)[None]
+
+
+@torch.no_grad()
+def embed(clip: Similarity, images: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, D), of unit length, by the CLIP of a CLIPScore."""
+    comfy.model_management.load_models_gpu([patcher_of(m) for m in clip.modules], force_full_load=True)
+    place = place_of(clip.encoder.network)
+    out = [
+        clip.encoder.network.encode_image(clip.encoder.preprocessing(i[None].to(place.device)).to(place))
+        for i in images
+    ]
+    return F.normalize(torch.cat(out).float(), dim=1).cpu()
+
+
+def clip_scores(clip: Similarity, images: Tensor, prompt: str) -> Tensor:
+    return score_images(clip, images, [prompt] * len(images))[0]
+
+
+def measure(run: Run, metric: str, clip, prompt: str, base: dict | None) -> dict:
+    """The numbers of one run: its kept iterates against its plain samples, and against the base model's images."""
+    first = run.means[0]
+    out = {"run": run.label, "kept": run.trace.kept, "reward_plain": first.get("reward", math.nan)}
+    out["reward"] = run.kept("reward")
+    out["gain"] = out["reward"] - out["reward_plain"]
+    out |= {name: run.kept(name) for name in SURROGATES}
+    out["drift"] = out[metric]
+    if clip is not None and run.images is not None:
+        if prompt:
+            out["clip_score"] = clip_scores(clip, run.images, prompt).mean().item()
+        if base is not None:
+            embeddings = embed(clip, run.images)
+            distances = torch.cdist(embeddings.double(), base["embeddings"].double())
+            out["distance_to_base"] = distances.mean().item()
+            if len(embeddings) > 1:
+                out["cmmd"] = cmmd(embeddings, base["embeddings"])
+    out["noise"] = noise_warnings(run.trace)
+    return out
+
+
+def noise_warnings(trace: Trace) -> list[str]:
+    """The statistics of the kept noises that N(0, I) would hardly give."""
+    found = trace.settings.get("noise_statistics") or {}
+    warnings = []
+    for name, (low, high) in (found.get("expected") or {}).items():
+        values = (found.get("kept") or {}).get(name, [])
+        worst = max(values, key=lambda v: max(low - v, v - high), default=None)
+        if worst is not None and not low <= worst <= high:
+            warnings.append(f"{name} {worst:.4g} (N(0, I): {low:.4g} to {high:.4g})")
+    return warnings
+
+
+def verdict(row: dict, base: dict | None) -> str:
+    """Plain words. The thresholds are the base model's own spread over seeds."""
+    gain = "reward unknown" if math.isnan(row["gain"]) else f"reward {row['gain']:+.3g}"
+    tail = f"; its noise is no longer typical: {', '.join(row['noise'])}" if row["noise"] else ""
+    if base is None:
+        missing = "no verdict without base_images (plain samples of other seeds) and clip"
+        return f"{gain}, drift {row['drift']:.3g}; {missing}{tail}"
+    reasons, fine = [], []
+    if "distance_to_base" in row:
+        low, high = base["distance"]
+        text = f"distance to the base images {row['distance_to_base']:.3g}, their own {low:.3g} ± {high:.3g}"
+        (reasons if row["distance_to_base"] > low + SIGMAS * high else fine).append(text)
+    if "clip_score" in row and "clip_score" in base:
+        mean, deviation = base["clip_score"]
+        text = f"CLIPScore {row['clip_score']:.4g}, the base images' {mean:.4g} ± {deviation:.2g}"
+        (reasons if row["clip_score"] < mean - SIGMAS * deviation else fine).append(text)
+    if not reasons and not fine:
+        return f"{gain}, drift {row['drift']:.3g}; no verdict without the run's own images{tail}"
+    if reasons:
+        return f"hacked: {gain}, but {'; '.join(reasons)}{tail}"
+    return f"{gain}, drift within the base model's own seed-to-seed spread ({'; '.join(fine)}){tail}"
+
+
+def base_of(images: Tensor, clip: Similarity, prompt: str) -> dict:
+    embeddings = embed(clip, images)
+    apart = spread(embeddings)
+    out = {"embeddings": embeddings, "distance": (apart.mean().item(), apart.std().item())}
+    if prompt:
+        scores = clip_scores(clip, images, prompt)
+        out["clip_score"] = (scores.mean().item(), scores.std().item())
+    return out
+
+
+def at_equal_drift(runs: list[Run], metric: str) -> list[str]:
+    """The reward of every run where they have drifted equally far: where the shortest path ends."""
+    curves = [(r.label, r.curve(metric), r.curve("reward")) for r in runs]
+    ends = [max((x for x in xs if math.isfinite(x)), default=0.0) for _, xs, _ in curves]
+    level = min(ends)
+    if len(runs) < 2 or level <= 0:
+        return []
+    lines = [f"at equal drift ({metric} {level:.3g}):"]
+    for label, xs, ys in curves:
+        for (a, b), (c, d) in zip(pairwise(xs), pairwise(ys), strict=True):
+            if a <= level <= b and b > a:
+                lines.append(f"  {label}: reward {c + (level - a) / (b - a) * (d - c):.4g}")
+                break
+    return lines
+
+
+def text_of(rows: list[dict], extra: list[str]) -> str:
+    columns = ["reward_plain", "reward", "gain", "drift", *SURROGATES, "clip_score", "distance_to_base", "cmmd"]
+    used = [c for c in columns if any(isinstance(r.get(c), float) and math.isfinite(r[c]) for r in rows)]
+    table = [["run", *used], *([r["run"], *(f"{r.get(c, math.nan):.4g}" for c in used)] for r in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in table]
+    return "\n".join([*lines, *extra])
+
+
+def write(runs: list[Run], prefix: str) -> list[str]:
+    """CSV and JSON of every run into ComfyUI's output folder; the names of the files."""
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    names = []
+    for number, run in enumerate(runs, 1):
+        for ending, text in (("csv", run.trace.to_csv()), ("json", run.trace.to_json())):
+            file = f"{name}_{counter:05}_run{number}.{ending}"
+            with open(os.path.join(folder, file), "w", encoding="utf-8") as out:
+                out.write(text)
+            names.append(os.path.join(subfolder, file))
+    return names
+
+
+class MiraDriftMonitor(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        inputs = []
+        for i in range(1, SLOTS + 1):
+            inputs.append(MiraTrace.Input(f"trace_{i}", optional=i > 1))
+        for i in range(1, SLOTS + 1):
+            inputs.append(
+                io.Image.Input(f"images_{i}", optional=True, tooltip=f"The images of trace_{i}, as they were returned.")
+            )
+        return io.Schema(
+            node_id="MiraDriftMonitor",
+            display_name=NODE,
+            category="MIRA/scores",
+            description=(
+                "Plots reward and drift of one run or several, writes the records to the output folder, and says "
+                "whether an image is still one that the base model would paint. For that it needs plain samples of "
+                "other seeds and a CLIPScore."
+            ),
+            inputs=[
+                *inputs,
+                io.Image.Input("base_images", optional=True, tooltip="Plain samples of other seeds: 3 or more."),
+                MiraReward.Input("clip", optional=True, tooltip="A CLIPScore, whose CLIP compares images and prompt."),
+                io.Combo.Input(
+                    "drift_metric",
+                    options=list(SURROGATES),
+                    default="path_kl",
+                    tooltip="What counts as drift in the plots and in the comparison at equal drift.",
+                ),
+                io.String.Input(
+                    "filename_prefix", default="mira/drift", tooltip="Of the CSV and JSON files in the output folder."
+                ),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="For the CLIPScore. Empty: the prompt that the first trace was made with, if it knows it.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("plot", display_name="plot"),
+                io.String.Output("table", display_name="table"),
+                io.String.Output("verdict", display_name="verdict"),
+                io.Float.Output("gain", display_name="gain", is_output_list=True, tooltip="Reward won, per trace."),
+                io.Float.Output("drift", display_name="drift", is_output_list=True, tooltip="Of the kept images."),
+                io.Float.Output("clip_score", display_name="clip_score", is_output_list=True),
+                io.Float.Output("cmmd", display_name="cmmd", is_output_list=True, tooltip="Against base_images."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, drift_metric, filename_prefix, base_images=None, clip=None, prompt="", **inputs) -> io.NodeOutput:
+        numbers = [i for i in range(1, SLOTS + 1) if inputs.get(f"trace_{i}") is not None]
+        stray = [i for i in range(1, SLOTS + 1) if inputs.get(f"images_{i}") is not None and i not in numbers]
+        if stray:
+            raise ValueError(f"{NODE}: images_{stray[0]} is connected without trace_{stray[0]}; connect both")
+        runs = [run_of(i, inputs[f"trace_{i}"], inputs.get(f"images_{i}")) for i in numbers]
+        if clip is not None and not isinstance(clip, Similarity):
+            name = getattr(getattr(clip, "facts", None), "name", type(clip).__name__)
+            raise ValueError(f"{NODE}: clip is {name}, which has no CLIP to compare images by; connect a CLIPScore")
+        if base_images is not None and clip is None:
+            raise ValueError(f"{NODE}: base_images needs a clip to be compared by; connect a CLIPScore")
+        prompt = (prompt or "").strip() or runs[0].trace.settings.get("prompt", "")
+        base = None
+        if base_images is not None:
+            try:
+                base = base_of(to_core(base_images, f"{NODE}: base_images"), clip, prompt)
+            except ValueError as problem:
+                raise ValueError(f"{NODE}: {problem}") from problem
+        rows = [measure(run, drift_metric, clip, prompt, base) for run in runs]
+        says = [f"{run.label}: {verdict(row, base)}" for run, row in zip(runs, rows, strict=True)]
+        files = write(runs, filename_prefix)
+        notices = [f"{run.label}: {n}" for run in runs for n in run.trace.notices]
+        table = text_of(rows, [*at_equal_drift(runs, drift_metric), *notices])
+        spoken = "\n".join(says)
+        shown = "\n\n".join([spoken, table, "written: " + ", ".join(files)])
+
+        def column(name: str) -> list[float]:
+            return [row.get(name, math.nan) for row in rows]
+
+        return io.NodeOutput(
+            plots(runs, drift_metric), table, spoken, column("gain"), column("drift"), column("clip_score"),
+            column("cmmd"), ui={"mira_text": [shown], "mira": [runs[0].trace.to_dict()]},
+        )  # fmt: skip
+
+
+SUFFIXES = (".png", ".json", ".csv")
+NO_FILE = "put a .png, .json or .csv into the input or output folder"
+
+
+def trace_files() -> list[str]:
+    found = [f for f in sorted(os.listdir(folder_paths.get_input_directory())) if f.lower().endswith(SUFFIXES)]
+    output = folder_paths.get_output_directory()
+    for folder, _, names in os.walk(output):
+        relative = os.path.relpath(folder, output)
+        for name in sorted(names):
+            if name.lower().endswith(SUFFIXES):
+                found.append(f"{os.path.normpath(os.path.join(relative, name))} [output]")
+    return found
+
+
+def read_trace(path: str, index: int) -> Trace:
+    """Raises ValueError for a file that holds no trace, a damaged one, or one of another version."""
+    name = os.path.basename(path)
+    try:
+        if name.lower().endswith(".png"):
+            from PIL import Image
+
+            with Image.open(path) as image:
+                image.load()
+                text = image.info.get(PNG_KEY)
+            if text is None:
+                raise ValueError("it carries no MIRA record (it was saved without one, or its metadata was removed)")
+            traces = json.loads(text)
+            if not 0 <= index < len(traces):
+                raise ValueError(f"it carries {len(traces)} record(s), so there is none of index {index}")
+            return Trace.from_dict(list(traces.values())[index])
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        return Trace.from_csv(text) if name.lower().endswith(".csv") else Trace.from_dict(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SyntaxError) as problem:
+        raise ValueError(f"Load MIRA Trace: {name} cannot be read: {problem}") from problem
+
+
+PNG_KEY = "mira_traces"
+
+
+def travel(extra_pnginfo: dict | None, node: str, trace: Trace) -> None:
+    """Beside the workflow, in every PNG that this run saves from here on."""
+    if extra_pnginfo is not None:
+        extra_pnginfo.setdefault(PNG_KEY, {})[node] = trace.to_dict()
+
+
+class MiraLoadTrace(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraLoadTrace",
+            display_name="Load MIRA Trace",
+            category="MIRA/loaders",
+            description="The record of an earlier run, from a PNG that it saved or the Drift Monitor's JSON or CSV.",
+            inputs=[
+                io.Combo.Input("file", options=trace_files() or [NO_FILE], tooltip="From the input or output folder."),
+                io.Int.Input(
+                    "index", default=0, min=0, max=99, tooltip="Which one, if the workflow of a PNG had several."
+                ),
+            ],
+            outputs=[MiraTrace.Output("trace", display_name="trace")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        if file is not None and not folder_paths.exists_annotated_filepath(file):
+            return f"{file} is not there: {NO_FILE}, and refresh the nodes (key R)"
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file, index):
+        path = folder_paths.get_annotated_filepath(file)
+        return f"{os.path.getmtime(path)}:{os.path.getsize(path)}" if os.path.exists(path) else ""
+
+    @classmethod
+    def execute(cls, file, index) -> io.NodeOutput:
+        return io.NodeOutput(read_trace(folder_paths.get_annotated_filepath(file), index))

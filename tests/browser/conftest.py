@@ -1,0 +1,135 @@
+"""A real browser on a real ComfyUI: two frontends, each in both of its renderers.
+
+$MIRA_FRONTEND is the static folder of the newest frontend, $MIRA_CHROMIUM a Chromium (both set by `dev.py test`).
+Screenshots go to output/screenshots/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from tools.comfy import ROOT, Server
+
+SHOTS = ROOT / "output" / "screenshots"
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+READY = "window.app && window.app.graph && window.app.extensionManager && window.app.vueAppReady !== false"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=os.environ["MIRA_CHROMIUM"], args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session", params=["1.32.9", "1.58.1"])
+def frontend(request):
+    """(version, a server that serves it)."""
+    arguments = () if request.param == "1.32.9" else ("--front-end-root", os.environ["MIRA_FRONTEND"])
+    with Server(arguments=arguments) as server:
+        yield request.param, server
+
+
+class Editor:
+    """A page with the graph editor, ready to use."""
+
+    def __init__(self, page, server, label):
+        self.page, self.server, self.label = page, server, label
+        self.errors: list[str] = []
+        page.on("pageerror", lambda problem: self.errors.append(str(problem)))
+        self.open()
+
+    def open(self) -> None:
+        self.page.goto(self.server.url)
+        self.page.wait_for_function(READY, timeout=60_000)
+        self.page.wait_for_timeout(1500)
+        self.page.keyboard.press("Escape")  # the template browser, at a first visit
+
+    def reload(self) -> None:
+        self.page.reload()
+        self.page.wait_for_function(READY, timeout=60_000)
+        self.page.wait_for_timeout(1500)
+
+    def js(self, code: str, argument=None):
+        return self.page.evaluate(code, argument)
+
+    def load(self, workflow: dict) -> None:
+        self.js("async w => { await app.loadGraphData(w); }", workflow)
+        self.page.wait_for_timeout(800)
+
+    def load_prompt(self, prompt: dict) -> None:
+        self.js("async p => { await app.loadApiJson(p, 'test'); }", prompt)
+        self.page.wait_for_timeout(800)
+
+    def prompt(self) -> dict:
+        return self.js("async () => (await app.graphToPrompt()).output")
+
+    def queue(self) -> None:
+        self.js("async () => { await app.queuePrompt(0); }")
+
+    def set(self, kind: str, **values) -> None:
+        self.js(
+            """([kind, values]) => {
+                const node = app.graph.nodes.find(n => n.comfyClass === kind);
+                for (const [name, value] of Object.entries(values))
+                    node.widgets.find(w => w.name === name).value = value;
+            }""",
+            [kind, values],
+        )
+
+    def look_at(self, kind: str, scale: float = 1.0) -> None:
+        """Scroll the canvas to the node of this kind."""
+        self.js(
+            """([kind, scale]) => {
+                const n = app.graph.nodes.find(n => n.comfyClass === kind), c = app.canvas;
+                c.ds.scale = scale;
+                c.ds.offset = [-n.pos[0] + 260 / scale, -n.pos[1] + 130 / scale];
+                c.setDirty(true, true);
+            }""",
+            [kind, scale],
+        )
+        self.page.wait_for_timeout(700)
+
+    def shot(self, name: str) -> None:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SHOTS / f"{name}_{self.label}.png")
+
+    def wait_idle(self, timeout: float = 120) -> None:
+        """Until the server has nothing queued or running."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            queue = json.loads(self.page.request.get(f"{self.server.url}/queue").text())
+            if not queue["queue_running"] and not queue["queue_pending"]:
+                return
+            self.page.wait_for_timeout(200)
+        raise TimeoutError("the server is still busy")
+
+
+@pytest.fixture(params=["classic", "vue"])
+def editor(request, browser, frontend):
+    version, server = frontend
+    context = browser.new_context(viewport={"width": 1500, "height": 1000})
+    page = context.new_page()
+    editor = Editor(page, server, f"{version}_{request.param}")
+    editor.js(
+        """async vue => {
+            for (const [k, v] of Object.entries({'Comfy.VueNodes.Enabled': vue, 'Comfy.TutorialCompleted': true,
+                                                 'Comfy.Workflow.Persist': true, 'Comfy.Minimap.Visible': false}))
+                await app.extensionManager.setting.set(k, v);
+        }""",
+        request.param == "vue",
+    )
+    editor.reload()
+    yield editor
+    page.request.post(f"{server.url}/interrupt")
+    editor.wait_idle()
+    context.close()

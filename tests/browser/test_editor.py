@@ -1,0 +1,179 @@
+"""What a user does: load, queue, watch, cancel, come back, choose by click and by key, save and load again."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from tools.comfy import ROOT
+
+QUICKSTART = json.loads((ROOT / "example_workflows" / "mira_quickstart.json").read_text())
+OPTIMIZER, PREFERENCE = "MiraOptimizeKSampler", "MiraDPOPreference"
+STATUS = ".mira-status"
+FAST = dict(steps=3, iterations=5, stop="never", keep="last", drift_limit=0.0)
+
+
+def rows(editor, kind=OPTIMIZER):
+    """How many iterations the node's chart has."""
+    return editor.js(
+        """kind => {
+            const node = app.graph.nodes.find(n => n.comfyClass === kind);
+            const element = node.widgets.find(w => w.name === 'mira_chart').element;
+            return Number(element.querySelector('input[type=range]').max) + (element.querySelector('canvas') ? 1 : 0);
+        }""",
+        kind,
+    )
+
+
+def wait_for(editor, test, what, timeout=60):
+    for _ in range(int(timeout * 5)):
+        if test():
+            return
+        editor.page.wait_for_timeout(200)
+    editor.shot("failed")
+    raise AssertionError(f"no {what} within {timeout} s")
+
+
+@pytest.fixture
+def quickstart(editor):
+    editor.load(QUICKSTART)
+    editor.set(OPTIMIZER, **FAST)
+    return editor
+
+
+def test_points_arrive_and_the_kept_iterate_is_marked(quickstart):
+    editor = quickstart
+    editor.look_at(OPTIMIZER)
+    editor.shot("before")
+    editor.queue()
+    wait_for(editor, lambda: rows(editor) >= 3, "points while the node runs")
+    editor.shot("running")
+    wait_for(editor, lambda: "kept iteration 5" in editor.page.inner_text(STATUS), "end")
+    assert rows(editor) == 6
+    text = editor.page.inner_text(STATUS)
+    assert "reward" in text and "drift" in text
+    editor.look_at(OPTIMIZER)
+    editor.shot("done")
+    assert editor.errors == []
+
+
+def test_the_chart_is_in_neither_the_prompt_nor_the_file(quickstart):
+    editor = quickstart
+    before = editor.prompt()
+    editor.queue()
+    editor.wait_idle()
+    after = editor.prompt()
+    node = next(n for n in after.values() if n["class_type"] == OPTIMIZER)
+    assert "mira_chart" not in node["inputs"]
+    for prompt in (before, after):  # the seed moves on after a run, as it does in any sampler
+        next(n for n in prompt.values() if n["class_type"] == OPTIMIZER)["inputs"].pop("seed")
+    assert before == after
+    saved = editor.js("() => JSON.stringify(app.graph.serialize())")
+    assert len(saved) < 40_000 and 'path_kl":' not in saved
+    wanted = editor.prompt()
+    editor.load(json.loads(saved))
+    assert editor.prompt() == wanted
+
+
+def test_cancel(quickstart):
+    editor = quickstart
+    editor.set(OPTIMIZER, iterations=500)
+    editor.queue()
+    wait_for(editor, lambda: rows(editor) >= 3, "points")
+    editor.page.request.post(f"{editor.server.url}/interrupt")
+    wait_for(editor, lambda: "interrupted at iteration" in editor.page.inner_text(STATUS), "word of the cancel")
+
+
+def test_a_refresh_in_the_middle(quickstart):
+    editor = quickstart
+    editor.set(OPTIMIZER, iterations=60)
+    editor.queue()
+    wait_for(editor, lambda: rows(editor) >= 3, "points")
+    graph = editor.js("() => app.graph.serialize()")
+    editor.reload()
+    if not editor.js(f"() => app.graph.nodes.some(n => n.comfyClass === '{OPTIMIZER}')"):
+        editor.load(graph)
+    wait_for(editor, lambda: rows(editor) >= 3, "restored points")
+    seen = rows(editor)
+    wait_for(editor, lambda: rows(editor) > seen, "new points after the refresh")
+    editor.look_at(OPTIMIZER)
+    editor.shot("refreshed")
+
+
+def test_another_iterate_is_taken(quickstart):
+    editor = quickstart
+    editor.queue()
+    wait_for(editor, lambda: "kept iteration 5" in editor.page.inner_text(STATUS), "end")
+    editor.wait_idle()
+    editor.look_at(OPTIMIZER)
+    slider = editor.page.locator(".mira-scrub input")
+    slider.focus()
+    for _ in range(3):
+        slider.press("ArrowLeft")
+    assert "iteration 2" in editor.page.inner_text(".mira-values")
+    editor.page.click(".mira-scrub button")
+    wait_for(editor, lambda: "kept iteration 2" in editor.page.inner_text(STATUS), "the other iterate")
+    editor.shot("taken")
+
+
+def person(editor, iterations=4):
+    workflow = copy.deepcopy(editor.prompt())
+    number, node = next((k, n) for k, n in workflow.items() if n["class_type"] == OPTIMIZER)
+    linked = ("model", "positive", "negative", "latent_image", "vae", "seed", "cfg", "sampler_name", "scheduler")
+    workflow[number] = {
+        "class_type": PREFERENCE,
+        "inputs": {k: node["inputs"][k] for k in linked}
+        | dict(
+            judge="person", steps=3, denoise=1.0, iterations=iterations, method="dueling", candidates=2,
+            learning_rate=0.3, beta=1.0, energy="mira", explore=0.5, keep="incumbent", skip_ties=False, kick=0.0,
+            memory="auto", timeout=0.0, on_timeout="stop", prompt="",
+        ),
+    }  # fmt: skip
+    editor.load_prompt(workflow)
+    editor.look_at(PREFERENCE)
+
+
+def count(editor):
+    return editor.page.inner_text(".mira-more span") if editor.page.is_visible(".mira-choice") else ""
+
+
+def test_choosing_by_click_and_by_key(quickstart):
+    editor = quickstart
+    person(editor)
+    editor.queue()
+    wait_for(editor, lambda: "1 of 4" in count(editor), "the first pair")
+    editor.look_at(PREFERENCE)
+    editor.page.wait_for_timeout(500)
+    editor.shot("choose")
+    editor.page.click(".mira-pair button[data-answer=left]")
+    wait_for(editor, lambda: "2 of 4" in count(editor), "the second pair")
+    editor.page.locator(".mira-choice").press("2")
+    wait_for(editor, lambda: "3 of 4" in count(editor), "the third pair")
+    editor.page.locator(".mira-choice").press("Backspace")
+    wait_for(editor, lambda: "2 of 4" in count(editor), "the second pair again")
+    editor.page.locator(".mira-choice").press("0")
+    wait_for(editor, lambda: "3 of 4" in count(editor), "the third pair")
+    editor.page.locator(".mira-choice").press("Escape")
+    wait_for(editor, lambda: "the judge had enough" in editor.page.inner_text(STATUS), "the end")
+    assert not editor.page.is_visible(".mira-choice")
+    assert editor.errors == []
+
+
+def test_the_pair_comes_back_after_a_refresh_and_a_cancel_ends_the_wait(quickstart):
+    editor = quickstart
+    person(editor)
+    editor.queue()
+    wait_for(editor, lambda: "1 of 4" in count(editor), "the first pair")
+    graph = editor.js("() => app.graph.serialize()")
+    editor.queue()  # a second prompt does not choose for anybody
+    editor.reload()
+    if not editor.js(f"() => app.graph.nodes.some(n => n.comfyClass === '{PREFERENCE}')"):
+        editor.load(graph)
+    wait_for(editor, lambda: "1 of 4" in count(editor), "the pair after the refresh")
+    editor.page.click(".mira-pair button[data-answer=right]")
+    wait_for(editor, lambda: "2 of 4" in count(editor), "the second pair")
+    editor.page.request.post(f"{editor.server.url}/queue", data={"clear": True})
+    editor.page.request.post(f"{editor.server.url}/interrupt")  # as another tab would
+    wait_for(editor, lambda: not editor.page.is_visible(".mira-choice"), "end of the wait")

@@ -1,0 +1,174 @@
+"""The Drift Monitor and the record's travels."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+
+import folder_paths
+import numpy as np
+import pytest
+import server
+import torch
+from comfy_api.latest import io
+from PIL import Image, PngImagePlugin
+
+from bench.pack import mira
+
+nodes, monitor = mira("nodes"), mira("nodes.monitor")
+Trace = mira("sampler.trace").Trace
+PixelReward = mira("rewards.pixel").PixelReward
+PROMPT = "generate an image of a fox"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def host(tmp_path_factory):
+    loop = asyncio.new_event_loop()
+    server.PromptServer(loop).client_id = None
+    before = folder_paths.get_output_directory(), folder_paths.get_input_directory()
+    folder_paths.set_output_directory(str(tmp_path_factory.mktemp("output")))
+    folder_paths.set_input_directory(str(tmp_path_factory.mktemp("input")))
+    yield
+    folder_paths.set_output_directory(before[0])
+    folder_paths.set_input_directory(before[1])
+    loop.close()
+
+
+@torch.inference_mode()
+def execute(node, **inputs):
+    return node.PREPARE_CLASS_CLONE({io.Hidden.unique_id: "1"}).execute(**inputs)
+
+
+def watch(**inputs):
+    return execute(nodes.MiraDriftMonitor, **({"drift_metric": "path_kl", "filename_prefix": "mira/test"} | inputs))
+
+
+@pytest.fixture(scope="module")
+def decode(world):
+    def images(latent):
+        with torch.inference_mode():
+            return world.vae.decode(latent)
+
+    return images
+
+
+@pytest.fixture(scope="module")
+def runs(world):
+    """One that stays near, and one that is driven to white."""
+    options = dict(steps=8, reward=PixelReward("brightness"), regularizer="none", beta=0.0, memory="none")
+    return {
+        "near": world.optimize(**options, iterations=2, lr=0.005),
+        "white": world.optimize(**options, iterations=14, lr=0.2),
+    }
+
+
+@pytest.fixture(scope="module")
+def base(world, decode):
+    return decode(world.ksampler(steps=8, seed=123, batch=8))
+
+
+def test_a_verdict_by_the_base_models_own_spread(runs, decode, base):
+    clip = execute(nodes.MiraDemoCLIPScore).args[0]
+    out = watch(
+        trace_1=runs["near"].result.trace, trace_2=runs["white"].result.trace, images_1=decode(runs["near"].latent),
+        images_2=decode(runs["white"].latent), base_images=base, clip=clip, prompt=PROMPT,
+    )  # fmt: skip
+    near, white = out.args[2].splitlines()
+    assert "drift within the base model's own seed-to-seed spread" in near and "hacked" not in near
+    assert "hacked: reward +" in white
+    gain, drift, scores = out.args[3:6]
+    assert gain[1] > gain[0] > 0 and drift[1] > drift[0] and scores[1] < scores[0]
+    assert "at equal drift" in out.args[1]
+
+
+def test_the_plot_is_an_image(runs):
+    (plot,) = watch(trace_1=runs["white"].result.trace).args[:1]
+    assert plot.shape == (1, 400, 1680, 3) and plot.min() >= 0 and plot.max() <= 1
+    assert plot.std() > 0.05
+    os.makedirs("output/screenshots", exist_ok=True)
+    Image.fromarray((plot[0].numpy() * 255).astype(np.uint8)).save("output/screenshots/monitor.png")
+
+
+def test_files_are_written_and_read_back(runs):
+    trace = runs["near"].result.trace
+    watch(trace_1=trace, filename_prefix="mira/back")
+    listed = [f for f in monitor.trace_files() if "back" in f]
+    assert {f.split(".")[-1] for f in listed} == {"csv [output]", "json [output]"}
+    for file in listed:
+        back = execute(nodes.MiraLoadTrace, file=file, index=0).args[0]
+        assert [r["reward"] for r in back.rows] == pytest.approx([r["reward"] for r in trace.rows])
+        watch(trace_1=back)
+
+
+def test_a_png_carries_the_record(world, tmp_path):
+    extra = {}
+    monitor.travel(extra, "7", world.optimize(steps=2, iterations=2).result.trace)
+    info = PngImagePlugin.PngInfo()
+    for key, value in extra.items():  # as ComfyUI's Save Image does
+        info.add_text(key, json.dumps(value))
+    path = os.path.join(folder_paths.get_input_directory(), "kept.png")
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    trace = execute(nodes.MiraLoadTrace, file="kept.png", index=0).args[0]
+    assert len(trace.rows) == 3
+    with pytest.raises(ValueError, match="it carries 1 record"):
+        execute(nodes.MiraLoadTrace, file="kept.png", index=1)
+
+
+def put(name, content):
+    path = os.path.join(folder_paths.get_input_directory(), name)
+    with open(path, "wb") as file:
+        file.write(content)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b"{", "a.json cannot be read"),
+        ("b.json", b'{"version": 99, "rows": []}', "not a MIRA trace of version 1 .found 99."),
+        ("c.csv", b"iteration,image,reward\n0,0", "cannot be read"),
+        ("d.csv", b"x,y\n1,2\n", "needs the columns iteration and image"),
+        ("e.png", b"\x89PNG\r\n\x1a\n", "cannot be read"),
+    ],
+)
+def test_damaged_files(name, content, message):
+    with pytest.raises(ValueError, match=f"Load MIRA Trace: .*{message}"):
+        execute(nodes.MiraLoadTrace, file=put(name, content), index=0)
+
+
+def test_a_png_without_a_record():
+    path = os.path.join(folder_paths.get_input_directory(), "plain.png")
+    Image.new("RGB", (8, 8)).save(path)
+    with pytest.raises(ValueError, match="it carries no MIRA record"):
+        execute(nodes.MiraLoadTrace, file="plain.png", index=0)
+    assert "is not there" in nodes.MiraLoadTrace.validate_inputs(file="nothing.png")
+
+
+def test_bad_input(runs, decode, base):
+    trace, clip = runs["near"].result.trace, execute(nodes.MiraDemoCLIPScore).args[0]
+    for inputs, message in [
+        (dict(trace_1="x"), "trace_1 is a str"),
+        (dict(trace_1=Trace()), "trace_1 is an empty trace"),
+        (dict(trace_1=trace, images_1=torch.rand(3, 8, 8, 3)), "images_1 has 3 image.s., but trace_1 is of 1"),
+        (dict(trace_1=trace, images_2=torch.rand(1, 8, 8, 3)), "images_2 is connected without trace_2"),
+        (dict(trace_1=trace, base_images=base), "base_images needs a clip"),
+        (dict(trace_1=trace, base_images=base[:1], clip=clip), "the spread of 1 image.s. says nothing: give 3 or more"),
+        (dict(trace_1=trace, clip=PixelReward("brightness")), "clip is brightness, which has no CLIP"),
+    ]:
+        with pytest.raises(ValueError, match=f"Drift Monitor: {message}"):
+            watch(**inputs)
+
+
+def test_without_a_base_there_is_no_verdict(runs):
+    out = watch(trace_1=runs["near"].result.trace)
+    assert "no verdict without base_images" in out.args[2] and math.isnan(out.args[6][0])
+    assert out.ui["mira_text"][0].startswith(out.args[2])
+
+
+def test_noise_that_is_no_longer_typical_is_told(runs):
+    rows = monitor.noise_warnings(runs["white"].result.trace)
+    assert any("norm" in r or "mean" in r or "whiteness" in r for r in rows)
+    plain = runs["near"].result.trace.settings["noise_statistics"]
+    assert all(plain["expected"][n][0] <= v[0] <= plain["expected"][n][1] for n, v in plain["plain"].items())
