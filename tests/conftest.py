@@ -16,7 +16,9 @@ from tools.comfy import stop_cleanly
 mira("sampler")
 stop_cleanly()  # a terminated test run stops its server
 if not os.environ.get("MIRA_COMFYUI"):
-    collect_ignore = ["comfy", "server"]
+    collect_ignore = ["comfy", "server", "browser"]
+elif not os.environ.get("MIRA_CHROMIUM"):
+    collect_ignore = ["browser"]  # dev.py test --no-browser
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import { textElement, textOf } from "./text.js";
 const SCORES = "MiraScoreImages";
 const PREFERENCE = "MiraDPOPreference";
 const CHARTED = new Set(["MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced", PREFERENCE]);
-const views = new WeakMap(); // node -> { chart, chooser, text }
+const VIEW = Symbol("MIRA view"); // on a node, and seen through the proxies that Vue hands out: { chart, chooser, text }
 
 /** The node of an execution id, "12" or "12:5" within subgraphs, or null. */
 function nodeOf(id) {
@@ -86,7 +86,7 @@ function addCharted(node) {
     const chooser = view.chooser && !view.chooser.element.hidden ? 330 : 0;
     return 206 + scrub + chooser;
   });
-  views.set(node, view);
+  node[VIEW] = view;
   chain(node, "onExecuted", (output) => {
     const run = fromOutput(output, chart.run());
     if (run) showRun(node, chart, run);
@@ -112,7 +112,7 @@ function addScores(node) {
     inner.textContent = text;
     node.setDirtyCanvas?.(true, true);
   };
-  views.set(node, { text: show });
+  node[VIEW] = { text: show };
   chain(node, "onExecuted", show);
 }
 
@@ -144,7 +144,7 @@ async function answer(pair, choice) {
 function showPair(data) {
   const pair = validPair(data);
   const node = pair && nodeOf(pair.node);
-  views.get(node)?.chooser?.show(pair);
+  node?.[VIEW]?.chooser?.show(pair);
 }
 
 async function get(path) {
@@ -156,7 +156,7 @@ async function get(path) {
 async function restore() {
   const graph = app.rootGraph ?? app.graph;
   for (const node of graph?.nodes ?? []) {
-    const view = views.get(node);
+    const view = node[VIEW];
     const output = app.nodeOutputs?.[node.id];
     if (!view || !output) continue;
     view.text?.(output);
@@ -166,7 +166,7 @@ async function restore() {
   const [live, waiting] = await Promise.all([get("/mira/live"), get("/mira/choice")]);
   for (const known of live.runs ?? []) {
     const node = nodeOf(known.node);
-    const chart = views.get(node)?.chart;
+    const chart = node?.[VIEW]?.chart;
     if (!chart || chart.run().rows.length >= known.rows.length) continue;
     showRun(node, chart, { ...newRun(), ...known, done: false });
   }
@@ -182,11 +182,11 @@ app.registerExtension({
   setup() {
     api.addEventListener("mira.step", ({ detail }) => {
       const node = nodeOf(detail?.node);
-      const chart = views.get(node)?.chart;
+      const chart = node?.[VIEW]?.chart;
       if (chart) showRun(node, chart, addStep(chart.run(), detail));
     });
     api.addEventListener("mira.choice", ({ detail }) => showPair(detail));
-    api.addEventListener("mira.chosen", ({ detail }) => views.get(nodeOf(detail?.node))?.chooser?.hide(detail.token));
+    api.addEventListener("mira.chosen", ({ detail }) => nodeOf(detail?.node)?.[VIEW]?.chooser?.hide(detail.token));
     api.addEventListener("reconnected", restoreSoon);
     document.addEventListener("visibilitychange", () => document.hidden || restoreSoon());
     restoreSoon();
@@ -197,7 +197,7 @@ app.registerExtension({
   },
   afterConfigureGraph: restoreSoon,
   getNodeMenuItems(node) {
-    const chart = views.get(node)?.chart;
+    const chart = node?.[VIEW]?.chart;
     if (!chart) return [];
     const disabled = chart.run().rows.length === 0;
     return [{ content: "Save MIRA record as CSV", disabled, callback: () => saveAs("mira_trace.csv", csv(chart.run())) }];
