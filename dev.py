@@ -183,8 +183,11 @@ def get_frontend(python: Path) -> Path:
 
 def get_chromium() -> str:
     """A Chromium for the browser tests; installed where that can be done without asking (as root on Debian)."""
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found:
+
+    def find() -> str | None:
+        return next((path for name in BROWSERS if (path := shutil.which(name))), None)
+
+    if found := find():
         return found
     remedy = "Install Chromium (Debian: apt-get install chromium), or leave these tests out with --no-browser."
     if not shutil.which("apt-get") or not hasattr(os, "geteuid") or os.geteuid() != 0:
@@ -193,7 +196,9 @@ def get_chromium() -> str:
     quiet = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
     run(["apt-get", "update", "-qq"], "apt-get update", remedy, env=quiet)
     run(["apt-get", "install", "-y", "-qq", "chromium"], "installing Chromium", remedy, env=quiet)
-    return get_chromium() if shutil.which("chromium") else "chromium"
+    if not (found := find()):
+        raise Failure(f"apt-get installed Chromium, but it is not on the path.\n{remedy}")
+    return found
 
 
 def test(python: Path, comfyui: Path, gpu: bool, extra: list[str]) -> int:

@@ -29,8 +29,8 @@ Settings = core.PreferenceSettings
 DPO = dict(method="dpo", iterations=JUDGED // 2, keep="incumbent")
 METHODS = {
     "best_of_n": Settings(method="best_of_n", iterations=JUDGED, keep="incumbent"),
-    "dueling, explore 0.3": Settings(method="dueling", iterations=JUDGED, explore=0.3, lr=0.3, keep="incumbent"),
-    "dueling, explore 0.6": Settings(method="dueling", iterations=JUDGED, explore=0.6, lr=0.6, keep="incumbent"),
+    "dueling, explore 0.3": Settings(method="dueling", iterations=JUDGED, explore=0.3, keep="incumbent"),
+    "dueling, explore 0.6": Settings(method="dueling", iterations=JUDGED, explore=0.6, keep="incumbent"),
     "hybrid2, 4 probes": Settings(
         method="hybrid2", iterations=JUDGED // 5, candidates=5, explore=0.01, lr=0.05, keep="incumbent"
     ),

@@ -28,7 +28,8 @@ from .types import MiraReward
 log = logging.getLogger("mira")
 NODE = "MIRA-DPO Preference"
 JUDGES = ("reward", "person", "recorded choices")
-DEFAULT = PreferenceSettings(iterations=20)
+# What the measurement in docs/preference.md chose; Algorithm 2 itself is method dpo, keep last_winner, lr 0.01.
+DEFAULT = PreferenceSettings(method="dueling", explore=0.6, keep="incumbent", lr=0.05)
 TAKE_BACK = 3  # choices
 GRADIENT = ("dpo", "hybrid2")
 
@@ -151,7 +152,7 @@ class MiraDPOPreference(io.ComfyNode):
                     max=10.0,
                     step=0.001,
                     round=0.0001,
-                    tooltip="How far an update moves the noises, in units of their deviation; for dueling, a win.",
+                    tooltip="How far an update of dpo or hybrid2 moves the noises, in units of their deviation.",
                 ),
                 io.Float.Input(
                     "beta",
@@ -173,7 +174,15 @@ class MiraDPOPreference(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="How different dueling's challenger (0.3) or hybrid2's probes (0.01) are. 1: another seed.",
+                    tooltip="How different dueling's challenger (0.6) or hybrid2's probes (0.01) are. 1: another seed.",
+                ),
+                io.Float.Input(
+                    "step",
+                    default=DEFAULT.step,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How far a win of dueling's challenger moves the noises. 1: all the way, and no extra image.",
                 ),
                 io.Combo.Input(
                     "keep",

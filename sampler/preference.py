@@ -47,11 +47,12 @@ class PreferenceSettings:
     """The defaults are Algorithm 2 as published.
 
     iterations: comparisons. method: one of `METHODS`. candidates: images to choose from each time, for "dpo" (2) and
-    the probes of "hybrid2". lr: the optimiser's step in units of the noise's deviation; for "dueling", how far a win
-    moves the noises. beta, energy: of the loss, see `ENERGIES`. explore: the spread of "dueling"'s challenger and of
-    "hybrid2"'s probes, in units of the noise's deviation. keep: "last_winner" (Algorithm 2), or "incumbent": never
-    return what the judge liked less. skip_ties: learn nothing from a tie, rather than take the first as the winner.
-    kick: how much fresh noise the loser gets when the candidates have become the same image; 0 is none.
+    the probes of "hybrid2". lr: the optimiser's step in units of the noise's deviation. beta, energy: of the loss, see
+    `ENERGIES`. explore: the spread of "dueling"'s challenger and of "hybrid2"'s probes, in units of the noise's
+    deviation. step: how far a win of "dueling"'s challenger moves the noises, as a share of `explore`. keep:
+    "last_winner" (Algorithm 2), or "incumbent": never return what the judge liked less. skip_ties: learn nothing from a
+    tie, rather than take the first as the winner. kick: how much fresh noise the loser gets when the candidates have
+    become the same image; 0 is none.
     clip_norm: the largest gradient norm of one image; 0 does not clip. patience: ties of every image in a row after
     which nothing can be learned. loss_scale: multiplies the energy in backward and divides the gradients, for networks
     in float16.
@@ -64,6 +65,7 @@ class PreferenceSettings:
     beta: float = 1.0
     energy: str = "mira"
     explore: float = 0.3
+    step: float = 1.0
     keep: str = "last_winner"
     skip_ties: bool = False
     kick: float = 0.0
@@ -83,8 +85,9 @@ class PreferenceSettings:
         for name in ("lr", "beta"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
-        if not 0 < self.explore <= 1:
-            raise ValueError(f"explore is {self.explore}: it must be above 0 and up to 1")
+        for name in ("explore", "step"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0 and up to 1")
         if not 0 <= self.kick <= 1 or not self.clip_norm >= 0:
             raise ValueError(f"kick must lie in [0, 1] and clip_norm be 0 or more (got {self.kick}, {self.clip_norm})")
 
@@ -302,10 +305,10 @@ class _Dueling(_Challenged):
     def learn(self, found: list[Candidate], verdict: Verdict) -> Tensor:
         won, s = self.won(verdict), self.run.settings
         if won.any():
-            step = min(s.lr, s.explore)
             moved = found[1]
-            if step < s.explore:
-                moved = self.run.look(towards(self.incumbent.noises, self.direction, step), self.reference, False)
+            if s.step < 1:
+                nearer = towards(self.incumbent.noises, self.direction, s.step * s.explore)
+                moved = self.run.look(nearer, self.reference, False)
             self.take(won, moved)
         return torch.zeros(len(won))
 

@@ -127,8 +127,8 @@ def person(editor, iterations=4):
         "inputs": {k: node["inputs"][k] for k in linked}
         | dict(
             judge="person", steps=3, denoise=1.0, iterations=iterations, method="dueling", candidates=2,
-            learning_rate=0.3, beta=1.0, energy="mira", explore=0.5, keep="incumbent", skip_ties=False, kick=0.0,
-            memory="auto", timeout=0.0, on_timeout="stop", prompt="",
+            learning_rate=0.05, beta=1.0, energy="mira", explore=0.5, step=1.0, keep="incumbent",
+            skip_ties=False, kick=0.0, memory="auto", timeout=0.0, on_timeout="stop", prompt="",
         ),
     }  # fmt: skip
     editor.load_prompt(workflow)

@@ -105,7 +105,8 @@ def test_registration():
     assert [i.id for i in listed["MiraDPOPreference"].inputs] == [
         "model", "positive", "negative", "latent_image", "vae", "judge", "seed", "steps", "cfg", "sampler_name",
         "scheduler", "denoise", "iterations", "method", "candidates", "learning_rate", "beta", "energy", "explore",
-        "keep", "skip_ties", "kick", "memory", "timeout", "on_timeout", "reward", "choices", "prompt", "iterate",
+        "step", "keep", "skip_ties", "kick", "memory", "timeout", "on_timeout", "reward", "choices", "prompt",
+        "iterate",
     ]  # fmt: skip
     assert [i.id for i in listed["MiraOptimizeSamplerAdvanced"].inputs] == [
         "noise", "guider", "sampler", "sigmas", "latent_image", "vae", "reward", *settings, "prompt", "iterate"

@@ -20,7 +20,7 @@ PixelReward, JPEG = mira("rewards.pixel").PixelReward, mira("rewards.jpeg").JPEG
 pytestmark = pytest.mark.timeout(120)  # a person who is not there is waited for
 INPUTS = dict(
     judge="reward", seed=1, steps=3, cfg=5.0, sampler_name="euler_ancestral", scheduler="normal", denoise=1.0,
-    iterations=3, method="dpo", candidates=2, learning_rate=0.05, beta=1.0, energy="mira", explore=0.3,
+    iterations=3, method="dpo", candidates=2, learning_rate=0.05, beta=1.0, energy="mira", explore=0.3, step=1.0,
     keep="last_winner", skip_ties=False, kick=0.0, memory="auto", timeout=0.0, on_timeout="stop", choices="", prompt="",
 )  # fmt: skip
 

@@ -119,7 +119,7 @@ def test_methods_that_follow_the_judge_raise_what_it_likes(method):
     settings = PreferenceSettings(
         iterations=40,
         method=method,
-        lr=0.3 if method == "dueling" else 0.05,
+        lr=0.05,
         keep="incumbent",
         candidates=4,
         explore=0.3,
@@ -133,6 +133,14 @@ def test_best_of_n_returns_the_best_of_n():
     result = run(PreferenceSettings(iterations=10, method="best_of_n", keep="incumbent"), judged(record=seen))
     best = torch.stack([v.scores.amax(1) for v in seen]).amax(0)
     torch.testing.assert_close(MEAN(result.best), best)
+
+
+def test_a_shorter_step_of_dueling_goes_the_same_way():
+    one = run(PreferenceSettings(iterations=12, method="dueling", step=0.5, keep="incumbent"), seed=3)
+    rewards = [r["reward"] for r in one.trace.of(0)]
+    assert rewards[-1] > rewards[0]
+    whole = run(PreferenceSettings(iterations=12, method="dueling", keep="incumbent"), seed=3)
+    assert one.trace.settings["evaluations"]["forward"] > whole.trace.settings["evaluations"]["forward"] == 13
 
 
 def test_dueling_steps_keep_the_noises_typical():

@@ -1,0 +1,74 @@
+"""Every example workflow, as it is saved, on the real server; those of the demo model run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from tools.comfy import ROOT, Client, Server
+from tools.examples import EXAMPLES, graph
+from tools.workflow import find, to_prompt
+
+FOLDER = ROOT / "example_workflows"
+NAMES = sorted(p.stem for p in FOLDER.glob("*.json"))
+SHORT = {"steps": 3, "iterations": 2}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def info(server):
+    async def get():
+        async with Client(server.url) as client:
+            return await client.get("/object_info")
+
+    return asyncio.run(get())
+
+
+def test_every_description_has_its_file_and_thumbnail(info):
+    assert set(NAMES) == set(EXAMPLES)
+    for name in NAMES:
+        assert json.loads((FOLDER / f"{name}.json").read_text()) == graph(EXAMPLES[name](), info), (
+            f"{name}.json is out of date: run python -m tools.examples"
+        )
+        assert (FOLDER / f"{name}.jpg").stat().st_size > 2000
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("mira_sd15_aesthetic", "mira_sdxl_hps")])
+def test_it_runs(server, info, name):
+    prompt = to_prompt(json.loads((FOLDER / f"{name}.json").read_text()), info)
+    for node in prompt.values():
+        node["inputs"] |= {k: v for k, v in SHORT.items() if k in node["inputs"]}
+        if node["inputs"].get("judge") == "person":
+            node["inputs"] |= {"timeout": 0.3, "on_timeout": "tie"}
+
+    async def go():
+        async with Client(server.url) as client:
+            return await client.run(prompt)
+
+    outputs = asyncio.run(go())
+    for key, node in prompt.items():
+        if node["class_type"] in ("SaveImage", "PreviewImage"):
+            assert outputs[key]["images"], node
+    if name == "mira_against_dno":
+        says = outputs[find(prompt, "MiraDriftMonitor")]["mira_text"][0]
+        assert "seed-to-seed" in says or "hacked" in says
+
+
+@pytest.mark.parametrize("name", ["mira_sd15_aesthetic", "mira_sdxl_hps"])
+def test_it_loads_but_for_the_files(server, info, name):
+    """Without the checkpoint nothing runs, and the loader says where its file comes from."""
+    prompt = to_prompt(json.loads((FOLDER / f"{name}.json").read_text()), info)
+
+    async def go():
+        async with Client(server.url) as client:
+            return await client.submit(prompt)
+
+    with pytest.raises(Exception, match=r"not in list|download it into models/mira_rewards"):
+        asyncio.run(go())

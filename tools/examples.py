@@ -1,0 +1,299 @@
+"""Writes example_workflows/*.json from short descriptions, by what the server says of its nodes.
+
+python -m tools.examples      (in ComfyUI's environment, $MIRA_COMFYUI set, as dev.py sets it)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+
+from .comfy import ROOT, Client, Server
+from .workflow import widgets
+
+FOLDER = ROOT / "example_workflows"
+COLUMN, GAP, TOP = 420, 40, 60
+FOX = "generate an image of a fox"
+
+
+@dataclass
+class Node:
+    """links: input name -> "key.output name". values: of widgets; the others have their defaults."""
+
+    kind: str
+    column: int
+    title: str = ""
+    links: dict = field(default_factory=dict)
+    values: dict = field(default_factory=dict)
+    height: int = 0
+
+
+def demo(prompt: str = FOX, batch: int = 1) -> dict[str, Node]:
+    """The demo model, two prompts and an empty latent."""
+    return {
+        "model": Node("MiraDemoModel", 0),
+        "prompt": Node("PrimitiveStringMultiline", 0, "Prompt", values={"value": prompt}, height=120),
+        "latent": Node("EmptyLatentImage", 0, values={"width": 128, "height": 128, "batch_size": batch}),
+        "positive": Node("CLIPTextEncode", 1, "Positive", {"clip": "model.clip", "text": "prompt.STRING"}),
+        "negative": Node("CLIPTextEncode", 1, "Negative", {"clip": "model.clip"}, {"text": ""}),
+    }
+
+
+SAMPLED = {
+    "model": "model.model", "positive": "positive.CONDITIONING", "negative": "negative.CONDITIONING",
+    "latent_image": "latent.LATENT",
+}  # fmt: skip
+OPTIMISED = {**SAMPLED, "vae": "model.vae", "prompt": "prompt.STRING"}
+
+
+def saved(key: str, source: str, column: int, title: str, prefix: str) -> dict[str, Node]:
+    return {
+        f"{key}_decoded": Node("VAEDecode", column, links={"samples": source, "vae": "model.vae"}),
+        key: Node(
+            "SaveImage", column + 1, title, {"images": f"{key}_decoded.IMAGE"}, {"filename_prefix": prefix}, height=330
+        ),
+    }
+
+
+def quickstart() -> dict[str, Node]:
+    return {
+        **demo(),
+        "reward": Node("MiraPixelReward", 1, values={"measure": "brightness"}),
+        "mira": Node(
+            "MiraOptimizeKSampler", 2, links={**OPTIMISED, "reward": "reward.reward"},
+            values={"seed": 3, "iterations": 40},
+        ),
+        **saved("optimized", "mira.optimized", 3, "Optimized", "mira/optimized"),
+        **saved("plain", "mira.plain", 3, "Plain sample of the same seed", "mira/plain"),
+    }  # fmt: skip
+
+
+def against_dno() -> dict[str, Node]:
+    shared = {"seed": 3, "steps": 12, "iterations": 12}
+    return {
+        **demo(),
+        "many": Node("EmptyLatentImage", 0, "Six other seeds", values={"width": 128, "height": 128, "batch_size": 6}),
+        "reward": Node("MiraPixelReward", 1, values={"measure": "brightness"}),
+        "clip": Node("MiraDemoCLIPScore", 1),
+        "mira": Node(
+            "MiraOptimizeKSampler", 2, "MIRA: stops on drift", {**OPTIMISED, "reward": "reward.reward"}, shared
+        ),
+        "dno": Node(
+            "MiraOptimizeKSampler", 3, "DNO: plain optimisation to the end", {**OPTIMISED, "reward": "reward.reward"},
+            {**shared, "regularizer": "none", "beta": 0.0, "keep": "last", "stop": "never"},
+        ),
+        "base": Node(
+            "KSampler", 4, "The base model's own spread", {**SAMPLED, "latent_image": "many.LATENT"},
+            {"seed": 100, "steps": 12, "cfg": 5.0, "sampler_name": "euler_ancestral"},
+        ),
+        **saved("mira_image", "mira.optimized", 4, "MIRA", "mira/against_mira"),
+        **saved("dno_image", "dno.optimized", 4, "DNO", "mira/against_dno"),
+        "base_decoded": Node("VAEDecode", 4, links={"samples": "base.LATENT", "vae": "model.vae"}),
+        "monitor": Node(
+            "MiraDriftMonitor", 6,
+            links={
+                "trace_1": "mira.trace", "trace_2": "dno.trace", "images_1": "mira_image_decoded.IMAGE",
+                "images_2": "dno_image_decoded.IMAGE", "base_images": "base_decoded.IMAGE", "clip": "clip.reward",
+                "prompt": "prompt.STRING",
+            },
+            height=520,
+        ),
+        "plot": Node("PreviewImage", 7, "Reward and drift", {"images": "monitor.plot"}, height=360),
+    }  # fmt: skip
+
+
+def preference(values: dict, reward: dict[str, Node]) -> dict[str, Node]:
+    links = {**OPTIMISED, **({"reward": "reward.reward"} if reward else {})}
+    return {
+        **demo(),
+        **reward,
+        "dpo": Node("MiraDPOPreference", 2, links=links, values={"seed": 3, "steps": 12, **values}),
+        **saved("optimized", "dpo.optimized", 3, "Preferred", "mira/preferred"),
+        **saved("plain", "dpo.plain", 3, "Plain sample of the same seed", "mira/plain"),
+    }
+
+
+def combined() -> dict[str, Node]:
+    return {
+        **demo("a 3d fox on a blue background"),
+        "clip": Node("MiraDemoCLIPScore", 1),
+        "colour": Node("MiraPixelReward", 1, values={"measure": "colourfulness"}),
+        "both": Node(
+            "MiraCombineRewards", 1, links={"reward_1": "clip.reward", "reward_2": "colour.reward"},
+            values={"weight_1": 1.0, "weight_2": 1.0},
+        ),
+        "mira": Node(
+            "MiraOptimizeKSampler", 2, links={**OPTIMISED, "reward": "both.reward"},
+            values={"seed": 5, "iterations": 30, "drift_limit": 0.1},
+        ),
+        **saved("optimized", "mira.optimized", 3, "Optimized", "mira/combined"),
+        **saved("plain", "mira.plain", 3, "Plain sample of the same seed", "mira/plain"),
+    }  # fmt: skip
+
+
+def img2img() -> dict[str, Node]:
+    first = {"seed": 2, "steps": 20, "cfg": 5.0, "sampler_name": "euler_ancestral"}
+    return {
+        **demo("a flat cat on a green background"),
+        "start": Node("KSampler", 1, "The image to start from", SAMPLED, first),
+        "reward": Node("MiraPixelReward", 1, values={"measure": "colourfulness"}),
+        "mira": Node(
+            "MiraOptimizeKSampler", 2, links={**OPTIMISED, "latent_image": "start.LATENT", "reward": "reward.reward"},
+            values={"seed": 7, "denoise": 0.6, "iterations": 30, "drift_limit": 0.1},
+        ),
+        **saved("optimized", "mira.optimized", 3, "Optimized", "mira/img2img"),
+        **saved("before", "start.LATENT", 3, "Before", "mira/before"),
+    }  # fmt: skip
+
+
+def best_of_n() -> dict[str, Node]:
+    return {
+        **demo(batch=8),
+        "reward": Node("MiraDemoCLIPScore", 1),
+        "sampler": Node(
+            "KSampler", 2, links=SAMPLED,
+            values={"seed": 1, "steps": 20, "cfg": 5.0, "sampler_name": "euler_ancestral"},
+        ),
+        "decoded": Node("VAEDecode", 3, links={"samples": "sampler.LATENT", "vae": "model.vae"}),
+        "score": Node(
+            "MiraScoreImages", 3,
+            links={"images": "decoded.IMAGE", "reward": "reward.reward", "prompt": "prompt.STRING"}, height=330,
+        ),
+        "rank": Node(
+            "MiraRankImages", 4, links={"images": "decoded.IMAGE", "scores": "score.scores"}, values={"top_k": 2}
+        ),
+        "best": Node("SaveImage", 4, "Best", {"images": "rank.images"}, {"filename_prefix": "mira/best"}, height=330),
+    }  # fmt: skip
+
+
+def checkpoint(file: str, size: int, loader: Node, values: dict) -> dict[str, Node]:
+    prompt = "a watercolour painting of a fox in the snow"
+    base = demo(prompt)
+    base["model"] = Node("CheckpointLoaderSimple", 0, values={"ckpt_name": file})
+    base["latent"].values = {"width": size, "height": size, "batch_size": 1}
+    nodes = {
+        **base,
+        "reward": loader,
+        "mira": Node(
+            "MiraOptimizeKSampler", 2, links={**OPTIMISED, "reward": "reward.reward"}, values={"seed": 3, **values}
+        ),
+        **saved("optimized", "mira.optimized", 3, "Optimized", "mira/optimized"),
+        **saved("plain", "mira.plain", 3, "Plain sample of the same seed", "mira/plain"),
+    }
+    for node in nodes.values():  # a checkpoint's outputs are named in capitals
+        node.links = {
+            k: v.replace("model.model", "model.MODEL")
+            .replace("model.clip", "model.CLIP")
+            .replace("model.vae", "model.VAE")
+            for k, v in node.links.items()
+        }
+    return nodes
+
+
+def sd15() -> dict[str, Node]:
+    files = {"head": "sac+logos+ava1-l14-linearMSE.pth", "clip": "clip-vit-large-patch14.safetensors"}
+    return checkpoint("v1-5-pruned-emaonly.safetensors", 512, Node("MiraLoadAestheticReward", 1, values=files), {})
+
+
+def sdxl() -> dict[str, Node]:
+    loader = Node("MiraLoadHPSReward", 1, values={"file": "HPS_v2.1_compressed.pt", "version": "v2.1"})
+    return checkpoint("sd_xl_base_1.0.safetensors", 1024, loader, {"memory": "per_block"})
+
+
+EXAMPLES = {
+    "mira_quickstart": quickstart,
+    "mira_against_dno": against_dno,
+    "mira_dpo_jpeg": lambda: preference(
+        {"judge": "reward"}, {"reward": Node("MiraJPEGReward", 1, values={"kind": "black box"})}
+    ),
+    "mira_choose_by_eye": lambda: preference({"judge": "person", "iterations": 8}, {}),
+    "mira_combine_rewards": combined,
+    "mira_img2img": img2img,
+    "mira_best_of_n": best_of_n,
+    "mira_sd15_aesthetic": sd15,
+    "mira_sdxl_hps": sdxl,
+}
+
+
+def default(spec: list):
+    kind, options = spec[0], spec[1] if len(spec) > 1 else {}
+    if isinstance(kind, list):
+        return options.get("default", kind[0])
+    if kind == "COMBO":
+        return options.get("default", options["options"][0])
+    return options.get("default", "")
+
+
+def graph(nodes: dict[str, Node], info: dict) -> dict:
+    """The editor's JSON. Raises KeyError for an input or output that a node does not have."""
+    ids = {key: number for number, key in enumerate(nodes, 1)}
+    made, links, bottoms = [], [], {}
+    for key, node in nodes.items():
+        of = info[node.kind]
+        specs = {**of["input"].get("required", {}), **of["input"].get("optional", {})}
+        names = widgets(of)
+        unknown = (node.values.keys() | node.links.keys()) - specs.keys()
+        if unknown:
+            raise KeyError(f"{node.kind} has no input {', '.join(sorted(unknown))}")
+        values = []
+        for name in names:
+            values.append(node.values[name] if name in node.values else default(specs[name]))
+            if name in ("seed", "noise_seed"):
+                values.append("fixed")
+        slots = [n for n in specs if n not in names or n in node.links]
+        height = node.height or 60 + 26 * (len(values) + max(len(slots), len(of["output"]))) + 40
+        if "MiraOptimize" in node.kind or "MiraDPO" in node.kind:
+            height += 270
+        top = bottoms.get(node.column, TOP)
+        bottoms[node.column] = top + height + GAP
+        made.append(
+            {
+                "id": ids[key],
+                "type": node.kind,
+                "pos": [40 + node.column * COLUMN, top],
+                "size": [380, height],
+                "flags": {},
+                "order": len(made),
+                "mode": 0,
+                "inputs": [
+                    {"name": n, "type": specs[n][0] if isinstance(specs[n][0], str) else "COMBO", "link": None}
+                    | ({"widget": {"name": n}} if n in names else {})
+                    for n in slots
+                ],
+                "outputs": [
+                    {"name": n, "type": t, "links": []} for n, t in zip(of["output_name"], of["output"], strict=True)
+                ],
+                "properties": {"Node name for S&R": node.kind},
+                "widgets_values": values,
+                **({"title": node.title} if node.title else {}),
+            }
+        )
+    by_id = {n["id"]: n for n in made}
+    for key, node in nodes.items():
+        target = by_id[ids[key]]
+        for name, source in node.links.items():
+            other, output = source.split(".")
+            origin = by_id[ids[other]]
+            slot = [o["name"] for o in origin["outputs"]].index(output)
+            place = [i["name"] for i in target["inputs"]].index(name)
+            links.append([len(links) + 1, origin["id"], slot, target["id"], place, origin["outputs"][slot]["type"]])
+            origin["outputs"][slot]["links"].append(len(links))
+            target["inputs"][place]["link"] = len(links)
+    return {
+        "last_node_id": len(made), "last_link_id": len(links), "nodes": made, "links": links, "groups": [],
+        "config": {}, "extra": {}, "version": 0.4,
+    }  # fmt: skip
+
+
+async def write() -> None:
+    with Server() as server:
+        async with Client(server.url) as client:
+            info = await client.get("/object_info")
+    for name, nodes in EXAMPLES.items():
+        (FOLDER / f"{name}.json").write_text(json.dumps(graph(nodes(), info), indent=1) + "\n")
+        print(FOLDER / f"{name}.json")
+
+
+if __name__ == "__main__":
+    asyncio.run(write())
