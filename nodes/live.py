@@ -77,12 +77,16 @@ class LiveRun:
 
     def output(self, trace: Trace) -> dict:
         """The node's `ui` output, from which history and a reloaded page draw the same chart."""
-        return {"mira": [trace.to_dict() | {"previews": dict(self.run["previews"])}]}
+        self.run["output"] = {"mira": [trace.to_dict() | {"previews": dict(self.run["previews"])}]}
+        return self.run["output"]
 
 
 async def list_runs(request: web.Request) -> web.Response:
-    client = request.query.get("client_id")
-    return web.json_response({"runs": [r for r in _runs.values() if r["client"] in (None, client)]})
+    """The runs of this client, and those of the nodes that it names: a cached node tells nothing by itself."""
+    client, nodes = request.query.get("client_id"), request.query.get("nodes", "").split(",")
+    return web.json_response(
+        {"runs": [r for r in _runs.values() if r["client"] in (None, client) or r["node"] in nodes]}
+    )
 
 
 def register_routes() -> None:

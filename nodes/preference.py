@@ -182,7 +182,7 @@ class MiraDPOPreference(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="How far a win of dueling's challenger moves the noises. 1: all the way, and no extra image.",
+                    tooltip="How far a win of dueling's challenger moves the noises. 1: all the way, no extra image.",
                 ),
                 io.Combo.Input(
                     "keep",

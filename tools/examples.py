@@ -232,13 +232,13 @@ def graph(nodes: dict[str, Node], info: dict) -> dict:
     for key, node in nodes.items():
         of = info[node.kind]
         specs = {**of["input"].get("required", {}), **of["input"].get("optional", {})}
-        names = widgets(of)
+        names, given = widgets(of), {"scheduler": "normal", **node.values}  # as the demo model was measured
         unknown = (node.values.keys() | node.links.keys()) - specs.keys()
         if unknown:
             raise KeyError(f"{node.kind} has no input {', '.join(sorted(unknown))}")
         values = []
         for name in names:
-            values.append(node.values[name] if name in node.values else default(specs[name]))
+            values.append(given[name] if name in given else default(specs[name]))
             if name in ("seed", "noise_seed"):
                 values.append("fixed")
         slots = [n for n in specs if n not in names or n in node.links]

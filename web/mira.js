@@ -147,13 +147,13 @@ function showPair(data) {
   node?.[VIEW]?.chooser?.show(pair);
 }
 
-async function get(path) {
-  const reply = await api.fetchApi(`${path}?client_id=${encodeURIComponent(api.clientId ?? "")}`);
+async function get(path, more = {}) {
+  const reply = await api.fetchApi(`${path}?${new URLSearchParams({ client_id: api.clientId ?? "", ...more })}`);
   return reply.ok ? reply.json() : {};
 }
 
 /** After a page was loaded, a connection came back or a graph was opened: what the server knows, and history. */
-async function restore() {
+async function restore(cached = []) {
   const graph = app.rootGraph ?? app.graph;
   for (const node of graph?.nodes ?? []) {
     const view = node[VIEW];
@@ -163,18 +163,18 @@ async function restore() {
     const run = view.chart && fromOutput(output);
     if (run && view.chart.run().rows.length === 0) showRun(node, view.chart, run);
   }
-  const [live, waiting] = await Promise.all([get("/mira/live"), get("/mira/choice")]);
+  const [live, waiting] = await Promise.all([get("/mira/live", { nodes: cached.join() }), get("/mira/choice")]);
   for (const known of live.runs ?? []) {
     const node = nodeOf(known.node);
     const chart = node?.[VIEW]?.chart;
     if (!chart || chart.run().rows.length >= known.rows.length) continue;
-    showRun(node, chart, { ...newRun(), ...known, done: false });
+    showRun(node, chart, fromOutput(known.output) ?? { ...newRun(), ...known, done: false });
   }
   for (const pair of waiting.pending ?? []) showPair(pair);
 }
 
-function restoreSoon() {
-  setTimeout(() => restore().catch((problem) => console.warn("MIRA: could not restore the live view:", problem)), 50);
+function restoreSoon(cached) {
+  setTimeout(() => restore(Array.isArray(cached) ? cached : []).catch((problem) => console.warn("MIRA: could not restore the live view:", problem)), 50);
 }
 
 app.registerExtension({
@@ -187,7 +187,9 @@ app.registerExtension({
     });
     api.addEventListener("mira.choice", ({ detail }) => showPair(detail));
     api.addEventListener("mira.chosen", ({ detail }) => nodeOf(detail?.node)?.[VIEW]?.chooser?.hide(detail.token));
-    api.addEventListener("reconnected", restoreSoon);
+    // A node that is not run again says nothing: its last run is asked for.
+    api.addEventListener("execution_cached", ({ detail }) => restoreSoon(detail?.nodes));
+    api.addEventListener("reconnected", () => restoreSoon());
     document.addEventListener("visibilitychange", () => document.hidden || restoreSoon());
     restoreSoon();
   },
@@ -195,7 +197,7 @@ app.registerExtension({
     if (node.comfyClass === SCORES) addScores(node);
     if (CHARTED.has(node.comfyClass)) addCharted(node);
   },
-  afterConfigureGraph: restoreSoon,
+  afterConfigureGraph: () => restoreSoon(),
   getNodeMenuItems(node) {
     const chart = node?.[VIEW]?.chart;
     if (!chart) return [];

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import zlib
 
 import pytest
 
@@ -37,9 +38,10 @@ def wait_for(editor, test, what, timeout=60):
 
 
 @pytest.fixture
-def quickstart(editor):
+def quickstart(editor, request):
+    """A seed of its own for every test: what the server has cached is not run again."""
     editor.load(QUICKSTART)
-    editor.set(OPTIMIZER, **FAST)
+    editor.set(OPTIMIZER, **FAST, seed=zlib.crc32(request.node.name.encode()))
     return editor
 
 
@@ -75,6 +77,20 @@ def test_the_chart_is_in_neither_the_prompt_nor_the_file(quickstart):
     wanted = editor.prompt()
     editor.load(json.loads(saved))
     assert editor.prompt() == wanted
+
+
+def test_a_run_that_is_cached_shows_its_record(quickstart):
+    editor = quickstart
+    editor.queue()
+    wait_for(editor, lambda: "kept iteration 5" in editor.page.inner_text(STATUS), "end")
+    graph = editor.js("() => app.graph.serialize()")
+    editor.load(graph)
+    wait_for(editor, lambda: "kept iteration 5" in editor.page.inner_text(STATUS), "the record of the same graph")
+    editor.page.evaluate("sessionStorage.clear()")  # another client, as after a restart of the browser
+    editor.reload()
+    editor.load(graph)
+    editor.queue()
+    wait_for(editor, lambda: "kept iteration 5" in editor.page.inner_text(STATUS), "the record of the cached run")
 
 
 def test_cancel(quickstart):

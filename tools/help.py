@@ -1,0 +1,153 @@
+"""Writes the help pages web/docs/<NodeId>.md: what is said here, and the inputs and outputs as the server knows them.
+
+    python -m tools.help      (in ComfyUI's environment, $MIRA_COMFYUI set, as dev.py sets it)
+
+Pictures, web/docs/pictures/<NodeId>.jpg, are made by tools.pictures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from .comfy import ROOT, Client, Server
+
+FOLDER = ROOT / "web" / "docs"
+LIMIT = """Good first settings: 20 steps, 20 to 40 iterations, learning rate 0.01 to 0.02, `stop` drift with a
+`drift_limit` of 0.02 to 0.1 in path_kl at 20 steps (it adds up over the steps, so halve it for half the steps).
+Larger limits mean more reward and less of the prompt; the chart on the node shows both as they come. Move the slider
+below the chart to look at every iterate, and press **Take** to return another one without optimising again."""
+FILES = """Files go into `models/mira_rewards`; nothing is downloaded by itself, and a missing file is named with its
+size and where it is published. fp16 costs less than 2 % of accuracy. Prompts that are too long are cut as the original
+cuts them, and the record says so."""
+
+# Node id -> (what it is and when to use it, in a few paragraphs).
+PAGES = {
+    "MiraOptimizeKSampler": f"""A KSampler that optimises its noises, the initial one and every one that the sampler
+injects, so that the image scores higher on a reward, while it stays near what the model would paint. Use it in place of
+KSampler wherever there is a reward with a gradient: all of Pixel Reward, the published scorers, the JPEG estimate, your
+own torch code.
+
+{LIMIT}
+
+Each iteration costs two to three plain samples. Ancestral and SDE samplers have noise at every step to optimise;
+`dpm_fast` and `dpm_adaptive` cannot be optimised through. **Cancel** hands back the best image so far with its record.""",
+    "MiraOptimizeSamplerAdvanced": f"""MIRA Optimize KSampler for any NOISE, GUIDER, SAMPLER and SIGMAS, as
+SamplerCustomAdvanced takes them: perpendicular guidance, split sigmas (the low half, which ends at 0), custom samplers.
+
+{LIMIT}""",
+    "MiraDPOPreference": """A KSampler that learns from preferences alone. It makes images, asks a judge which is better,
+and moves its noises. The judge is a reward without a gradient (file size, a server of yours, any scorer), **you**, or the
+choices of an earlier run.
+
+When you are the judge, the run pauses and shows two images on the node, left and right at random: click the better one,
+or press 1 or 2; 0 is a tie, Backspace takes the last choice back (up to three), Escape keeps the best so far. The pair
+comes back after a refresh, nothing is chosen for you, and cancelling the run keeps the best so far. For unattended
+runs set a `timeout`. The `choices` output repeats the run bit for bit when it is connected to another node's `choices`.
+
+`dueling` (the default) perturbs the noises and moves towards what is preferred. `dpo` is the paper's Algorithm 2, with
+learning rate 0.01 to 0.05. `best_of_n` is the plain alternative. `hybrid2`, with `explore` 0.01 and 5 candidates, is
+for rewards that give numbers. On the demo model dueling and best_of_n gained most per image judged.""",
+    "MiraDriftMonitor": """Plots reward and drift of up to four runs, writes the records as CSV and JSON to the output
+folder, and says in plain words whether an image is still one that the base model would paint.
+
+For that verdict connect `base_images`, plain samples of 3 to 16 other seeds of the same prompt, and a CLIPScore as
+`clip`: "hacked" means that an image lies farther from them than they lie from one another, or matches the prompt less
+than they do, by two standard deviations. Both thresholds are the base model's own spread over seeds. With several
+runs it also compares their rewards where they have drifted equally far. CMMD needs two or more images of a run.""",
+    "MiraLoadTrace": """The record of an earlier run: from a PNG that ComfyUI saved after an optimising node (the record
+travels in it beside the workflow), or from the Drift Monitor's JSON or CSV. Connect it to a Drift Monitor to compare
+with a new run.""",
+    "MiraPixelReward": """A reward that is a formula of the pixels, with a gradient and without any file: brightness,
+darkness, contrast, colourfulness, sharpness, symmetry, or the match to a reference image (for colours and composition).
+Simple rewards are hacked quickly: keep the drift limit low.""",
+    "MiraJPEGReward": """Minus the kilobytes of the image as a JPEG: simple images score high. The black box is the real
+size and goes to MIRA-DPO Preference; the estimate has a gradient and goes to MIRA Optimize KSampler. Over many kinds
+of images its median error is 3 %.""",
+    "MiraLoadAestheticReward": f"""The LAION aesthetic predictor v2, from 1 to 10: ordinary images score 4.5 to 6.5, and
+above 9 an image is hacked, not beautiful. It needs its small head and a CLIP ViT-L/14, from a file (whole or the image
+half) or from Load CLIP Vision.
+
+{FILES}""",
+    "MiraLoadHPSReward": f"""Human Preference Score v2 or v2.1: how much people like an image for its prompt, usually 0.2
+to 0.35. The two releases have the same architecture and scores that do not compare; the name of the file tells them
+apart, or `version` does.
+
+{FILES}""",
+    "MiraLoadPickScoreReward": f"""PickScore v1: which of two images people pick for a prompt, usually 18 to 24.
+
+{FILES}""",
+    "MiraLoadImageReward": f"""ImageReward v1.0: human preference, standardised; ordinary images score -1 to 1.5.
+
+{FILES}""",
+    "MiraLoadCLIPScore": f"""100 times the cosine between image and prompt, by any CLIP (open_clip's, OpenAI's or Hugging
+Face's layout) or SigLIP (with its tokenizer files beside it). CLIP usually gives 15 to 35, SigLIP 0 to 20.
+
+{FILES}""",
+    "MiraDemoCLIPScore": """The CLIPScore of the demo model's own small CLIP. It knows emoji only: use it with the MIRA Demo
+Model, whose samples score 45 to 75.""",
+    "MiraCombineRewards": """A weighted sum of up to four rewards; chain nodes for more. `by typical range` makes equal
+weights count about equally, whatever the units; `ReNO` is that paper's composite of HPSv2.1, ImageReward, CLIPScore and
+PickScore. A negative weight asks for less. Combining a style with a CLIPScore is a good guard for the prompt.""",
+    "MiraAugmentReward": """Scores the mean of random crops and mirror images, so that patterns of pixels that fool a
+scorer at one alignment only stop paying. 2 to 8 crops with `smallest` 0.7 to 0.9 are usual; it costs as many scores. Runs
+still repeat bit for bit.""",
+    "MiraRewardFromPython": """A reward of your own: a Python file in `models/mira_rewards` with `FACTS` and
+`score(images, prompts)`; docs/examples/warmth.py of the pack is a complete one. It is read again whenever it changes, and
+errors name its line. It runs like any Python on your machine: use files that you trust.""",
+    "MiraRewardFromHTTP": """A reward that a server of yours computes, as a black box for MIRA-DPO Preference and Score
+Images: it is posted PNGs and prompts and answers scores; docs/examples/reward_server.py of the pack is a complete one. A
+vision-language model that you serve becomes a reward this way. Other machines than this one have to be allowed by
+starting ComfyUI with the environment variable MIRA_HTTP_HOSTS, so that no workflow can send images away by itself.""",
+    "MiraScoreImages": """The absolute score of every image of a batch, on the node and as outputs, with the range that
+is typical of the reward beside it. Connect `scores` to Rank Images for Best-of-N.""",
+    "MiraRankImages": """The batch in the order of its scores, the best first, and only the best few. With a batch, VAE
+Decode and Score Images it is Best-of-N.""",
+    "MiraDemoModel": """A small text-to-image model that ships with the pack, for trying everything without a download: 128
+px emoji of 45 animals and 71 other subjects, four styles (3d, flat, cartoon, icon), twelve backgrounds. Prompt it as
+"generate an image of a fox" or "a 3d fox on a blue background", with CFG 5 and 20 steps.""",
+}
+
+
+def cell(text) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def row(name: str, spec: list, optional: bool) -> str:
+    kind, options = spec[0], spec[1] if len(spec) > 1 else {}
+    if isinstance(kind, list) or kind == "COMBO":
+        values = kind if isinstance(kind, list) else options.get("options", [])
+        # Files and samplers differ from one installation to the next.
+        kind = "choice" if len(values) > 8 or any("." in str(v) for v in values) else ", ".join(map(str, values))
+    elif kind in ("INT", "FLOAT") and "min" in options:
+        kind = f"{options['min']:g} to {options['max']:g}"
+    default = options.get("default", "")
+    default = "" if kind == "choice" else default
+    note = " (optional)" if optional else ""
+    return f"| `{name}`{note} | {cell(kind)} | {cell(default)} | {cell(options.get('tooltip', ''))} |"
+
+
+def page(node: str, info: dict) -> str:
+    text = "\n\n".join(" ".join(part.split()) for part in PAGES[node].split("\n\n"))
+    lines = [f"# {info['display_name']}", "", text, "", f"![{info['display_name']}](pictures/{node}.jpg)", ""]
+    inputs = [(n, s, g == "optional") for g in ("required", "optional") for n, s in info["input"].get(g, {}).items()]
+    if inputs:
+        lines += ["## Inputs", "", "| input | range | default | |", "|---|---|---|---|", *(row(*i) for i in inputs), ""]
+    lines += ["## Outputs", "", "| output | type | |", "|---|---|---|"]
+    tooltips = info.get("output_tooltips") or [""] * len(info["output"])
+    for name, kind, tooltip in zip(info["output_name"], info["output"], tooltips, strict=True):
+        lines.append(f"| `{name}` | {kind} | {cell(tooltip or '')} |")
+    return "\n".join(lines) + "\n"
+
+
+async def ask() -> dict:
+    with Server() as server:
+        async with Client(server.url) as client:
+            return await client.get("/object_info")
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    everything = asyncio.run(ask())
+    for node_id in PAGES:
+        (FOLDER / f"{node_id}.md").write_text(page(node_id, everything[node_id]))
+        print(FOLDER / f"{node_id}.md")
