@@ -1,7 +1,8 @@
 """What Algorithm 2 gains over choosing among seeds: `python dev.py bench preference [--animals N]`.
 
 JPEG size and brightness as black boxes on the demo model: every method judges the same number of images (41), and the
-network passes that each needed are counted (a backward pass as two forward ones). The best of N images in the judge's
+network passes that each needed are counted (a backward pass as two forward ones). Best of 2 stands beside them: it is
+where Algorithm 2 begins. The best of N images in the judge's
 eyes comes back (keep = incumbent). Every run is kept in output/preference/ and not repeated; the means go to
 docs/results/preference.csv, the images to docs/results/preference_<reward>.jpg.
 """
@@ -28,6 +29,7 @@ STEPS, SEED, JUDGED = 6, 0, 40
 Settings = core.PreferenceSettings
 DPO = dict(method="dpo", iterations=JUDGED // 2, keep="incumbent")
 METHODS = {
+    "best_of_n, 2 images": Settings(method="best_of_n", iterations=1, keep="incumbent"),
     "best_of_n": Settings(method="best_of_n", iterations=JUDGED, keep="incumbent"),
     "dueling, explore 0.3": Settings(method="dueling", iterations=JUDGED, explore=0.3, keep="incumbent"),
     "dueling, explore 0.6": Settings(method="dueling", iterations=JUDGED, explore=0.6, keep="incumbent"),

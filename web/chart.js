@@ -27,7 +27,7 @@ const CSS = `
 .mira-scrub img { width: 72px; height: 72px; object-fit: contain; border-radius: 4px;
   background: var(--comfy-input-bg, #222); }
 .mira-notices { color: var(--descrip-text, #999); }
-.mira-plot .u-legend { display: none; }
+.mira-box [hidden] { display: none !important; }
 `;
 
 /** Styles for charts and choosers, once per page. */

@@ -8,6 +8,7 @@ import { textElement, textOf } from "./text.js";
 
 const SCORES = "MiraScoreImages";
 const PREFERENCE = "MiraDPOPreference";
+const MONITOR = "MiraDriftMonitor";
 const CHARTED = new Set(["MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced", PREFERENCE]);
 const VIEW = Symbol("MIRA view"); // on a node, and seen through the proxies that Vue hands out: { chart, chooser, text }
 
@@ -68,8 +69,9 @@ function take(node, chart, iterate) {
 
 function addCharted(node) {
   addStyles(document, new URL("./vendor/uPlot.min.css", import.meta.url).href);
-  const chart = createChart({ imageUrl, saveAs, onTake: (k) => take(node, chart, k) });
-  const view = { chart };
+  const onTake = node.comfyClass === MONITOR ? null : (k) => take(node, chart, k);
+  const chart = createChart({ imageUrl, saveAs, onTake });
+  const view = { ...node[VIEW], chart };
   if (node.comfyClass === PREFERENCE) {
     if (!document.getElementById("mira-choice-styles")) {
       const style = document.createElement("style");
@@ -112,7 +114,7 @@ function addScores(node) {
     inner.textContent = text;
     node.setDirtyCanvas?.(true, true);
   };
-  node[VIEW] = { text: show };
+  node[VIEW] = { ...node[VIEW], text: show };
   chain(node, "onExecuted", show);
 }
 
@@ -194,8 +196,8 @@ app.registerExtension({
     restoreSoon();
   },
   nodeCreated(node) {
-    if (node.comfyClass === SCORES) addScores(node);
-    if (CHARTED.has(node.comfyClass)) addCharted(node);
+    if (node.comfyClass === SCORES || node.comfyClass === MONITOR) addScores(node);
+    if (CHARTED.has(node.comfyClass) || node.comfyClass === MONITOR) addCharted(node);
   },
   afterConfigureGraph: () => restoreSoon(),
   getNodeMenuItems(node) {

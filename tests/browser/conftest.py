@@ -86,7 +86,7 @@ class Editor:
             [kind, values],
         )
 
-    def look_at(self, kind: str, scale: float = 1.0) -> None:
+    def look_at(self, kind: str, scale: float = 0.72) -> None:
         """Scroll the canvas to the node of this kind."""
         self.js(
             """([kind, scale]) => {

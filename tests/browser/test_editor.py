@@ -9,6 +9,7 @@ import zlib
 import pytest
 
 from tools.comfy import ROOT
+from tools.workflow import to_prompt
 
 QUICKSTART = json.loads((ROOT / "example_workflows" / "mira_quickstart.json").read_text())
 OPTIMIZER, PREFERENCE = "MiraOptimizeKSampler", "MiraDPOPreference"
@@ -193,3 +194,31 @@ def test_the_pair_comes_back_after_a_refresh_and_a_cancel_ends_the_wait(quicksta
     editor.page.request.post(f"{editor.server.url}/queue", data={"clear": True})
     editor.page.request.post(f"{editor.server.url}/interrupt")  # as another tab would
     wait_for(editor, lambda: not editor.page.is_visible(".mira-choice"), "end of the wait")
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "example_workflows").glob("*.json")))
+def test_every_example_loads_as_it_is_saved(editor, name):
+    """The editor makes the same prompt of it as our own client."""
+    workflow = json.loads((ROOT / "example_workflows" / f"{name}.json").read_text())
+    info = json.loads(editor.page.request.get(f"{editor.server.url}/object_info").text())
+    editor.load(workflow)
+    prompt = {k: {"class_type": n["class_type"], "inputs": n["inputs"]} for k, n in editor.prompt().items()}
+    assert prompt == to_prompt(workflow, info)
+    assert editor.errors == []
+
+
+def test_the_monitor_shows_its_verdict(editor):
+    workflow = json.loads((ROOT / "example_workflows" / "mira_against_dno.json").read_text())
+    editor.load(workflow)
+    editor.js(
+        """() => { for (const n of app.graph.nodes) for (const w of n.widgets ?? []) {
+            if (w.name === 'steps') w.value = 3;
+            if (w.name === 'iterations') w.value = 3;
+            if (w.name === 'batch_size' && w.value > 1) w.value = 3;
+        } }"""
+    )
+    editor.queue()
+    text = lambda: editor.js("() => [...document.querySelectorAll('[role=status]')].map(e => e.textContent).join()")  # noqa: E731
+    wait_for(editor, lambda: "hacked" in text() or "seed-to-seed" in text(), "a verdict", 120)
+    editor.look_at("MiraDriftMonitor", 0.6)
+    editor.shot("monitor")
