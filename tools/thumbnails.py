@@ -31,13 +31,24 @@ def joined(pictures: list[Image.Image]) -> Image.Image:
     return out
 
 
+async def choose(client: Client) -> None:
+    """The person at the screen, who likes whatever stands on the left."""
+    while True:
+        for pair in (await client.get(f"/mira/choice?client_id={client.id}"))["pending"]:
+            body = {"prompt_id": pair["prompt_id"], "node_id": pair["node"], "token": pair["token"]}
+            async with client.session.post(
+                f"{client.url}/mira/choice", json=body | {"choice": "left", "client_id": client.id}
+            ):
+                pass
+        await asyncio.sleep(0.1)
+
+
 async def results(client: Client, name: str, info: dict) -> list[Image.Image]:
     """The saved images, the plain sample first, then the others."""
     prompt = to_prompt(json.loads((FOLDER / f"{name}.json").read_text()), info)
-    for node in prompt.values():
-        if node["inputs"].get("judge") == "person":  # nobody is here: choose by what a run of seeds would
-            node["inputs"] |= {"timeout": 0.2, "on_timeout": "tie"}
+    chooser = asyncio.create_task(choose(client))
     outputs = await client.run(prompt)
+    chooser.cancel()
     found = []
     for key, node in prompt.items():
         if node["class_type"] in ("SaveImage", "PreviewImage"):
