@@ -13,7 +13,15 @@ from . import host, memo
 from .checks import check, complain, wrong_sigmas
 from .live import LiveRun
 from .monitor import travel
-from .settings import iterate_input, prompt_input, settings_inputs, settings_of, trace_outputs
+from .settings import (
+    iterate_input,
+    prompt_input,
+    sampling_inputs,
+    schedule,
+    settings_inputs,
+    settings_of,
+    trace_outputs,
+)
 from .types import MiraReward
 
 log = logging.getLogger("mira")
@@ -97,43 +105,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
                 io.Latent.Input("latent_image"),
                 io.Vae.Input("vae", tooltip="The model's own VAE: the reward looks at decoded images."),
                 MiraReward.Input("reward"),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Makes the noises that the optimisation starts from, as KSampler's does.",
-                ),
-                io.Int.Input("steps", default=20, min=0, max=10000, tooltip="Sampling steps of each image."),
-                io.Float.Input(
-                    "cfg",
-                    default=5.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Classifier-free guidance. At 1 the negative prompt is not used, and a step costs half.",
-                ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="euler_ancestral",
-                    tooltip="Ancestral and SDE samplers inject noise at every step, and all of it is optimised.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    tooltip="How the noise levels are spread over the steps.",
-                ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Below 1 the latent image is kept in part (image to image).",
-                ),
+                *sampling_inputs("Makes the noises that the optimisation starts from, as KSampler's does."),
                 *settings_inputs(),
                 prompt_input(),
                 iterate_input(),
@@ -164,15 +136,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
         node = "MIRA Optimize KSampler"
         sampler = comfy.samplers.sampler_object(values["sampler_name"])
         check(node, model, sampler, latent_image, vae, reward, prompt, values)
-        sigmas = comfy.samplers.KSampler(
-            model,
-            steps=values["steps"],
-            device=model.load_device,
-            sampler=values["sampler_name"],
-            scheduler=values["scheduler"],
-            denoise=values["denoise"],
-            model_options=model.model_options,
-        ).sigmas
+        sigmas = schedule(model, values)
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, negative)

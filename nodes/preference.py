@@ -16,13 +16,12 @@ from torch import Tensor
 from ..rewards.base import Reward
 from ..sampler.optimize import Result, Score
 from ..sampler.preference import ENERGIES, KEEP, METHODS, PreferenceSettings, prefer
-from ..sampler.rollout import Rollout
 from . import host, memo
 from .checks import check_latent, complain, needs_prompt
 from .judges import ON_TIMEOUT, PersonJudge, RecordedJudge, RewardJudge, read_choices
 from .live import LiveRun
 from .optimize import wrapped
-from .settings import iterate_input, prompt_input, trace_outputs
+from .settings import iterate_input, memory_input, prompt_input, sampling_inputs, schedule, trace_outputs
 from .types import MiraReward
 
 log = logging.getLogger("mira")
@@ -88,43 +87,7 @@ class MiraDPOPreference(io.ComfyNode):
                         "click or by the keys 1 and 2. recorded choices: those of an earlier run."
                     ),
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Makes the first candidate's noises, as KSampler's does, and all others from there.",
-                ),
-                io.Int.Input("steps", default=20, min=0, max=10000, tooltip="Sampling steps of each image."),
-                io.Float.Input(
-                    "cfg",
-                    default=5.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Classifier-free guidance. At 1 the negative prompt is not used, and a step costs half.",
-                ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="euler_ancestral",
-                    tooltip="Ancestral and SDE samplers inject noise at every step, and all of it is optimised.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    tooltip="How the noise levels are spread over the steps.",
-                ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Below 1 the latent image is kept in part (image to image).",
-                ),
+                *sampling_inputs("Makes the first candidate's noises, as KSampler's does, and all others from there."),
                 io.Int.Input(
                     "iterations", default=DEFAULT.iterations, min=0, max=1000, tooltip="Comparisons, for each image."
                 ),
@@ -202,12 +165,7 @@ class MiraDPOPreference(io.ComfyNode):
                     step=0.01,
                     tooltip="Fresh noise for the loser when the candidates have become the same image. 0: none.",
                 ),
-                io.Combo.Input(
-                    "memory",
-                    options=["auto", *Rollout.POLICIES],
-                    default="auto",
-                    tooltip="What is kept for the backward pass, as in MIRA Optimize KSampler.",
-                ),
+                memory_input(),
                 io.Float.Input(
                     "timeout",
                     default=0.0,
@@ -295,15 +253,7 @@ class MiraDPOPreference(io.ComfyNode):
         job = host.Job(
             guider=guider,
             sampler=sampler,
-            sigmas=comfy.samplers.KSampler(
-                model,
-                steps=values["steps"],
-                device=model.load_device,
-                sampler=values["sampler_name"],
-                scheduler=values["scheduler"],
-                denoise=values["denoise"],
-                model_options=model.model_options,
-            ).sigmas,
+            sigmas=schedule(model, values),
             noise=comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
             latent=samples,
             vae=vae,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.samplers
 from comfy_api.latest import io
 
 from ..sampler.optimize import KEEP, OPTIMIZERS, STOP, Settings
@@ -20,6 +21,74 @@ DEFAULT = Settings(
     keep="best_within_drift",
     stop="drift",
 )
+
+
+def sampling_inputs(seed: str) -> list:
+    """KSampler's own widgets. seed: the tooltip of the seed."""
+    return [
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip=seed,
+        ),
+        io.Int.Input("steps", default=20, min=0, max=10000, tooltip="Sampling steps of each image."),
+        io.Float.Input(
+            "cfg",
+            default=5.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Classifier-free guidance. At 1 the negative prompt is not used, and a step costs half.",
+        ),
+        io.Combo.Input(
+            "sampler_name",
+            options=comfy.samplers.KSampler.SAMPLERS,
+            default="euler_ancestral",
+            tooltip="Ancestral and SDE samplers inject noise at every step, and all of it is optimised.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=comfy.samplers.KSampler.SCHEDULERS,
+            tooltip="How the noise levels are spread over the steps.",
+        ),
+        io.Float.Input(
+            "denoise",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Below 1 the latent image is kept in part (image to image).",
+        ),
+    ]
+
+
+def schedule(model, values: dict):
+    """The sigmas that KSampler would take, (steps + 1,)."""
+    return comfy.samplers.KSampler(
+        model,
+        steps=values["steps"],
+        device=model.load_device,
+        sampler=values["sampler_name"],
+        scheduler=values["scheduler"],
+        denoise=values["denoise"],
+        model_options=model.model_options,
+    ).sigmas
+
+
+def memory_input():
+    return io.Combo.Input(
+        "memory",
+        options=["auto", *Rollout.POLICIES],
+        default="auto",
+        tooltip=(
+            "What is kept for the backward pass. none: everything (fastest); per_step: only the latents; "
+            "per_block: less still inside a step; auto: the fastest that fits, and thriftier when memory runs out."
+        ),
+    )
 
 
 def settings_inputs() -> list:
@@ -93,15 +162,7 @@ def settings_inputs() -> list:
             max=1000,
             tooltip="How many iterations without progress make a plateau.",
         ),
-        io.Combo.Input(
-            "memory",
-            options=["auto", *Rollout.POLICIES],
-            default="auto",
-            tooltip=(
-                "What is kept for the backward pass. none: everything (fastest); per_step: only the latents; "
-                "per_block: less still inside a step; auto: the fastest that fits, and thriftier when memory runs out."
-            ),
-        ),
+        memory_input(),
         io.Combo.Input(
             "drift_metric",
             options=list(SURROGATES),

@@ -86,12 +86,19 @@ def test_registration():
         "MiraOptimizeKSampler": ["optimized", "plain", "trace"],
         "MiraOptimizeSamplerAdvanced": ["optimized", "plain", "trace"],
         "MiraDPOPreference": ["optimized", "plain", "trace", "choices"],
+        "MiraDriftMonitor": ["plot", "table", "verdict", "gain", "drift", "clip_score", "cmmd"],
+        "MiraLoadTrace": ["trace"],
         "MiraScoreImages": ["scores", "text"],
         "MiraRankImages": ["images", "scores", "indices"],
         "MiraDemoModel": ["model", "clip", "vae"],
     } | {node: ["reward"] for node in REWARDS}
     inputs = {node: [i.id for i in listed[node].inputs] for node in REWARDS}
     assert inputs == REWARDS
+    assert [i.id for i in listed["MiraDriftMonitor"].inputs] == [
+        *(f"trace_{i}" for i in range(1, 5)), *(f"images_{i}" for i in range(1, 5)), "base_images", "clip",
+        "drift_metric", "filename_prefix", "prompt",
+    ]  # fmt: skip
+    assert [i.id for i in listed["MiraLoadTrace"].inputs] == ["file", "index"]
     assert [i.id for i in listed["MiraScoreImages"].inputs] == ["images", "reward", "prompt"]
     assert [i.id for i in listed["MiraRankImages"].inputs] == ["images", "scores", "top_k"]
     settings = [

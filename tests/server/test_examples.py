@@ -9,6 +9,7 @@ import pytest
 
 from tools.comfy import ROOT, Client, Server
 from tools.examples import EXAMPLES, graph
+from tools.help import PAGES, page
 from tools.workflow import find, to_prompt
 
 FOLDER = ROOT / "example_workflows"
@@ -72,3 +73,12 @@ def test_it_loads_but_for_the_files(server, info, name):
 
     with pytest.raises(Exception, match=r"not in list|download it into models/mira_rewards"):
         asyncio.run(go())
+
+
+def test_every_node_has_a_help_page_that_is_up_to_date(info):
+    mine = {k for k in info if k.startswith("Mira")}
+    assert mine == set(PAGES)
+    for node in mine:
+        text = (ROOT / "web" / "docs" / f"{node}.md").read_text()
+        assert text == page(node, info[node]), f"{node}.md is out of date: run python -m tools.help"
+        assert (ROOT / "web" / "docs" / "pictures" / f"{node}.jpg").stat().st_size > 1000
