@@ -130,6 +130,7 @@ def editor(request, browser, frontend):
     )
     editor.reload()
     yield editor
+    page.request.post(f"{server.url}/queue", data={"clear": True})
     page.request.post(f"{server.url}/interrupt")
     editor.wait_idle()
     context.close()
