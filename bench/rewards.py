@@ -1,8 +1,9 @@
 """What the scorers cost: `python dev.py bench rewards [--json FILE]`.
 
 Every scorer on its full-size network with random weights, one 512 px image: time of score and gradient over time of the
-score alone, medians of five alternating runs, with and without checkpointed layers; parameters; what autograd keeps for
-the backward pass; and, in fresh processes, the first import of each library over that of PyTorch.
+score alone, medians of five alternating runs, with and without checkpointed layers; parameters; the peak memory of a
+forward pass alone, and what autograd keeps for the backward pass; and, in fresh processes, the first import of each
+library over that of PyTorch.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import statistics
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bench.pack import mira, with_comfyui
 
@@ -80,6 +84,37 @@ SCORERS = {
 }
 
 
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._made(tensor.untyped_storage(), inputs)
+        return out
+
+    def _made(self, storage, inputs: set[int]) -> None:
+        key = storage._cdata
+        if key in self.known or key in inputs:
+            return
+        size = storage.nbytes()
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
 def measure(reward, device: torch.device) -> dict:
     image = torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(0)).to(device)
     for module in reward.modules:
@@ -121,6 +156,7 @@ def measure(reward, device: torch.device) -> dict:
     result = {
         "parameters": sum(p.numel() for m in reward.modules for p in m.parameters()),
         "gradient_over_score": median["gradient"] / median["score"],
+        "forward_peak_bytes": peak_of(alone),
         "kept_bytes": memory.saved_bytes(score, image),
     }
     if checkpointed:
@@ -130,6 +166,12 @@ def measure(reward, device: torch.device) -> dict:
     if device.type == "cuda":
         result["score_seconds"] = median["score"]
     return result
+
+
+def peak_of(call) -> int:
+    with PeakBytes() as watched:
+        call()
+    return watched.peak
 
 
 def import_seconds(module: str, after: str = "import torch") -> float:

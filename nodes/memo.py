@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 
 from .host import Optimized
 
-MOST = 2  # runs whose iterates and inputs are held
+PLAIN = (int, float, str, bool, type(None))
+MOST = 2  # runs whose iterates are held
 
 _runs: OrderedDict[str, tuple[dict, object]] = OrderedDict()
 
 
+def _held(value) -> Callable:
+    """Gives the value back. Models and the like are not kept alive by having been used."""
+    if isinstance(value, PLAIN):
+        return lambda: value
+    try:
+        return weakref.ref(value)
+    except TypeError:  # lists and dicts: conditioning, latents
+        return lambda: value
+
+
 def _same(a: dict, b: dict) -> bool:
     """Plain values by value; models and the like by identity, as ComfyUI hands the same ones to an unchanged node."""
-    plain = (int, float, str, bool, type(None))
-    return a.keys() == b.keys() and all(a[k] is b[k] or (isinstance(a[k], plain) and a[k] == b[k]) for k in a)
+    if a.keys() != b.keys():
+        return False
+    pairs = [(a[k](), b[k]) for k in a]
+    return all(x is y or (isinstance(x, PLAIN) and isinstance(y, PLAIN) and x == y) for x, y in pairs)
 
 
 def recall(node: str, inputs: dict):
@@ -24,7 +39,7 @@ def recall(node: str, inputs: dict):
 
 
 def remember(node: str, inputs: dict, run) -> None:
-    _runs[node] = (inputs, run)
+    _runs[node] = ({k: _held(v) for k, v in inputs.items()}, run)
     _runs.move_to_end(node)
     while len(_runs) > MOST:
         _runs.popitem(last=False)

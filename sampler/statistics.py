@@ -54,7 +54,7 @@ def expected(noises: Sequence[Tensor], sigmas: float = 3.0) -> dict[str, tuple[f
     spread |= {"skewness": (0, (6 / n) ** 0.5), "kurtosis": (0, (24 / n) ** 0.5)}
     out = {name: (middle - sigmas * error, middle + sigmas * error) for name, (middle, error) in spread.items()}
     g = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(32, *z.shape[1:], generator=g) for z in noises]
+    drawn = [torch.randn(12, *z.shape[1:], generator=g) for z in noises]
     white = torch.tensor(noise_statistics(drawn)["whiteness"])
     return out | {"whiteness": (0.0, (white.mean() + sigmas * white.std()).item())}
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import zlib
 
 import pytest
+from PIL import Image
 
 from tools.comfy import ROOT
 from tools.workflow import to_prompt
@@ -59,6 +61,18 @@ def test_points_arrive_and_the_kept_iterate_is_marked(quickstart):
     assert "reward" in text and "drift" in text
     editor.look_at(OPTIMIZER)
     editor.shot("done")
+    editor.wait_idle()
+    # The record travels in the image that ComfyUI's own Save Image wrote.
+    history = json.loads(editor.page.request.get(f"{editor.server.url}/history?max_items=1").text())
+    outputs = next(iter(history.values()))["outputs"]
+    entry = next(o["images"][0] for o in outputs.values() if "images" in o and o["images"][0]["type"] == "output")
+    png = editor.page.request.get(f"{editor.server.url}/view", params=entry).body()
+    (trace,) = json.loads(Image.open(io.BytesIO(png)).info["mira_traces"]).values()
+    assert [r["iteration"] for r in trace["rows"]] == list(range(6))
+    editor.js("async () => { await app.extensionManager.setting.set('Comfy.ColorPalette', 'light'); }")
+    editor.page.wait_for_timeout(800)
+    editor.shot("light")
+    editor.js("async () => { await app.extensionManager.setting.set('Comfy.ColorPalette', 'dark'); }")
     assert editor.errors == []
 
 
@@ -223,3 +237,21 @@ def test_the_monitor_shows_its_verdict(editor):
     wait_for(editor, lambda: "hacked" in text() or "seed-to-seed" in text(), "a verdict", 120)
     editor.look_at("MiraDriftMonitor", 0.6)
     editor.shot("monitor")
+
+
+def test_inside_a_subgraph(quickstart):
+    editor = quickstart
+    editor.js(
+        f"""() => {{
+            const node = app.graph.nodes.find(n => n.comfyClass === '{OPTIMIZER}');
+            app.graph.convertToSubgraph(new Set([node]));
+        }}"""
+    )
+    editor.page.wait_for_timeout(800)
+    editor.queue()
+    inner = f"""() => {{
+        const outer = app.graph.nodes.find(n => n.subgraph);
+        const node = outer.subgraph.nodes.find(n => n.comfyClass === '{OPTIMIZER}');
+        return node.widgets.find(w => w.name === 'mira_chart').element.querySelector('.mira-status').textContent;
+    }}"""
+    wait_for(editor, lambda: "kept iteration 5" in editor.js(inner), "the record of the node inside")
