@@ -50,14 +50,15 @@ class Editor:
 
     def open(self) -> None:
         self.page.goto(self.server.url)
-        self.page.wait_for_function(READY, timeout=60_000)
-        self.page.wait_for_timeout(1500)
-        self.page.keyboard.press("Escape")  # the template browser, at a first visit
+        self._ready()
 
     def reload(self) -> None:
         self.page.reload()
+        self._ready()
+
+    def _ready(self) -> None:
         self.page.wait_for_function(READY, timeout=60_000)
-        self.page.wait_for_timeout(1500)
+        self.page.wait_for_timeout(700)
 
     def js(self, code: str, argument=None):
         return self.page.evaluate(code, argument)
@@ -86,16 +87,17 @@ class Editor:
             [kind, values],
         )
 
-    def look_at(self, kind: str, scale: float = 0.72) -> None:
-        """Scroll the canvas to the node of this kind."""
+    def look_at(self, kind: str, scale: float = 0.72, bottom: bool = False) -> None:
+        """Scroll the canvas to the node of this kind, its top or its bottom. (Far out, Vue nodes take no clicks.)"""
         self.js(
-            """([kind, scale]) => {
+            """([kind, scale, bottom]) => {
                 const n = app.graph.nodes.find(n => n.comfyClass === kind), c = app.canvas;
                 c.ds.scale = scale;
-                c.ds.offset = [-n.pos[0] + 260 / scale, -n.pos[1] + 130 / scale];
+                const top = bottom ? n.pos[1] + n.size[1] - 900 / scale : n.pos[1] - 130 / scale;
+                c.ds.offset = [-n.pos[0] + 260 / scale, -top];
                 c.setDirty(true, true);
             }""",
-            [kind, scale],
+            [kind, scale, bottom],
         )
         self.page.wait_for_timeout(700)
 
@@ -119,16 +121,9 @@ def editor(request, browser, frontend):
     version, server = frontend
     context = browser.new_context(viewport={"width": 1500, "height": 1000})
     page = context.new_page()
+    settings = {"Comfy.VueNodes.Enabled": request.param == "vue", "Comfy.TutorialCompleted": True}
+    page.request.post(f"{server.url}/settings", data=settings | {"Comfy.Minimap.Visible": False})
     editor = Editor(page, server, f"{version}_{request.param}")
-    editor.js(
-        """async vue => {
-            for (const [k, v] of Object.entries({'Comfy.VueNodes.Enabled': vue, 'Comfy.TutorialCompleted': true,
-                                                 'Comfy.Workflow.Persist': true, 'Comfy.Minimap.Visible': false}))
-                await app.extensionManager.setting.set(k, v);
-        }""",
-        request.param == "vue",
-    )
-    editor.reload()
     yield editor
     page.request.post(f"{server.url}/queue", data={"clear": True})
     page.request.post(f"{server.url}/interrupt")

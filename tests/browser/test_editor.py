@@ -203,7 +203,8 @@ def test_the_pair_comes_back_after_a_refresh_and_a_cancel_ends_the_wait(quicksta
     if not editor.js(f"() => app.graph.nodes.some(n => n.comfyClass === '{PREFERENCE}')"):
         editor.load(graph)
     wait_for(editor, lambda: "1 of 4" in count(editor), "the pair after the refresh")
-    editor.look_at(PREFERENCE, 0.5)
+    editor.look_at(PREFERENCE, bottom=True)
+    editor.shot("returned")
     editor.page.click(".mira-pair button[data-answer=right]")
     wait_for(editor, lambda: "2 of 4" in count(editor), "the second pair")
     editor.page.request.post(f"{editor.server.url}/queue", data={"clear": True})
