@@ -205,9 +205,11 @@ def at_equal_drift(runs: list[Run], metric: str) -> list[str]:
 def text_of(rows: list[dict], extra: list[str]) -> str:
     columns = ["reward_plain", "reward", "gain", "drift", *SURROGATES, "clip_score", "distance_to_base", "cmmd"]
     used = [c for c in columns if any(isinstance(r.get(c), float) and math.isfinite(r[c]) for r in rows)]
-    table = [["run", *used], *([r["run"], *(f"{r.get(c, math.nan):.4g}" for c in used)] for r in rows)]
+    # A line per number, a column per run: nodes are narrow.
+    table = [["", *(r["run"] for r in rows)]]
+    table += [[c, *(f"{r.get(c, math.nan):.4g}" for r in rows)] for c in used]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in table]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
     return "\n".join([*lines, *extra])
 
 

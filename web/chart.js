@@ -112,9 +112,9 @@ export function createChart({ onTake = null, imageUrl = () => "", saveAs = () =>
 
   function build({ drift, rewards, list }) {
     chart?.destroy();
-    const text = colour("--fg-color") || "#ddd";
-    const grid = { stroke: colour("--border-color") || "#444", width: 0.5 };
-    const axis = { stroke: text, grid, ticks: grid, font: "11px Inter, Arial, sans-serif", size: 46 };
+    // Functions, so that a change of theme is seen at the next drawing.
+    const grid = { stroke: () => colour("--border-color") || "#444", width: 0.5 };
+    const axis = { stroke: () => colour("--fg-color") || "#ddd", grid, ticks: grid, font: "11px Inter, Arial, sans-serif", size: 46 };
     const series = rewards.map((name, i) => ({
       label: name, scale: "reward", stroke: REWARD, width: name === "reward" ? 2 : 1,
       dash: name === "reward" ? undefined : PART_DASHES[(i - 1) % PART_DASHES.length], points: { size: 4 },
