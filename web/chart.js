@@ -202,6 +202,9 @@ export function createChart({ onTake = null, imageUrl = () => "", saveAs = () =>
     if (chart && plot.clientWidth > 0) chart.setSize({ width: plot.clientWidth, height: HEIGHT });
   });
   resized.observe(plot);
+  // A theme is a set of variables on the page's root.
+  const themed = new MutationObserver(() => chart?.redraw(false));
+  themed.observe(document.documentElement, { attributeFilter: ["style", "class"] });
   slider.addEventListener("input", showIterate);
   which.addEventListener("change", () => {
     image = Number(which.value);
@@ -221,6 +224,7 @@ export function createChart({ onTake = null, imageUrl = () => "", saveAs = () =>
     },
     destroy() {
       resized.disconnect();
+      themed.disconnect();
       cancelAnimationFrame(frame);
       chart?.destroy();
     },
