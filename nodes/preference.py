@@ -14,8 +14,10 @@ from server import PromptServer
 from torch import Tensor
 
 from ..rewards.base import Reward
+from ..sampler.candidates import ENERGIES
+from ..sampler.methods import METHODS
 from ..sampler.optimize import Result, Score
-from ..sampler.preference import ENERGIES, KEEP, METHODS, PreferenceSettings, prefer
+from ..sampler.preference import KEEP, PreferenceSettings, prefer
 from . import host, memo
 from .checks import check_latent, complain, needs_prompt
 from .judges import ON_TIMEOUT, PersonJudge, RecordedJudge, RewardJudge, read_choices

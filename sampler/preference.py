@@ -1,4 +1,4 @@
-"""Optimises noises from preferences alone: MIRA-DPO (Algorithm 2, arXiv 2510.01549) and the rivals that it has to beat.
+"""Optimises noises from preferences alone: the loop around the methods of `methods.py`.
 
 Nothing flows through the judge: it only says which image of a few it likes most, and which least.
 """
@@ -14,32 +14,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .candidates import ENERGIES, Candidate, Run, pick
 from .memory import out_of_memory
+from .methods import METHODS
 from .optimize import OPTIMIZERS, Result
-from .rollout import Path, Rollout, mean_square, per_image
-from .surrogates import SURROGATES, Surrogate
+from .rollout import Rollout, per_image
+from .surrogates import SURROGATES
 from .trace import Trace
 
 KEEP = ("last_winner", "incumbent")
-SAME = 1e-2  # of the first candidates' distance: below it, candidates have become the same image
-
-
-def mira_reversed(path: Path, reference: Path) -> Tensor:
-    """S(z) - S(z0): the published sign turned round."""
-    return -SURROGATES["mira"](path, reference)
-
-
-def mira_two_sided(path: Path, reference: Path) -> Tensor:
-    """Minus the two-sided departure of the score energy: winners stay near their reference, losers are driven off."""
-    return -SURROGATES["mira_two_sided"](path, reference)
-
-
-# R of the loss -log sigmoid(beta (R_winner - R_loser)); "mira" is Algorithm 2 to the letter, R = S(z0) - S(z).
-ENERGIES: dict[str, Surrogate] = {
-    "mira": SURROGATES["mira"],
-    "mira_reversed": mira_reversed,
-    "mira_two_sided": mira_two_sided,
-}
 
 
 @dataclass(frozen=True)
@@ -122,248 +105,6 @@ def by_score(scores: Tensor) -> Verdict:
 
 
 @dataclass
-class Candidate:
-    """One image of each of the batch, from its noises. gradients: of the energy R, or of what the method follows."""
-
-    noises: list[Tensor]
-    path: Path
-    images: Tensor
-    energy: Tensor
-    gradients: list[Tensor] | None = None
-
-
-@dataclass
-class _Run:
-    """What every method works with. render: latents -> images, differentiable where grad mode is on."""
-
-    rollout: Rollout
-    render: Callable[[Tensor], Tensor]
-    settings: PreferenceSettings
-    generator: torch.Generator
-    evaluations: int = 0  # runs of the sampler, forward
-    backwards: int = 0
-
-    def fresh(self, like: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.randn(z.shape, generator=self.generator).to(z) for z in like]
-
-    def look(self, noises: Sequence[Tensor], reference: Path | None, gradient: bool) -> Candidate:
-        """Generate from `noises`; `reference` None: this is the reference. gradient: of the energy, for every noise."""
-        z = [n.detach().requires_grad_(gradient) for n in noises]
-        with torch.set_grad_enabled(gradient):
-            path = self.rollout(z)
-            energy = ENERGIES[self.settings.energy](path, reference or path.detach())
-        self.evaluations += 1
-        gradients = None
-        if gradient:
-            self.backwards += 1
-            scale = self.settings.loss_scale
-            found = torch.autograd.grad(energy.sum() * scale, z, allow_unused=True)
-            gradients = [torch.zeros_like(n) if g is None else g / scale for g, n in zip(found, z, strict=True)]
-        with torch.no_grad():
-            images = self.render(path.x0.detach())
-        return Candidate([n.detach() for n in z], path.detach(), images, energy.detach(), gradients)
-
-
-def towards(noises: Sequence[Tensor], direction: Sequence[Tensor], share: float) -> list[Tensor]:
-    """A step from `noises` along independent noise that stays where noise of this size lives: the variance is kept."""
-    keep = math.sqrt(1 - share**2)
-    return [keep * z + share * d for z, d in zip(noises, direction, strict=True)]
-
-
-def _clipped(gradients: list[Tensor], norm: float) -> tuple[list[Tensor], Tensor]:
-    size = torch.stack([g.float().flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
-    if not norm:
-        return gradients, size
-    scale = (norm / size.clamp(min=1e-12)).clamp(max=1)
-    return [g * per_image(scale.to(g), g) for g in gradients], size
-
-
-class _Dpo:
-    """Algorithm 2: the winner and the loser are pushed apart along the energy of their scores."""
-
-    def __init__(self, run: _Run, trajectories: Sequence[Sequence[Tensor]]):
-        self.run = run
-        self.z = [[n.detach().clone() for n in t] for t in trajectories]
-        self.references: list[Path] = []
-        s = run.settings
-        self.optimizers = [OPTIMIZERS[s.optimizer](z, s.lr) for z in self.z]
-        self.apart: Tensor | None = None
-
-    def candidates(self) -> list[Candidate]:
-        # One after the other: each keeps its gradient only, so that the memory is that of one trajectory.
-        references = self.references or [None] * len(self.z)
-        found = [self.run.look(z, r, True) for z, r in zip(self.z, references, strict=True)]
-        self.references = self.references or [c.path for c in found]
-        return found
-
-    def learn(self, found: list[Candidate], verdict: Verdict) -> Tensor:
-        s = self.run.settings
-        energies = torch.stack([c.energy for c in found], 1)  # (B, n)
-        best, worst = verdict.best.to(energies.device), verdict.worst.to(energies.device)
-        margin = s.beta * (energies.gather(1, best[:, None]) - energies.gather(1, worst[:, None]))[:, 0]
-        push = -s.beta * torch.sigmoid(-margin)  # d loss / d R_winner, and minus that for the loser
-        # One candidate cannot be both: where all are equal, the first is the winner and the last the loser.
-        worst = torch.where(best == worst, len(found) - 1 - best, worst)
-        moves = torch.ones_like(push, dtype=torch.bool)
-        if s.skip_ties:
-            moves &= ~verdict.tie.to(moves.device)
-        size = torch.zeros_like(push)
-        for i, (candidate, z, optimizer) in enumerate(zip(found, self.z, self.optimizers, strict=True)):
-            factor = torch.where(best == i, push, torch.where(worst == i, -push, torch.zeros_like(push)))
-            factor = torch.where(moves, factor, torch.zeros_like(factor))
-            gradients, norm = _clipped([g * per_image(factor.to(g), g) for g in candidate.gradients], s.clip_norm)
-            finite = torch.isfinite(norm)
-            size = torch.maximum(size, norm.nan_to_num())
-            stepping = (factor != 0) & finite
-            before = [n.clone() for n in z]
-            for n, g in zip(z, gradients, strict=True):
-                n.grad = torch.where(per_image(stepping, g), g, torch.zeros_like(g))
-            optimizer.step()
-            for n, b in zip(z, before, strict=True):
-                n.copy_(torch.where(per_image(stepping, n), n, b))
-        if s.kick:
-            self._kick(found, best, worst)
-        return size
-
-    def _kick(self, found: list[Candidate], best: Tensor, worst: Tensor) -> None:
-        latents = torch.stack([c.path.x0 for c in found], 1)
-        images = torch.arange(len(best), device=best.device)
-        apart = mean_square(latents[images, best] - latents[images, worst])
-        self.apart = apart if self.apart is None else self.apart
-        same = apart < SAME * self.apart
-        for i, z in enumerate(self.z):
-            kicked = towards(z, self.run.fresh(z), self.run.settings.kick)
-            for n, fresh in zip(z, kicked, strict=True):
-                n.copy_(torch.where(per_image(same & (worst == i), n), fresh, n))
-
-
-class _Challenged:
-    """An incumbent, and a challenger every time, both as (candidate, its reference)."""
-
-    def __init__(self, run: _Run, trajectories: Sequence[Sequence[Tensor]]):
-        self.run, self.noises = run, list(trajectories[0])
-        self.first = list(trajectories[1]) if len(trajectories) > 1 else None  # the first challenger
-        self.incumbent: Candidate | None = None
-        self.reference: Path | None = None
-
-    def candidates(self) -> list[Candidate]:
-        if self.incumbent is None:
-            self.incumbent = self.run.look(self.noises, None, False)
-            self.reference = self.incumbent.path
-        self.challenger = self.run.look(self.challenge(), self.reference, False)
-        return [self.incumbent, self.challenger]
-
-    def challenge(self) -> list[Tensor]:
-        raise NotImplementedError
-
-    def won(self, verdict: Verdict) -> Tensor:
-        """(B,): where the challenger is liked more. A tie is not."""
-        return (verdict.best == 1) & ~verdict.tie
-
-    def take(self, won: Tensor, other: Candidate) -> None:
-        """The incumbent where it stood its ground, `other` where it did not."""
-
-        def chosen(a: Tensor, b: Tensor) -> Tensor:
-            return torch.where(per_image(won.to(a.device), a), b, a)
-
-        mine, its = self.incumbent, other
-        path = Path(
-            chosen(mine.path.x0, its.path.x0),
-            tuple(map(chosen, mine.path.noises, its.path.noises)),
-            tuple(map(chosen, mine.path.eps, its.path.eps)),
-            mine.path.sigmas,
-            mine.path.weights,
-            mine.path.mask,
-        )
-        noises = list(map(chosen, mine.noises, its.noises))
-        self.incumbent = Candidate(noises, path, chosen(mine.images, its.images), chosen(mine.energy, its.energy))
-
-
-class _BestOfN(_Challenged):
-    """The challenger is another seed: after n comparisons, the best of n + 1."""
-
-    def challenge(self) -> list[Tensor]:
-        first, self.first = self.first, None
-        return first if first is not None else self.run.fresh(self.noises)
-
-    def learn(self, found: list[Candidate], verdict: Verdict) -> Tensor:
-        won = self.won(verdict)
-        self.take(won, found[1])
-        return torch.zeros(len(won))
-
-
-class _Dueling(_Challenged):
-    """Dueling-bandit gradient descent (Yue and Joachims, 2009): perturb, and move towards what is preferred.
-
-    Deviates from the paper: steps keep the variance of the noises, whose typical sphere takes the place of its ball.
-    """
-
-    def challenge(self) -> list[Tensor]:
-        self.direction = self.run.fresh(self.noises)
-        return towards(self.incumbent.noises, self.direction, self.run.settings.explore)
-
-    def learn(self, found: list[Candidate], verdict: Verdict) -> Tensor:
-        won, s = self.won(verdict), self.run.settings
-        if won.any():
-            moved = found[1]
-            if s.step < 1:
-                nearer = towards(self.incumbent.noises, self.direction, s.step * s.explore)
-                moved = self.run.look(nearer, self.reference, False)
-            self.take(won, moved)
-        return torch.zeros(len(won))
-
-
-class _Hybrid2:
-    """DNO's estimator for rewards without a gradient (arXiv 2405.18881): probes tell which way in pixel space pays."""
-
-    def __init__(self, run: _Run, trajectories: Sequence[Sequence[Tensor]]):
-        self.run = run
-        self.z = [n.detach().clone() for n in trajectories[0]]
-        self.reference: Path | None = None
-        self.optimizer = OPTIMIZERS[run.settings.optimizer](self.z, run.settings.lr)
-
-    def candidates(self) -> list[Candidate]:
-        middle = self.run.look(self.z, self.reference, False)
-        self.reference = self.reference or middle.path
-        probes = []
-        for _ in range(self.run.settings.candidates - 1):
-            near = [z + self.run.settings.explore * d for z, d in zip(self.z, self.run.fresh(self.z), strict=True)]
-            probes.append(self.run.look(near, self.reference, False))
-        return [middle, *probes]
-
-    def learn(self, found: list[Candidate], verdict: Verdict) -> Tensor:
-        if verdict.scores is None:
-            raise ValueError("hybrid2 needs numbers, which a person or a list of choices does not give: use dpo")
-        gain = (verdict.scores[:, 1:] - verdict.scores[:, :1]).nan_to_num(0, 0, 0)
-        middle = found[0].images
-        along = sum(
-            per_image(gain[:, i].to(middle), middle) * (probe.images - middle) for i, probe in enumerate(found[1:])
-        ) / len(found[1:])
-        along = along / per_image(along.flatten(1).norm(dim=1) + 1e-3, along)
-        z = [n.detach().requires_grad_() for n in self.z]
-        with torch.enable_grad():
-            images = self.run.render(self.run.rollout(z).x0)
-            wanted = -(along.to(images) * images).sum()
-        self.run.evaluations += 1
-        self.run.backwards += 1
-        scale = self.run.settings.loss_scale
-        along_noise = torch.autograd.grad(wanted * scale, z, allow_unused=True)
-        gradients = [torch.zeros_like(n) if g is None else g / scale for g, n in zip(along_noise, z, strict=True)]
-        gradients, size = _clipped(gradients, self.run.settings.clip_norm)
-        finite = torch.isfinite(size)
-        before = [n.clone() for n in self.z]
-        for n, g in zip(self.z, gradients, strict=True):
-            n.grad = torch.where(per_image(finite, g), g, torch.zeros_like(g))
-        self.optimizer.step()
-        for n, b in zip(self.z, before, strict=True):
-            n.copy_(torch.where(per_image(finite, n), n, b))
-        return size
-
-
-METHODS = {"dpo": _Dpo, "dueling": _Dueling, "best_of_n": _BestOfN, "hybrid2": _Hybrid2}
-
-
-@dataclass
 class _Kept:
     """The image that comes back, for each of the batch."""
 
@@ -391,24 +132,6 @@ class _Kept:
             self.score = torch.where(where, score, self.score)
 
 
-def _pick(found: list[Candidate], index: Tensor) -> Candidate:
-    """The candidate that each image of the batch has at `index` (B,)."""
-
-    def picked(tensors: Sequence[Tensor]) -> Tensor:
-        stacked = torch.stack(tuple(tensors), 1)
-        return stacked[torch.arange(len(index), device=stacked.device), index.to(stacked.device)]
-
-    path = Path(
-        picked([c.path.x0 for c in found]),
-        tuple(picked(z) for z in zip(*(c.noises for c in found), strict=True)),
-        tuple(picked(e) for e in zip(*(c.path.eps for c in found), strict=True)),
-        found[0].path.sigmas,
-        found[0].path.weights,
-        found[0].path.mask,
-    )
-    return Candidate(list(path.noises), path, picked([c.images for c in found]), picked([c.energy for c in found]))
-
-
 def prefer(
     rollout: Rollout,
     render: Callable[[Tensor], Tensor],
@@ -433,7 +156,7 @@ def prefer(
     own reference, and its reward and the loser's where the judge has numbers. `trace.settings["choices"]` repeats the
     run: (iteration, image, best, worst, tie) each.
     """
-    run = _Run(rollout, render, settings, torch.Generator().manual_seed(seed))
+    run = Run(rollout, render, settings, torch.Generator().manual_seed(seed))
     book = _Book(METHODS[settings.method](run, trajectories), run.generator, history)
     trace = book.trace
 
@@ -453,7 +176,7 @@ def prefer(
             found = book.method.candidates()
             references = references or [c.path for c in found]
             verdict = ask([c.images for c in found])
-            winner = _pick(found, verdict.best)
+            winner = pick(found, verdict.best)
             score = None if verdict.scores is None else verdict.scores.gather(1, verdict.best[:, None])[:, 0]
             book.kept.update(book.k, _better(ask, settings, book.kept, winner, score), winner, score)
             norms = book.method.learn(found, verdict)

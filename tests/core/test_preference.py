@@ -7,7 +7,9 @@ import math
 import gaussian
 import pytest
 import torch
-from mira.sampler.preference import METHODS, PreferenceSettings, Verdict, by_score, prefer, towards
+from mira.sampler.candidates import Run, towards
+from mira.sampler.methods import METHODS, OPTIMIZERS, Dpo
+from mira.sampler.preference import PreferenceSettings, Verdict, by_score, prefer
 from mira.sampler.surrogates import SURROGATES
 
 MEAN = lambda images: images.flatten(1).mean(1)  # noqa: E731
@@ -55,14 +57,12 @@ def test_the_first_step_is_the_papers_loss_differentiated_at_once():
     loss = -torch.nn.functional.logsigmoid(beta * margin).sum()
     joint = torch.autograd.grad(loss, [n for t in z for n in t])
 
-    from mira.sampler import preference
-
     settings = PreferenceSettings(beta=beta, lr=lr, optimizer="sgd", clip_norm=0)
-    state = preference._Run(rollout, render, settings, torch.Generator())
-    method = preference._Dpo(state, trajectories)
+    state = Run(rollout, render, settings, torch.Generator())
+    method = Dpo(state, trajectories)
     method.references = [r.detach() for r in references]
     method.z = [[n.detach().clone() for n in t] for t in z]
-    method.optimizers = [preference.OPTIMIZERS["sgd"](t, lr) for t in method.z]
+    method.optimizers = [OPTIMIZERS["sgd"](t, lr) for t in method.z]
     found = method.candidates()
     method.learn(found, by_score(torch.stack([MEAN(c.images) for c in found], 1)))
     moved = [n for t in method.z for n in t]
@@ -217,10 +217,8 @@ def test_a_kick_parts_candidates_that_are_the_same():
     # Their own first distance is the measure, so nothing that has stayed as far apart is kicked ...
     assert max(rewards[0]) < 1e-3
 
-    from mira.sampler import preference
-
-    state = preference._Run(gaussian.rollout(), render, settings, torch.Generator().manual_seed(0))
-    method = preference._Dpo(state, pair())
+    state = Run(gaussian.rollout(), render, settings, torch.Generator().manual_seed(0))
+    method = Dpo(state, pair())
     method.apart = torch.full((2,), 1e9, dtype=torch.float64)  # ... and what has become 1 % of it is
     before = [n.clone() for n in method.z[1]]
     found = method.candidates()

@@ -1,0 +1,206 @@
+"""How noises follow preferences: MIRA-DPO (Algorithm 2, arXiv 2510.01549) and its rivals, one class each.
+
+`candidates()` makes what is compared, `learn(found, verdict)` moves the noises and gives the gradient norms, (B,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .candidates import Candidate, Run, clipped, towards
+from .optimize import OPTIMIZERS
+from .rollout import Path, mean_square, per_image
+
+if TYPE_CHECKING:
+    from .preference import Verdict
+
+SAME = 1e-2  # of the first candidates' distance: below it, candidates have become the same image
+
+
+class Dpo:
+    """Algorithm 2: the winner and the loser are pushed apart along the energy of their scores."""
+
+    def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]):
+        self.run = run
+        self.z = [[n.detach().clone() for n in t] for t in trajectories]
+        self.references: list[Path] = []
+        s = run.settings
+        self.optimizers = [OPTIMIZERS[s.optimizer](z, s.lr) for z in self.z]
+        self.apart: Tensor | None = None
+
+    def candidates(self) -> list[Candidate]:
+        # One after the other: each keeps its gradient only, so that the memory is that of one trajectory.
+        references = self.references or [None] * len(self.z)
+        found = [self.run.look(z, r, True) for z, r in zip(self.z, references, strict=True)]
+        self.references = self.references or [c.path for c in found]
+        return found
+
+    def learn(self, found: list[Candidate], verdict: Verdict) -> Tensor:
+        s = self.run.settings
+        energies = torch.stack([c.energy for c in found], 1)  # (B, n)
+        best, worst = verdict.best.to(energies.device), verdict.worst.to(energies.device)
+        margin = s.beta * (energies.gather(1, best[:, None]) - energies.gather(1, worst[:, None]))[:, 0]
+        push = -s.beta * torch.sigmoid(-margin)  # d loss / d R_winner, and minus that for the loser
+        # One candidate cannot be both: where all are equal, the first is the winner and the last the loser.
+        worst = torch.where(best == worst, len(found) - 1 - best, worst)
+        moves = torch.ones_like(push, dtype=torch.bool)
+        if s.skip_ties:
+            moves &= ~verdict.tie.to(moves.device)
+        size = torch.zeros_like(push)
+        for i, (candidate, z, optimizer) in enumerate(zip(found, self.z, self.optimizers, strict=True)):
+            factor = torch.where(best == i, push, torch.where(worst == i, -push, torch.zeros_like(push)))
+            factor = torch.where(moves, factor, torch.zeros_like(factor))
+            gradients, norm = clipped([g * per_image(factor.to(g), g) for g in candidate.gradients], s.clip_norm)
+            finite = torch.isfinite(norm)
+            size = torch.maximum(size, norm.nan_to_num())
+            stepping = (factor != 0) & finite
+            before = [n.clone() for n in z]
+            for n, g in zip(z, gradients, strict=True):
+                n.grad = torch.where(per_image(stepping, g), g, torch.zeros_like(g))
+            optimizer.step()
+            for n, b in zip(z, before, strict=True):
+                n.copy_(torch.where(per_image(stepping, n), n, b))
+        if s.kick:
+            self._kick(found, best, worst)
+        return size
+
+    def _kick(self, found: list[Candidate], best: Tensor, worst: Tensor) -> None:
+        latents = torch.stack([c.path.x0 for c in found], 1)
+        images = torch.arange(len(best), device=best.device)
+        apart = mean_square(latents[images, best] - latents[images, worst])
+        self.apart = apart if self.apart is None else self.apart
+        same = apart < SAME * self.apart
+        for i, z in enumerate(self.z):
+            kicked = towards(z, self.run.fresh(z), self.run.settings.kick)
+            for n, fresh in zip(z, kicked, strict=True):
+                n.copy_(torch.where(per_image(same & (worst == i), n), fresh, n))
+
+
+class Challenged:
+    """An incumbent, and a challenger every time, both as (candidate, its reference)."""
+
+    def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]):
+        self.run, self.noises = run, list(trajectories[0])
+        self.first = list(trajectories[1]) if len(trajectories) > 1 else None  # the first challenger
+        self.incumbent: Candidate | None = None
+        self.reference: Path | None = None
+
+    def candidates(self) -> list[Candidate]:
+        if self.incumbent is None:
+            self.incumbent = self.run.look(self.noises, None, False)
+            self.reference = self.incumbent.path
+        self.challenger = self.run.look(self.challenge(), self.reference, False)
+        return [self.incumbent, self.challenger]
+
+    def challenge(self) -> list[Tensor]:
+        raise NotImplementedError
+
+    def won(self, verdict: Verdict) -> Tensor:
+        """(B,): where the challenger is liked more. A tie is not."""
+        return (verdict.best == 1) & ~verdict.tie
+
+    def take(self, won: Tensor, other: Candidate) -> None:
+        """The incumbent where it stood its ground, `other` where it did not."""
+
+        def chosen(a: Tensor, b: Tensor) -> Tensor:
+            return torch.where(per_image(won.to(a.device), a), b, a)
+
+        mine, its = self.incumbent, other
+        path = Path(
+            chosen(mine.path.x0, its.path.x0),
+            tuple(map(chosen, mine.path.noises, its.path.noises)),
+            tuple(map(chosen, mine.path.eps, its.path.eps)),
+            mine.path.sigmas,
+            mine.path.weights,
+            mine.path.mask,
+        )
+        noises = list(map(chosen, mine.noises, its.noises))
+        self.incumbent = Candidate(noises, path, chosen(mine.images, its.images), chosen(mine.energy, its.energy))
+
+
+class BestOfN(Challenged):
+    """The challenger is another seed: after n comparisons, the best of n + 1."""
+
+    def challenge(self) -> list[Tensor]:
+        first, self.first = self.first, None
+        return first if first is not None else self.run.fresh(self.noises)
+
+    def learn(self, found: list[Candidate], verdict: Verdict) -> Tensor:
+        won = self.won(verdict)
+        self.take(won, found[1])
+        return torch.zeros(len(won))
+
+
+class Dueling(Challenged):
+    """Dueling-bandit gradient descent (Yue and Joachims, 2009): perturb, and move towards what is preferred.
+
+    Deviates from the paper: steps keep the variance of the noises, whose typical sphere takes the place of its ball.
+    """
+
+    def challenge(self) -> list[Tensor]:
+        self.direction = self.run.fresh(self.noises)
+        return towards(self.incumbent.noises, self.direction, self.run.settings.explore)
+
+    def learn(self, found: list[Candidate], verdict: Verdict) -> Tensor:
+        won, s = self.won(verdict), self.run.settings
+        if won.any():
+            moved = found[1]
+            if s.step < 1:
+                nearer = towards(self.incumbent.noises, self.direction, s.step * s.explore)
+                moved = self.run.look(nearer, self.reference, False)
+            self.take(won, moved)
+        return torch.zeros(len(won))
+
+
+class Hybrid2:
+    """DNO's estimator for rewards without a gradient (arXiv 2405.18881): probes tell which way in pixel space pays."""
+
+    def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]):
+        self.run = run
+        self.z = [n.detach().clone() for n in trajectories[0]]
+        self.reference: Path | None = None
+        self.optimizer = OPTIMIZERS[run.settings.optimizer](self.z, run.settings.lr)
+
+    def candidates(self) -> list[Candidate]:
+        middle = self.run.look(self.z, self.reference, False)
+        self.reference = self.reference or middle.path
+        probes = []
+        for _ in range(self.run.settings.candidates - 1):
+            near = [z + self.run.settings.explore * d for z, d in zip(self.z, self.run.fresh(self.z), strict=True)]
+            probes.append(self.run.look(near, self.reference, False))
+        return [middle, *probes]
+
+    def learn(self, found: list[Candidate], verdict: Verdict) -> Tensor:
+        if verdict.scores is None:
+            raise ValueError("hybrid2 needs numbers, which a person or a list of choices does not give: use dpo")
+        gain = (verdict.scores[:, 1:] - verdict.scores[:, :1]).nan_to_num(0, 0, 0)
+        middle = found[0].images
+        along = sum(
+            per_image(gain[:, i].to(middle), middle) * (probe.images - middle) for i, probe in enumerate(found[1:])
+        ) / len(found[1:])
+        along = along / per_image(along.flatten(1).norm(dim=1) + 1e-3, along)
+        z = [n.detach().requires_grad_() for n in self.z]
+        with torch.enable_grad():
+            images = self.run.render(self.run.rollout(z).x0)
+            wanted = -(along.to(images) * images).sum()
+        self.run.evaluations += 1
+        self.run.backwards += 1
+        scale = self.run.settings.loss_scale
+        along_noise = torch.autograd.grad(wanted * scale, z, allow_unused=True)
+        gradients = [torch.zeros_like(n) if g is None else g / scale for g, n in zip(along_noise, z, strict=True)]
+        gradients, size = clipped(gradients, self.run.settings.clip_norm)
+        finite = torch.isfinite(size)
+        before = [n.clone() for n in self.z]
+        for n, g in zip(self.z, gradients, strict=True):
+            n.grad = torch.where(per_image(finite, g), g, torch.zeros_like(g))
+        self.optimizer.step()
+        for n, b in zip(self.z, before, strict=True):
+            n.copy_(torch.where(per_image(finite, n), n, b))
+        return size
+
+
+METHODS = {"dpo": Dpo, "dueling": Dueling, "best_of_n": BestOfN, "hybrid2": Hybrid2}
