@@ -21,6 +21,11 @@ elif not os.environ.get("MIRA_CHROMIUM"):
     collect_ignore = ["browser"]  # dev.py test --no-browser
 
 
+def pytest_collection_modifyitems(items):
+    # Playwright keeps an event loop running in this thread until the end, which `asyncio.run` does not bear.
+    items.sort(key=lambda item: "browser" in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
