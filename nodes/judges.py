@@ -15,8 +15,9 @@ from aiohttp import web
 from server import PromptServer
 from torch import Tensor
 
+from ..rewards.preprocess import picture
 from ..sampler.preference import Verdict, by_score
-from .live import picture, store
+from .live import store
 
 ROUTE = "/mira/choice"
 ANSWERS = ("left", "right", "tie", "stop", "back")

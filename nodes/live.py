@@ -12,8 +12,8 @@ from aiohttp import web
 from comfy_execution.utils import get_executing_context
 from PIL import Image
 from server import PromptServer
-from torch import Tensor
 
+from ..rewards.preprocess import picture
 from ..sampler.optimize import Score
 from ..sampler.trace import Trace, json_row
 
@@ -23,12 +23,6 @@ THUMBNAIL = 256  # and of a stored one
 MOST = 8  # runs that are remembered
 
 _runs: OrderedDict[str, dict] = OrderedDict()  # by node id, the newest last
-
-
-def picture(image: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] -> 8 bits."""
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().movedim(0, 2).contiguous().cpu().numpy()
-    return Image.fromarray(pixels)
 
 
 def store(image: Image.Image, name: str, **options) -> dict:

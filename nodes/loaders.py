@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
@@ -17,7 +19,7 @@ from ..rewards.networks import ENCODERS, NAMES, clip_image_half, clip_of, name_o
 from ..rewards.preprocess import Preprocessing, crop_torchvision, crop_transformers, pad_longest
 from . import files
 from .grad import OutOfPlaceAdd
-from .types import MiraReward
+from .types import reward_output
 
 CONNECTED = "the connected clip_vision"
 SAME_FILE = "in the same file"
@@ -33,10 +35,6 @@ def precision_input():
         default="auto",
         tooltip="Of the network. auto: fp16 on a GPU that is fast at it, else fp32. Scores differ by less than 2 %.",
     )
-
-
-def reward_output():
-    return MiraReward.Output("reward", display_name="reward")
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -61,14 +59,15 @@ def expect(node: str, name: str, state: dict, wanted: str) -> None:
         )
 
 
-def whole_clip(node: str, path: Path, precision: str, size: str) -> Encoder:
+def whole_clip(node: str, path: Path, precision: str, size: str, fit: Callable) -> Encoder:
     state = weight_files.read(path)
     kind = weight_files.require(state, (weight_files.OPEN_CLIP, weight_files.HF_CLIP), path.name, node)
-    laid = state if kind is weight_files.OPEN_CLIP else open_clip_layout(state)
-    expect(node, path.name, laid, size)
-    encoder = clip_of(state, kind, path, quick_gelu=False)
+    if kind is not weight_files.OPEN_CLIP:
+        state = open_clip_layout(state)
+    expect(node, path.name, state, size)
+    encoder = clip_of(state, weight_files.OPEN_CLIP, path, quick_gelu=False)
     encoder.network.to(dtype_of(precision))
-    return encoder
+    return replace(encoder, preprocessing=Preprocessing(encoder.preprocessing.size, fit))
 
 
 class MiraLoadAestheticReward(io.ComfyNode):
@@ -194,9 +193,7 @@ class MiraLoadHPSReward(io.ComfyNode):
             if not found:
                 raise ValueError(f"{cls.NAME}: the name {file} tells no version: set version to v2 or v2.1")
             version = found[0]
-        encoder = whole_clip(cls.NAME, path, precision, "ViT-H/14")
-        padded = Preprocessing(encoder.preprocessing.size, pad_longest)
-        return io.NodeOutput(hps(Encoder(encoder.network, encoder.tokens, padded, encoder.name), version))
+        return io.NodeOutput(hps(whole_clip(cls.NAME, path, precision, "ViT-H/14", pad_longest), version))
 
 
 class MiraLoadPickScoreReward(io.ComfyNode):
@@ -227,10 +224,8 @@ class MiraLoadPickScoreReward(io.ComfyNode):
     @classmethod
     def execute(cls, file, precision) -> io.NodeOutput:
         path = path_of(cls.NAME, file, known.PICKSCORE)
-        encoder = whole_clip(cls.NAME, path, precision, "ViT-H/14")
-        cropped = Preprocessing(encoder.preprocessing.size, crop_transformers)
-        scale = encoder.network.logit_scale.float().item()
-        return io.NodeOutput(pick_score(Encoder(encoder.network, encoder.tokens, cropped, encoder.name), scale))
+        encoder = whole_clip(cls.NAME, path, precision, "ViT-H/14", crop_transformers)
+        return io.NodeOutput(pick_score(encoder, encoder.network.logit_scale.float().item()))
 
 
 class MiraLoadImageReward(io.ComfyNode):

@@ -23,7 +23,7 @@ from .checks import check_latent, complain, needs_prompt
 from .judges import ON_TIMEOUT, PersonJudge, RecordedJudge, RewardJudge, read_choices
 from .live import LiveRun
 from .optimize import wrapped
-from .settings import iterate_input, memory_input, prompt_input, sampling_inputs, schedule, trace_outputs
+from .settings import iterate_input, memory_input, prompt_input, sampling_inputs, schedule, settings_of, trace_outputs
 from .types import MiraReward
 
 log = logging.getLogger("mira")
@@ -246,7 +246,7 @@ class MiraDPOPreference(io.ComfyNode):
             "person": lambda: person(cls.hidden.unique_id, context, values, seed),
             "recorded choices": lambda: recorded(choices),
         }[judge]()
-        settings = settings_of(values)
+        settings = settings_of(values, PreferenceSettings)
         samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, negative)
@@ -280,11 +280,6 @@ class MiraDPOPreference(io.ComfyNode):
         if judge == "reward":
             trace.notices += reward.notices(job.prompts)
         return done, live
-
-
-def settings_of(values: dict) -> PreferenceSettings:
-    names = set(PreferenceSettings.__dataclass_fields__)
-    return PreferenceSettings(lr=values["learning_rate"], **{k: v for k, v in values.items() if k in names})
 
 
 def wrong_judge(values: dict) -> str | None:

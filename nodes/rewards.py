@@ -15,14 +15,10 @@ from ..rewards.pixel import MEASURES, REFERENCE, MatchReference, PixelReward
 from ..rewards.python_file import PythonReward
 from . import files
 from .images import to_core
-from .types import MiraReward
+from .types import MiraReward, reward_output
 
 SLOTS = 4
 NO_SCRIPT = "put a .py file into models/mira_rewards"
-
-
-def reward_output():
-    return MiraReward.Output("reward", display_name="reward")
 
 
 class MiraPixelReward(io.ComfyNode):

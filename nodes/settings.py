@@ -234,6 +234,7 @@ def trace_outputs() -> list:
     ]
 
 
-def settings_of(values: dict) -> Settings:
-    names = set(Settings.__dataclass_fields__)
-    return Settings(lr=values["learning_rate"], **{k: v for k, v in values.items() if k in names})
+def settings_of(values: dict, kind: type = Settings):
+    """The `kind` of settings, `Settings` or `PreferenceSettings`, that a node's values say."""
+    names = set(kind.__dataclass_fields__)
+    return kind(lr=values["learning_rate"], **{k: v for k, v in values.items() if k in names})

@@ -20,10 +20,10 @@ import urllib.request
 from collections.abc import Callable, Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .base import Facts, Reward
+from .preprocess import picture
 
 MOST = 1_000_000  # bytes of an answer that are read
 PAUSE = 0.5  # seconds before the second attempt; doubled for every further one
@@ -49,9 +49,8 @@ def host_of(url: str, allowed: Sequence[str] = ()) -> str:
 
 def png(image: Tensor) -> str:
     """(3, H, W) in [0, 1] -> the PNG of its 8-bit pixels, in base64."""
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().movedim(0, 2).contiguous().cpu().numpy()
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    picture(image).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 

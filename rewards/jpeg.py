@@ -6,13 +6,12 @@ import io
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from .base import Facts, Reward
+from .preprocess import picture
 
 QUALITY = 95
 # The quantisation tables that the standard suggests (ITU-T T.81, annex K), row by row.
@@ -34,9 +33,8 @@ KNEE, SLOPE, BLOCK, HEADER = 0.3, 1.66, 5.0, 623.0
 
 def jpeg_bytes(image: Tensor, quality: int = QUALITY) -> int:
     """(3, H, W) in [0, 1], clamped and rounded to 8 bits -> the size of the file that Pillow writes."""
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().movedim(0, 2).cpu().numpy()
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "JPEG", quality=quality)
+    picture(image).save(file, "JPEG", quality=quality)
     return file.tell()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .clip import Encoder
-from .files import HF_CLIP, HF_CLIP_TEXT, HF_CLIP_VISION, HF_SIGLIP, OPEN_CLIP, OPEN_SIGLIP, Kind, WrongFile
+from .files import HF_CLIP, HF_SIGLIP, OPEN_CLIP, OPEN_SIGLIP, Kind, WrongFile
 from .preprocess import Preprocessing, crop_torchvision, crop_transformers, squash
 from .text import ClipTokens, FolderTokens
 
@@ -310,4 +310,3 @@ def _siglip_from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 ENCODERS = {OPEN_CLIP: clip_of, HF_CLIP: clip_of, HF_SIGLIP: siglip_of, OPEN_SIGLIP: siglip_of}
-HALVES = (HF_CLIP_VISION, HF_CLIP_TEXT)

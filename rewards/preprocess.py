@@ -12,10 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def picture(image: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> what its file shows: clamped and rounded to 8 bits."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().movedim(0, 2).contiguous().cpu().numpy()
+    return Image.fromarray(pixels)
 
 
 def straight_through(images: Tensor, seen: Tensor) -> Tensor:
