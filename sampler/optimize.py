@@ -11,15 +11,36 @@ from torch import Tensor
 
 from .keep import Keeper
 from .memory import out_of_memory
-from .rollout import Path, Rollout, per_image
+from .rollout import Path, Rollout, mean_square, per_image
 from .surrogates import REGULARIZERS, SURROGATES
 from .trace import Trace
+from .variables import VARIABLES, Variables
+
+
+class SphericalAdam(torch.optim.Adam):
+    """Adam that leaves the norm of every image's every noise as it was.
+
+    Noise of d elements has norm sqrt(d) almost surely: a step along that sphere stays where the model was trained.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        leaves = [z for group in self.param_groups for z in group["params"]]
+        norms = [z.flatten(1).norm(dim=1) for z in leaves]
+        super().step()
+        for z, norm in zip(leaves, norms, strict=True):
+            z.mul_(per_image(norm / z.flatten(1).norm(dim=1).clamp(min=1e-12), z))
+
 
 OPTIMIZERS: dict[str, Callable] = {
     "adamw": lambda z, lr: torch.optim.AdamW(z, lr=lr),
     "adam": lambda z, lr: torch.optim.Adam(z, lr=lr),
     "sgd": lambda z, lr: torch.optim.SGD(z, lr=lr, momentum=0.9, nesterov=True),
+    "sphere": lambda z, lr: SphericalAdam(z, lr=lr),
 }
+HOLD = ("no", "projection", "dual_ascent")
+# Of dual ascent: beta grows or shrinks by at most this factor per iteration, and starts from at least this.
+DUAL_STEP, DUAL_FLOOR = 2.0, 1e-3
 KEEP = ("best_within_drift", "best_reward", "last")
 STOP = ("never", "plateau", "drift", "plateau_or_drift")
 MAX_HALVINGS = 3
@@ -36,6 +57,10 @@ class Settings:
     keep: which iterate comes back: "last" (Algorithm 1), "best_reward", or "best_within_drift".
     stop: when an image is left alone: when its best reward has not risen by 0.1 % of its gain for `patience`
         iterations ("plateau"), when its drift has passed the limit ("drift"), or either.
+    variables: what is optimised, one of `VARIABLES`: the whole trajectory (MIRA, DNO), the initial noise (ReNO), ...
+    hold: keeps the drift at `drift_limit` while the optimisation goes on. "projection": noises that have gone too far
+        are drawn back along the straight line to where they began (drift_metric path_kl, whose bound is a ball
+        around z0). "dual_ascent": beta rises while the drift is above the limit and falls while it is below.
     loss_scale: multiplies the loss in backward and divides the gradients, for networks in float16; it is lowered
         when the gradients overflow.
     """
@@ -51,6 +76,8 @@ class Settings:
     keep: str = "best_within_drift"
     stop: str = "never"
     patience: int = 10
+    variables: str = "trajectory"
+    hold: str = "no"
     loss_scale: float = 1.0
 
     def __post_init__(self):
@@ -60,6 +87,8 @@ class Settings:
             "drift_metric": SURROGATES,
             "keep": KEEP,
             "stop": STOP,
+            "variables": VARIABLES,
+            "hold": HOLD,
         }
         for name, table in tables.items():
             if getattr(self, name) not in table:
@@ -76,6 +105,17 @@ class Settings:
             raise ValueError(f"patience is {self.patience}: stopping on a plateau needs at least 1 iteration")
         if "drift" in self.stop and not self.drift_limit > 0:
             raise ValueError("stop on drift needs a drift_limit above 0")
+        if self.hold != "no" and not self.drift_limit > 0:
+            raise ValueError(f"hold is {self.hold}, which needs a drift_limit above 0")
+        if self.hold == "projection" and (self.drift_metric != "path_kl" or self.variables == "initno"):
+            raise ValueError(
+                "hold is projection, which needs drift_metric path_kl and noises that are optimised as they are "
+                f"(got {self.drift_metric} and variables {self.variables}): use those, or dual_ascent"
+            )
+        if self.hold == "dual_ascent" and self.regularizer == "none":
+            raise ValueError("hold is dual_ascent, which weighs a regularizer, but regularizer is none: choose one")
+        if self.variables == "initno" and self.optimizer == "sphere":
+            raise ValueError("optimizer sphere moves noises, but variables initno optimises a mean and a deviation")
 
 
 @dataclass(frozen=True)
@@ -104,9 +144,9 @@ class Result:
 
 @dataclass
 class _State:
-    """z: the noises. good: the last noises with a finite gradient, None before the first. All flags are (B,)."""
+    """z: what is optimised. good: the last of it with a finite gradient, None before the first. Flags, beta: (B,)."""
 
-    z: list[Tensor]
+    variables: Variables
     optimizer: torch.optim.Optimizer
     keeper: Keeper
     loss_scale: float
@@ -114,7 +154,12 @@ class _State:
     good: list[Tensor] | None = None
     active: Tensor = None
     halvings: Tensor = None
+    beta: Tensor = None
     reasons: list[str | None] = field(default_factory=list)
+
+    @property
+    def z(self) -> list[Tensor]:
+        return self.variables.leaves
 
     def end(self, where: Tensor, reason: str) -> None:
         for b in torch.nonzero(where & self.active).flatten().tolist():
@@ -149,15 +194,16 @@ def optimize(
 
     Raises RuntimeError when the reward has no gradient with respect to the noises.
     """
-    z = [n.detach().clone().requires_grad_() for n in noises]
-    batch = len(z[0])
+    variables = Variables(settings.variables, noises)
+    batch = len(noises[0])
     state = _State(
-        z,
-        OPTIMIZERS[settings.optimizer](z, settings.lr),
+        variables,
+        OPTIMIZERS[settings.optimizer](variables.leaves, settings.lr),
         Keeper(settings.keep, settings.drift_limit),
         settings.loss_scale,
         active=torch.ones(batch, dtype=torch.bool),
         halvings=torch.zeros(batch, dtype=torch.long),
+        beta=torch.full((batch,), max(settings.beta, DUAL_FLOOR * (settings.hold == "dual_ascent"))),
         reasons=[None] * batch,
     )
     trace, iterates = Trace(), []
@@ -172,8 +218,8 @@ def optimize(
                 continue
             latest = evaluation.path.x0.detach()
             drift = evaluation.surrogates[settings.drift_metric]
-            state.keeper.update(k, evaluation.score.total, drift, latest, state.z, state.active)
-            rows = _rows(k, state, evaluation, norms, settings.lr, time.perf_counter() - started, memory())
+            state.keeper.update(k, evaluation.score.total, drift, latest, evaluation.path.noises, state.active)
+            rows = _rows(k, state, evaluation, norms, settings, time.perf_counter() - started, memory())
             trace.rows += rows
             iterates.append(latest.cpu())
             on_iteration(k, rows, evaluation.score)  # a host's progress bar raises its interrupts too
@@ -195,6 +241,7 @@ def optimize(
         if k < settings.iterations:
             _stop(state, settings, k, drift.cpu())
             _step(state, evaluation, norms.cpu(), settings)
+            _hold(state, settings, drift.cpu())
         if k < settings.iterations and not state.active.any():
             reason = "; ".join(dict.fromkeys(r for r in state.reasons if r))
             break
@@ -207,19 +254,26 @@ def optimize(
 
 def _evaluate(rollout: Rollout, score, state: _State, settings: Settings, gradient: bool) -> _Evaluation:
     with torch.set_grad_enabled(gradient):
-        path = rollout(state.z)
+        path = rollout(state.variables.noises())
         result = score(path.x0)
         if state.reference is None:
             state.reference = path.detach()
             if gradient:
                 _check_reward(result.total, path.x0)
         # The regulariser alone carries a gradient; the others are for the record.
-        penalty = REGULARIZERS[settings.regularizer](path, state.reference) if settings.beta else None
-        loss = -result.total if penalty is None else settings.beta * penalty - result.total
+        weighed = bool(state.beta.any())
+        penalty = REGULARIZERS[settings.regularizer](path, state.reference) if weighed else None
+        own = state.variables.penalty() if weighed else None
+        loss = -result.total
+        for part in (penalty, own):
+            if part is not None:
+                loss = loss + state.beta.to(part) * part
         with torch.no_grad():
             surrogates = {name: f(path, state.reference) for name, f in SURROGATES.items()}
-            if settings.regularizer == "prno" and penalty is not None:
-                surrogates["prno"] = penalty.detach()
+            if settings.regularizer in ("prno", "chi") and penalty is not None:
+                surrogates[settings.regularizer] = penalty.detach()
+            if own is not None:
+                surrogates["initno"] = own.detach()
         if not gradient:
             return _Evaluation(path, result, surrogates, loss, None)
         grads = torch.autograd.grad(loss.sum() * state.loss_scale, state.z, allow_unused=True)
@@ -259,20 +313,24 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     )
 
 
-def _rows(k, state: _State, evaluation: _Evaluation, norms, lr, seconds, memory) -> list[dict[str, float]]:
+def _rows(
+    k: int, state: _State, evaluation: _Evaluation, norms: Tensor | None, settings: Settings, seconds, memory
+) -> list[dict[str, float]]:
     columns = {"reward": evaluation.score.total}
     if any(not torch.equal(part, evaluation.score.total) for part in evaluation.score.parts.values()):
         columns |= {f"reward.{name}": part for name, part in evaluation.score.parts.items()}
     columns |= evaluation.surrogates
-    elements = sum(z[0].numel() for z in state.z)
-    columns["noise_norm"] = _norm([z.detach() for z in state.z]) / elements**0.5
+    noises = evaluation.path.noises
+    columns["noise_norm"] = _norm(noises) / sum(z[0].numel() for z in noises) ** 0.5
+    if settings.hold == "dual_ascent":
+        columns["beta"] = state.beta
     if norms is not None:
         columns["gradient_norm"] = norms
     values = {name: column.detach().cpu().double().tolist() for name, column in columns.items()}
     return [
         {"iteration": k, "image": b}
         | {name: column[b] for name, column in values.items()}
-        | {"lr": lr * 0.5 ** int(state.halvings[b]), "seconds": seconds, "memory_mb": memory / 1e6}
+        | {"lr": settings.lr * 0.5 ** int(state.halvings[b]), "seconds": seconds, "memory_mb": memory / 1e6}
         for b in range(len(state.active))
     ]
 
@@ -307,3 +365,18 @@ def _step(state: _State, evaluation: _Evaluation, norms: Tensor, settings: Setti
         for z, b, g in zip(state.z, before, good, strict=True):
             z.copy_(torch.where(per_image(stepping, z), z, torch.where(per_image(halving, z), (b + g) / 2, b)))
     state.good = [torch.where(per_image(stepping, b), b, g).detach() for b, g in zip(before, good, strict=True)]
+
+
+@torch.no_grad()
+def _hold(state: _State, settings: Settings, drift: Tensor) -> None:
+    """Keep the drift at its limit. drift (B,): of the iterate that the last update started from."""
+    if settings.hold == "projection":
+        starts = [state.variables.start[i] for i in state.variables.free]
+        moved = [z - start for z, start in zip(state.z, starts, strict=True)]
+        shares = sum(mean_square(m, state.reference.mask) for m in moved) / 2
+        scale = (settings.drift_limit / shares.clamp(min=1e-12)).sqrt().clamp(max=1)
+        for z, start, m in zip(state.z, starts, moved, strict=True):
+            z.copy_(start + m * per_image(scale.to(m), m))
+    elif settings.hold == "dual_ascent":
+        factor = (drift.float() / settings.drift_limit).clamp(1 / DUAL_STEP, DUAL_STEP)
+        state.beta = torch.where(torch.isfinite(factor), state.beta * factor, state.beta).clamp(min=DUAL_FLOOR)

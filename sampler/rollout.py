@@ -127,6 +127,8 @@ class Rollout:
     schedule: (T + 1,) sigmas, from large to small.
     signal: sigma -> the factor of x0 in x_t: 1 in k-diffusion (variance-exploding) coordinates, 1 - t for
         rectified flow; eps_hat = (x - signal * D) / sigma.
+    gradient_steps: through how many of the last denoiser calls a gradient flows; in the earlier ones the network
+        counts as a constant, and only the sampler's own arithmetic carries one. 0: through all.
     memory: "none", "per_step" or "per_block" checkpointing, or "auto".
     free_bytes: how much memory is left, for "auto".
     blocks: a context inside which the model checkpoints its own blocks, for "per_block"; None when it has none,
@@ -143,6 +145,7 @@ class Rollout:
         signal: Callable[[Tensor], Tensor] = torch.ones_like,
         weighting: str = "marginal",
         measured: str = "guided",
+        gradient_steps: int = 0,
         memory: str = "auto",
         mask: Tensor | None = None,
         free_bytes: Callable[[], float] = lambda: float("inf"),
@@ -157,6 +160,7 @@ class Rollout:
         self.signal = signal
         self.weighting = WEIGHTINGS[weighting]
         self.conditional = measured == "conditional"
+        self.gradient_steps = gradient_steps
         self.memory = memory
         self.mask = mask
         self.free_bytes = free_bytes
@@ -169,7 +173,7 @@ class Rollout:
 
         Raises RuntimeError when the sampler asks for another number of noises than it is given.
         """
-        eps, sigmas, weights = [], [], []
+        record = Record(self)
         rest = iter(noises[1:])
 
         def source(draw: Callable[[], Tensor]) -> Tensor:
@@ -183,20 +187,22 @@ class Rollout:
 
         def wrap(denoiser: Denoiser) -> Denoiser:
             def measured(x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
-                out = self._checkpointed(denoiser, x, sigma, kwargs)
-                guided, judged = out if isinstance(out, tuple) else (out, out)
-                alpha = self.signal(sigma)
-                eps.append((x - per_image(alpha, x) * (judged if self.conditional else guided)) / per_image(sigma, x))
-                after = self.schedule[self.schedule < sigma.min()]
-                after = (after.max() if len(after) else self.schedule.new_zeros(())).to(sigma).expand_as(sigma)
-                sigmas.append(sigma / alpha)
-                weights.append(self.weighting(sigma / alpha, after / self.signal(after)))
-                return guided
+                if self._constant(sigma):
+                    with torch.no_grad():
+                        out = denoiser(x, sigma, **kwargs)
+                else:
+                    out = self._checkpointed(denoiser, x, sigma, kwargs)
+                return record(x, sigma, out)
 
             return measured
 
         x0 = self.sample(noises[0], source, wrap)
-        return Path(x0, tuple(noises), tuple(eps), tuple(sigmas), tuple(weights), self.mask)
+        return record.path(x0, noises)
+
+    def _constant(self, sigma: Tensor) -> bool:
+        """By the noise level, as a step may call its denoiser more than once."""
+        left = len(self.schedule) - 1 - int((self.schedule[:-1] > sigma.max()).sum())
+        return 0 < self.gradient_steps < left
 
     def _checkpointed(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, kwargs: dict):
         if not torch.is_grad_enabled():
@@ -239,3 +245,29 @@ class Rollout:
             return False
         self.memory = self.POLICIES[self.POLICIES.index(self.memory) + 1]
         return True
+
+
+class Record:
+    """What a run's denoiser calls leave behind, in the units of `rollout`."""
+
+    def __init__(self, rollout: Rollout):
+        self.rollout = rollout
+        self.eps: list[Tensor] = []
+        self.sigmas: list[Tensor] = []
+        self.weights: list[Tensor] = []
+
+    def __call__(self, x: Tensor, sigma: Tensor, out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """Takes one call's input and output, and gives the prediction that samples."""
+        rollout = self.rollout
+        guided, judged = out if isinstance(out, tuple) else (out, out)
+        alpha, schedule = rollout.signal(sigma), rollout.schedule
+        judged = judged if rollout.conditional else guided
+        self.eps.append((x - per_image(alpha, x) * judged) / per_image(sigma, x))
+        after = schedule[schedule < sigma.min()]
+        after = (after.max() if len(after) else schedule.new_zeros(())).to(sigma).expand_as(sigma)
+        self.sigmas.append(sigma / alpha)
+        self.weights.append(rollout.weighting(sigma / alpha, after / rollout.signal(after)))
+        return guided
+
+    def path(self, x0: Tensor, noises: Sequence[Tensor]) -> Path:
+        return Path(x0, tuple(noises), tuple(self.eps), tuple(self.sigmas), tuple(self.weights), self.rollout.mask)

@@ -72,3 +72,41 @@ def rollout(steps: int = 6, memory: str = "none", D=None, **kwargs) -> Rollout:
 def noises(steps: int = 6, batch: int = 2, seed: int = 0) -> list[torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(batch, *SHAPE, dtype=torch.float64, generator=g) for _ in range(steps)]
+
+
+class Chain:
+    """`ancestral` in pieces, as `search.Chain`."""
+
+    def __init__(self, D, schedule):
+        self.D, self.schedule = D, schedule
+
+    def start(self, z_T):
+        return z_T * (1 + self.schedule[0] ** 2).sqrt()
+
+    def denoise(self, x, sigma):
+        return self.D(x, sigma)
+
+    def segment(self, x, i, j, source, wrap):
+        part = self.schedule[i : j + 1]
+        model, ones = wrap(self.D), x.new_ones(len(x))
+        for s, t in itertools.pairwise(part):
+            denoised = model(x, s * ones)
+            if t == 0:
+                return denoised
+            up = (t**2 * (s**2 - t**2) / s**2).sqrt()
+            down = (t**2 - up**2).sqrt()
+            x = x + (x - denoised) / s * (down - s) + up * source(lambda x=x: torch.randn_like(x))
+        return x
+
+
+def mixture_denoiser(modes=(-1.5, 1.5), std: float = 0.5):
+    """E[x0 | x] for an equal mixture of N(m, std^2), one dimension: exact."""
+
+    def D(x, sigma):
+        sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
+        total = std**2 + sigma**2
+        logits = torch.stack([-((x - m) ** 2) / (2 * total) for m in modes])
+        means = torch.stack([(std**2 * x + sigma**2 * m) / total for m in modes])
+        return (logits.softmax(0) * means).sum(0)
+
+    return D

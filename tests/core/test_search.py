@@ -1,0 +1,305 @@
+"""Search and steering on data whose tilted distribution is known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import gaussian
+import pytest
+import torch
+from mira.sampler.optimize import Score
+from mira.sampler.rollout import Rollout
+from mira.sampler.search import (
+    METHODS,
+    STEERING,
+    SearchSettings,
+    best_of_n_kl,
+    effective,
+    multinomial,
+    search,
+    ssp,
+)
+
+STEPS = 24
+
+
+def problem(D=None, batch=1, steps=STEPS, seed=0, shape=(1, 1, 1)):
+    """(chain, rollout, noises of the plain sample), in one dimension if nothing else is said."""
+    levels = torch.linspace(math.log(20.0), math.log(0.02), steps, dtype=torch.float64).exp()
+    schedule = torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+    D = D or gaussian.denoiser()
+    g = torch.Generator().manual_seed(seed)
+    z = [torch.randn(batch, *shape, dtype=torch.float64, generator=g) for _ in range(steps)]
+    return gaussian.Chain(D, schedule), Rollout(gaussian.ancestral(D, schedule), schedule, memory="none"), z
+
+
+def value(reward):
+    """A `score` of one-dimensional latents."""
+
+    def score(x0):
+        total = reward(x0).flatten(1).sum(1)
+        return Score(total, {"value": total.detach()}, x0.detach().expand(-1, 3, -1, -1))
+
+    return score
+
+
+def linear(x):
+    return x
+
+
+def moments(result):
+    """Mean and standard deviation of the weighted last population, over all images."""
+    w = result.log_weights.softmax(0).double() / result.log_weights.shape[1]
+    x = result.particles[..., 0, 0, 0].double()
+    mean = (w * x).sum()
+    return mean.item(), ((w * (x - mean) ** 2).sum() ** 0.5).item()
+
+
+def base_moments(D, steps=STEPS):
+    """Of the sampler's own output, which differs from the data by its discretisation."""
+    chain, _, _ = problem(D, steps=steps)
+    x = chain.start(torch.randn(20000, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(9)))
+    g = torch.Generator().manual_seed(8)
+    x = chain.segment(
+        x, 0, steps, lambda make: torch.randn(20000, 1, 1, 1, dtype=torch.float64, generator=g), lambda d: d
+    )
+    return x.flatten()
+
+
+@pytest.mark.parametrize("method", ["fk_steering", "das"])
+@pytest.mark.parametrize("potential", ["max", "difference"])
+def test_steering_converges_to_the_tilted_gaussian(method, potential):
+    # exp(s x) N(0, 1) is N(s, 1).
+    if method == "das" and potential == "difference":
+        pytest.skip("DAS has no potential")
+    strength = 0.8
+    chain, rollout, z = problem()
+    settings = SearchSettings(method, particles=4000, strength=strength, interval=8, potential=potential)
+    mean, std = moments(search(chain, rollout, value(linear), z, settings, most=4000))
+    base = base_moments(None)
+    expected = base.mean() + strength * base.var()
+    assert mean == pytest.approx(expected.item(), abs=0.08)
+    assert std == pytest.approx(base.std().item(), abs=0.08)
+
+
+@pytest.mark.parametrize("method", ["fk_steering", "das"])
+def test_steering_converges_to_the_tilted_mixture(method):
+    # exp(s x) multiplies the modes at -+1.5 by exp(s (-+1.5) + s^2 std^2 / 2).
+    strength = 0.4
+    D = gaussian.mixture_denoiser()
+    chain, rollout, z = problem(D)
+    settings = SearchSettings(method, particles=4000, strength=strength, interval=3)
+    result = search(chain, rollout, value(linear), z, settings, most=4000)
+    base = base_moments(D)
+    tilt = (strength * base).exp()
+    share = ((base > 0) * tilt).sum() / tilt.sum()  # the exact share is 1 / (1 + exp(-3 s)) = .77
+    w = result.log_weights.softmax(0).double()
+    found = (w * (result.particles[..., 0, 0, 0] > 0)).sum()
+    assert found.item() == pytest.approx(share.item(), abs=0.04)
+    assert share.item() == pytest.approx(1 / (1 + math.exp(-3 * strength)), abs=0.04)
+
+
+def test_das_reaches_where_choosing_among_particles_cannot():
+    # In 256 dimensions exp(s sum x) moves every mean by s var; that is 13 standard deviations of the sum.
+    strength = 0.8
+    chain, rollout, z = problem(batch=8, shape=(1, 16, 16))
+    means = {}
+    for method in ("fk_steering", "das"):
+        settings = SearchSettings(method, particles=8, strength=strength, interval=2, tempering=1.0)
+        found = search(chain, rollout, value(linear), z, settings, most=8)
+        means[method] = found.best.mean().item()
+    expected = (base_moments(None).mean() + strength * base_moments(None).var()).item()
+    assert means["das"] == pytest.approx(expected, rel=0.15)
+    assert means["fk_steering"] < expected / 2
+
+
+@pytest.mark.parametrize("n", [2, 8])
+def test_best_of_n_has_the_kl_of_the_books(n):
+    # KL = E[log(n F(r)^(n - 1))] over the best; F is the base's distribution function.
+    chain, rollout, z = problem(batch=4000)
+    result = search(chain, rollout, value(linear), z, SearchSettings("best_of_n", particles=n), most=n)
+    base = base_moments(None)
+    F = torch.distributions.Normal(base.mean(), base.std()).cdf(result.best.flatten())
+    kl = (math.log(n) + (n - 1) * F.log()).mean().item()
+    assert best_of_n_kl(n) == pytest.approx(math.log(n) - (n - 1) / n)
+    assert kl == pytest.approx(best_of_n_kl(n), abs=0.05)
+
+
+def test_best_of_one_is_the_plain_sample():
+    chain, rollout, z = problem(batch=3)
+    result = search(chain, rollout, value(linear), z, SearchSettings("best_of_n", particles=1))
+    assert torch.equal(result.best, rollout(z).x0)
+    assert result.trace.kept == [0, 0, 0]
+    assert best_of_n_kl(1) == 0
+
+
+def test_code_follows_the_best_continuation():
+    chain, rollout, z = problem(batch=200)
+    plain = rollout(z).x0
+    result = search(chain, rollout, value(linear), z, SearchSettings("code", particles=8, interval=3), most=8)
+    assert (result.best - plain).mean() > 1
+    assert [r["iteration"] for r in result.trace.of(0)] == [*range(9)]
+
+
+def test_zero_order_climbs_and_never_falls():
+    chain, rollout, z = problem(batch=50)
+    result = search(
+        chain, rollout, value(linear), z, SearchSettings("zero_order", particles=4, rounds=6, radius=0.5), most=4
+    )
+    plain = rollout(z).x0.flatten()
+    assert (result.best.flatten() >= plain).all() and (result.best.flatten() - plain).mean() > 1
+    # What came back is what its noises give.
+    torch.testing.assert_close(rollout(result.best_noises).x0, result.best)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_how_many_run_at_once_changes_nothing(method):
+    chain, rollout, z = problem(batch=2)
+    settings = SearchSettings(method, particles=5, rounds=2, strength=2.0)
+    one, all_ = (search(chain, rollout, value(linear), z, settings, seed=3, most=m) for m in (1, 5))
+    torch.testing.assert_close(one.best, all_.best)
+    assert [r["reward"] for r in one.trace.rows] == pytest.approx([r["reward"] for r in all_.trace.rows])
+    again = search(chain, rollout, value(linear), z, settings, seed=3, most=5)
+    assert torch.equal(again.best, all_.best)
+    other = search(chain, rollout, value(linear), z, settings, seed=4, most=5)
+    assert not torch.equal(other.best, all_.best)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_record_holds_the_result_and_its_cost(method):
+    chain, rollout, z = problem(batch=2)
+    calls = []
+
+    class Counting(gaussian.Chain):
+        def denoise(self, x, sigma):
+            calls.append(len(x))
+            return super().denoise(x, sigma)
+
+        def segment(self, x, i, j, source, wrap):
+            def counted(D):
+                def call(x, sigma):
+                    calls.append(len(x))
+                    return D(x, sigma)
+
+                return call
+
+            chain = gaussian.Chain(counted(self.D), self.schedule)
+            return chain.segment(x, i, j, source, wrap)
+
+    counting = Counting(chain.D, chain.schedule)
+    result = search(counting, rollout, value(linear), z, SearchSettings(method, particles=3, rounds=2), most=2)
+    first, kept = result.trace.summary(1)
+    assert first["path_kl"] == first["latent_distance"] == 0
+    assert kept["reward"] == pytest.approx(result.best.flatten()[1].item(), rel=1e-5)
+    assert kept["evaluations"] <= result.trace.settings["evaluations"] == sum(calls) / 2
+    assert (result.trace.settings["backwards"] > 0) == (method == "das")
+    if method in STEERING:  # the last row is of whole paths
+        assert result.trace.kept == [result.trace.rows[-1]["iteration"]] * 2
+        assert math.isnan(result.trace.of(0)[1]["path_kl"]) and result.trace.of(0)[-1]["path_kl"] > 0
+    assert len(result.iterates) == len(result.trace.of(0))
+
+
+def test_ssp_copies_each_particle_by_floor_or_ceiling_and_without_bias():
+    g = torch.Generator().manual_seed(0)
+    log_weights = torch.tensor([[0.4], [0.05], [0.3], [0.25]]).log()
+    counts = torch.stack([torch.bincount(ssp(log_weights, g)[:, 0], minlength=4) for _ in range(4000)]).double()
+    expected = torch.tensor([1.6, 0.2, 1.2, 1.0], dtype=torch.double)
+    assert (counts.sum(1) == 4).all()
+    assert ((counts - expected).abs() < 1).all()
+    torch.testing.assert_close(counts.mean(0), expected, atol=0.03, rtol=0)
+
+
+def test_ssp_of_equal_weights_copies_each_once():
+    g = torch.Generator().manual_seed(0)
+    assert ssp(torch.zeros(6, 3), g).T.tolist() == [list(range(6))] * 3
+
+
+def test_resampling_of_one_winner():
+    log_weights = torch.tensor([[0.0, -1e9], [-1e9, 0.0], [-1e9, -1e9]])
+    g = torch.Generator().manual_seed(0)
+    for resample in (multinomial, ssp):
+        assert resample(log_weights, g).T.tolist() == [[0, 0, 0], [1, 1, 1]]
+    torch.testing.assert_close(effective(log_weights), torch.ones(2))
+    torch.testing.assert_close(effective(torch.zeros(5, 2)), torch.full((2,), 5.0))
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("problem_kind", ["interrupt", "memory"])
+def test_what_was_found_before_it_was_stopped_comes_back(method, problem_kind):
+    chain, rollout, z = problem(batch=2)
+    looks = []
+
+    def score(x0):
+        looks.append(1)
+        if len(looks) > 3:
+            raise Stop if problem_kind == "interrupt" else torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return value(linear)(x0)
+
+    settings = SearchSettings(method, particles=6, rounds=5, interval=2)
+    result = search(chain, rollout, score, z, settings, most=1, interrupts=(Stop,))
+    assert ("interrupted" if problem_kind == "interrupt" else "out of memory") in result.reason
+    assert torch.isfinite(result.best).all()
+    assert result.best.flatten().tolist() == pytest.approx(
+        [max(r["reward"] for r in result.trace.of(b)) for b in range(2)], rel=1e-5
+    )
+
+
+def test_running_out_of_memory_halves_what_runs_at_once():
+    chain, rollout, z = problem(batch=1)
+
+    class Tight(gaussian.Chain):
+        def segment(self, x, i, j, source, wrap):
+            if len(x) > 2:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return super().segment(x, i, j, source, wrap)
+
+    settings = SearchSettings("fk_steering", particles=6, interval=3, strength=1.0)
+    tight = search(Tight(chain.D, chain.schedule), rollout, value(linear), z, settings, most=6)
+    roomy = search(chain, rollout, value(linear), z, settings, most=6)
+    torch.testing.assert_close(tight.best, roomy.best)
+    assert "went on with 3" in tight.trace.notices[0] and "went on with 1" in tight.trace.notices[1]
+
+
+@pytest.mark.parametrize("method", STEERING)
+def test_steering_needs_noise_to_steer(method):
+    chain, rollout, z = problem()
+    with pytest.raises(ValueError, match="injects none"):
+        search(chain, rollout, value(linear), z[:1], SearchSettings(method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_particle_whose_reward_is_not_a_number_dies(method):
+    chain, rollout, z = problem(batch=1)
+
+    def reward(x):
+        return torch.where(x > 0.3, torch.nan, x)
+
+    settings = SearchSettings(method, particles=6, rounds=3, interval=2, strength=1.0)
+    result = search(chain, rollout, value(reward), z, settings, most=6)
+    assert torch.isfinite(result.best).all()
+    if result.best.item() > 0.3:
+        assert all(r["reward"] == -1e9 for r in result.trace.of(0)[-1:])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"method": "x"}, {"potential": "x"}, {"particles": 0}, {"rounds": 0}, {"interval": -1}, {"strength": -1},
+     {"strength": math.nan}, {"radius": 0}, {"radius": 1.1}],
+)  # fmt: skip
+def test_settings_say_what_is_wrong(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=name):
+        replace(SearchSettings(), **change)
+
+
+def test_papers_looks():
+    assert SearchSettings("fk_steering").looks(100) == [20, 40, 60, 80, 100]
+    assert SearchSettings("code").looks(100) == list(range(5, 101, 5))
+    assert SearchSettings("das").looks(3) == [1, 2, 3]
+    assert SearchSettings("fk_steering", interval=3).looks(8) == [3, 6, 8]
+    assert SearchSettings("code").looks(1) == [1]
