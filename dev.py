@@ -5,7 +5,7 @@
     python dev.py serve     the same ComfyUI, for a person
     python dev.py test      every test (--no-browser: all but the browser's)
     python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference
-    python dev.py train     retrain the demo model: data, vae, clip, judge, unet, export
+    python dev.py train     retrain the demo model: data, vae, clip, judge, unet, export, taste
 
 Standard library only: it builds its environment (.venv, .cache) at the first run.
 """
@@ -44,8 +44,9 @@ BENCHES = {
     "model": "bench.model",
     "rewards": "bench.rewards",
     "preference": "bench.preference",
+    "front": "bench.front",
 }
-STAGES = ("data", "vae", "clip", "judge", "unet", "export")
+STAGES = ("data", "vae", "clip", "judge", "unet", "export", "taste")
 
 
 class Failure(Exception):

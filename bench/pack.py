@@ -27,7 +27,7 @@ def with_comfyui(sdpa: bool = False) -> None:
 
     sdpa: plain samples use PyTorch's attention too, as optimised ones always do, so that their times compare.
     """
-    if os.environ["MIRA_COMFYUI"] in sys.path:
+    if "comfy.cli_args" in sys.modules:
         return
     sys.path.insert(0, os.environ["MIRA_COMFYUI"])
     import comfy.cli_args

@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent / "weights"
 
 
 def load(name: str) -> dict[str, torch.Tensor]:
-    """`unet`, `vae`, `clip` or `judge`, in float32."""
+    """`unet`, `vae`, `clip`, `judge` or `taste`, in float32."""
     path = FOLDER / f"{name}.safetensors"
     if not path.is_file():
         raise FileNotFoundError(

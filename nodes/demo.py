@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import comfy.model_management
 import comfy.model_patcher
@@ -17,6 +18,7 @@ from comfy_api.latest import io
 from ..demo import clip as demo_clip
 from ..demo import unet as demo_unet
 from ..demo.weights import load
+from ..rewards.aesthetic import Aesthetic, head_of
 from ..rewards.clip import Encoder, Similarity, clip_score
 from ..rewards.preprocess import Preprocessing
 from ..rewards.text import ClipTokens
@@ -81,6 +83,17 @@ def demo_clip_score() -> Similarity:
     size = demo_clip.CONFIG["vision_cfg"]["image_size"]
     encoder = Encoder(_clip_network(), ClipTokens(TEXT["context_length"]), Preprocessing(size))
     return clip_score(encoder, typical=(45.0, 75.0))
+
+
+def demo_aesthetic() -> Aesthetic:
+    """Likes the demo model's 3d style (about 7) and not its flat one (about 4)."""
+    encoder = demo_clip_score().encoder
+    reward = Aesthetic(
+        head_of(load("taste"), "taste.safetensors"), encoder.network, encoder.network.encode_image,
+        encoder.preprocessing,
+    )  # fmt: skip
+    reward.facts = replace(reward.facts, name="Demo Aesthetic", typical=(4.0, 7.0))
+    return reward
 
 
 class MiraDemoModel(io.ComfyNode):

@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..rewards.base import Reward
+from ..sampler.hybrid import hybrid
 from ..sampler.memory import out_of_memory
 from ..sampler.optimize import Result, Score, Settings, optimize
 from ..sampler.preference import PreferenceSettings
 from ..sampler.rollout import Rollout, draw, per_image
+from ..sampler.search import SearchSettings, search
 from ..sampler.selftest import gradient_error
 from ..sampler.statistics import expected, noise_statistics
 from .grad import OutOfPlaceAdd, blocks_checkpointed, frozen, leave_inference_mode, normal, sdpa, static, training
@@ -67,7 +69,7 @@ class Job:
     latent: Tensor
     vae: object
     reward: Reward | None
-    settings: Settings | PreferenceSettings
+    settings: Settings | PreferenceSettings | SearchSettings
     seed: int = 0
     mask: Tensor | None = None
     prompts: Sequence[str] = ()
@@ -124,6 +126,26 @@ def optimizing(process: _Process, noises: tuple[Tensor, ...]) -> Result:
         interrupts=INTERRUPTS,
         memory=used_bytes,
     )
+
+
+def searching(process: _Process, noises: tuple[Tensor, ...]) -> Result:
+    """Let the better of several particles survive."""
+    process.redraw = False  # particles are compared under the same draw
+    settings: SearchSettings = process.settings
+    options = dict(
+        seed=process.job.seed,
+        on_iteration=process.job.on_iteration,
+        interrupts=INTERRUPTS,
+        memory=used_bytes,
+    )
+    if settings.method == "mira_fk":
+        return hybrid(process.rollout, process.score, noises, settings, **options)
+
+    def found(chain: _Chain) -> Result:
+        most = process.most_particles(settings)
+        return search(chain, process.rollout, process.score, noises, settings, most=most, **options)
+
+    return process.within_chain(noises[0], found)
 
 
 class _WorkingSampler(comfy.samplers.Sampler):
@@ -193,6 +215,7 @@ class _Process:
         self.place: Callable = nullcontext  # the self-test may change it
         self.rollout: Rollout | None = None
         self.evaluations = 0
+        self.redraw = True  # a reward that draws random numbers draws new ones at every evaluation
         dtype = self.inner.manual_cast_dtype or self.inner.get_dtype()
         # Gradients of a mean over pixels are near float16's smallest numbers.
         scale = 2.0**10 if dtype == torch.float16 else 1.0
@@ -315,15 +338,36 @@ class _Process:
     def reward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         job, keep = self.job, self._keep
         job.reward.evaluation(self.evaluations)
-        self.evaluations += 1
+        self.evaluations += self.redraw
+        prompts = list(job.prompts) * (len(images) // max(1, len(job.prompts)))  # one round for every particle
         # Layer by layer where a network has known layers: less is kept, and recomputed once only.
         layers = [] if keep else [blocks_checkpointed(m, OutOfPlaceAdd) for m in job.reward.modules]
         if keep or any(layers):
             with ExitStack() as stack:
                 for within in filter(None, layers):
                     stack.enter_context(within())
-                return job.reward(images, job.prompts)
-        return checkpoint(lambda i: job.reward(i, job.prompts), images, use_reentrant=False, preserve_rng_state=False)
+                return job.reward(images, prompts)
+        return checkpoint(lambda i: job.reward(i, prompts), images, use_reentrant=False, preserve_rng_state=False)
+
+    def within_chain(self, noise: Tensor, work: Callable[[_Chain], Result]) -> Result:
+        """`work` inside ComfyUI's sampler call, where a run can be stopped and continued at any noise level."""
+        found = []
+
+        def function(model_k, x, sigmas, extra_args, callback, disable, **options):
+            found.append(work(_Chain(self, model_k, extra_args)))
+            return x
+
+        self._run(noise, function, {})
+        return found[0]
+
+    def most_particles(self, settings: SearchSettings) -> int:
+        """How many particles of the whole batch probably fit at once."""
+        shape = list(self.job.latent.shape)
+        each = self.inner.memory_required([2 * shape[0], *shape[1:]])
+        each += self.vae.memory_used_decode(shape, self.vae.vae_dtype)
+        if settings.method == "das":
+            each *= 8  # activations are kept for one backward; running out of memory halves what runs at once
+        return max(1, min(settings.particles, int(0.7 * free_bytes() / each)))
 
     def blocks(self) -> Callable | None:
         return blocks_checkpointed(self.inner.diffusion_model, lambda: self.place())
@@ -375,6 +419,48 @@ class _Process:
 
         self._run(noise, function, {})
         return found[0]
+
+
+class _Chain:
+    """ComfyUI's own sampler function in pieces, on particles of the whole batch: `search.Chain`."""
+
+    def __init__(self, process: _Process, model_k, extra_args: dict):
+        self.process, self.model_k, self.extra_args = process, model_k, extra_args
+
+    def _on(self, count: int) -> tuple[object, dict, Callable]:
+        """(model, extra_args, denoiser) for `count` latents: what belongs to the batch, once for every particle."""
+        process, model_k, extra_args = self.process, copy.copy(self.model_k), dict(self.extra_args)
+        rounds = count // len(process.job.latent)
+
+        def tiled(t: Tensor) -> Tensor:
+            return t.repeat(rounds, *[1] * (t.ndim - 1)) if t is not None and len(t) > 1 else t
+
+        model_k.latent_image, model_k.noise = tiled(model_k.latent_image), tiled(model_k.noise)
+        extra_args["denoise_mask"] = tiled(extra_args.get("denoise_mask"))
+        extra_args, call = process._network(model_k, extra_args)
+        return model_k, extra_args, call
+
+    def start(self, z_T: Tensor) -> Tensor:
+        process = self.process
+        full = process.job.sampler.max_denoise(process.model_wrap, process.sigmas)
+        sampling = process.inner.model_sampling
+        return sampling.noise_scaling(process.sigmas[0], z_T, process.latent_image, full)
+
+    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        _, extra_args, call = self._on(len(x))
+        out = self.process.rollout.predict(call, x, sigma, extra_args)
+        return out[0] if isinstance(out, tuple) else out
+
+    def segment(self, x: Tensor, i: int, j: int, source, wrap) -> Tensor:
+        process = self.process
+        model_k, extra_args, call = self._on(len(x))
+        twins, options = Twins(source), dict(process.job.sampler.extra_options)
+        if "noise_sampler" in options:
+            options["noise_sampler"] = twins.noise_sampler(options["noise_sampler"])
+        twin = twins(process.job.sampler.sampler_function)
+        sigmas = process.sigmas[i : j + 1]
+        model = StandIn(model_k, wrap(call))
+        return twin(model, x, sigmas, extra_args=extra_args, callback=None, disable=True, **options)
 
 
 def free_bytes() -> float:

@@ -182,6 +182,7 @@ def optimize(
     noises: Sequence[Tensor],
     settings: Settings,
     *,
+    reference: Path | None = None,
     on_iteration: Callable[[int, list[dict], Score], None] = lambda k, rows, score: None,
     interrupts: tuple[type[BaseException], ...] = (),
     memory: Callable[[], float] = lambda: 0.0,
@@ -189,7 +190,8 @@ def optimize(
     """Optimise `noises` (z_T, ..., z_1), each (B, C, ...), so that score(x0) rises.
 
     Every image of the batch is on its own: loss, clipping, stopping and the kept iterate. Iteration 0 is the
-    unchanged noise. `on_iteration(k, rows, score)` is the only side channel. An exception of `interrupts` after
+    unchanged noise, and drift is measured from there unless a `reference` is given.
+    `on_iteration(k, rows, score)` is the only side channel. An exception of `interrupts` after
     iteration 0, running out of memory and values that are not finite end the run with the best so far.
 
     Raises RuntimeError when the reward has no gradient with respect to the noises.
@@ -201,6 +203,7 @@ def optimize(
         OPTIMIZERS[settings.optimizer](variables.leaves, settings.lr),
         Keeper(settings.keep, settings.drift_limit),
         settings.loss_scale,
+        reference,
         active=torch.ones(batch, dtype=torch.bool),
         halvings=torch.zeros(batch, dtype=torch.long),
         beta=torch.full((batch,), max(settings.beta, DUAL_FLOOR * (settings.hold == "dual_ascent"))),

@@ -191,7 +191,7 @@ class Rollout:
                     with torch.no_grad():
                         out = denoiser(x, sigma, **kwargs)
                 else:
-                    out = self._checkpointed(denoiser, x, sigma, kwargs)
+                    out = self.predict(denoiser, x, sigma, kwargs)
                 return record(x, sigma, out)
 
             return measured
@@ -204,7 +204,8 @@ class Rollout:
         left = len(self.schedule) - 1 - int((self.schedule[:-1] > sigma.max()).sum())
         return 0 < self.gradient_steps < left
 
-    def _checkpointed(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, kwargs: dict):
+    def predict(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, kwargs: dict):
+        """One call of the denoiser, checkpointed as the policy says."""
         if not torch.is_grad_enabled():
             return denoiser(x, sigma, **kwargs)
         if self.memory == "auto":

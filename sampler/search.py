@@ -1,8 +1,8 @@
 """Search and steering: several particles of one frozen model, of which the better ones survive.
 
 Best-of-N, zero-order search (arXiv 2501.09732), FK steering (arXiv 2501.06848), CoDe (arXiv 2502.00968) and DAS
-(arXiv 2501.05803). All of them sample from, or climb within, the model's distribution tilted by exp(strength * reward);
-none needs a gradient but DAS.
+(arXiv 2501.05803); the hybrid of MIRA and FK has a file of its own. All of them sample from, or climb within, the
+model's distribution tilted by exp(strength * reward); none of these needs a gradient but DAS.
 
 Particles are stacked particle by particle: index p * B + b is particle p of image b.
 """
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from .candidates import towards
 from .memory import out_of_memory
-from .optimize import Result, Score
+from .optimize import Result, Score, Settings
 from .rollout import Denoiser, NoiseSource, Path, Record, Rollout, per_image
 from .surrogates import SURROGATES
 from .trace import Trace
 
-METHODS = ("best_of_n", "zero_order", "fk_steering", "code", "das")
+METHODS = ("best_of_n", "zero_order", "fk_steering", "code", "das", "mira_fk")
 STEERING = ("fk_steering", "code", "das")
 POTENTIALS = ("max", "difference")
 WORST = -1e9
@@ -59,6 +59,7 @@ class SearchSettings:
     ess: resample when the effective sample size falls below this share of the particles.
     radius: how different zero_order's candidates are from their pivot; 1: other seeds.
     tempering: gamma of DAS, whose strength grows as (1 + gamma)^i - 1 over 100 steps, up to 1.
+    mira_fk (see `hybrid.py`): `rounds` times `iterations` updates of every particle, with lr, regularizer and beta.
     """
 
     method: str = "best_of_n"
@@ -70,19 +71,24 @@ class SearchSettings:
     ess: float = 0.5
     radius: float = 0.4
     tempering: float = 0.008
+    iterations: int = 5
+    lr: float = 0.02
+    regularizer: str = "mira"
+    beta: float = 0.1
     loss_scale: float = 1.0
 
     def __post_init__(self):
         for name, table in {"method": METHODS, "potential": POTENTIALS}.items():
             if getattr(self, name) not in table:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(table)}")
-        for name, least in {"particles": 1, "rounds": 1, "interval": 0}.items():
+        for name, least in {"particles": 1, "rounds": 1, "interval": 0, "iterations": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: use {least} or more")
         for name in ("strength", "ess", "tempering"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}: use 0 or more")
+        Settings(lr=self.lr, regularizer=self.regularizer, beta=self.beta)  # says what is wrong with them
         if not 0 < self.radius <= 1:
             raise ValueError(f"radius is {self.radius}: use a value above 0 and up to 1")
 
@@ -94,10 +100,11 @@ class SearchSettings:
         every = self.interval or max(1, round(steps / share))
         return [*range(every, steps, every), steps]
 
-    @property
-    def events(self) -> int:
-        """How many rows a run of best_of_n or zero_order has beyond the plain sample's."""
-        return self.particles - 1 if self.method == "best_of_n" else self.rounds
+    def rows(self, steps: int) -> int:
+        """How many rows a run has beyond the plain sample's."""
+        if self.method == "best_of_n":
+            return self.particles - 1
+        return len(self.looks(steps)) if self.method in STEERING else self.rounds
 
 
 @dataclass
@@ -196,6 +203,11 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def stream(seed: int, number: int) -> torch.Generator:
+    """A source of noise of its own for every (seed, number), number -1 or more."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + number + 2) % 2**63)
+
+
 class _Search:
     """One run's state: who draws which noise, what was seen, and what came out so far."""
 
@@ -206,8 +218,8 @@ class _Search:
         self.on_iteration, self.memory = on_iteration, memory
         self.steps = len(rollout.schedule) - 1
         self.batch = len(noises[0])
-        self.generators = [self._generator(seed, p) for p in range(settings.particles)]
-        self.choosing = self._generator(seed, -1)
+        self.generators = [stream(seed, p) for p in range(settings.particles)]
+        self.choosing = stream(seed, -1)
         self.trace, self.iterates = Trace(), []
         self.reference: Path | None = None
         self.best: Tensor | None = None
@@ -216,11 +228,6 @@ class _Search:
         self.kept = torch.zeros(self.batch, dtype=torch.long)
         self.calls = self.backwards = 0  # of the denoiser, for each image
         self.started = time.perf_counter()
-
-    @staticmethod
-    def _generator(seed: int, particle: int) -> torch.Generator:
-        # Seeds of neighbouring numbers make unrelated noise; this only keeps runs of neighbouring seeds apart.
-        return torch.Generator().manual_seed((seed * 1_000_003 + particle + 2) % 2**63)
 
     def fresh(self, particles: Sequence[int], like: Tensor) -> Tensor:
         """Noise of every particle, (p, B, ...), each from its own generator: independent of how they are batched."""
@@ -236,10 +243,15 @@ class _Search:
             try:
                 work(some)
             except RuntimeError as problem:
-                if not out_of_memory(problem) or len(some) == 1:
+                if not out_of_memory(problem):
                     raise
                 for generator, state in zip(self.generators, states, strict=True):
                     generator.set_state(state)
+                if len(some) == 1:
+                    if not self.rollout.shrink():
+                        raise
+                    self.trace.notices.append(f"out of memory: went on with {self.rollout.memory} checkpointing")
+                    continue
                 self.most = len(some) // 2
                 self.trace.notices.append(f"out of memory with {len(some)} particles at once: went on with {self.most}")
                 continue

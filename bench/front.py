@@ -1,0 +1,285 @@
+"""What moves the front of reward against adherence: `python dev.py bench front [--only NAME ...] [--report]`.
+
+Every variant optimises the same 15 animals from the same noises for three rewards of different kinds; the held-out
+judge and CLIPScore look at every iterate. Every run is kept in output/front/ and not repeated; tables and plots go to
+docs/results/front*. docs/findings.md reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+
+from bench.model import batch_conditioning, sheet
+from bench.pack import ROOT, mira
+from bench.world import World, demo, host
+
+judge_module, vocabulary = mira("demo.judge"), mira("demo.vocabulary")
+Reward = mira("rewards.base").Reward
+JPEGSurrogate, PixelReward = mira("rewards.jpeg").JPEGSurrogate, mira("rewards.pixel").PixelReward
+Settings = mira("sampler.optimize").Settings
+Score = mira("sampler.optimize").Score
+RAW, OUT = ROOT / "output" / "front", ROOT / "docs" / "results"
+ANIMALS = vocabulary.ANIMALS[:15]
+STEPS, ITERATIONS, LR, SEED = 8, 10, 0.03, 0
+# What a reward is divided by, so that gains are of order 1 and one beta means the same for all.
+REWARDS = {"brightness": 1.0, "JPEG": 1.0, "aesthetic": 1.0}
+
+
+def rewards() -> dict[str, Reward]:
+    return {"brightness": PixelReward("brightness"), "JPEG": JPEGSurrogate(), "aesthetic": demo.demo_aesthetic()}
+
+
+class Held(Reward):
+    """A reward whose gradient is kept from lowering an anchor. how: "project", or "penalty" times what was lost."""
+
+    def __init__(self, reward: Reward, anchor: Callable, how: str, weight: float = 1.0):
+        self.reward, self.anchor, self.how, self.weight = reward, anchor, how, weight
+        self.facts, self.modules = replace(reward.facts, needs_prompt=True), reward.modules
+        self.first = None
+
+    def score(self, images, prompts):
+        if not torch.is_grad_enabled():
+            return self.reward.score(images, prompts)
+        if self.how == "penalty":
+            held = self.anchor(images, prompts)
+            if self.first is None:
+                self.first = held.detach()
+            return self.reward.score(images, prompts) - self.weight * (self.first - held).clamp(min=0)
+        free = images.detach().requires_grad_()
+        reward, held = self.reward.score(free, prompts), self.anchor(free, prompts)
+        (wanted,) = torch.autograd.grad(reward.sum(), free, retain_graph=True)
+        (kept,) = torch.autograd.grad(held.sum(), free)
+        dot, square = ((wanted * kept).flatten(1).sum(1), kept.square().flatten(1).sum(1).clamp(min=1e-20))
+        wanted = wanted - (dot.clamp(max=0) / square).view(-1, 1, 1, 1) * kept
+        return reward.detach() + ((images - images.detach()) * wanted).flatten(1).sum(1)
+
+
+class FeatureDistance(Reward):
+    """A reward less the distance to the plain image in the features of a network that the reward does not use."""
+
+    def __init__(self, reward: Reward, features: Callable, weight: float):
+        self.reward, self.features, self.weight = reward, features, weight
+        self.facts, self.modules, self.first = reward.facts, reward.modules, None
+
+    def score(self, images, prompts):
+        found = self.features(images)
+        if self.first is None:
+            self.first = found.detach()
+        return self.reward.score(images, prompts) - self.weight * (found - self.first).square().sum(1)
+
+
+def predictor(process, noise) -> Callable:
+    """(x, sigma) -> the conditional and the unconditional prediction, differentiable."""
+    held = []
+
+    def function(model_k, x, sigmas, extra_args, callback, disable, **options):
+        held[:] = [model_k, extra_args]
+        return x
+
+    process._run(noise, function, {})
+    model_k, extra = held
+    import comfy.model_patcher
+
+    options = comfy.model_patcher.create_model_options_clone(extra["model_options"])
+    options.setdefault("transformer_options", {})["optimized_attention_override"] = host.sdpa
+    found = []
+
+    def capture(args):
+        found[:] = [args["cond_denoised"], args["uncond_denoised"]]
+        return args["denoised"]
+
+    options["sampler_post_cfg_function"] = [capture]
+
+    def predict(x, sigma):
+        model_k(x, sigma, **{**extra, "model_options": options})
+        return tuple(found)
+
+    return predict
+
+
+def denoising(kind: str, levels=(0.8, 2.0, 4.0)) -> Callable:
+    """process -> a function of x0, (B,): "classifier", how much better the conditional prediction denoises x0 than the
+    unconditional one; "typicality", minus the departure of the conditional denoising loss from the plain sample's."""
+
+    def make(process, noise):
+        predict = predictor(process, noise)
+        g = torch.Generator().manual_seed(5)
+        drawn = [torch.randn(noise.shape, generator=g).to(noise) for _ in levels]
+        first = []
+
+        def anchor(x0):
+            losses = []
+            for level, eps in zip(levels, drawn, strict=True):
+                sigma = x0.new_full((len(x0),), level)
+                cond, uncond = predict(x0 + level * eps, sigma)
+                weight = (1 + level**2) / level**2  # the loss of v-prediction, flat over levels
+                of = [weight * (p - x0).square().flatten(1).mean(1) for p in (cond, uncond)]
+                losses.append(of[1] - of[0] if kind == "classifier" else of[0])
+            total = sum(losses) / len(levels)
+            if kind == "classifier":
+                return total
+            if not first:
+                first.append(total.detach())
+            return -(total - first[0]).abs()
+
+        return anchor
+
+    return make
+
+
+def latent_held(make: Callable, how: str, weight: float) -> Callable:
+    """The work of `host.run`: as `Held`, for an anchor of the latent that the model itself gives."""
+
+    def work(process, noises):
+        anchor, first = make(process, noises[0]), []
+
+        def score(x0):
+            if not torch.is_grad_enabled():
+                return process.score(x0)
+            if how == "penalty":
+                out, held = process.score(x0), anchor(x0)
+                if not first:
+                    first.append(held.detach())
+                return replace(out, total=out.total - weight * (first[0] - held).clamp(min=0))
+            free = x0.detach().requires_grad_()
+            out, held = process.score(free), anchor(free)
+            (wanted,) = torch.autograd.grad(out.total.sum(), free)
+            (kept,) = torch.autograd.grad(held.sum(), free)
+            dot, square = (wanted * kept).flatten(1).sum(1), kept.square().flatten(1).sum(1).clamp(min=1e-20)
+            wanted = wanted - (dot.clamp(max=0) / square).view(-1, 1, 1, 1) * kept
+            return replace(out, total=out.total.detach() + ((x0 - x0.detach()) * wanted).flatten(1).sum(1))
+
+        return host.optimize(
+            process.rollout,
+            score,
+            noises,
+            process.settings,
+            on_iteration=process.job.on_iteration,
+            memory=host.used_bytes,
+        )
+
+    return work
+
+
+@dataclass(frozen=True)
+class Variant:
+    """settings: over those of plain optimisation. reward(reward, clip) -> the optimised one. work: of `host.run`."""
+
+    settings: dict = field(default_factory=dict)
+    reward: Callable = lambda reward, clip: reward
+    work: Callable | None = None
+    steps: int = STEPS
+    gradient_steps: int = 0
+
+
+def clip_features(clip):
+    encoder = clip.encoder
+    return lambda images: F.normalize(encoder.network.encode_image(encoder.preprocessing(images)), dim=1)
+
+
+def scaled_clip(clip):
+    return lambda images, prompts: clip.score(images, prompts) / 20
+
+
+VARIANTS = {
+    "dno": Variant(),
+    "clip_project": Variant(reward=lambda r, c: Held(r, scaled_clip(c), "project")),
+    "classifier_project": Variant(work=latent_held(denoising("classifier"), "project", 0)),
+    "sphere": Variant({"optimizer": "sphere"}),
+    "initial": Variant({"variables": "initial"}),
+    "injected": Variant({"variables": "injected"}),
+    "clip_penalty": Variant(reward=lambda r, c: Held(r, scaled_clip(c), "penalty", 1.0)),
+    "classifier_penalty": Variant(work=latent_held(denoising("classifier"), "penalty", 5.0)),
+    "projection_.05": Variant({"hold": "projection", "drift_limit": 0.05, "drift_metric": "path_kl"}),
+    "dual_.05": Variant({"hold": "dual_ascent", "drift_limit": 0.05, "drift_metric": "path_kl",
+                         "regularizer": "path_kl", "beta": 1.0}),
+    "two_sided_1": Variant({"regularizer": "mira_two_sided", "beta": 0.3}),
+    "score_distance": Variant({"regularizer": "score_distance", "beta": 0.1}),
+    "typicality": Variant(work=latent_held(denoising("typicality"), "penalty", 5.0)),
+    "clip_features": Variant(reward=lambda r, c: FeatureDistance(r, clip_features(c), 1.0)),
+    "early": Variant({"variables": "early"}),
+    "late": Variant({"variables": "late"}),
+    "mira_.2": Variant({"regularizer": "mira", "beta": 0.2}),
+    "path_kl_3": Variant({"regularizer": "path_kl", "beta": 3.0}),
+    "latent_distance": Variant({"regularizer": "latent_distance", "beta": 0.05}),
+    "last_1": Variant(gradient_steps=1),
+    "last_3": Variant(gradient_steps=3),
+    "sgd": Variant({"optimizer": "sgd", "lr": 3.0}),
+    "adam": Variant({"optimizer": "adam"}),
+    "steps_4": Variant(steps=4),
+    "steps_16": Variant(steps=16),
+    "lr_.01": Variant({"lr": 0.01}),
+    "lr_.06": Variant({"lr": 0.06}),
+}  # fmt: skip
+
+
+def file_of(name: str, reward: str, suffix: str = ".json"):
+    return RAW / f"{reward}_{name}_{ITERATIONS}_seed{SEED}{suffix}"
+
+
+def run(world, judge, clip, name: str, reward: str) -> None:
+    variant, real = VARIANTS[name], rewards()[reward]
+    prompts = [vocabulary.caption(a, prefix=True) for a in ANIMALS]
+    rows, shown, features = [], [], []
+
+    def observe(k, new, score):
+        with torch.no_grad():
+            values = real.score(score.images, prompts).tolist()
+            clips = clip.score(score.images, prompts).tolist()
+            small = F.interpolate(score.images, size=(judge_module.SIZE,) * 2, mode="bilinear", antialias=True)
+            features.append(judge.mix(judge.body(small.clamp(0, 1) * 2 - 1)))
+        kept = judge_module.adherence(judge, score.images, list(ANIMALS)).tolist()
+        for row, animal, r, a, c in zip(new, ANIMALS, values, kept, clips, strict=True):
+            rows.append(row | {"reward": r, "animal": animal, "adherence": a, "clip_score": c})
+        if k in (0, 3, 6, ITERATIONS):
+            shown.append(score.images)
+
+    job = world.job(
+        positive=batch_conditioning(world, prompts), steps=variant.steps, batch=len(ANIMALS), prompts=prompts,
+        reward=variant.reward(real, clip), seed=SEED, on_iteration=observe, memory="none",
+    )  # fmt: skip
+    job.settings = Settings(**{"iterations": ITERATIONS, "lr": LR, "keep": "last"} | variant.settings)
+
+    def work(process, noises):
+        process.rollout.gradient_steps = variant.gradient_steps
+        return (variant.work or host.optimizing)(process, noises)
+
+    with torch.inference_mode():
+        host.run(job, work)
+    sheet(torch.cat(shown), len(ANIMALS), file_of(name, reward, ".jpg"))
+    torch.save(torch.stack(features), file_of(name, reward, ".pt"))
+    path = file_of(name, reward)
+    path.with_suffix(".tmp").write_text(json.dumps(rows))
+    path.with_suffix(".tmp").replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--rewards", nargs="*", default=list(REWARDS), choices=list(REWARDS))
+    args = parser.parse_args()
+    RAW.mkdir(parents=True, exist_ok=True)
+    world, judge, clip = World(), judge_module.load_judge(), demo.demo_clip_score()
+    for name in args.only:
+        for reward in args.rewards:
+            if not file_of(name, reward).is_file():
+                start = time.perf_counter()
+                run(world, judge, clip, name, reward)
+                rows = json.loads(file_of(name, reward).read_text())
+                for k in (0, 5, ITERATIONS):
+                    at = [r for r in rows if r["iteration"] == k]
+                    mean = {c: round(sum(r[c] for r in at) / len(at), 3)
+                            for c in ("reward", "adherence", "clip_score", "path_kl", "score_distance")}  # fmt: skip
+                    print(name, reward, k, mean)
+                print(f"{time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

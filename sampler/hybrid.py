@@ -1,0 +1,143 @@
+"""The hybrid of MIRA and FK steering: several trajectories are optimised side by side, and the best ones survive."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .candidates import towards
+from .memory import out_of_memory
+from .optimize import Result, Score, Settings, optimize
+from .rollout import Path, Rollout, per_image
+from .search import SearchSettings, stream
+from .trace import Trace
+
+
+def hybrid(
+    rollout: Rollout,
+    score: Callable[[Tensor], Score],
+    noises: Sequence[Tensor],
+    settings: SearchSettings,
+    *,
+    seed: int = 0,
+    on_iteration: Callable[[int, list[dict], Score], None] = lambda k, rows, score: None,
+    interrupts: tuple[type[BaseException], ...] = (),
+    memory: Callable[[], float] = lambda: 0.0,
+) -> Result:
+    """`rounds` times: MIRA for `iterations` on each of `particles` trajectories, then all go on from the best one.
+
+    The best is the one of the highest MIRA objective, reward - beta R, R measured from the plain sample of its own
+    lineage. As copies would stay copies, all but one take a step of `radius` along fresh noise. The first trajectory
+    is the plain sample's. Returns as `optimize` does; a row per round, iteration 0 is the plain sample.
+    """
+    inner = Settings(
+        iterations=settings.iterations,
+        lr=settings.lr,
+        regularizer=settings.regularizer,
+        beta=settings.beta,
+        keep="last",
+        loss_scale=settings.loss_scale,
+    )
+    generator = stream(seed, -1)
+    trajectories = [[n.detach() for n in noises]]
+    trajectories += [
+        [torch.randn(n.shape, generator=generator).to(n) for n in noises] for _ in range(settings.particles - 1)
+    ]
+    references: list[Path | None] = [None] * settings.particles
+    batch = len(noises[0])
+    trace, iterates = Trace(), []
+    best = best_noises = None
+    best_reward, kept = torch.full((batch,), -math.inf, dtype=torch.double), torch.zeros(batch, dtype=torch.long)
+    runs, reason = 0, "all rounds done"
+
+    def record(k: int, rows: list[dict], latent: Tensor, z: Sequence[Tensor], images: Tensor) -> None:
+        nonlocal best, best_noises, best_reward, kept
+        rows = [r | {"iteration": k, "evaluations": runs, "memory_mb": memory() / 1e6} for r in rows]
+        trace.rows.extend(rows)
+        iterates.append(latent.cpu())
+        reward = torch.tensor([r["reward"] for r in rows], dtype=torch.double)
+        better = (reward > best_reward) | (k == 0)
+        best_reward, kept = torch.where(better, reward, best_reward), torch.where(better, k, kept)
+        where = better.to(latent.device)
+        best = latent if best is None else torch.where(per_image(where, latent), latent, best)
+        before = best_noises or z
+        best_noises = [torch.where(per_image(where, new), new, old) for new, old in zip(z, before, strict=True)]
+        on_iteration(k, rows, Score(reward, {}, images))
+
+    def climb(z: Sequence[Tensor], reference: Path | None, iterations: int):
+        """(the last rows, images, latent, noises, why it ended before its time or None)."""
+        nonlocal runs
+        latest = []
+
+        def seen(i: int, rows: list[dict], score: Score) -> None:
+            nonlocal runs
+            runs += 1
+            latest[:] = [rows, score.images]
+
+        done = optimize(
+            rollout, score, z, replace(inner, iterations=iterations), reference=reference, on_iteration=seen,
+            interrupts=interrupts, memory=memory,
+        )  # fmt: skip
+        short = len(done.trace.of(0)) <= iterations
+        return *latest, done.last, list(done.best_noises), done.reason if short else None
+
+    try:
+        rows, images, latent, z, _ = climb(trajectories[0], None, 0)
+        record(0, rows, latent, z, images)
+        for k in range(1, settings.rounds + 1):
+            started, ends, ended = time.perf_counter(), [], None
+            for p, z in enumerate(trajectories):
+                if references[p] is None:
+                    with torch.no_grad():
+                        references[p] = rollout(z).detach()
+                    runs += 1
+                *end, ended = climb(z, references[p], settings.iterations)
+                ends.append(end)
+                if ended:
+                    break
+            objective = torch.tensor(
+                [[r["reward"] - settings.beta * r.get(settings.regularizer, 0.0) for r in rows] for rows, *_ in ends]
+            ).nan_to_num(nan=-math.inf)
+            index = objective.argmax(0)
+            rows = [ends[p][0][b] | {"seconds": time.perf_counter() - started} for b, p in enumerate(index.tolist())]
+            winner = [_picked(z, index) for z in zip(*(e[3] for e in ends), strict=True)]
+            record(k, rows, _picked([e[2] for e in ends], index), winner, _picked([e[1] for e in ends], index))
+            if ended:
+                reason = ended
+                break
+            references = [_lineage(references, index)] * settings.particles
+            trajectories = [winner]
+            for _ in range(settings.particles - 1):
+                fresh = [torch.randn(z.shape, generator=generator).to(z) for z in winner]
+                trajectories.append(towards(winner, fresh, settings.radius))
+    except RuntimeError as problem:
+        if not out_of_memory(problem) or best is None:
+            raise
+        reason = f"out of memory after round {trace.rows[-1]['iteration']}"
+    except interrupts:
+        if best is None:
+            raise
+        reason = f"interrupted after round {trace.rows[-1]['iteration']}"
+    trace.kept, trace.reasons = kept.tolist(), [reason] * batch
+    trace.settings |= {"evaluations": runs * (len(rollout.schedule) - 1)}
+    return Result(best, iterates[-1].to(best), tuple(best_noises), trace, reason, iterates)
+
+
+def _picked(values: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Of each image b, values[index[b]][b]."""
+    return torch.stack([values[p][b] for b, p in enumerate(index.tolist())])
+
+
+def _lineage(paths: Sequence[Path], index: Tensor) -> Path:
+    """Of each image, the path that its survivor is measured from."""
+    return replace(
+        paths[0],
+        x0=_picked([p.x0 for p in paths], index),
+        noises=tuple(_picked(z, index) for z in zip(*(p.noises for p in paths), strict=True)),
+        eps=tuple(_picked(e, index) for e in zip(*(p.eps for p in paths), strict=True)),
+    )

@@ -1,0 +1,72 @@
+"""MIRA trajectories side by side, on a Gaussian whose optimum is known."""
+
+from __future__ import annotations
+
+import gaussian
+import pytest
+import torch
+from mira.sampler.hybrid import hybrid
+from mira.sampler.optimize import Score
+from mira.sampler.search import SearchSettings
+
+TARGET = 1.5
+
+
+def score(x0):
+    reward = -(x0 - TARGET).square().flatten(1).mean(1)
+    return Score(reward, {"r": reward.detach()}, x0.detach())
+
+
+SETTINGS = SearchSettings("mira_fk", particles=3, rounds=4, iterations=4, lr=0.1, regularizer="path_kl", beta=0.1)
+
+
+def test_the_best_trajectory_survives_and_climbs():
+    rollout, z = gaussian.rollout(), gaussian.noises()
+    seen = []
+    result = hybrid(rollout, score, z, SETTINGS, seed=1, on_iteration=lambda k, rows, s: seen.append(k))
+    assert seen == [0, 1, 2, 3, 4] == [r["iteration"] for r in result.trace.of(1)]
+    for image in range(2):
+        first, kept = result.trace.summary(image)
+        assert first["path_kl"] == 0 and kept["path_kl"] > 0
+        assert kept["reward"] > first["reward"] / 4  # rewards are negative
+    torch.testing.assert_close(rollout(result.best_noises).x0.detach(), result.best)
+    # Three runs for the references, one for the plain sample, and (4 + 1) for each particle in each round.
+    assert result.trace.settings["evaluations"] == (3 + 1 + 4 * 3 * 5) * 6
+
+
+def test_more_trajectories_find_more():
+    rollout, z = gaussian.rollout(), gaussian.noises(batch=6)
+    means = [
+        hybrid(rollout, score, z, SearchSettings("mira_fk", particles=p, rounds=2, iterations=2, lr=0.05), seed=2)
+        .trace.rows[-6:]
+        for p in (1, 6)
+    ]  # fmt: skip
+    one, six = (sum(r["reward"] for r in rows) / 6 for rows in means)
+    assert six > one
+
+
+def test_the_same_seed_gives_the_same_bits():
+    rollout, z = gaussian.rollout(), gaussian.noises()
+    a, b = (hybrid(rollout, score, z, SETTINGS, seed=5).best for _ in range(2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, hybrid(rollout, score, z, SETTINGS, seed=6).best)
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [2, 9, 24])
+def test_stopped_in_the_middle_it_hands_back_the_best_so_far(after):
+    rollout, z, calls = gaussian.rollout(), gaussian.noises(), []
+
+    def stopping(x0):
+        calls.append(1)
+        if len(calls) > after:
+            raise Stop
+        return score(x0)
+
+    result = hybrid(rollout, stopping, z, SETTINGS, seed=1, interrupts=(Stop,))
+    assert "interrupted" in result.reason
+    best = [max(r["reward"] for r in result.trace.of(b)) for b in range(2)]
+    assert score(result.best).total.tolist() == pytest.approx(best)
