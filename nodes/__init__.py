@@ -25,11 +25,13 @@ from .rewards import (
     MiraRewardFromPython,
 )
 from .score import MiraRankImages, MiraScoreImages
+from .search import MiraSearchKSampler
 
 NODES: list[type[io.ComfyNode]] = [
     MiraOptimizeKSampler,
     MiraOptimizeSamplerAdvanced,
     MiraDPOPreference,
+    MiraSearchKSampler,
     MiraPixelReward,
     MiraJPEGReward,
     MiraLoadAestheticReward,

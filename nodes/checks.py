@@ -60,13 +60,16 @@ def check(node: str, model, sampler, latent: dict, vae, reward: Reward, prompt: 
         raise ValueError(f"{node}: {message}")
     if not isinstance(reward, Reward):
         raise ValueError(f"{node}: reward is a {type(reward).__name__}: connect a MIRA reward node")
-    if not reward.facts.differentiable:
-        raise ValueError(
-            f"{node}: reward {reward.facts.name!r} has no gradient: use a differentiable reward here, or MIRA-DPO "
-            "Preference, which only ranks images by it"
-        )
+    needs_gradient(node, reward, "MIRA-DPO Preference or MIRA Search KSampler, which only rank images by it")
     needs_prompt(node, reward, prompt)
     check_latent(node, model, latent, vae, sampler, values)
+
+
+def needs_gradient(node: str, reward: Reward, instead: str) -> None:
+    if not reward.facts.differentiable:
+        raise ValueError(
+            f"{node}: reward {reward.facts.name!r} has no gradient: use a differentiable reward here, or {instead}"
+        )
 
 
 def needs_prompt(node: str, reward: Reward, prompt: str) -> None:

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from . import host, memo
 from .checks import check, complain, wrong_sigmas
+from .job import cfg_guider, plain_values
 from .live import LiveRun
 from .monitor import travel
 from .settings import (
@@ -78,7 +79,7 @@ def optimized(node, node_id, guider, sampler, sigmas, noise, seed, latent: dict,
     for notice in reward.notices(job.prompts):
         log.warning("%s: %s", node, notice)
         trace.notices.append(notice)
-    trace.settings |= {k: v for k, v in values.items() if isinstance(v, (int, float, str))} | {
+    trace.settings |= plain_values(values) | {
         "node": node,
         "seed": seed,
         "prompt": prompt or "",
@@ -138,14 +139,11 @@ class MiraOptimizeKSampler(io.ComfyNode):
         check(node, model, sampler, latent_image, vae, reward, prompt, values)
         sigmas = schedule(model, values)
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-        guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds(positive, negative)
-        guider.set_cfg(cfg)
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
         return run(
             node,
             cls.hidden,
-            guider,
+            cfg_guider(model, positive, negative, cfg),
             sampler,
             sigmas,
             noise,

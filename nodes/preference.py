@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 
-import comfy.sample
 import comfy.samplers
 import torch
 from comfy_api.latest import io
@@ -20,10 +19,11 @@ from ..sampler.optimize import Result, Score
 from ..sampler.preference import KEEP, PreferenceSettings, prefer
 from . import host, memo
 from .checks import check_latent, complain, needs_prompt
+from .job import ksampler_job, plain_values
 from .judges import ON_TIMEOUT, PersonJudge, RecordedJudge, RewardJudge, read_choices
 from .live import LiveRun
 from .optimize import wrapped
-from .settings import iterate_input, memory_input, prompt_input, sampling_inputs, schedule, settings_of, trace_outputs
+from .settings import iterate_input, memory_input, prompt_input, sampling_inputs, settings_of, trace_outputs
 from .types import MiraReward
 
 log = logging.getLogger("mira")
@@ -247,30 +247,15 @@ class MiraDPOPreference(io.ComfyNode):
             "recorded choices": lambda: recorded(choices),
         }[judge]()
         settings = settings_of(values, PreferenceSettings)
-        samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-        guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds(positive, negative)
-        guider.set_cfg(cfg)
         live = LiveRun(cls.hidden.unique_id, settings.iterations - 1, {"drift_metric": "path_kl"})
-        job = host.Job(
-            guider=guider,
-            sampler=sampler,
-            sigmas=schedule(model, values),
-            noise=comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
-            latent=samples,
-            vae=vae,
-            reward=reward if judge == "reward" else None,
-            settings=settings,
-            seed=seed,
-            mask=latent.get("noise_mask"),
-            prompts=[prompt or ""] * len(samples),
-            memory=values["memory"],
-            gradient=settings.method in GRADIENT,
+        job = ksampler_job(
+            model, positive, negative, latent, vae, seed, cfg, prompt, values,
+            reward=reward if judge == "reward" else None, settings=settings, gradient=settings.method in GRADIENT,
             on_iteration=live,
-        )
+        )  # fmt: skip
         done = host.run(job, preferring(made, seed, TAKE_BACK if judge == "person" else 0))
         trace = done.result.trace
-        trace.settings |= {k: v for k, v in values.items() if isinstance(v, (int, float, str))} | {
+        trace.settings |= plain_values(values) | {
             "node": NODE,
             "seed": seed,
             "cfg": cfg,

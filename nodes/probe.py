@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import comfy.samplers
@@ -24,7 +25,20 @@ def why_not_differentiable(sampler, model_sampling) -> str | None:
         return _try_on_a_toy(sampler, model_sampling)
 
 
-def _try_on_a_toy(sampler, model_sampling) -> str | None:
+def injects_noise(sampler, model_sampling) -> bool:
+    """Whether the sampler asks for noise beyond the initial one."""
+    with torch.inference_mode(False), torch.no_grad():
+        model_sampling = copy.deepcopy(model_sampling)
+        leave_inference_mode(model_sampling)
+        run, x = _toy(sampler, model_sampling)
+        noises: list = []
+        run(x, noises)
+        return bool(noises)
+
+
+def _toy(sampler, model_sampling) -> tuple[Callable, Tensor]:
+    """(run(x, noises, replay), a state to begin from): the sampler's twin on a model of one line."""
+
     def toy(x, sigma, **kwargs):
         # Any function that depends on x at every noise level will do.
         denoised = x / (1 + sigma.reshape(-1, 1, 1, 1))
@@ -54,9 +68,14 @@ def _try_on_a_toy(sampler, model_sampling) -> str | None:
             model, x, sigmas, extra_args={"seed": 0, "model_options": {}}, callback=None, disable=True, **options
         )
 
+    return run, torch.linspace(-1, 1, 16).reshape(1, 4, 2, 2) * high
+
+
+def _try_on_a_toy(sampler, model_sampling) -> str | None:
+    run, start = _toy(sampler, model_sampling)
     counts = []
     for scale in (1.0, 3.0):
-        x = (torch.linspace(-1, 1, 16).reshape(1, 4, 2, 2) * high * scale).requires_grad_()
+        x = (start * scale).requires_grad_()
         noises: list = []
         try:
             out = run(x, noises)

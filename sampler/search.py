@@ -320,7 +320,16 @@ class _Search:
         """The complete paths of given noises, each (P, B, ...)."""
         population = _Population(self.started_from(noises[0]), noises=[noises[0]])
         rest = list(noises[1:])
-        self.advance(population, 0, self.steps, lambda some, call, like: rest[call][list(some)])
+
+        def given(some: Sequence[int], call: int, like: Tensor) -> Tensor:
+            if call >= len(rest):
+                raise RuntimeError(
+                    f"the sampler asked for more noises than the {len(noises)} of its plain run: its number of steps "
+                    "depends on the image, so its particles cannot be compared; use euler_ancestral"
+                )
+            return rest[call][list(some)]
+
+        self.advance(population, 0, self.steps, given)
         return population
 
     def started_from(self, z_T: Tensor) -> Tensor:

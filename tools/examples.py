@@ -243,7 +243,7 @@ def graph(nodes: dict[str, Node], info: dict) -> dict:
                 values.append("fixed")
         slots = [n for n in specs if n not in names or n in node.links]
         height = node.height or 60 + 26 * (len(values) + max(len(slots), len(of["output"]))) + 40
-        if "MiraOptimize" in node.kind or "MiraDPO" in node.kind:
+        if node.kind.startswith(("MiraOptimize", "MiraDPO", "MiraSearch")):
             height += 270
         top = bottoms.get(node.column, TOP)
         bottoms[node.column] = top + height + GAP

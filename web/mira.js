@@ -9,7 +9,7 @@ import { textElement, textOf } from "./text.js";
 const SCORES = "MiraScoreImages";
 const PREFERENCE = "MiraDPOPreference";
 const MONITOR = "MiraDriftMonitor";
-const CHARTED = new Set(["MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced", PREFERENCE]);
+const CHARTED = new Set(["MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced", "MiraSearchKSampler", PREFERENCE]);
 const VIEW = Symbol("MIRA view"); // on a node, and seen through the proxies that Vue hands out: { chart, chooser, text }
 
 /** The node of an execution id, "12" or "12:5" within subgraphs, or null. */

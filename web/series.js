@@ -1,7 +1,7 @@
 // Pure: from a run's record to what is drawn. No side effects, nothing of ComfyUI, nothing of the page.
 
 /** Columns that are not measurements of an image. */
-const BOOKKEEPING = new Set(["iteration", "image", "lr", "seconds", "memory_mb", "evaluations", "preferred"]);
+const BOOKKEEPING = new Set(["iteration", "image", "lr", "seconds", "memory_mb", "evaluations", "backwards", "preferred"]);
 const MOST_ROWS = 20000;
 
 /** A run as the events and the history tell it: settings, rows, kept iterations. Bad input gives an empty run. */

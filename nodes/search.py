@@ -1,0 +1,207 @@
+"""Search and steering as a node."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from ..rewards.base import Reward
+from ..sampler.search import METHODS, POTENTIALS, STEERING, SearchSettings
+from ..sampler.surrogates import REGULARIZERS
+from . import host, memo
+from .checks import check_latent, complain, needs_gradient, needs_prompt
+from .job import ksampler_job, plain_values
+from .live import LiveRun
+from .optimize import wrapped
+from .probe import injects_noise
+from .settings import iterate_input, memory_input, prompt_input, sampling_inputs, settings_of, trace_outputs
+from .types import MiraReward
+
+log = logging.getLogger("mira")
+NODE = "MIRA Search KSampler"
+DEFAULT = SearchSettings(particles=8)
+GRADIENT = ("das", "mira_fk")
+
+
+class MiraSearchKSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraSearchKSampler",
+            display_name=NODE,
+            category="MIRA/sampling",
+            description=(
+                "A KSampler that samples several candidates of every image and lets the better ones survive: "
+                "Best-of-N, zero-order search, FK steering, CoDe, DAS, or several MIRA trajectories side by side."
+            ),
+            inputs=[
+                io.Model.Input("model"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Latent.Input("latent_image"),
+                io.Vae.Input("vae", tooltip="The model's own VAE: the reward looks at decoded images."),
+                MiraReward.Input("reward", tooltip="It needs a gradient for das and mira_fk only."),
+                *sampling_inputs("Makes the first candidate's noises, as KSampler's does, and all others from there."),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default=DEFAULT.method,
+                    tooltip=(
+                        "best_of_n: so many seeds, the best stays. zero_order: climbs around the best noise. "
+                        "fk_steering: particles are resampled by their predicted reward while they are sampled. code: "
+                        "the best of several continuations, again and again. das: FK's sequential Monte Carlo with "
+                        "proposals that follow the gradient. mira_fk: MIRA on several trajectories, of which the "
+                        "best goes on."
+                    ),
+                ),
+                io.Int.Input(
+                    "particles",
+                    default=DEFAULT.particles,
+                    min=1,
+                    max=1000,
+                    tooltip="Candidates per image: in all (best_of_n), per round (zero_order), or alive at once.",
+                ),
+                io.Int.Input(
+                    "rounds",
+                    default=DEFAULT.rounds,
+                    min=1,
+                    max=1000,
+                    tooltip="Of zero_order, each of `particles` candidates, and of mira_fk, each of `iterations`.",
+                ),
+                io.Int.Input(
+                    "interval",
+                    default=DEFAULT.interval,
+                    min=0,
+                    max=10000,
+                    tooltip=(
+                        "Sampling steps between two looks of fk_steering and code. 0: a fifth and a twentieth of the "
+                        "steps, as in their papers."
+                    ),
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=DEFAULT.strength,
+                    min=0.0,
+                    max=1000000.0,
+                    step=0.1,
+                    tooltip=(
+                        "How much a reward of 1 counts against the model: fk_steering and das aim at p(x) "
+                        "exp(strength * reward). Small rewards need a large one."
+                    ),
+                ),
+                io.Combo.Input(
+                    "potential",
+                    options=list(POTENTIALS),
+                    default=DEFAULT.potential,
+                    tooltip="Of fk_steering: the best reward of a lineage so far, or the change since the last look.",
+                ),
+                io.Float.Input(
+                    "radius",
+                    default=DEFAULT.radius,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How far zero_order's candidates and mira_fk's copies are from the best. 1: other seeds.",
+                ),
+                io.Int.Input(
+                    "iterations",
+                    default=DEFAULT.iterations,
+                    min=1,
+                    max=1000,
+                    tooltip="Of mira_fk: updates of every trajectory between two rounds.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=DEFAULT.lr,
+                    min=0.0001,
+                    max=10.0,
+                    step=0.001,
+                    round=0.0001,
+                    tooltip="Of mira_fk: how far an update moves the noises, in units of their standard deviation.",
+                ),
+                io.Combo.Input(
+                    "regularizer",
+                    options=list(REGULARIZERS),
+                    default=DEFAULT.regularizer,
+                    tooltip="Of mira_fk: what holds a trajectory near the model, and what counts when it is chosen.",
+                ),
+                io.Float.Input(
+                    "beta",
+                    default=DEFAULT.beta,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    tooltip="Of mira_fk: the weight of the regularizer against the reward (0.1 in the paper).",
+                ),
+                memory_input(),
+                prompt_input(),
+                iterate_input(),
+            ],
+            outputs=trace_outputs(),
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def validate_inputs(cls, steps=None, denoise=None, learning_rate=None, beta=None):
+        return complain({k: v for k, v in locals().items() if k != "cls"}) or True
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, latent_image, vae, reward, seed, cfg, prompt="", iterate=-1, **values
+    ) -> io.NodeOutput:
+        linked = dict(model=model, positive=positive, negative=negative, latent=latent_image, vae=vae, reward=reward)
+        inputs = values | linked | dict(seed=seed, cfg=cfg, prompt=prompt)
+        before = memo.recall(cls.hidden.unique_id, inputs)
+        if before is None:
+            before = searched(cls.hidden.unique_id, **linked, seed=seed, cfg=cfg, prompt=prompt, values=values)
+            memo.remember(cls.hidden.unique_id, inputs, before)
+        return wrapped(NODE, cls.hidden, *before, latent_image, iterate)
+
+
+def searched(node_id, *, model, positive, negative, latent, vae, reward, seed, cfg, prompt, values):
+    """One run: (what came out, what the editor was told)."""
+    if message := complain(values):
+        raise ValueError(f"{NODE}: {message}")
+    try:
+        settings = settings_of(values, SearchSettings)
+    except ValueError as problem:
+        raise ValueError(f"{NODE}: {problem}") from problem
+    gradient = settings.method in GRADIENT
+    if not isinstance(reward, Reward):
+        raise ValueError(f"{NODE}: reward is a {type(reward).__name__}: connect a MIRA reward node")
+    if gradient:
+        needs_gradient(NODE, reward, f"a method that needs none than {settings.method}, such as fk_steering")
+    needs_prompt(NODE, reward, prompt)
+    sampler = comfy.samplers.sampler_object(values["sampler_name"])
+    check_latent(NODE, model, latent, vae, sampler, values, gradient)
+    if settings.method in STEERING and not injects_noise(sampler, model.get_model_object("model_sampling")):
+        raise ValueError(
+            f"{NODE}: method {settings.method} needs a sampler that injects noise, by which particles part, but "
+            f"{values['sampler_name']} injects none: use euler_ancestral, or method best_of_n or zero_order"
+        )
+    live = LiveRun(node_id, settings.rows(values["steps"]), {"drift_metric": "path_kl"})
+    job = ksampler_job(
+        model, positive, negative, latent, vae, seed, cfg, prompt, values,
+        reward=reward, settings=settings, gradient=gradient, on_iteration=live,
+    )  # fmt: skip
+    done = host.run(job, host.searching)
+    trace = done.result.trace
+    for notice in reward.notices(job.prompts):
+        log.warning("%s: %s", NODE, notice)
+        trace.notices.append(notice)
+    if settings.method in STEERING and kept_no_best(trace):
+        trace.notices.append("the plain sample scored higher than every particle: raise strength or particles")
+    trace.settings |= plain_values(values) | {
+        "node": NODE,
+        "seed": seed,
+        "cfg": cfg,
+        "prompt": prompt or "",
+        "reward": reward.facts.name,
+    }
+    return done, live
+
+
+def kept_no_best(trace) -> bool:
+    return all(trace.of(b)[0]["reward"] > trace.of(b)[-1]["reward"] for b in range(len(trace.kept)))

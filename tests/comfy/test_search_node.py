@@ -1,0 +1,158 @@
+"""MIRA Search KSampler on the demo model, called as ComfyUI's executor calls it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import comfy.model_management
+import pytest
+import server
+import torch
+from comfy_api.latest import io
+
+from bench.pack import mira
+
+decode = mira("nodes.host").decode
+Node = mira("nodes").MiraSearchKSampler
+PixelReward, JPEG = mira("rewards.pixel").PixelReward, mira("rewards.jpeg").JPEG
+METHODS, STEERING = mira("sampler.search").METHODS, mira("sampler.search").STEERING
+
+INPUTS = dict(
+    seed=1, steps=3, cfg=5.0, sampler_name="euler_ancestral", scheduler="normal", denoise=1.0, method="best_of_n",
+    particles=3, rounds=2, interval=0, strength=20.0, potential="max", radius=0.4, iterations=2, learning_rate=0.02,
+    regularizer="mira", beta=0.1, memory="auto", prompt="",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prompt_server():
+    loop = asyncio.new_event_loop()
+    instance = server.PromptServer(loop)
+    instance.client_id = None
+    yield instance
+    loop.close()
+
+
+def run(world, **changes):
+    inputs = INPUTS | {
+        "model": world.model,
+        "positive": world.positive,
+        "negative": world.negative,
+        "vae": world.vae,
+        "latent_image": {"samples": torch.zeros(1, 4, 16, 16)},
+        "reward": PixelReward("brightness"),
+    }
+    clone = Node.PREPARE_CLASS_CLONE({io.Hidden.unique_id: "1"})
+    with torch.inference_mode():
+        return clone.execute(**(inputs | changes))
+
+
+def brightness(world, latent):
+    with torch.inference_mode():
+        return PixelReward("brightness").score(decode(world.vae, latent["samples"]), []).tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_what_its_record_says(world, method):
+    out, plain, trace = run(world, method=method, latent_image={"samples": torch.zeros(2, 4, 16, 16)}).args[:3]
+    reference = world.ksampler(steps=3, seed=1, batch=2)
+    assert torch.equal(plain["samples"], reference)
+    for image, value in enumerate(brightness(world, out)):
+        _, kept = trace.summary(image)
+        assert value == pytest.approx(kept["reward"], abs=1e-3)
+    assert trace.settings["evaluations"] > 3 and trace.settings["method"] == method
+    again = run(world, method=method, latent_image={"samples": torch.zeros(2, 4, 16, 16)})
+    assert torch.equal(again.args[0]["samples"], out["samples"])
+
+
+def test_best_of_n_includes_the_plain_sample_to_the_bit(world):
+    out, plain, trace = run(world, particles=1).args[:3]
+    assert torch.equal(out["samples"], plain["samples"]) and trace.kept == [0]
+
+
+def test_the_plain_path_in_pieces_is_the_plain_sample(world):
+    # CoDe with one particle and no choice: only the noise differs, so compare the first state's path instead.
+    host, SearchSettings = mira("nodes.host"), mira("sampler.search").SearchSettings
+    job = world.job(steps=6, seed=3)
+    job.settings = SearchSettings("best_of_n", particles=1)
+    found = {}
+
+    def work(process, noises):
+        def pieces(chain):
+            rest = list(noises[1:])
+            x = chain.start(noises[0])
+            with torch.no_grad():
+                for i, j in ((0, 2), (2, 3), (3, 6)):
+                    x = chain.segment(x, i, j, lambda make: rest.pop(0), lambda d: d)
+                found["x"], found["whole"] = x, process.rollout(noises).x0
+            return mira("sampler.search").search(chain, process.rollout, process.score, noises, job.settings)
+
+        return process.within_chain(noises[0], pieces)
+
+    with torch.inference_mode():
+        host.run(job, work)
+    assert torch.equal(found["x"], found["whole"])
+
+
+def test_a_black_box_reward_is_searched(world):
+    trace = run(world, method="fk_steering", reward=JPEG(), strength=5.0).args[2]
+    assert trace.rows[-1]["reward"] < 0
+    with pytest.raises(ValueError, match="das, such as fk_steering"):
+        run(world, method="das", reward=JPEG())
+
+
+@pytest.mark.parametrize("method", ["fk_steering", "das"])
+def test_masked_and_half_denoised(world, method):
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[..., :64] = 1
+    start = world.ksampler(steps=3, seed=9, batch=2)
+    latent = {"samples": start, "noise_mask": mask}
+    out = run(world, method=method, latent_image=latent, denoise=0.5, steps=4).args[0]["samples"]
+    assert torch.allclose(out[..., 9:], start[..., 9:], atol=1e-4)
+    assert not torch.allclose(out[..., :7], start[..., :7], atol=1e-2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fewest_steps_and_no_guidance(world, method):
+    # euler_ancestral injects no noise in its last step, so that steering begins at two.
+    trace = run(world, method=method, steps=2 if method in STEERING else 1, cfg=1.0).args[2]
+    assert trace.rows[-1]["evaluations"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler_name": "euler", "method": "code"}, "injects none: use euler_ancestral, or method best_of_n"),
+        ({"steps": 0}, "steps is 0"),
+        ({"latent_image": {"samples": torch.zeros(0, 4, 16, 16)}}, "the batch is empty"),
+        ({"reward": "x"}, "connect a MIRA reward node"),
+        ({"strength": float("nan")}, "strength is nan"),
+        ({"sampler_name": "dpm_adaptive", "method": "mira_fk"}, "dpm_adaptive cannot be optimised"),
+        ({"iterate": 9}, "iterate is 9, but the run ended at iteration 2"),
+    ],
+)
+def test_bad_input(world, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(world, **changes)
+
+
+def test_deterministic_samplers_search_seeds(world):
+    trace = run(world, sampler_name="dpmpp_2m", method="zero_order").args[2]
+    assert trace.rows[-1]["reward"] >= trace.rows[0]["reward"]
+
+
+def test_cancelled_in_the_middle_hands_back_the_best(world, monkeypatch):
+    live = mira("nodes.live").LiveRun
+    original = live.__call__
+
+    def cancelling(self, k, rows, score):
+        original(self, k, rows, score)
+        if k == 2:
+            comfy.model_management.interrupt_current_processing()
+
+    monkeypatch.setattr(live, "__call__", cancelling)
+    for method in ("zero_order", "fk_steering", "das"):
+        out, _, trace = run(world, method=method, rounds=5, interval=1, steps=6).args[:3]
+        assert "interrupted" in trace.reasons[0] and torch.isfinite(out["samples"]).all()
+        assert max(r["reward"] for r in trace.rows) == pytest.approx(trace.summary()[1]["reward"])
+        assert brightness(world, out)[0] == pytest.approx(trace.summary()[1]["reward"], abs=1e-3)
