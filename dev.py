@@ -45,6 +45,7 @@ BENCHES = {
     "rewards": "bench.rewards",
     "preference": "bench.preference",
     "front": "bench.front",
+    "paper": "bench.paper",
 }
 STAGES = ("data", "vae", "clip", "judge", "unet", "export", "taste")
 

@@ -204,6 +204,7 @@ VARIANTS = {
     "score_distance": Variant({"regularizer": "score_distance", "beta": 0.1}),
     "typicality": Variant(work=latent_held(denoising("typicality"), "penalty", 5.0)),
     "clip_features": Variant(reward=lambda r, c: FeatureDistance(r, clip_features(c), 1.0)),
+    "initial_lr_.1": Variant({"variables": "initial", "lr": 0.1}),
     "early": Variant({"variables": "early"}),
     "late": Variant({"variables": "late"}),
     "mira_.2": Variant({"regularizer": "mira", "beta": 0.2}),

@@ -1,0 +1,93 @@
+"""The rivals of the benchmark, each as its authors run it, scaled to one budget of network evaluations.
+
+A budget is counted in plain samples: one forward pass of the denoiser per step counts 1, a backward pass 2 (what they
+cost; see docs/speed.md). So K iterations of noise optimisation cost (K + 1) + 2 K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bench.pack import mira, with_comfyui
+
+with_comfyui()
+
+Settings = mira("sampler.optimize").Settings
+SearchSettings = mira("sampler.search").SearchSettings
+PreferenceSettings = mira("sampler.preference").PreferenceSettings
+DEFAULT = mira("nodes.settings").DEFAULT
+
+# The paper's weights of the penalty (arXiv 2510.01549).
+BETA = {"aesthetic": 0.2, "brightness": 1.0, "darkness": 0.8, "JPEG": 1.0}
+# exp(strength * reward) of FK and 1 / alpha of DAS, for rewards of these sizes: of order 10 over a typical gain.
+STRENGTH = {"aesthetic": 10.0, "brightness": 20.0, "darkness": 20.0, "JPEG": 10.0}
+
+
+@dataclass(frozen=True)
+class Method:
+    """settings(budget, reward, lr) of the kind that says how it runs. gradient: whether the reward needs one."""
+
+    settings: Callable
+    gradient: bool = True
+
+
+def iterations(budget: int) -> int:
+    return max(1, (budget - 1) // 3)
+
+
+def optimising(**fixed) -> Method:
+    def settings(budget: int, reward: str, lr: float):
+        chosen = {k: v(reward) if callable(v) else v for k, v in fixed.items()}
+        return Settings(**{"iterations": iterations(budget), "lr": lr, "keep": "last"} | chosen)
+
+    return Method(settings)
+
+
+def searching(method: str, cost: Callable[[int], dict], gradient: bool = False) -> Method:
+    def settings(budget: int, reward: str, lr: float):
+        return SearchSettings(**{"method": method, "strength": STRENGTH[reward], "lr": lr} | cost(budget))
+
+    return Method(settings, gradient)
+
+
+def preferring(gradient: bool = False, **fixed) -> Method:
+    def settings(budget: int, reward: str, lr: float):
+        chosen = {k: v(budget) if callable(v) else v for k, v in fixed.items()}
+        return PreferenceSettings(**{"lr": lr, "keep": "incumbent"} | chosen)
+
+    return Method(settings, gradient)
+
+
+METHODS: dict[str, Method] = {
+    "dno": optimising(),
+    "dno_prno": optimising(regularizer="prno", beta=1.0),
+    "mira": optimising(regularizer="mira", beta=BETA.__getitem__),
+    "mira_two_sided": optimising(regularizer="mira_two_sided", beta=0.3),
+    "score_distance": optimising(regularizer="score_distance", beta=0.1),
+    # The nodes' defaults: early stopping by distance travelled.
+    "default": optimising(
+        regularizer=DEFAULT.regularizer, beta=DEFAULT.beta, drift_metric=DEFAULT.drift_metric,
+        drift_limit=DEFAULT.drift_limit, keep=DEFAULT.keep, stop=DEFAULT.stop, hold=DEFAULT.hold,
+    ),
+    "projection": optimising(drift_metric="path_kl", drift_limit=0.05, hold="projection"),
+    "reno": optimising(
+        variables="initial", optimizer="sgd", lr=5.0, clip_norm=0.1, regularizer="chi", beta=0.01, keep="best_reward"
+    ),
+    "initno": optimising(variables="initno", beta=1.0, keep="best_reward"),
+    "best_of_n": searching("best_of_n", lambda b: {"particles": b}),
+    "zero_order": searching("zero_order", lambda b: {"particles": max(1, (b - 1) // 4), "rounds": 4}),
+    "fk_steering": searching("fk_steering", lambda b: {"particles": b - 1}),
+    "code": searching("code", lambda b: {"particles": b - 1}),
+    "das": searching("das", lambda b: {"particles": max(1, (b - 1) // 3)}, gradient=True),
+    # Three trajectories, two rounds: a round of n updates costs n + 1 forward and n backward runs of each.
+    "mira_fk": searching(
+        "mira_fk", lambda b: {"particles": 3, "rounds": 2, "iterations": max(1, (b - 10) // 18), "beta": 0.1},
+        gradient=True,
+    ),
+    "mira_dpo": preferring(True, method="dpo", iterations=lambda b: max(1, b // 6)),
+    "hybrid2": preferring(
+        True, method="hybrid2", candidates=5, explore=0.01, iterations=lambda b: max(1, b // 8)
+    ),
+    "dueling": preferring(method="dueling", explore=0.6, iterations=lambda b: b - 1),
+}  # fmt: skip

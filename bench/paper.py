@@ -1,0 +1,299 @@
+"""The paper's comparison, on a model that everyone can run: `python dev.py bench paper`.
+
+Animals x seeds x rewards x methods at one budget of network evaluations. Every finished unit (a method, a reward, a
+seed, a block of animals) is a file in --out and is not run again; `--report` makes tables and plots of what is there.
+The whole grid is 45 animals x 5 seeds; `--animals 10 --seeds 2` is a smaller one, from which a larger one goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from bench.grid import Failure, Store, code_version, ray_map, serial_map
+from bench.methods import METHODS, PreferenceSettings, SearchSettings, Settings
+from bench.pack import ROOT, mira
+from bench.rigs import PAPER, Rig, load
+from bench.world import PixelReward, demo, host
+
+judge_module, vocabulary = mira("demo.judge"), mira("demo.vocabulary")
+preference, judges = mira("nodes.preference"), mira("nodes.judges")
+JPEG, JPEGSurrogate = mira("rewards.jpeg").JPEG, mira("rewards.jpeg").JPEGSurrogate
+statistics = mira("sampler.statistics")
+OUT = ROOT / "output" / "paper"
+REWARDS = ("aesthetic", "brightness", "darkness", "JPEG")
+BLOCK = {"demo": 5}  # animals that are sampled in one batch; 1 for larger models
+BASE = 20  # images of the frozen model per prompt, which CMMD compares with
+
+
+def rewards_of(name: str, aesthetic: Callable) -> tuple:
+    """(what is measured, what is optimised where a gradient is needed)."""
+    if name == "JPEG":
+        return JPEG(), JPEGSurrogate()
+    reward = aesthetic() if name == "aesthetic" else PixelReward(name)
+    return reward, reward
+
+
+class Evaluator:
+    """What the images are, by models that no reward uses (but for CLIPScore's, which the aesthetic head reads)."""
+
+    def __init__(self, is_demo: bool):
+        self.clip = demo.demo_clip_score() if is_demo else None
+        self.judge = judge_module.load_judge() if is_demo else None
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, animals: list[str], prompts: list[str]) -> tuple[list[dict], dict]:
+        """(columns per image, embeddings by name (B, D))."""
+        if self.clip is None:
+            return [{} for _ in prompts], {}
+        encoder = self.clip.encoder
+        embedding = F.normalize(encoder.network.encode_image(encoder.preprocessing(images)), dim=1)
+        scores = self.clip.score(images, prompts).tolist()
+        small = F.interpolate(images, size=(judge_module.SIZE,) * 2, mode="bilinear", antialias=True)
+        features = self.judge.mix(self.judge.body(small.clamp(0, 1) * 2 - 1))
+        subjects = self.judge.subject(features).softmax(1)
+        wanted = [judge_module.SUBJECTS.index(a) for a in animals]
+        rows = [
+            {"clip_score": c, "adherence": p[w].item(), "top1": float(p.argmax().item() == w)}
+            for c, p, w in zip(scores, subjects, wanted, strict=True)
+        ]
+        return rows, {"clip": embedding.half(), "judge": features.half()}
+
+
+class Counter:
+    """Counts what the network does for one image: forward passes, and backward ones when their gradient arrives."""
+
+    def __init__(self, model, batch: int, guided: bool):
+        self.forward = self.backward = 0.0
+        self.model = model.clone()
+        share = 1 / (batch * (2 if guided else 1))
+
+        def counting(apply, args):
+            out = apply(args["input"], args["timestep"], **args["c"])
+            passes = len(args["input"]) * share
+            self.forward += passes
+            if out.requires_grad:
+                out.register_hook(lambda _: setattr(self, "backward", self.backward + passes))
+            return out
+
+        self.model.set_model_unet_function_wrapper(counting)
+
+
+def unit_names(options: dict) -> list[str]:
+    blocks = range(options["animals"] // options["block"])
+    base = [f"base__{n:02d}__{b:02d}" for n in range(BASE) for b in blocks] if options["model"] == "demo" else []
+    runs = [
+        f"{method}__{reward}__{seed}__{b:02d}"
+        for seed in range(options["seeds"])
+        for b in blocks
+        for method in options["methods"]
+        for reward in options["rewards"]
+    ]
+    return base + runs
+
+
+def worker(options: dict) -> Callable[[str], None]:
+    """A function that runs one unit and files it; every process makes its own."""
+    store = Store(Path(options["out"]), options["config"])
+    rig = load(options["model"], options["checkpoint"], options["text_encoder"], options["vae"])
+    evaluator = Evaluator(options["model"] == "demo")
+
+    def run(unit: str) -> None:
+        if store.has(unit):
+            return
+        if unit.startswith("base__"):
+            rows, tensors = base_unit(rig, evaluator, unit, options)
+        else:
+            rows, tensors = run_unit(rig, evaluator, unit, options)
+        store.write(unit, rows, tensors)
+
+    return run
+
+
+def block_of(index: int, options: dict) -> list[str]:
+    size = options["block"]
+    return list(vocabulary.ANIMALS[index * size : (index + 1) * size])
+
+
+def prompts_of(animals: list[str]) -> list[str]:
+    return [vocabulary.caption(a, prefix=True) for a in animals]
+
+
+def base_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
+    """One image of the frozen model for every prompt of a block."""
+    _, number, block = unit.split("__")
+    animals = block_of(int(block), options)
+    inputs = rig.inputs(prompts_of(animals), options["pixels"])
+    latent = rig.world.ksampler(**inputs, steps=options["steps"], seed=500_000 + 1000 * int(number) + int(block))
+    with torch.inference_mode():
+        images = rig.world.vae.decode(latent).movedim(-1, 1).clone()
+    rows, embeddings = evaluator(images, animals, prompts_of(animals))
+    rows = [{"method": "base", "seed": int(number), "animal": a} | r for a, r in zip(animals, rows, strict=True)]
+    return rows, {f"final_{k}": v for k, v in embeddings.items()}
+
+
+def run_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
+    method, reward, seed, block = unit.split("__")
+    animals = block_of(int(block), options)
+    prompts = prompts_of(animals)
+    chosen = METHODS[method]
+    settings = chosen.settings(options["budget"], reward, options["lr"])
+    measured, optimised = rewards_of(reward, options.get("aesthetic") or demo.demo_aesthetic)
+    along, path = isinstance(settings, Settings), {}
+    rows: list[dict] = []
+
+    def observe(k: int, new: list[dict], score) -> None:
+        if not along:
+            return
+        found, embeddings = evaluator(score.images, animals, prompts)
+        with torch.no_grad():
+            values = measured.score(score.images.clamp(0, 1) if reward == "JPEG" else score.images, prompts).tolist()
+        for row, extra, value in zip(new, found, values, strict=True):
+            rows.append(kept_columns(row) | extra | {"reward": value, "k": k})
+        for name, tensor in embeddings.items():
+            path.setdefault(name, []).append(tensor)
+
+    inputs = rig.inputs(prompts, options["pixels"])
+    counter = Counter(inputs.get("model") or rig.world.model, len(animals), inputs["cfg"] != 1)
+    job = rig.world.job(
+        **(inputs | {"model": counter.model}), steps=options["steps"], seed=10_000 * int(seed) + 100 * int(block),
+        reward=optimised if chosen.gradient else measured, prompts=prompts, on_iteration=observe,
+        memory=options["memory"],
+    )  # fmt: skip
+    job.settings = settings
+    if isinstance(settings, PreferenceSettings):
+        job.gradient = settings.method in preference.GRADIENT
+        # Only ranks, or for Hybrid-2 numbers, are asked for: the reward itself, not its estimate.
+        job.reward = measured
+        by_reward = lambda process: judges.RewardJudge(lambda images: process.reward(images)[0])  # noqa: E731
+        work = preference.preferring(by_reward, job.seed, 0)
+    else:
+        job.gradient = chosen.gradient
+        work = host.searching if isinstance(settings, SearchSettings) else host.optimizing
+
+    def counted(process, noises):
+        counter.forward = counter.backward = 0.0
+        return work(process, noises)
+
+    started = time.perf_counter()
+    with torch.inference_mode():
+        done = host.run(job, counted)
+        images = host.decode(job.vae, done.latent).clone()
+    seconds = time.perf_counter() - started
+    final, embeddings = evaluator(images, animals, prompts)
+    with torch.no_grad():
+        values = measured.score(images.clamp(0, 1) if reward == "JPEG" else images, prompts).tolist()
+    trace = done.result.trace
+    for b, (extra, value) in enumerate(zip(final, values, strict=True)):
+        cost = {
+            "forward": counter.forward,
+            "backward": counter.backward,
+            "seconds": seconds / len(animals),
+            "memory_mb": max(r["memory_mb"] for r in trace.of(b)),
+        }
+        kept = kept_columns(trace.summary(b)[1] | {"image": b})
+        rows.append(kept | extra | cost | {"reward": value, "k": -1})
+    who = {"method": method, "target": reward, "seed": int(seed)}
+    rows = [who | {"animal": animals[int(r.pop("image"))]} | r for r in rows]
+    tensors = {f"path_{k}": torch.stack(v) for k, v in path.items()} | {f"final_{k}": v for k, v in embeddings.items()}
+    return rows, tensors | {"images": (images[:, :, ::2, ::2].clamp(0, 1) * 255).byte()}
+
+
+def kept_columns(row: dict) -> dict:
+    names = (*mira("sampler.surrogates").SURROGATES, "noise_norm", "image")
+    return {n: row[n] for n in names if n in row}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--animals", type=int, default=45, help="the first so many of the 45")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rewards", nargs="*", default=list(REWARDS), choices=REWARDS)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--model", default="demo", choices=list(PAPER))
+    parser.add_argument("--checkpoint", help='a file, or "random" for weights of full size that mean nothing')
+    parser.add_argument("--text-encoder", help="pixart's T5")
+    parser.add_argument("--vae", help="pixart's VAE")
+    parser.add_argument("--pixels", type=int, help="the image's side (default: the paper's)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: the paper's; the demo's are 8)")
+    parser.add_argument("--iterations", type=int, help="of noise optimisation; sets the budget of all methods")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--ray", metavar="ADDRESS", help='spread the grid over a Ray cluster, or "local"')
+    parser.add_argument("--workers", type=int, help="with --ray local: how many")
+    parser.add_argument("--report", type=Path, nargs="?", const=ROOT / "docs" / "results", metavar="FOLDER",
+                        help="only make tables and plots of what is in --out")  # fmt: skip
+    args = parser.parse_args()
+    if args.report:
+        from bench.tables import report
+
+        report(args.out, args.report)
+        return 0
+    paper = PAPER[args.model]
+    if not 1 <= args.animals <= 45 or args.seeds < 1:
+        raise Failure(f"--animals {args.animals} --seeds {args.seeds}: there are 45 animals; use 1 or more of each")
+    block = BLOCK.get(args.model, 1)
+    if args.animals % block:
+        raise Failure(f"--animals {args.animals}: they are sampled {block} at a time; use a multiple of that")
+    rewards = args.rewards
+    if args.model != "demo" and "aesthetic" in rewards:
+        print("aesthetic is left out: the demo's head reads the demo's CLIP, which knows emoji only", file=sys.stderr)
+        rewards = [r for r in rewards if r != "aesthetic"]
+    iterations = args.iterations or paper.iterations
+    settings = {
+        "model": args.model,
+        "checkpoint": Path(args.checkpoint).name if args.checkpoint else None,
+        "pixels": args.pixels or paper.pixels,
+        "steps": args.steps or paper.steps,
+        "budget": 3 * iterations + 1,
+        "lr": paper.lr,
+        "cfg": paper.cfg,
+        "sampler": paper.sampler,
+    }
+    options = settings | {
+        "checkpoint": args.checkpoint,
+        "text_encoder": args.text_encoder,
+        "vae": args.vae,
+        "animals": args.animals,
+        "block": block,
+        "seeds": args.seeds,
+        "rewards": rewards,
+        "methods": args.methods,
+        "memory": "none" if args.model == "demo" else "auto",
+        "out": str(args.out.resolve()),
+        "config": settings | {"code": code_version()},
+        "workers": args.workers,
+    }
+    store = Store(args.out, options["config"])
+    wanted = unit_names(options)
+    units = [u for u in wanted if not store.has(u)]
+    print(
+        f"{len(wanted)} units, {len(wanted) - len(units)} done; budget {settings['budget']} plain samples", flush=True
+    )
+    if not units:
+        return 0
+    if args.ray:
+        ray_map(args.ray, "bench.paper", options, units)
+        return 0
+    work, started = worker(options), time.perf_counter()
+
+    def told(unit: str) -> None:
+        work(unit)
+        n = units.index(unit) + 1
+        left = (time.perf_counter() - started) / n * (len(units) - n)
+        print(f"{unit} ({n}/{len(units)}, about {left / 60:.0f} min left)", flush=True)
+
+    serial_map(told, units)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except Failure as failure:
+        sys.exit(f"bench paper: {failure}")
