@@ -5,7 +5,7 @@
     python dev.py serve     the same ComfyUI, for a person
     python dev.py test      every test (--no-browser: all but the browser's)
     python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference
-    python dev.py train     retrain the demo model: data, vae, clip, judge, unet, export, taste
+    python dev.py train     retrain the demo model: data, vae, clip, judge, unet, export, taste, lora
 
 Standard library only: it builds its environment (.venv, .cache) at the first run.
 """
@@ -47,7 +47,7 @@ BENCHES = {
     "front": "bench.front",
     "paper": "bench.paper",
 }
-STAGES = ("data", "vae", "clip", "judge", "unet", "export", "taste")
+STAGES = ("data", "vae", "clip", "judge", "unet", "export", "taste", "lora")
 
 
 class Failure(Exception):

@@ -196,6 +196,8 @@ VARIANTS = {
     "initial": Variant({"variables": "initial"}),
     "injected": Variant({"variables": "injected"}),
     "clip_penalty": Variant(reward=lambda r, c: Held(r, scaled_clip(c), "penalty", 1.0)),
+    "clip_penalty_.3": Variant(reward=lambda r, c: Held(r, scaled_clip(c), "penalty", 0.3)),
+    "clip_penalty_.1": Variant(reward=lambda r, c: Held(r, scaled_clip(c), "penalty", 0.1)),
     "classifier_penalty": Variant(work=latent_held(denoising("classifier"), "penalty", 5.0)),
     "projection_.05": Variant({"hold": "projection", "drift_limit": 0.05, "drift_metric": "path_kl"}),
     "dual_.05": Variant({"hold": "dual_ascent", "drift_limit": 0.05, "drift_metric": "path_kl",

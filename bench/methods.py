@@ -17,6 +17,7 @@ Settings = mira("sampler.optimize").Settings
 SearchSettings = mira("sampler.search").SearchSettings
 PreferenceSettings = mira("sampler.preference").PreferenceSettings
 DEFAULT = mira("nodes.settings").DEFAULT
+RIVALS = mira("sampler.rivals").RIVALS
 
 # The paper's weights of the penalty (arXiv 2510.01549).
 BETA = {"aesthetic": 0.2, "brightness": 1.0, "darkness": 0.8, "JPEG": 1.0}
@@ -60,9 +61,11 @@ def preferring(gradient: bool = False, **fixed) -> Method:
 
 
 METHODS: dict[str, Method] = {
-    "dno": optimising(),
-    "dno_prno": optimising(regularizer="prno", beta=1.0),
-    "mira": optimising(regularizer="mira", beta=BETA.__getitem__),
+    # A step of the authors' length would need the authors' number of iterations: all get the benchmark's.
+    **{
+        name: optimising(**{k: v for k, v in RIVALS[name].items() if k != "lr"}) for name in ("dno", "dno_prno")
+    },
+    "mira": optimising(**{k: v for k, v in RIVALS["mira"].items() if k != "lr"}, beta=BETA.__getitem__),
     "mira_two_sided": optimising(regularizer="mira_two_sided", beta=0.3),
     "score_distance": optimising(regularizer="score_distance", beta=0.1),
     # The nodes' defaults: early stopping by distance travelled.
@@ -71,10 +74,8 @@ METHODS: dict[str, Method] = {
         drift_limit=DEFAULT.drift_limit, keep=DEFAULT.keep, stop=DEFAULT.stop, hold=DEFAULT.hold,
     ),
     "projection": optimising(drift_metric="path_kl", drift_limit=0.05, hold="projection"),
-    "reno": optimising(
-        variables="initial", optimizer="sgd", lr=5.0, clip_norm=0.1, regularizer="chi", beta=0.01, keep="best_reward"
-    ),
-    "initno": optimising(variables="initno", beta=1.0, keep="best_reward"),
+    "reno": optimising(**RIVALS["reno"]),
+    "initno": optimising(**{k: v for k, v in RIVALS["initno"].items() if k != "lr"}),
     "best_of_n": searching("best_of_n", lambda b: {"particles": b}),
     "zero_order": searching("zero_order", lambda b: {"particles": max(1, (b - 1) // 4), "rounds": 4}),
     "fk_steering": searching("fk_steering", lambda b: {"particles": b - 1}),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from . import files, judges, live
-from .demo import MiraDemoCLIPScore, MiraDemoModel
+from .demo import MiraDemoAesthetic, MiraDemoCLIPScore, MiraDemoModel
+from .guidance import MiraDyMOGuider, MiraRLGuidance
 from .loaders import (
     MiraLoadAestheticReward,
     MiraLoadCLIPScore,
@@ -32,6 +33,8 @@ NODES: list[type[io.ComfyNode]] = [
     MiraOptimizeSamplerAdvanced,
     MiraDPOPreference,
     MiraSearchKSampler,
+    MiraRLGuidance,
+    MiraDyMOGuider,
     MiraPixelReward,
     MiraJPEGReward,
     MiraLoadAestheticReward,
@@ -40,6 +43,7 @@ NODES: list[type[io.ComfyNode]] = [
     MiraLoadImageReward,
     MiraLoadCLIPScore,
     MiraDemoCLIPScore,
+    MiraDemoAesthetic,
     MiraRewardFromPython,
     MiraRewardFromHTTP,
     MiraCombineRewards,

@@ -8,7 +8,7 @@ import comfy.sample
 import torch
 
 from ..rewards.base import Reward
-from .probe import why_not_differentiable
+from .probe import injects_noise, why_not_differentiable
 
 
 def complain(values: dict) -> str | None:
@@ -63,6 +63,12 @@ def check(node: str, model, sampler, latent: dict, vae, reward: Reward, prompt: 
     needs_gradient(node, reward, "MIRA-DPO Preference or MIRA Search KSampler, which only rank images by it")
     needs_prompt(node, reward, prompt)
     check_latent(node, model, latent, vae, sampler, values)
+    free = values.get("variables")
+    if free in ("injected", "late") and not injects_noise(sampler, model.get_model_object("model_sampling")):
+        raise ValueError(
+            f"{node}: variables is {free}, but the sampler injects no noise: use an ancestral or SDE sampler, such as "
+            "euler_ancestral, or optimise the initial noise"
+        )
 
 
 def needs_gradient(node: str, reward: Reward, instead: str) -> None:

@@ -139,3 +139,23 @@ class MiraDemoCLIPScore(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(demo_clip_score())
+
+
+class MiraDemoAesthetic(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraDemoAesthetic",
+            display_name="Demo Aesthetic",
+            category="MIRA/rewards",
+            description=(
+                "A taste for the demo model: a small head on its CLIP that likes its 3d style (about 7) and not its flat "
+                "one (about 4). Small enough to be hacked, so that drift can be seen. It knows emoji only."
+            ),
+            inputs=[],
+            outputs=[MiraReward.Output("reward", display_name="reward")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(demo_aesthetic())

@@ -9,13 +9,17 @@ import comfy.sample
 import comfy.samplers
 from comfy_api.latest import io
 
+from ..sampler.optimize import Settings
+from ..sampler.rivals import RIVALS
 from . import host, memo
 from .checks import check, complain, wrong_sigmas
 from .job import cfg_guider, plain_values
 from .live import LiveRun
 from .monitor import travel
 from .settings import (
+    AS_SET,
     iterate_input,
+    method_inputs,
     prompt_input,
     sampling_inputs,
     schedule,
@@ -55,7 +59,7 @@ def optimized(node, node_id, guider, sampler, sigmas, noise, seed, latent: dict,
     model = guider.model_patcher
     latent = latent.copy()
     latent["samples"] = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-    settings = settings_of(values)
+    settings = understood(node, values)
     live = LiveRun(node_id, settings.iterations, {"drift_metric": settings.drift_metric})
     job = host.Job(
         guider=guider,
@@ -76,6 +80,9 @@ def optimized(node, node_id, guider, sampler, sigmas, noise, seed, latent: dict,
     )
     done = host.run(job)
     trace = done.result.trace
+    if replaced := RIVALS.get(values.get("method", AS_SET)):
+        said = ", ".join(f"{k} {v}" for k, v in replaced.items())
+        trace.notices.append(f"method {values['method']} was run with its authors' settings: {said}")
     for notice in reward.notices(job.prompts):
         log.warning("%s: %s", node, notice)
         trace.notices.append(notice)
@@ -86,6 +93,14 @@ def optimized(node, node_id, guider, sampler, sigmas, noise, seed, latent: dict,
         "reward": reward.facts.name,
     }
     return done, live
+
+
+def understood(node: str, values: dict) -> Settings:
+    """The settings, before anything is sampled. Raises ValueError for what does not go together."""
+    try:
+        return settings_of(values)
+    except ValueError as problem:
+        raise ValueError(f"{node}: {problem}") from problem
 
 
 class MiraOptimizeKSampler(io.ComfyNode):
@@ -110,6 +125,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
                 *settings_inputs(),
                 prompt_input(),
                 iterate_input(),
+                *method_inputs(),
             ],
             outputs=trace_outputs(),
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
@@ -176,6 +192,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
                 *settings_inputs(),
                 prompt_input(),
                 iterate_input(),
+                *method_inputs(),
             ],
             outputs=trace_outputs(),
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],

@@ -5,9 +5,11 @@ from __future__ import annotations
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..sampler.optimize import KEEP, OPTIMIZERS, STOP, Settings
+from ..sampler.optimize import HOLD, KEEP, OPTIMIZERS, STOP, Settings
+from ..sampler.rivals import RIVALS
 from ..sampler.rollout import WEIGHTINGS, Rollout
 from ..sampler.surrogates import REGULARIZERS, SURROGATES
+from ..sampler.variables import VARIABLES
 from .types import MiraTrace
 
 # What the measurement in docs/surrogates.md chose: plain optimisation's path, ended by the distance travelled.
@@ -21,6 +23,8 @@ DEFAULT = Settings(
     keep="best_within_drift",
     stop="drift",
 )
+
+AS_SET = "as_set"
 
 
 def sampling_inputs(seed: str) -> list:
@@ -117,7 +121,8 @@ def settings_inputs() -> list:
             tooltip=(
                 "What holds the image near the model. mira: the paper's loss; mira_two_sided: its score energy, held "
                 "from both sides; score_distance: the distance of the scores; path_kl: the distance of the noises; "
-                "latent_distance: the distance of the result; prno: DNO's; none: plain noise optimisation."
+                "latent_distance: the distance of the result; prno: DNO's; chi: ReNO's; none: plain noise "
+                "optimisation."
             ),
         ),
         io.Float.Input(
@@ -173,7 +178,8 @@ def settings_inputs() -> list:
             "optimizer",
             options=list(OPTIMIZERS),
             default=DEFAULT.optimizer,
-            tooltip="adamw is the paper's; sgd (with Nesterov momentum 0.9) needs a larger learning rate.",
+            tooltip="adamw is the paper's; sgd (with Nesterov momentum 0.9) needs a larger learning rate; "
+            "sphere: adam that keeps the norm of every noise.",
         ),
         io.Float.Input(
             "clip_norm",
@@ -222,6 +228,42 @@ def iterate_input():
     )
 
 
+def method_inputs() -> list:
+    """Behind all others: workflows save the values of widgets by their place."""
+    return [
+        io.Combo.Input(
+            "method",
+            options=[AS_SET, *RIVALS],
+            default=AS_SET,
+            optional=True,
+            tooltip=(
+                "as_set: what the other inputs say. mira, dno, dno_prno, reno, initno: what the authors of that method "
+                "use, in place of learning_rate, regularizer, keep, stop and so on; the record lists what was replaced."
+            ),
+        ),
+        io.Combo.Input(
+            "variables",
+            options=list(VARIABLES),
+            default=DEFAULT.variables,
+            optional=True,
+            tooltip=(
+                "What is optimised: the whole trajectory of noises, the initial one, the injected ones, the first or "
+                "second half of all; initno: a mean and a deviation of the initial noise."
+            ),
+        ),
+        io.Combo.Input(
+            "hold",
+            options=list(HOLD),
+            default=DEFAULT.hold,
+            optional=True,
+            tooltip=(
+                "Keeps the drift at drift_limit while the optimisation goes on (set stop to never). projection: draws "
+                "the noises back (drift_metric path_kl); dual_ascent: raises and lowers beta."
+            ),
+        ),
+    ]
+
+
 def trace_outputs() -> list:
     return [
         io.Latent.Output("optimized", display_name="optimized", tooltip="The kept iterate of every image."),
@@ -237,4 +279,7 @@ def trace_outputs() -> list:
 def settings_of(values: dict, kind: type = Settings):
     """The `kind` of settings, `Settings` or `PreferenceSettings`, that a node's values say."""
     names = set(kind.__dataclass_fields__)
-    return kind(lr=values["learning_rate"], **{k: v for k, v in values.items() if k in names})
+    chosen = {k: v for k, v in values.items() if k in names} | {"lr": values["learning_rate"]}
+    if values.get("method", AS_SET) != AS_SET and kind is Settings:
+        chosen |= RIVALS[values["method"]]
+    return kind(**chosen)

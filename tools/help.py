@@ -57,6 +57,28 @@ runs it also compares their rewards where they have drifted equally far. CMMD ne
     "MiraLoadTrace": """The record of an earlier run: from a PNG that ComfyUI saved after an optimising node (the record
 travels in it beside the workflow), or from the Drift Monitor's JSON or CSV. Connect it to a Drift Monitor to compare
 with a new run.""",
+    "MiraSearchKSampler": """A KSampler that samples several candidates of every image and lets the better ones
+survive, by any reward, with or without a gradient. `best_of_n` keeps the best of `particles` seeds, and is what every
+other method has to beat; `zero_order` climbs: `rounds` times it keeps the best of `particles` noises around the best so
+far. `fk_steering` and `code` look at the predicted images while they are sampled: FK resamples particles in proportion to
+exp(strength * reward), CoDe goes on from the best. `das` is FK's Monte Carlo with proposals that follow the reward's
+gradient. `mira_fk` runs MIRA on several trajectories and goes on from the best one.
+
+Steering needs a sampler that injects noise (an ancestral or SDE one), by which copies part. `strength` belongs to the
+reward's scale: around 10 over what an image can gain. Particles run together as far as memory goes. Cancel hands back
+the best image so far. The record shows the best of all particles at every look.""",
+    "MiraRLGuidance": """Blends a model with its reward-tuned version, at every step: base + `weight` * (tuned - base). With
+`schedule` constant this is Reinforcement Learning Guidance: 1 is the tuned model, 0.5 half of the tuning, 2 beyond it.
+With `annealed` it is Annealed Importance Guidance: the base model decides early, at high noise, and the tuned one late,
+which keeps the base model's variety.
+
+It serves checkpoints and LoRAs of DDPO, Diffusion-DPO, D3PO and their like, and whatever else was tuned from the same
+model. Connect the base to `model`, and the checkpoint, or the base with Load LoRA, to `tuned`. A step costs both models.
+The result is a MODEL: sample it with any node, or optimise its noises.""",
+    "MiraDyMOGuider": """A CFG guider that leans towards a reward in every prediction, for SamplerCustomAdvanced: the
+preference term of DyMO. The step has the length of what the prompt changes in the prediction, times `scale`. Nothing is
+optimised and nothing is searched, so it is the cheapest way to more reward, and the least sure one. DyMO's other term,
+on attention maps, is not in it: `start_percent` leaves the beginning to the prompt instead.""",
     "MiraPixelReward": """A reward that is a formula of the pixels, with a gradient and without any file: brightness,
 darkness, contrast, colourfulness, sharpness, symmetry, or the match to a reference image (for colours and composition).
 Simple rewards are hacked quickly: keep the drift limit low.""",
@@ -85,6 +107,8 @@ Face's layout) or SigLIP (with its tokenizer files beside it). CLIP usually give
 {FILES}""",
     "MiraDemoCLIPScore": """The CLIPScore of the demo model's own small CLIP. It knows emoji only: use it with the MIRA Demo
 Model, whose samples score 45 to 75.""",
+    "MiraDemoAesthetic": """A taste for the demo model: a small head on its CLIP, taught that 3d emoji are worth 7 and flat
+ones 4. It is small enough to be hacked, which is what it is for.""",
     "MiraCombineRewards": """A weighted sum of up to four rewards; chain nodes for more. `by typical range` makes equal
 weights count about equally, whatever the units; `ReNO` is that paper's composite of HPSv2.1, ImageReward, CLIPScore and
 PickScore. A negative weight asks for less. Combining a style with a CLIPScore is a good guard for the prompt.""",

@@ -35,6 +35,7 @@ REWARDS = {
     "MiraLoadImageReward": ["file", "precision"],
     "MiraLoadCLIPScore": ["file", "text_file", "activation", "precision"],
     "MiraDemoCLIPScore": [],
+    "MiraDemoAesthetic": [],
     "MiraRewardFromPython": ["file"],
     "MiraRewardFromHTTP": [
         "url", "name", "needs_prompt", "timeout", "retries", "typical_low", "typical_high"
@@ -86,6 +87,9 @@ def test_registration():
         "MiraOptimizeKSampler": ["optimized", "plain", "trace"],
         "MiraOptimizeSamplerAdvanced": ["optimized", "plain", "trace"],
         "MiraDPOPreference": ["optimized", "plain", "trace", "choices"],
+        "MiraSearchKSampler": ["optimized", "plain", "trace"],
+        "MiraRLGuidance": ["guided"],
+        "MiraDyMOGuider": ["guider"],
         "MiraDriftMonitor": ["plot", "table", "verdict", "gain", "drift", "clip_score", "cmmd"],
         "MiraLoadTrace": ["trace"],
         "MiraScoreImages": ["scores", "text"],
@@ -101,13 +105,14 @@ def test_registration():
     assert [i.id for i in listed["MiraLoadTrace"].inputs] == ["file", "index"]
     assert [i.id for i in listed["MiraScoreImages"].inputs] == ["images", "reward", "prompt"]
     assert [i.id for i in listed["MiraRankImages"].inputs] == ["images", "scores", "top_k"]
+    method = ["method", "variables", "hold"]
     settings = [
         "iterations", "learning_rate", "regularizer", "beta", "keep", "drift_limit", "stop", "patience", "memory",
         "drift_metric", "optimizer", "clip_norm", "weighting", "measured",
     ]  # fmt: skip
     assert [i.id for i in listed["MiraOptimizeKSampler"].inputs] == [
         "model", "positive", "negative", "latent_image", "vae", "reward", "seed", "steps", "cfg", "sampler_name",
-        "scheduler", "denoise", *settings, "prompt", "iterate",
+        "scheduler", "denoise", *settings, "prompt", "iterate", *method,
     ]  # fmt: skip
     assert [i.id for i in listed["MiraDPOPreference"].inputs] == [
         "model", "positive", "negative", "latent_image", "vae", "judge", "seed", "steps", "cfg", "sampler_name",
@@ -116,7 +121,16 @@ def test_registration():
         "iterate",
     ]  # fmt: skip
     assert [i.id for i in listed["MiraOptimizeSamplerAdvanced"].inputs] == [
-        "noise", "guider", "sampler", "sigmas", "latent_image", "vae", "reward", *settings, "prompt", "iterate"
+        "noise", "guider", "sampler", "sigmas", "latent_image", "vae", "reward", *settings, "prompt", "iterate", *method
+    ]  # fmt: skip
+    assert [i.id for i in listed["MiraSearchKSampler"].inputs] == [
+        "model", "positive", "negative", "latent_image", "vae", "reward", "seed", "steps", "cfg", "sampler_name",
+        "scheduler", "denoise", "method", "particles", "rounds", "interval", "strength", "potential", "radius",
+        "iterations", "learning_rate", "regularizer", "beta", "memory", "prompt", "iterate",
+    ]  # fmt: skip
+    assert [i.id for i in listed["MiraRLGuidance"].inputs] == ["model", "tuned", "weight", "schedule", "power"]
+    assert [i.id for i in listed["MiraDyMOGuider"].inputs] == [
+        "model", "positive", "negative", "vae", "reward", "cfg", "scale", "start_percent", "end_percent", "prompt"
     ]  # fmt: skip
 
 
@@ -280,3 +294,37 @@ def test_combine_rewards():
         execute(nodes.MiraCombineRewards, reward_1=bright, weight_1=0.0)
     with pytest.raises(ValueError, match="Combine Rewards: ReNO's composite has no brightness"):
         execute(nodes.MiraCombineRewards, **weighted, scaling="ReNO")
+
+
+@pytest.mark.parametrize("method", list(mira("sampler.rivals").RIVALS))
+def test_a_rival_is_one_choice(world, method):
+    out, _, trace = optimize(world, method=method, steps=2, beta=0.5).args[:3]
+    chosen = mira("nodes.settings").settings_of(INPUTS | {"method": method, "beta": 0.5})
+    assert {k: getattr(chosen, k) for k in mira("sampler.rivals").RIVALS[method]} == mira("sampler.rivals").RIVALS[
+        method
+    ]
+    assert any(f"method {method} was run with its authors' settings" in n for n in trace.notices)
+    # ReNO and InitNO leave the injected noises alone; the others move them.
+    assert trace.rows[-1]["path_kl"] > 0
+    assert torch.isfinite(out["samples"]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variables": "injected", "sampler_name": "euler"}, "variables is injected, but the sampler injects no noise"),
+        ({"hold": "projection"}, "hold is projection, which needs a drift_limit above 0"),
+        ({"hold": "projection", "drift_limit": 0.1}, "needs drift_metric path_kl"),
+        ({"hold": "dual_ascent", "drift_limit": 0.1, "regularizer": "none"}, "regularizer is none: choose one"),
+    ],
+)
+def test_what_does_not_go_together(world, changes, message):
+    with pytest.raises(ValueError, match=message):
+        optimize(world, **changes)
+
+
+def test_drift_is_held_while_the_reward_rises(world):
+    changes = dict(hold="projection", drift_metric="path_kl", drift_limit=0.002, learning_rate=0.05, iterations=4)
+    trace = optimize(world, regularizer="none", **changes).args[2]
+    assert max(r["path_kl"] for r in trace.rows) <= 0.002 * 1.001
+    assert trace.rows[-1]["reward"] > trace.rows[0]["reward"]

@@ -113,5 +113,6 @@ def test_tables_hold_what_the_nodes_offer():
         "path_kl",
         "latent_distance",
         "prno",
+        "chi",
         "none",
     }

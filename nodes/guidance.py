@@ -1,0 +1,261 @@
+"""Guidance at sampling time: by a reward-tuned model (RLG, AIG), and by a reward's gradient (DyMO)."""
+
+from __future__ import annotations
+
+import copy
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..rewards.base import Reward
+from ..sampler.guidance import annealed, blended, preferred, within
+from .checks import needs_gradient, needs_prompt
+from .grad import leave_inference_mode, normal, sdpa, static, training
+from .host import decode, patcher_of
+from .types import MiraReward
+
+RLG = "MIRA RL Guidance"
+DYMO = "MIRA DyMO Guider"
+SCHEDULES = ("constant", "annealed")
+
+
+def share_of_noise(sampling, sigma: Tensor) -> Tensor:
+    """(B,) sigmas -> (B,): how much of the noise schedule is still to come, 1 at its start and 0 at its end."""
+    whole = sampling.timestep(torch.as_tensor(sampling.sigma_max))
+    return (sampling.timestep(sigma.float().cpu()) / whole).to(sigma.device).float().clamp(0, 1)
+
+
+def on_its_own(tuned, model):
+    """A patcher of `tuned` that can be loaded beside `model`: a LoRA's clone shares the base model's weights, which
+    hold either with it or without it, so it gets a copy of its own.
+    """
+    patcher = tuned.clone()
+    if tuned.model is not model.model:
+        return patcher
+    # Loaded clones have their patches in the shared weights: out with them before those are copied.
+    comfy.model_management.unload_all_models()
+    shared = tuned.model
+    memo = {id(getattr(shared, "current_patcher", None)): None}
+    patcher.model = copy.deepcopy(shared, memo)
+    patcher.backup, patcher.object_patches_backup = {}, {}
+    return patcher
+
+
+class MiraRLGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraRLGuidance",
+            display_name=RLG,
+            category="MIRA/guidance",
+            description=(
+                "Blends a model with its reward-tuned version (DDPO, Diffusion-DPO, D3PO ..., a checkpoint or a LoRA): "
+                "base + weight * (tuned - base). Constant: Reinforcement Learning Guidance, a dial for the tuning. "
+                "Annealed: Annealed Importance Guidance, the base model early and the tuned one late."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The base model. Every step costs both models."),
+                io.Model.Input(
+                    "tuned", tooltip="The reward-tuned model: of the same kind. A LoRA on the base costs a second copy."
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=1.5,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="0: the base model, 1: the tuned one, above 1: beyond it (the paper uses 1 to 3).",
+                ),
+                io.Combo.Input(
+                    "schedule",
+                    options=list(SCHEDULES),
+                    default="constant",
+                    tooltip="constant: RLG. annealed: AIG, from the base model at high noise to the weight at the end.",
+                ),
+                io.Float.Input(
+                    "power",
+                    default=1.0,
+                    min=0.1,
+                    max=10.0,
+                    step=0.1,
+                    tooltip="Of annealed: above 1 the base model has its way for longer.",
+                ),
+            ],
+            outputs=[io.Model.Output("guided", display_name="guided")],
+        )
+
+    @classmethod
+    def execute(cls, model, tuned, weight, schedule, power) -> io.NodeOutput:
+        base_kind, tuned_kind = type(model.model).__name__, type(tuned.model).__name__
+        latents = [m.get_model_object("latent_format").latent_channels for m in (model, tuned)]
+        if base_kind != tuned_kind or latents[0] != latents[1]:
+            raise ValueError(
+                f"{RLG}: model is a {base_kind} and tuned a {tuned_kind}: use a reward-tuned version of the same model"
+            )
+        kinds = [m.get_model_object("model_sampling") for m in (model, tuned)]
+        if float(kinds[0].sigma_max) != float(kinds[1].sigma_max):
+            raise ValueError(
+                f"{RLG}: model and tuned have different noise schedules (sigma up to {float(kinds[0].sigma_max):.4g} "
+                f"and {float(kinds[1].sigma_max):.4g}): patch both the same way"
+            )
+        guided, second = model.clone(), on_its_own(tuned, model)
+        guided.set_additional_models("mira_tuned", [second])
+        before = guided.model_options.get("model_function_wrapper")
+
+        def call(apply, args):
+            return before(apply, args) if before else apply(args["input"], args["timestep"], **args["c"])
+
+        def blend(apply, args):
+            sigma = args["timestep"]
+            noise = share_of_noise(kinds[0], sigma)
+            w = annealed(weight, noise, power) if schedule == "annealed" else torch.full_like(noise, weight)
+            if (w == 0).all():
+                return call(apply, args)
+            after = call(second.model.apply_model, args)
+            if (w == 1).all():
+                return after
+            out = call(apply, args)
+            return blended(out, after, w.reshape(-1, *[1] * (out.ndim - 1)).to(out))
+
+        guided.set_model_unet_function_wrapper(blend)
+        return io.NodeOutput(guided)
+
+
+class DyMOGuider(comfy.samplers.CFGGuider):
+    """CFG with a step along the reward's gradient in every prediction between `start` and `end`."""
+
+    def __init__(self, model, vae, reward: Reward, prompt: str, scale: float, start: float, end: float):
+        patcher = static(model.clone())
+        self.vae = copy.copy(vae)
+        self.vae.patcher = static(vae.patcher)
+        self.vae.first_stage_model = self.vae.patcher.model
+        self.networks = [self.vae.patcher, *(patcher_of(m) for m in reward.modules)]
+        super().__init__(patcher)
+        self.reward, self.prompt = reward, prompt
+        self.scale, self.start, self.end = scale, start, end
+
+    def sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, **more):
+        # ComfyUI runs nodes in inference mode, where nothing has a gradient. An optimisation has left it already.
+        conds, options = self.original_conds, self.model_options
+        wanted = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(wanted), training():
+            self.original_conds, self.model_options = normal(conds), normal(options)
+            try:
+                return super().sample(
+                    normal(noise), normal(latent_image), sampler, normal(sigmas), normal(denoise_mask), **more
+                )
+            finally:
+                self.original_conds, self.model_options = conds, options
+
+    def inner_sample(self, noise, latent_image, device, sampler, sigmas, *args, **kwargs):
+        need = self.inner_model.memory_required([2 * noise.shape[0], *noise.shape[1:]])
+        patchers = [self.model_patcher, *self.loaded_models, *self.networks]
+        comfy.model_management.load_models_gpu(patchers, memory_required=3 * need, force_full_load=True)
+        for patcher in patchers:
+            leave_inference_mode(patcher.model)
+        return super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        options = comfy.model_patcher.create_model_options_clone(model_options or {})
+        options["disable_cfg1_optimization"] = True  # the strength is measured by the unconditional prediction
+        noise = share_of_noise(self.inner_model.model_sampling, timestep)
+        if not within(noise, self.start, self.end).all() or not self.scale:
+            return super().predict_noise(x, timestep, options, seed)
+        options.setdefault("transformer_options", {})["optimized_attention_override"] = sdpa
+        found = []
+
+        def capture(args):
+            found[:] = [args["cond_denoised"] - args["uncond_denoised"]]
+            return args["denoised"]
+
+        options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", ()), capture]
+        with torch.enable_grad():
+            state = x if x.requires_grad else x.detach().requires_grad_()
+            denoised = super().predict_noise(state, timestep, options, seed)
+            images = decode(self.vae, self.inner_model.process_latent_out(denoised.float()))
+            total, _ = self.reward(images, [self.prompt] * len(images))
+            # Under an optimisation of the noises this term counts as a constant.
+            (gradient,) = torch.autograd.grad(total.sum(), state, retain_graph=x.requires_grad)
+        if not x.requires_grad:
+            denoised = denoised.detach()
+        if not torch.isfinite(gradient).all():
+            name, sigma = self.reward.facts.name, timestep[0].item()
+            raise RuntimeError(f"{DYMO}: the gradient of {name} is not finite at sigma {sigma:.3g}")
+        return preferred(denoised, gradient, found[0].detach(), self.scale)
+
+
+class MiraDyMOGuider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraDyMOGuider",
+            display_name=DYMO,
+            category="MIRA/guidance",
+            description=(
+                "A CFG guider that leans towards a reward at every step (the preference term of DyMO): nothing is "
+                "optimised, one sample costs about three. For SamplerCustomAdvanced."
+            ),
+            inputs=[
+                io.Model.Input("model"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Vae.Input("vae", tooltip="The model's own VAE: the reward looks at decoded images."),
+                MiraReward.Input("reward"),
+                io.Float.Input(
+                    "cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Classifier-free guidance."
+                ),
+                io.Float.Input(
+                    "scale",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip=(
+                        "How far a step leans, in units of the difference that the prompt makes to the prediction. "
+                        "1: as far (DyMO)."
+                    ),
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.2,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="From where in the noise schedule on. DyMO leaves the beginning to the prompt.",
+                ),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="And until where."),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="The prompt as text, for rewards that compare image and prompt.",
+                ),
+            ],
+            outputs=[io.Guider.Output("guider", display_name="guider")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, vae, reward, cfg, scale, start_percent, end_percent, prompt=""
+    ) -> io.NodeOutput:
+        if not isinstance(reward, Reward):
+            raise ValueError(f"{DYMO}: reward is a {type(reward).__name__}: connect a MIRA reward node")
+        needs_gradient(DYMO, reward, "MIRA Search KSampler, which needs no gradient")
+        needs_prompt(DYMO, reward, prompt)
+        if start_percent > end_percent:
+            raise ValueError(f"{DYMO}: start_percent {start_percent} lies after end_percent {end_percent}: swap them")
+        channels = model.get_model_object("latent_format").latent_channels
+        if vae.latent_channels != channels:
+            raise ValueError(
+                f"{DYMO}: vae decodes {vae.latent_channels} latent channels, but model has {channels}: use its own VAE"
+            )
+        guider = DyMOGuider(model, vae, reward, prompt or "", scale, start_percent, end_percent)
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
+        return io.NodeOutput(guider)

@@ -1,0 +1,167 @@
+"""RLG, AIG and DyMO on the demo model and a LoRA that was tuned towards brightness."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bench.pack import ROOT, mira
+from bench.speed import sd15
+
+nodes = mira("nodes")
+guidance = mira("nodes.guidance")
+decode = mira("nodes.host").decode
+PixelReward, JPEG = mira("rewards.pixel").PixelReward, mira("rewards.jpeg").JPEG
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def bright(world):
+    """The demo model with the LoRA, as Load LoRA gives it."""
+    with torch.inference_mode():
+        lora = load_file(ROOT / "demo" / "weights" / "bright_lora.safetensors")
+        return comfy.sd.load_lora_for_models(world.model, None, lora, 1.0, 0)[0]
+
+
+def brightness(world, latent):
+    with torch.inference_mode():
+        return decode(world.vae, latent).mean().item() * 2 - 1
+
+
+def sample(world, model, batch=4):
+    return world.ksampler(model=model, steps=STEPS, batch=batch, seed=11)
+
+
+def rlg(model, tuned, weight, schedule="constant", power=1.0):
+    with torch.inference_mode():
+        return nodes.MiraRLGuidance.execute(model, tuned, weight, schedule, power).args[0]
+
+
+def test_the_lora_is_bright(world, bright):
+    assert brightness(world, sample(world, bright)) > brightness(world, sample(world, world.model)) + 0.1
+
+
+def test_weight_0_is_the_base_and_1_the_tuned_model(world, bright):
+    base, tuned = sample(world, world.model), sample(world, bright)
+    assert torch.equal(sample(world, rlg(world.model, bright, 0.0)), base)
+    torch.testing.assert_close(sample(world, rlg(world.model, bright, 1.0)), tuned, atol=1e-4, rtol=1e-4)
+    # Neither the model nor the LoRA's clone is changed by having been used.
+    assert torch.equal(sample(world, world.model), base)
+    assert torch.equal(sample(world, bright), tuned)
+
+
+def test_a_larger_weight_is_brighter(world, bright):
+    found = [brightness(world, sample(world, rlg(world.model, bright, w))) for w in (0.0, 0.5, 1.0, 1.6)]
+    assert found == sorted(found) and found[3] > found[2] + 0.02
+
+
+def test_annealed_lies_between(world, bright):
+    base, constant = (brightness(world, sample(world, rlg(world.model, bright, w))) for w in (0.0, 1.5))
+    annealed = brightness(world, sample(world, rlg(world.model, bright, 1.5, "annealed")))
+    late = brightness(world, sample(world, rlg(world.model, bright, 1.5, "annealed", power=4.0)))
+    assert base - 0.02 <= late <= annealed < constant
+
+
+def test_a_wrapper_that_was_there_is_kept(world, bright):
+    seen = []
+
+    def wrapper(apply, args):
+        seen.append(1)
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model = world.model.clone()
+    model.set_model_unet_function_wrapper(wrapper)
+    sample(world, rlg(model, bright, 1.5), batch=1)
+    assert len(seen) == STEPS
+
+
+def test_the_noise_is_optimised_through_a_blend(world, bright):
+    done = world.optimize(model=rlg(world.model, bright, 1.5), iterations=2, steps=3)
+    rows = done.result.trace.rows
+    assert rows[-1]["reward"] > rows[0]["reward"]
+
+
+def test_other_models_are_refused(world):
+    model = sd15()
+    model.model.model_sampling = world.model.model.model_sampling
+    other = world.model.clone()
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    with torch.inference_mode():
+        flow = ModelSamplingDiscrete().patch(world.model, "eps", True)[0]  # zero terminal SNR: another schedule
+    with pytest.raises(ValueError, match="different noise schedules"):
+        rlg(world.model, flow, 1.5)
+    other.model = type("Other", (), {})()
+    other.object_patches = dict(other.object_patches, latent_format=world.model.get_model_object("latent_format"))
+    with pytest.raises(ValueError, match="is a BaseModel and tuned a Other"):
+        rlg(world.model, other, 1.5)
+
+
+def guider(world, cfg=5.0, reward=None, scale=1.0, start=0.2, end=1.0, model=None, **more):
+    with torch.inference_mode():
+        return nodes.MiraDyMOGuider.execute(
+            model or world.model, world.positive, world.negative, world.vae, reward or PixelReward("brightness"), cfg,
+            scale, start, end, **more,
+        ).args[0]  # fmt: skip
+
+
+def guided(world, which, batch=1, sampler="euler_ancestral", mask=None):
+    """As SamplerCustomAdvanced samples."""
+    latent = torch.zeros(batch, 4, 16, 16)
+    with torch.inference_mode():
+        return which.sample(
+            comfy.sample.prepare_noise(latent, 11), latent, comfy.samplers.sampler_object(sampler),
+            world.sigmas(steps=STEPS), denoise_mask=mask, seed=11, disable_pbar=True,
+        )  # fmt: skip
+
+
+def test_dymo_follows_the_reward_by_its_scale(world):
+    found = [brightness(world, guided(world, guider(world, scale=s), batch=2)) for s in (0.0, 0.5, 1.5)]
+    assert found[0] < found[1] < found[2] and found[2] > found[0] + 0.05
+
+
+def test_dymo_at_scale_0_and_outside_its_range_is_cfg(world):
+    plain = guided(world, world.guider())
+    assert torch.equal(guided(world, guider(world, scale=0.0)), plain)
+    assert torch.equal(guided(world, guider(world, start=0.0, end=0.0, scale=0.0)), plain)
+    late = guided(world, guider(world, start=0.99, end=1.0))
+    torch.testing.assert_close(late, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_dymo_repeats_and_leaves_the_model_as_it_was(world):
+    before = sample(world, world.model, batch=1)
+    one = guided(world, guider(world))
+    assert torch.equal(one, guided(world, guider(world)))
+    assert torch.equal(sample(world, world.model, batch=1), before)
+
+
+def test_dymo_measures_its_step_without_cfg_too(world):
+    assert not torch.equal(guided(world, guider(world, cfg=1.0)), guided(world, world.guider(cfg=1.0)))
+
+
+def test_the_noise_is_optimised_under_dymo(world):
+    job = world.job(iterations=2, steps=3)
+    job.guider = guider(world)
+    with torch.inference_mode():
+        done = mira("nodes.host").run(job)
+    rows = done.result.trace.rows
+    assert rows[-1]["reward"] > rows[0]["reward"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": JPEG()}, "no gradient: use a differentiable reward here, or MIRA Search"),
+        ({"reward": "x"}, "connect a MIRA reward node"),
+        ({"start": 0.9, "end": 0.1}, "swap them"),
+        ({"reward": mira("nodes.demo").demo_clip_score()}, "prompt is empty"),
+    ],
+)
+def test_bad_input(world, changes, message):
+    with pytest.raises(ValueError, match=message):
+        guider(world, **changes)
