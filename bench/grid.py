@@ -19,7 +19,10 @@ import torch
 from bench.pack import ROOT
 
 # What decides a result: a change of any of these files is another code version.
-CODE = ("sampler", "rewards", "nodes", "demo/judge.py", "demo/weights", "bench/methods.py", "bench/paper.py")
+CODE = (
+    "sampler", "rewards", "nodes/host.py", "nodes/grad.py", "nodes/twin.py", "nodes/preference.py", "demo/judge.py",
+    "demo/weights", "bench/methods.py", "bench/paper.py",
+)  # fmt: skip
 
 
 class Failure(Exception):

@@ -30,7 +30,7 @@ class Paper:
 
 
 PAPER = {
-    "demo": Paper(8, 5.0, 8, 0.03, 128),
+    "demo": Paper(8, 5.0, 6, 0.04, 128),
     "sd15": Paper(100, 5.0, 50, 0.01, 512),
     "sdxl": Paper(100, 5.0, 50, 0.01, 1024),
     "sdxl-turbo": Paper(1, 1.0, 50, 0.01, 512),

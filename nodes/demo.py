@@ -149,8 +149,8 @@ class MiraDemoAesthetic(io.ComfyNode):
             display_name="Demo Aesthetic",
             category="MIRA/rewards",
             description=(
-                "A taste for the demo model: a small head on its CLIP that likes its 3d style (about 7) and not its flat "
-                "one (about 4). Small enough to be hacked, so that drift can be seen. It knows emoji only."
+                "A taste for the demo model: a small head on its CLIP that likes the 3d style (about 7) and not the "
+                "flat one (about 4). Small enough to be hacked, so that drift can be seen. It knows emoji only."
             ),
             inputs=[],
             outputs=[MiraReward.Output("reward", display_name="reward")],

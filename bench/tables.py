@@ -1,0 +1,316 @@
+"""Tables and plots of the benchmark, from its files alone: `python dev.py bench paper --report [FOLDER]`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from bench.grid import Failure, Store
+from bench.pack import mira
+
+cmmd = mira("sampler.statistics").cmmd
+AGAINST = "dno"
+COLUMNS = (
+    "reward", "adherence", "top1", "clip_score", "mira", "mira_two_sided", "score_distance", "path_kl",
+    "latent_distance", "forward", "backward", "seconds", "memory_mb",
+)  # fmt: skip
+RESAMPLES = 400
+
+
+def opened(folder: Path) -> Store:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise Failure(f"{folder} holds no benchmark (no config.json): run `python dev.py bench paper` first")
+    return Store(folder, json.loads(config.read_text()))
+
+
+def nearest(features: torch.Tensor, base: torch.Tensor, leave_out: bool = False) -> torch.Tensor:
+    """The distance of every row to the nearest base image, in the judge's features."""
+    distance = torch.cdist(features.float(), base.float())
+    if leave_out:
+        distance.fill_diagonal_(math.inf)
+    return distance.amin(1)
+
+
+def verdict(a: dict, b: dict) -> float:
+    """The demo's judge, a rule: who fulfils more of (the prompt is right, the image is natural, the reward rose by half
+    of what the better of the two gained) wins; 1, 0, or 0.5 for a tie.
+    """
+    best = max(a["gain"], b["gain"])
+    points = [r["top1"] + r["natural"] + float(best > 0 and r["gain"] >= best / 2) for r in (a, b)]
+    return 0.5 if points[0] == points[1] else float(points[0] > points[1])
+
+
+def paired(differences: torch.Tensor) -> tuple[float, float, float]:
+    """Mean, its standard error, and the two-sided p of a sign-flip test (exact up to 10 differences)."""
+    d = differences.double()
+    n, mean = len(d), d.mean()
+    if n < 2:
+        return mean.item(), math.nan, math.nan
+    if n <= 10:
+        signs = torch.tensor([[1 if i >> k & 1 else -1 for k in range(n)] for i in range(2**n)], dtype=torch.double)
+    else:
+        signs = torch.randint(2, (20_000, n), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    flipped = (signs * d).mean(1).abs()
+    return mean.item(), (d.std() / n**0.5).item(), (flipped >= mean.abs() - 1e-12).double().mean().item()
+
+
+class Results:
+    """All finals and paths of a store, by target and method, images in one order for all methods."""
+
+    def __init__(self, store: Store):
+        self.store = store
+        rows = store.rows()
+        self.base = [r for r in rows if r["method"] == "base"]
+        self.finals: dict[tuple[str, str], dict[tuple, dict]] = {}
+        self.paths: dict[tuple[str, str], dict[tuple, dict[int, dict]]] = {}
+        for r in rows:
+            if r["method"] == "base":
+                continue
+            key, image = (r["target"], r["method"]), (int(r["seed"]), r["animal"])
+            if r["k"] == -1:
+                self.finals.setdefault(key, {})[image] = r
+            else:
+                self.paths.setdefault(key, {}).setdefault(image, {})[int(r["k"])] = r
+        self.targets = list(dict.fromkeys(t for t, _ in self.finals))
+        self.methods = list(dict.fromkeys(m for _, m in self.finals))
+        self.embeddings: dict[tuple[str, str], dict[tuple, dict[str, torch.Tensor]]] = {}
+        base_clip, base_judge = [], []
+        for file in sorted(store.folder.glob("*.csv")):
+            unit = file.stem
+            tensors = store.tensors(unit)
+            if unit.startswith("base__"):
+                base_clip.append(tensors["final_clip"])
+                base_judge.append(tensors["final_judge"])
+                continue
+            method, target, seed, _ = unit.split("__")
+            size = len(tensors["images"])
+            with file.open(newline="") as opened_file:
+                animals = list(dict.fromkeys(r["animal"] for r in csv.DictReader(opened_file)))
+            for b in range(size):
+                of = {k: v[:, b] if k.startswith("path_") else v[b] for k, v in tensors.items() if k != "images"}
+                self.embeddings.setdefault((target, method), {})[int(seed), animals[b]] = of
+        self.base_clip = torch.cat(base_clip).float() if base_clip else None
+        self.base_judge = torch.cat(base_judge).float() if base_judge else None
+        self._plain()
+
+    def _plain(self) -> None:
+        """What every image gained, and whether it is as near to a base image as 95 % of those are to one another."""
+        if self.base_judge is not None:
+            limit = nearest(self.base_judge, self.base_judge, True).quantile(0.95)
+        for (target, method), images in self.finals.items():
+            for image, row in images.items():
+                start = self.paths.get((target, AGAINST), {}).get(image, {}).get(0)
+                row["gain"] = row["reward"] - start["reward"] if start else math.nan
+                if self.base_judge is not None:
+                    features = self.embeddings[target, method][image]["final_judge"][None]
+                    row["natural"] = float(nearest(features, self.base_judge)[0] <= limit)
+
+    def shared(self, target: str, a: str, b: str) -> list[tuple]:
+        one, two = self.finals.get((target, a), {}), self.finals.get((target, b), {})
+        return [i for i in one if i in two]
+
+    def clip(self, target: str, method: str, k: int | None = None) -> torch.Tensor:
+        """(N, D): the embeddings of the finals, or of iteration k."""
+        found = self.embeddings[target, method].values()
+        return torch.stack([e["final_clip"] if k is None else e["path_clip"][k] for e in found]).float()
+
+
+def summary(results: Results, target: str, method: str) -> dict:
+    rows = list(results.finals[target, method].values())
+    out: dict = {"target": target, "method": method, "images": len(rows)}
+    for column in (*COLUMNS, "gain", "natural"):
+        values = [r[column] for r in rows if r.get(column) is not None]
+        if values:
+            out[column] = sum(values) / len(values)
+    seeds = sorted({s for s, _ in results.finals[target, method]})
+    means = torch.tensor(
+        [
+            sum(v) / len(v)
+            for s in seeds
+            if (v := [r["reward"] for (seed, _), r in results.finals[target, method].items() if seed == s])
+        ]
+    )
+    out["reward_se_seeds"] = (means.std() / len(means) ** 0.5).item() if len(means) > 1 else math.nan
+    if results.base_clip is not None:
+        out["cmmd"] = cmmd(results.clip(target, method), results.base_clip)
+    images = results.shared(target, method, AGAINST)
+    mine, other = results.finals[target, method], results.finals.get((target, AGAINST), {})
+    if images and method != AGAINST:
+        for column in ("reward", "adherence"):
+            if mine[images[0]].get(column) is not None:
+                difference = torch.tensor([mine[i][column] - other[i][column] for i in images])
+                names = (f"{column}_over_{AGAINST}", f"{column}_over_{AGAINST}_se", f"{column}_p")
+                out |= dict(zip(names, paired(difference), strict=True))
+        if "natural" in mine[images[0]]:
+            wins = [verdict(mine[i], other[i]) for i in images]
+            out["win_rate"] = sum(wins) / len(wins)
+    return out
+
+
+def at(x: torch.Tensor, y: torch.Tensor, level: float) -> float:
+    """y on the line through the path's points where x first reaches the level; nan where it never does."""
+    if x[0] >= level:
+        return y[0].item()
+    for k in range(1, len(x)):
+        if x[k] >= level > x[k - 1]:
+            return (y[k - 1] + (level - x[k - 1]) / (x[k] - x[k - 1]) * (y[k] - y[k - 1])).item()
+    return math.nan
+
+
+def path(results: Results, target: str, method: str, images: list, column: str) -> torch.Tensor:
+    """(K + 1,): the mean over images."""
+    found = [results.paths[target, method][i] for i in images]
+    return torch.tensor([[f[k][column] for k in sorted(f)] for f in found], dtype=torch.double).mean(0)
+
+
+def matched(results: Results, target: str, method: str, drift: str) -> dict | None:
+    """The method's reward and adherence less those of early-stopped DNO at the same drift; intervals by bootstrap."""
+    images = results.shared(target, method, AGAINST)
+    if not images or method == AGAINST or drift not in results.finals[target, method][images[0]]:
+        return None
+    if any(results.finals[target, method][i].get(drift) is None for i in images):
+        return None
+    g = torch.Generator().manual_seed(0)
+
+    def once(chosen: list) -> tuple[float, float, float]:
+        final = [results.finals[target, method][i] for i in chosen]
+        level = sum(r[drift] for r in final) / len(final)
+        x = path(results, target, AGAINST, chosen, drift)
+        out = []
+        for column in ("reward", "adherence"):
+            mine = sum(r[column] for r in final) / len(final)
+            out.append(mine - at(x, path(results, target, AGAINST, chosen, column), level))
+        return level, *out
+
+    level, reward, adherence = once(images)
+    boot = [
+        once([images[j] for j in torch.randint(len(images), (len(images),), generator=g)]) for _ in range(RESAMPLES)
+    ]
+    spread = torch.tensor(boot, dtype=torch.double)[:, 1:]
+    se = [s[torch.isfinite(s)].std().item() if torch.isfinite(s).sum() > 1 else math.nan for s in spread.T]
+    return {"target": target, "method": method, "drift": drift, "level": level, "reward_over_dno": reward,
+            "reward_se": se[0], "adherence_over_dno": adherence, "adherence_se": se[1]}  # fmt: skip
+
+
+def matched_reward(results: Results, target: str, method: str) -> dict | None:
+    """Adherence less that of early-stopped DNO at the same reward, for methods that reach what DNO reaches."""
+    row = matched(results, target, method, "reward")
+    return row and {k: v for k, v in row.items() if not k.startswith("reward_")} | {"drift": "(reward)"}
+
+
+def write(path_: Path, rows: list[dict]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path_.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def markdown(rows: list[dict], columns: dict[str, str], title: str) -> str:
+    lines = [f"### {title}", "", "| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = []
+        for name in columns:
+            value = row.get(name)
+            if isinstance(value, float):
+                value = "" if math.isnan(value) else f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+            if name.endswith("_over_dno") and value:
+                error, p = row.get(f"{name}_se", row.get(name.replace("_over_dno", "_se"))), None
+                p = row.get(name.replace("_over_dno", "_p"))
+                value += f" ±{error:.3f}" if error is not None and not math.isnan(error) else ""
+                value += f" (p {p:.3f})" if p is not None and not math.isnan(p) else ""
+            cells.append("" if value is None else str(value))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+MAIN = {
+    "method": "method", "images": "images", "reward": "reward", "reward_over_dno": "over DNO",
+    "adherence": "adherence", "adherence_over_dno": "over DNO", "top1": "top 1", "clip_score": "CLIPScore",
+    "cmmd": "CMMD", "natural": "natural", "win_rate": "wins over DNO", "path_kl": "path KL",
+    "score_distance": "score distance", "forward": "forward", "backward": "backward", "seconds": "seconds",
+}  # fmt: skip
+MATCHED = {"method": "method", "drift": "drift", "level": "level", "reward_over_dno": "reward over DNO",
+           "adherence_over_dno": "adherence over DNO"}  # fmt: skip
+
+
+def report(folder: Path, out: Path) -> None:
+    store = opened(folder)
+    results = Results(store)
+    if not results.finals:
+        raise Failure(f"{folder} holds no finished runs yet")
+    out.mkdir(parents=True, exist_ok=True)
+    tables = {t: [summary(results, t, m) for m in results.methods if (t, m) in results.finals] for t in results.targets}
+    rivals = [
+        row
+        for t in results.targets
+        for m in results.methods
+        if (t, m) in results.finals and (t, AGAINST) in results.finals
+        for row in (matched(results, t, m, "path_kl"), matched(results, t, m, "latent_distance"),
+                    matched_reward(results, t, m))
+        if row
+    ]  # fmt: skip
+    write(out / "paper.csv", [r for rows in tables.values() for r in rows])
+    write(out / "paper_matched.csv", rivals)
+    parts = [
+        "# The paper's comparison on the " + str(store.config["model"]) + " model",
+        "Made by `python dev.py bench paper --report` from the runs of this configuration:",
+        "```json\n" + json.dumps(store.config, indent=1, sort_keys=True) + "\n```",
+        "One budget for all methods, counted in network passes per image (forward, backward). ± is the standard error "
+        "over images, p a paired sign-flip test. CMMD is against the frozen model's own images. *Natural*: as near to "
+        "one of those, in the held-out judge's features, as 95 % of them are to one another. *Wins*: the image that "
+        "fulfils more of (judge's top 1 is the prompt, natural, at least half of the better one's gain); ties count "
+        "half.",
+    ]
+    for target, rows in tables.items():
+        parts.append(
+            markdown(rows, {k: v for k, v in MAIN.items() if any(k in r for r in rows)}, f"Optimised: {target}")
+        )
+    for target in results.targets:
+        mine = [r for r in rivals if r["target"] == target]
+        parts.append(markdown(mine, MATCHED, f"{target}: against early-stopped DNO at the same drift, or reward"))
+    (out / "paper.md").write_text("\n\n".join(parts) + "\n")
+    plots(results, out)
+    print(f"{out / 'paper.md'}, {sum(len(v) for v in results.finals.values())} images")
+
+
+def plots(results: Results, out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        3, len(results.targets), figsize=(5 * len(results.targets), 13), layout="constrained", squeeze=False
+    )
+    for column, target in enumerate(results.targets):
+        top, middle, bottom = axes[:, column]
+        for n, method in enumerate(results.methods):
+            if (target, method) not in results.finals:
+                continue
+            images, colour = list(results.finals[target, method]), f"C{n % 10}"
+            style = dict(linestyle="--", color="black") if method == AGAINST else dict(color=colour)
+            if (target, method) in results.paths:
+                images = list(results.paths[target, method])
+                reward = path(results, target, method, images, "reward")
+                top.plot(reward, path(results, target, method, images, "adherence"), label=method, **style)  # fmt: skip
+                if results.base_clip is not None:
+                    drift = [cmmd(results.clip(target, method, k), results.base_clip) for k in range(len(reward))]
+                    middle.plot(drift, label=method, **style)
+                bottom.plot(path(results, target, method, images, "score_distance"), label=method, **style)  # fmt: skip
+            else:
+                rows = results.finals[target, method].values()
+                marker = "os^vD*Pp"[n % 8]
+                top.plot(*(sum(r[c] for r in rows) / len(rows) for c in ("reward", "adherence")), marker, label=method,
+                         color=colour)  # fmt: skip
+        top.set(title=f"optimised: {target}", xlabel="reward", ylabel="adherence (held-out judge)")
+        middle.set(xlabel="iteration", ylabel="CMMD to the frozen model's images")
+        bottom.set(xlabel="iteration", ylabel="score distance")
+    axes[0][0].legend(fontsize=7, ncols=2)
+    figure.savefig(out / "paper.png", dpi=75)
+    plt.close(figure)
