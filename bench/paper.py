@@ -20,7 +20,7 @@ from bench.grid import Failure, Store, code_version, ray_map, serial_map
 from bench.methods import METHODS, PreferenceSettings, SearchSettings, Settings
 from bench.pack import ROOT, mira
 from bench.rigs import PAPER, Rig, load
-from bench.world import PixelReward, demo, host
+from bench.world import PixelReward, host
 
 judge_module, vocabulary = mira("demo.judge"), mira("demo.vocabulary")
 preference, judges = mira("nodes.preference"), mira("nodes.judges")
@@ -32,20 +32,19 @@ BLOCK = {"demo": 5}  # animals that are sampled in one batch; 1 for larger model
 BASE = 20  # images of the frozen model per prompt, which CMMD compares with
 
 
-def rewards_of(name: str, aesthetic: Callable) -> tuple:
+def rewards_of(name: str, rig: Rig) -> tuple:
     """(what is measured, what is optimised where a gradient is needed)."""
     if name == "JPEG":
         return JPEG(), JPEGSurrogate()
-    reward = aesthetic() if name == "aesthetic" else PixelReward(name)
+    reward = rig.aesthetic if name == "aesthetic" else PixelReward(name)
     return reward, reward
 
 
 class Evaluator:
     """What the images are, by models that no reward uses (but for CLIPScore's, which the aesthetic head reads)."""
 
-    def __init__(self, is_demo: bool):
-        self.clip = demo.demo_clip_score() if is_demo else None
-        self.judge = judge_module.load_judge() if is_demo else None
+    def __init__(self, rig: Rig):
+        self.clip, self.judge = rig.clip_score, rig.judge
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, animals: list[str], prompts: list[str]) -> tuple[list[dict], dict]:
@@ -55,6 +54,8 @@ class Evaluator:
         encoder = self.clip.encoder
         embedding = F.normalize(encoder.network.encode_image(encoder.preprocessing(images)), dim=1)
         scores = self.clip.score(images, prompts).tolist()
+        if self.judge is None:
+            return [{"clip_score": c} for c in scores], {"clip": embedding.half()}
         small = F.interpolate(images, size=(judge_module.SIZE,) * 2, mode="bilinear", antialias=True)
         features = self.judge.mix(self.judge.body(small.clamp(0, 1) * 2 - 1))
         subjects = self.judge.subject(features).softmax(1)
@@ -102,7 +103,9 @@ def worker(options: dict) -> Callable[[str], None]:
     """A function that runs one unit and files it; every process makes its own."""
     store = Store(Path(options["out"]), options["config"])
     rig = load(options["model"], options["checkpoint"], options["text_encoder"], options["vae"])
-    evaluator = Evaluator(options["model"] == "demo")
+    if options["clip"]:
+        rig.use_scorers(options["aesthetic_head"], options["clip"])
+    evaluator = Evaluator(rig)
 
     def run(unit: str) -> None:
         if store.has(unit):
@@ -144,7 +147,7 @@ def run_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
     prompts = prompts_of(animals)
     chosen = METHODS[method]
     settings = chosen.settings(options["budget"], reward, options["lr"])
-    measured, optimised = rewards_of(reward, options.get("aesthetic") or demo.demo_aesthetic)
+    measured, optimised = rewards_of(reward, rig)
     along, path = isinstance(settings, Settings), {}
     rows: list[dict] = []
 
@@ -202,7 +205,7 @@ def run_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
     who = {"method": method, "target": reward, "seed": int(seed)}
     rows = [who | {"animal": animals[int(r.pop("image"))]} | r for r in rows]
     tensors = {f"path_{k}": torch.stack(v) for k, v in path.items()} | {f"final_{k}": v for k, v in embeddings.items()}
-    return rows, tensors | {"images": (images[:, :, ::2, ::2].clamp(0, 1) * 255).byte()}
+    return rows, tensors | {"images": (images.clamp(0, 1) * 255).round().byte()}
 
 
 def kept_columns(row: dict) -> dict:
@@ -220,6 +223,8 @@ def main() -> int:
     parser.add_argument("--checkpoint", help='a file, or "random" for weights of full size that mean nothing')
     parser.add_argument("--text-encoder", help="pixart's T5")
     parser.add_argument("--vae", help="pixart's VAE")
+    parser.add_argument("--aesthetic-head", metavar="NAME", help="the LAION head, a file in models/mira_rewards")
+    parser.add_argument("--clip", metavar="NAME", help="CLIP ViT-L/14 for it and for CLIPScore, in the same folder")
     parser.add_argument("--pixels", type=int, help="the image's side (default: the paper's)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the paper's; the demo's are 8)")
     parser.add_argument("--iterations", type=int, help="of noise optimisation; sets the budget of all methods")
@@ -241,8 +246,10 @@ def main() -> int:
     if args.animals % block:
         raise Failure(f"--animals {args.animals}: they are sampled {block} at a time; use a multiple of that")
     rewards = args.rewards
-    if args.model != "demo" and "aesthetic" in rewards:
-        print("aesthetic is left out: the demo's head reads the demo's CLIP, which knows emoji only", file=sys.stderr)
+    if args.aesthetic_head and not args.clip:
+        raise Failure("--aesthetic-head needs --clip, a CLIP ViT-L/14 in models/mira_rewards")
+    if args.model != "demo" and not args.aesthetic_head and "aesthetic" in rewards:
+        print("aesthetic is left out: it needs --aesthetic-head and --clip, files in models/mira_rewards", flush=True)
         rewards = [r for r in rewards if r != "aesthetic"]
     iterations = args.iterations or paper.iterations
     settings = {
@@ -259,6 +266,8 @@ def main() -> int:
         "checkpoint": args.checkpoint,
         "text_encoder": args.text_encoder,
         "vae": args.vae,
+        "aesthetic_head": args.aesthetic_head,
+        "clip": args.clip,
         "animals": args.animals,
         "block": block,
         "seeds": args.seeds,

@@ -5,13 +5,14 @@ Weights that nobody can download here are no reason not to run the code: "random
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bench.grid import Failure
 from bench.model import batch_conditioning
+from bench.pack import mira
 from bench.world import World, demo
 
 RANDOM = "random"
@@ -48,7 +49,17 @@ class Rig:
     vae: object = None
     encode: object = None
     channels: int = 4
-    extra: dict = field(default_factory=dict)
+    aesthetic: object = None
+    clip_score: object = None
+    judge: object = None
+
+    def use_scorers(self, head: str | None, clip: str) -> None:
+        """The published scorers, by their files' names in models/mira_rewards. Raises ValueError for a wrong one."""
+        loaders = mira("nodes.loaders")
+        mira("nodes.files").register()
+        if head:
+            self.aesthetic = loaders.MiraLoadAestheticReward.execute(head, clip, "auto").args[0]
+        self.clip_score = loaders.MiraLoadCLIPScore.execute(clip, loaders.SAME_FILE, "auto", "auto").args[0]
 
     def inputs(self, prompts: list[str], pixels: int) -> dict:
         """Keyword arguments of `World.job`."""
@@ -68,7 +79,10 @@ def load(name: str, checkpoint: str | None, text_encoder: str | None = None, vae
     """name: one of `PAPER`. checkpoint: a file, or "random"; the demo needs none. Raises Failure for a missing one."""
     world, paper = World(), PAPER[name]
     if name == "demo":
-        return Rig(world, paper, encode=lambda prompts: batch_conditioning(world, prompts))
+        return Rig(
+            world, paper, encode=lambda prompts: batch_conditioning(world, prompts), aesthetic=demo.demo_aesthetic(),
+            clip_score=demo.demo_clip_score(), judge=mira("demo.judge").load_judge(),
+        )  # fmt: skip
     if checkpoint is None:
         raise Failure(f"--model {name} needs --checkpoint FILE (or --checkpoint {RANDOM}, to see that it runs)")
     with torch.inference_mode():
