@@ -46,6 +46,8 @@ BENCHES = {
     "preference": "bench.preference",
     "front": "bench.front",
     "paper": "bench.paper",
+    "study": "bench.study",
+    "judge": "bench.vlm",
 }
 STAGES = ("data", "vae", "clip", "judge", "unet", "export", "taste", "lora")
 

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -121,6 +122,18 @@ def serial_map(work: Callable[[str], None], units: Iterable[str]) -> None:
         work(unit)
 
 
+def answers(address: str, timeout: float = 5.0) -> None:
+    """Ray waits for minutes for a cluster that is not there: ask first. Raises Failure."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout).close()
+    except (OSError, ValueError) as problem:
+        raise Failure(
+            f"there is no Ray cluster at {address} ({problem}): start one with `ray start --head`, give its address as "
+            "HOST:PORT, or leave --ray out"
+        ) from problem
+
+
 def ray_map(address: str, module: str, options: dict, units: Sequence[str], attempts: int = 3) -> None:
     """`module`'s `worker(options)` makes a function of a unit in every worker; one worker per GPU, or per CPU without.
 
@@ -131,6 +144,8 @@ def ray_map(address: str, module: str, options: dict, units: Sequence[str], atte
         import ray
     except ImportError as problem:
         raise Failure("--ray needs Ray: python -m pip install ray") from problem
+    if address != "local":
+        answers(address)
     runtime = {"env_vars": {k: os.environ[k] for k in ("MIRA_COMFYUI", "MIRA_GPU") if k in os.environ}}
     runtime["env_vars"]["PYTHONPATH"] = str(ROOT)
     try:

@@ -28,6 +28,12 @@ def opened(folder: Path) -> Store:
     return Store(folder, json.loads(config.read_text()))
 
 
+def animals_of(file: Path) -> list[str]:
+    """The images of a unit, in their order."""
+    with file.open(newline="") as rows:
+        return list(dict.fromkeys(r["animal"] for r in csv.DictReader(rows)))
+
+
 def nearest(features: torch.Tensor, base: torch.Tensor, leave_out: bool = False) -> torch.Tensor:
     """The distance of every row to the nearest base image, in the judge's features."""
     distance = torch.cdist(features.float(), base.float())
@@ -89,8 +95,7 @@ class Results:
                 continue
             method, target, seed, _ = unit.split("__")
             size = len(tensors["images"])
-            with file.open(newline="") as opened_file:
-                animals = list(dict.fromkeys(r["animal"] for r in csv.DictReader(opened_file)))
+            animals = animals_of(file)
             for b in range(size):
                 of = {k: v[:, b] if k.startswith("path_") else v[b] for k, v in tensors.items() if k != "images"}
                 self.embeddings.setdefault((target, method), {})[int(seed), animals[b]] = of

@@ -37,7 +37,11 @@ OPTIMIZERS: dict[str, Callable] = {
     "adam": lambda z, lr: torch.optim.Adam(z, lr=lr),
     "sgd": lambda z, lr: torch.optim.SGD(z, lr=lr, momentum=0.9, nesterov=True),
     "sphere": lambda z, lr: SphericalAdam(z, lr=lr),
+    "normalized": lambda z, lr: torch.optim.SGD(z, lr=lr, momentum=0.9, dampening=0.9),
 }
+# Their gradients are scaled to a root mean square of 1 over each image's free noises, so that lr is in units of the
+# noise's deviation for every reward. Adam is so by itself, but moves every element alike.
+NORMALIZED = ("normalized",)
 HOLD = ("no", "projection", "dual_ascent")
 # Of dual ascent: beta grows or shrinks by at most this factor per iteration, and starts from at least this.
 DUAL_STEP, DUAL_FLOOR = 2.0, 1e-3
@@ -359,7 +363,12 @@ def _step(state: _State, evaluation: _Evaluation, norms: Tensor, settings: Setti
     halving = (bad & state.active).to(state.z[0].device)
     before = [z.detach().clone() for z in state.z]
     good = before if state.good is None else state.good
-    scale = (settings.clip_norm / norms.clamp(min=1e-12)).clamp(max=1) if settings.clip_norm else torch.ones_like(norms)
+    if settings.optimizer in NORMALIZED:
+        scale = sum(z[0].numel() for z in state.z) ** 0.5 / norms.clamp(min=1e-20)
+    elif settings.clip_norm:
+        scale = (settings.clip_norm / norms.clamp(min=1e-12)).clamp(max=1)
+    else:
+        scale = torch.ones_like(norms)
     for z, gradient in zip(state.z, evaluation.gradients, strict=True):
         clipped = gradient * per_image(scale.to(gradient), gradient)
         z.grad = torch.where(per_image(stepping, gradient), clipped, 0)
