@@ -26,7 +26,7 @@ JPEGSurrogate, PixelReward = mira("rewards.jpeg").JPEGSurrogate, mira("rewards.p
 Settings = mira("sampler.optimize").Settings
 Score = mira("sampler.optimize").Score
 RAW, OUT = ROOT / "output" / "front", ROOT / "docs" / "results"
-ANIMALS = vocabulary.ANIMALS[:15]
+COUNT = 15  # animals in a batch; --part 1 and 2 are the next ones
 STEPS, ITERATIONS, LR, SEED = 8, 10, 0.03, 0
 # What a reward is divided by, so that gains are of order 1 and one beta means the same for all.
 REWARDS = {"brightness": 1.0, "JPEG": 1.0, "aesthetic": 1.0}
@@ -230,13 +230,14 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def file_of(name: str, reward: str, suffix: str = ".json"):
-    return RAW / f"{reward}_{name}_{ITERATIONS}_seed{SEED}{suffix}"
+def file_of(name: str, reward: str, part: int = 0, suffix: str = ".json"):
+    return RAW / f"{reward}_{name}_{ITERATIONS}_seed{SEED + 1000 * part}{suffix}"
 
 
-def run(world, judge, clip, name: str, reward: str) -> None:
+def run(world, judge, clip, name: str, reward: str, part: int) -> None:
     variant, real = VARIANTS[name], rewards()[reward]
-    prompts = [vocabulary.caption(a, prefix=True) for a in ANIMALS]
+    animals = vocabulary.ANIMALS[part * COUNT : (part + 1) * COUNT]
+    prompts = [vocabulary.caption(a, prefix=True) for a in animals]
     rows, shown, features = [], [], []
 
     def observe(k, new, score):
@@ -245,15 +246,15 @@ def run(world, judge, clip, name: str, reward: str) -> None:
             clips = clip.score(score.images, prompts).tolist()
             small = F.interpolate(score.images, size=(judge_module.SIZE,) * 2, mode="bilinear", antialias=True)
             features.append(judge.mix(judge.body(small.clamp(0, 1) * 2 - 1)))
-        kept = judge_module.adherence(judge, score.images, list(ANIMALS)).tolist()
-        for row, animal, r, a, c in zip(new, ANIMALS, values, kept, clips, strict=True):
+        kept = judge_module.adherence(judge, score.images, list(animals)).tolist()
+        for row, animal, r, a, c in zip(new, animals, values, kept, clips, strict=True):
             rows.append(row | {"reward": r, "animal": animal, "adherence": a, "clip_score": c})
         if k in (0, 3, 6, ITERATIONS):
             shown.append(score.images)
 
     job = world.job(
-        positive=batch_conditioning(world, prompts), steps=variant.steps, batch=len(ANIMALS), prompts=prompts,
-        reward=variant.reward(real, clip), seed=SEED, on_iteration=observe, memory="none",
+        positive=batch_conditioning(world, prompts), steps=variant.steps, batch=len(animals), prompts=prompts,
+        reward=variant.reward(real, clip), seed=SEED + 1000 * part, on_iteration=observe, memory="none",
     )  # fmt: skip
     job.settings = Settings(**{"iterations": ITERATIONS, "lr": LR, "keep": "last"} | variant.settings)
 
@@ -263,9 +264,9 @@ def run(world, judge, clip, name: str, reward: str) -> None:
 
     with torch.inference_mode():
         host.run(job, work)
-    sheet(torch.cat(shown), len(ANIMALS), file_of(name, reward, ".jpg"))
-    torch.save(torch.stack(features), file_of(name, reward, ".pt"))
-    path = file_of(name, reward)
+    sheet(torch.cat(shown), len(animals), file_of(name, reward, part, ".jpg"))
+    torch.save(torch.stack(features), file_of(name, reward, part, ".pt"))
+    path = file_of(name, reward, part)
     path.with_suffix(".tmp").write_text(json.dumps(rows))
     path.with_suffix(".tmp").replace(path)
 
@@ -274,15 +275,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--rewards", nargs="*", default=list(REWARDS), choices=list(REWARDS))
+    parser.add_argument("--part", type=int, default=0, choices=range(3), help="which 15 animals")
     args = parser.parse_args()
     RAW.mkdir(parents=True, exist_ok=True)
     world, judge, clip = World(), judge_module.load_judge(), demo.demo_clip_score()
     for name in args.only:
         for reward in args.rewards:
-            if not file_of(name, reward).is_file():
+            if not file_of(name, reward, args.part).is_file():
                 start = time.perf_counter()
-                run(world, judge, clip, name, reward)
-                rows = json.loads(file_of(name, reward).read_text())
+                run(world, judge, clip, name, reward, args.part)
+                rows = json.loads(file_of(name, reward, args.part).read_text())
                 for k in (0, 5, ITERATIONS):
                     at = [r for r in rows if r["iteration"] == k]
                     mean = {c: round(sum(r[c] for r in at) / len(at), 3)

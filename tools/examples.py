@@ -167,6 +167,19 @@ def best_of_n() -> dict[str, Node]:
     }  # fmt: skip
 
 
+def search() -> dict[str, Node]:
+    return {
+        **demo(),
+        "reward": Node("MiraJPEGReward", 1, values={"kind": "black box"}),
+        "fk": Node(
+            "MiraSearchKSampler", 2, "FK steering: 12 particles", {**OPTIMISED, "reward": "reward.reward"},
+            {"seed": 3, "steps": 12, "method": "fk_steering", "particles": 12, "strength": 3.0},
+        ),
+        **saved("optimized", "fk.optimized", 3, "Found", "mira/search"),
+        **saved("plain", "fk.plain", 3, "Plain sample of the same seed", "mira/plain"),
+    }  # fmt: skip
+
+
 def checkpoint(file: str, size: int, loader: Node, values: dict) -> dict[str, Node]:
     prompt = "a watercolour painting of a fox in the snow"
     base = demo(prompt)
@@ -211,6 +224,7 @@ EXAMPLES = {
     "mira_combine_rewards": combined,
     "mira_img2img": img2img,
     "mira_best_of_n": best_of_n,
+    "mira_search_jpeg": search,
     "mira_sd15_aesthetic": sd15,
     "mira_sdxl_hps": sdxl,
 }

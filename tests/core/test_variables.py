@@ -168,3 +168,31 @@ def test_guidance_formulas():
     torch.testing.assert_close(step.flatten(1).norm(dim=1), 0.7 * contrast.flatten(1).norm(dim=1))
     cosine = torch.nn.functional.cosine_similarity(step.flatten(1), gradient.flatten(1))
     torch.testing.assert_close(cosine, torch.ones(2), atol=1e-4, rtol=0)
+
+
+def test_normalized_steps_know_no_scale_of_the_reward():
+    def scaled(factor):
+        def score(x0):
+            r = factor * x0.flatten(1).mean(1)
+            return Score(r, {"mean": r.detach()}, x0.detach())
+
+        return score
+
+    settings = Settings(iterations=5, optimizer="normalized", lr=0.05, keep="last")
+    small, large = (optimize(rollout(), scaled(f), noises(), settings) for f in (1e-3, 1e3))
+    torch.testing.assert_close(small.best, large.best)
+    # The first step has the length lr, in units of the noise's deviation, over all noises together.
+    one = optimize(
+        rollout(), scaled(1.0), noises(), Settings(iterations=1, optimizer="normalized", lr=0.05, keep="last")
+    )
+    assert [r["path_kl"] for r in one.trace.rows[-2:]] == pytest.approx([0.05**2 * 6 / 2] * 2, rel=1e-4)
+
+
+def test_normalized_steps_buy_more_reward_for_the_same_drift_than_adam():
+    found = {name: run(iterations=8, optimizer=name, lr=0.03).trace.of(0) for name in ("adam", "normalized")}
+    adam = found["adam"][-1]
+    before = max((r for r in found["normalized"] if r["path_kl"] <= adam["path_kl"]), key=lambda r: r["path_kl"])
+    gain = {k: v[-1]["reward"] - v[0]["reward"] for k, v in found.items()}
+    per_drift = {k: gain[k] / v[-1]["path_kl"] ** 0.5 for k, v in found.items()}
+    assert per_drift["normalized"] > per_drift["adam"] * 1.05
+    assert before["iteration"] > 0
