@@ -28,12 +28,12 @@ Score = mira("sampler.optimize").Score
 RAW, OUT = ROOT / "output" / "front", ROOT / "docs" / "results"
 COUNT = 15  # animals in a batch; --part 1 and 2 are the next ones
 STEPS, ITERATIONS, LR, SEED = 8, 10, 0.03, 0
-# What a reward is divided by, so that gains are of order 1 and one beta means the same for all.
-REWARDS = {"brightness": 1.0, "JPEG": 1.0, "aesthetic": 1.0}
+REWARDS = ("brightness", "darkness", "aesthetic", "JPEG")
 
 
 def rewards() -> dict[str, Reward]:
-    return {"brightness": PixelReward("brightness"), "JPEG": JPEGSurrogate(), "aesthetic": demo.demo_aesthetic()}
+    pixels = {name: PixelReward(name) for name in ("brightness", "darkness")}
+    return pixels | {"aesthetic": demo.demo_aesthetic(), "JPEG": JPEGSurrogate()}
 
 
 class Held(Reward):
@@ -208,6 +208,8 @@ VARIANTS = {
     "clip_features": Variant(reward=lambda r, c: FeatureDistance(r, clip_features(c), 1.0)),
     "initial_lr_.1": Variant({"variables": "initial", "lr": 0.1}),
     "early": Variant({"variables": "early"}),
+    "early_projection_.05": Variant({"variables": "early", "hold": "projection", "drift_limit": 0.05,
+                                     "drift_metric": "path_kl"}),
     "late": Variant({"variables": "late"}),
     "mira_.2": Variant({"regularizer": "mira", "beta": 0.2}),
     "path_kl_3": Variant({"regularizer": "path_kl", "beta": 3.0}),
