@@ -278,7 +278,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--rewards", nargs="*", default=list(REWARDS), choices=list(REWARDS))
     parser.add_argument("--part", type=int, default=0, choices=range(3), help="which 15 animals")
+    parser.add_argument("--report", action="store_true", help="only make tables and plots of what is there")
     args = parser.parse_args()
+    if args.report:
+        from bench.front_tables import report
+
+        return report(RAW, OUT)
     RAW.mkdir(parents=True, exist_ok=True)
     world, judge, clip = World(), judge_module.load_judge(), demo.demo_clip_score()
     for name in args.only:

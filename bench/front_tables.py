@@ -1,0 +1,134 @@
+"""Tables and plots of the front study, from its files: `python dev.py bench front --report`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from bench.tables import at, write
+
+GRID = 12  # levels of the area between two curves
+REACH = 0.8  # of plain optimisation's gain: where the area ends
+RESAMPLES = 400
+
+
+def load(folder: Path) -> dict[tuple[str, str], list[dict]]:
+    """(reward, variant) -> rows of all parts, `animal` telling the image."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for file in sorted(folder.glob("*.json")):
+        reward, rest = file.stem.split("_", 1)
+        name, _, seed = rest.rsplit("_", 2)
+        for row in json.loads(file.read_text()):
+            found.setdefault((reward, name), []).append(row | {"part": int(seed.removeprefix("seed")) // 1000})
+    return found
+
+
+def curves(rows: list[dict], columns: tuple[str, ...]) -> tuple[list, torch.Tensor]:
+    """(images, (columns, iterations + 1, images))."""
+    table = {(r["iteration"], r["part"], r["animal"]): r for r in rows}
+    images = sorted({(p, a) for _, p, a in table})
+    steps = sorted({k for k, _, _ in table})
+    values = [[[table[k, *i][c] for i in images] for k in steps] for c in columns]
+    return images, torch.tensor(values, dtype=torch.double)
+
+
+def compare(mine: list[dict], plain: list[dict], column: str) -> dict:
+    """`column` at equal reward, less plain optimisation's: at a quarter, half and three quarters of plain's gain, and
+    the mean over all levels that both reach (the area between the curves). Standard errors by bootstrap over images."""
+    columns = ("reward", column)
+    images, a = curves(mine, columns)
+    others, b = curves(plain, columns)
+    shared = [i for i in images if i in others]
+    a = a[:, :, [images.index(i) for i in shared]]
+    b = b[:, :, [others.index(i) for i in shared]]
+
+    def once(chosen: torch.Tensor) -> list[float]:
+        x, y = a[:, :, chosen].mean(2)
+        x0, y0 = b[:, :, chosen].mean(2)
+        start, gain = x0[0].item(), (x0.max() - x0[0]).item()
+
+        def over(share: float) -> float:
+            level = start + share * gain
+            return at(x, y, level) - at(x0, y0, level)
+
+        area = [over(REACH * (n + 1) / GRID) for n in range(GRID)]
+        area = [v for v in area if not math.isnan(v)]
+        return [over(0.25), over(0.5), over(0.75), sum(area) / len(area) if area else math.nan]
+
+    g = torch.Generator().manual_seed(0)
+    everyone = once(torch.arange(len(shared)))
+    boot = torch.tensor([once(torch.randint(len(shared), (len(shared),), generator=g)) for _ in range(RESAMPLES)])
+    out: dict = {"images": len(shared)}
+    for n, name in enumerate(("quarter", "half", "three_quarters", "area")):
+        spread = boot[:, n][torch.isfinite(boot[:, n])]
+        out[name] = everyone[n]
+        out[f"{name}_se"] = spread.std().item() if len(spread) > RESAMPLES // 2 else math.nan
+    gained = a[0].mean(1)
+    gained0 = b[0].mean(1)
+    out["gain"] = ((gained.max() - gained[0]) / (gained0.max() - gained0[0])).item()
+    return out
+
+
+def report(folder: Path, out: Path) -> None:
+    runs = load(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for (reward, name), mine in runs.items():
+        if name == "dno" or (reward, "dno") not in runs:
+            continue
+        for column in ("adherence", "clip_score"):
+            rows.append(
+                {"reward": reward, "variant": name, "column": column, **compare(mine, runs[reward, "dno"], column)}
+            )
+    rows.sort(key=lambda r: (r["column"], r["reward"], -(r["area"] if r["area"] == r["area"] else -9)))
+    write(out / "front.csv", rows)
+    means = []
+    columns = (
+        "reward",
+        "adherence",
+        "clip_score",
+        "path_kl",
+        "score_distance",
+        "mira",
+        "mira_two_sided",
+        "latent_distance",
+    )
+    for (reward, name), mine in runs.items():
+        images, values = curves(mine, columns)
+        for k, of in enumerate(values.mean(2).T.tolist()):
+            means.append({"reward": reward, "variant": name, "images": len(images), "iteration": k}
+                         | {("value" if c == "reward" else c): v for c, v in zip(columns, of, strict=True)})  # fmt: skip
+    write(out / "front_paths.csv", means)
+    plot(runs, out / "front.png")
+    for row in rows:
+        if row["column"] == "adherence":
+            print(row["reward"], row["variant"], f"{row['images']} images",
+                  *(f"{n} {row[n]:+.3f}±{row[n + '_se']:.3f}" for n in ("quarter", "half", "three_quarters", "area")),
+                  f"gain {row['gain']:.2f}")  # fmt: skip
+
+
+def plot(runs: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rewards = list(dict.fromkeys(r for r, _ in runs))
+    figure, axes = plt.subplots(2, len(rewards), figsize=(5.5 * len(rewards), 10), layout="constrained", squeeze=False)
+    for column, reward in enumerate(rewards):
+        mine = {name: rows for (r, name), rows in runs.items() if r == reward}
+        for n, (name, rows) in enumerate(mine.items()):
+            # Of all parts there are: only the first is in every variant, so that curves begin together.
+            _, values = curves([r for r in rows if r["part"] == 0] or rows, ("reward", "adherence", "clip_score"))
+            x, *ys = values.mean(2)
+            style = dict(color="black", linewidth=2.5, zorder=5) if name == "dno" else dict(color=f"C{n % 10}")
+            for axis, y in zip(axes[:, column], ys, strict=True):
+                axis.plot(x, y, marker=".", linestyle=("-", "--", ":")[n // 10 % 3], label=name, **style)
+        axes[0][column].set(title=f"optimised: {reward}", xlabel="reward", ylabel="adherence (held-out judge)")
+        axes[1][column].set(xlabel="reward", ylabel="CLIPScore")
+        axes[0][column].legend(fontsize=6, ncols=2)
+    figure.savefig(path, dpi=70)
+    plt.close(figure)

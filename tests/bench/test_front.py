@@ -1,0 +1,46 @@
+"""The comparison of two paths, on paths whose distance is known."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.front_tables import compare, curves
+
+
+def rows(slope, reach=10, images=6, lift=0.0):
+    """reward = k, adherence = 1 - slope k (+ lift once it moves), for every image alike but for an offset."""
+    return [
+        {
+            "iteration": k,
+            "part": 0,
+            "animal": f"a{b}",
+            "reward": float(k),
+            "adherence": 1 - slope * k + lift * (k > 0) + b,
+        }
+        for k in range(reach + 1)
+        for b in range(images)
+    ]
+
+
+def test_equal_paths_do_not_differ():
+    found = compare(rows(0.05), rows(0.05), "adherence")
+    assert [found[n] for n in ("quarter", "half", "three_quarters", "area")] == pytest.approx([0] * 4)
+    assert found["area_se"] == pytest.approx(0, abs=1e-9) and found["gain"] == 1 and found["images"] == 6
+
+
+def test_the_difference_is_read_at_equal_reward():
+    found = compare(rows(0.03), rows(0.05), "adherence")
+    assert [found[n] for n in ("quarter", "half", "three_quarters")] == pytest.approx([0.05, 0.1, 0.15])
+    assert found["area"] == pytest.approx(0.02 * 10 * 0.8 * (12 + 1) / 2 / 12)
+
+
+def test_what_is_not_reached_is_not_compared():
+    found = compare(rows(0.03, reach=5), rows(0.05), "adherence")
+    assert found["half"] == pytest.approx(0.1) and found["three_quarters"] != found["three_quarters"]
+    assert found["gain"] == 0.5
+
+
+def test_curves_pair_images():
+    images, values = curves(rows(0.05, images=3), ("reward", "adherence"))
+    assert images == [(0, "a0"), (0, "a1"), (0, "a2")] and values.shape == (2, 11, 3)
+    assert values[1, 0].tolist() == [1, 2, 3]
