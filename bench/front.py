@@ -177,6 +177,7 @@ class Variant:
     work: Callable | None = None
     steps: int = STEPS
     gradient_steps: int = 0
+    seed: int = 0  # added to the study's
 
 
 def clip_features(clip):
@@ -190,6 +191,8 @@ def scaled_clip(clip):
 
 VARIANTS = {
     "dno": Variant(),
+    "dno_again_1": Variant(seed=71),
+    "dno_again_2": Variant(seed=72),
     "clip_project": Variant(reward=lambda r, c: Held(r, scaled_clip(c), "project")),
     "classifier_project": Variant(work=latent_held(denoising("classifier"), "project", 0)),
     "sphere": Variant({"optimizer": "sphere"}),
@@ -256,7 +259,7 @@ def run(world, judge, clip, name: str, reward: str, part: int) -> None:
 
     job = world.job(
         positive=batch_conditioning(world, prompts), steps=variant.steps, batch=len(animals), prompts=prompts,
-        reward=variant.reward(real, clip), seed=SEED + 1000 * part, on_iteration=observe, memory="none",
+        reward=variant.reward(real, clip), seed=SEED + 1000 * part + variant.seed, on_iteration=observe, memory="none",
     )  # fmt: skip
     job.settings = Settings(**{"iterations": ITERATIONS, "lr": LR, "keep": "last"} | variant.settings)
 

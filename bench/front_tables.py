@@ -31,7 +31,7 @@ def curves(rows: list[dict], columns: tuple[str, ...]) -> tuple[list, torch.Tens
     table = {(r["iteration"], r["part"], r["animal"]): r for r in rows}
     images = sorted({(p, a) for _, p, a in table})
     steps = sorted({k for k, _, _ in table})
-    values = [[[table[k, *i][c] for i in images] for k in steps] for c in columns]
+    values = [[[table[(k, *i)][c] for i in images] for k in steps] for c in columns]
     return images, torch.tensor(values, dtype=torch.double)
 
 
@@ -80,27 +80,18 @@ def report(folder: Path, out: Path) -> None:
         if name == "dno" or (reward, "dno") not in runs:
             continue
         for column in ("adherence", "clip_score"):
-            rows.append(
-                {"reward": reward, "variant": name, "column": column, **compare(mine, runs[reward, "dno"], column)}
-            )
+            compared = compare(mine, runs[reward, "dno"], column)
+            rows.append({"reward": reward, "variant": name, "column": column} | compared)
     rows.sort(key=lambda r: (r["column"], r["reward"], -(r["area"] if r["area"] == r["area"] else -9)))
     write(out / "front.csv", rows)
     means = []
-    columns = (
-        "reward",
-        "adherence",
-        "clip_score",
-        "path_kl",
-        "score_distance",
-        "mira",
-        "mira_two_sided",
-        "latent_distance",
-    )
+    drifts = ("path_kl", "score_distance", "mira", "mira_two_sided", "latent_distance")
+    columns = ("reward", "adherence", "clip_score", *drifts)
     for (reward, name), mine in runs.items():
         images, values = curves(mine, columns)
         for k, of in enumerate(values.mean(2).T.tolist()):
-            means.append({"reward": reward, "variant": name, "images": len(images), "iteration": k}
-                         | {("value" if c == "reward" else c): v for c, v in zip(columns, of, strict=True)})  # fmt: skip
+            row = {"optimised": reward, "variant": name, "images": len(images), "iteration": k}
+            means.append(row | dict(zip(columns, of, strict=True)))
     write(out / "front_paths.csv", means)
     plot(runs, out / "front.png")
     for row in rows:

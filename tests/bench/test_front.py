@@ -10,13 +10,8 @@ from bench.front_tables import compare, curves
 def rows(slope, reach=10, images=6, lift=0.0):
     """reward = k, adherence = 1 - slope k (+ lift once it moves), for every image alike but for an offset."""
     return [
-        {
-            "iteration": k,
-            "part": 0,
-            "animal": f"a{b}",
-            "reward": float(k),
-            "adherence": 1 - slope * k + lift * (k > 0) + b,
-        }
+        {"iteration": k, "part": 0, "animal": f"a{b}", "reward": float(k)}
+        | {"adherence": 1 - slope * k + lift * (k > 0) + b}
         for k in range(reach + 1)
         for b in range(images)
     ]
