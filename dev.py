@@ -4,7 +4,8 @@
     python dev.py demo      MIRA on the demo model in a real ComfyUI; results in output/demo/
     python dev.py serve     the same ComfyUI, for a person
     python dev.py test      every test (--no-browser: all but the browser's)
-    python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference
+    python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference, front, paper,
+                            and for paper's images: study (a page for people), judge (a vision-language model)
     python dev.py train     retrain the demo model: data, vae, clip, judge, unet, export, taste, lora
 
 Standard library only: it builds its environment (.venv, .cache) at the first run.

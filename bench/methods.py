@@ -7,7 +7,7 @@ cost; see docs/speed.md). So K iterations of noise optimisation cost (K + 1) + 2
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.pack import mira, with_comfyui
 
@@ -27,10 +27,14 @@ STRENGTH = {"aesthetic": 10.0, "brightness": 20.0, "darkness": 20.0, "JPEG": 10.
 
 @dataclass(frozen=True)
 class Method:
-    """settings(budget, reward, lr) of the kind that says how it runs. gradient: whether the reward needs one."""
+    """settings(budget, reward, lr) of the kind that says how it runs. gradient: whether the reward needs one.
+
+    steps: of the sampler; 0: the benchmark's.
+    """
 
     settings: Callable
     gradient: bool = True
+    steps: int = 0
 
 
 def iterations(budget: int) -> int:
@@ -92,3 +96,11 @@ METHODS: dict[str, Method] = {
     ),
     "dueling": preferring(method="dueling", explore=0.6, iterations=lambda b: b - 1),
 }  # fmt: skip
+
+# Not in the comparison unless they are asked for: the ablation of beta, and reward against sampling steps.
+BETAS, STEPS = (0.05, 0.2, 1.0, 5.0), (4, 16)
+SWEEPS: dict[str, Method] = {
+    f"mira_beta_{b:g}": optimising(**({k: v for k, v in RIVALS["mira"].items() if k != "lr"} | {"beta": b}))
+    for b in BETAS
+} | {f"{name}_steps_{n}": replace(METHODS[name], steps=n) for name in ("dno", "mira", "default") for n in STEPS}
+ALL = METHODS | SWEEPS

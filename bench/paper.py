@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.grid import Failure, Store, code_version, ray_map, serial_map
-from bench.methods import METHODS, PreferenceSettings, SearchSettings, Settings
+from bench.methods import ALL, METHODS, PreferenceSettings, SearchSettings, Settings
 from bench.pack import ROOT, mira
 from bench.rigs import PAPER, Rig, load
 from bench.world import PixelReward, host
@@ -145,7 +145,7 @@ def run_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
     method, reward, seed, block = unit.split("__")
     animals = block_of(int(block), options)
     prompts = prompts_of(animals)
-    chosen = METHODS[method]
+    chosen = ALL[method]
     settings = chosen.settings(options["budget"], reward, options["lr"])
     measured, optimised = rewards_of(reward, rig)
     along, path = isinstance(settings, Settings), {}
@@ -165,7 +165,7 @@ def run_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
     inputs = rig.inputs(prompts, options["pixels"])
     counter = Counter(inputs.get("model") or rig.world.model, len(animals), inputs["cfg"] != 1)
     job = rig.world.job(
-        **(inputs | {"model": counter.model}), steps=options["steps"], seed=10_000 * int(seed) + 100 * int(block),
+        **(inputs | {"model": counter.model}), steps=chosen.steps or options["steps"], seed=10_000 * int(seed) + 100 * int(block),
         reward=optimised if chosen.gradient else measured, prompts=prompts, on_iteration=observe,
         memory=options["memory"],
     )  # fmt: skip
@@ -218,7 +218,7 @@ def main() -> int:
     parser.add_argument("--animals", type=int, default=45, help="the first so many of the 45")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rewards", nargs="*", default=list(REWARDS), choices=REWARDS)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(ALL))
     parser.add_argument("--model", default="demo", choices=list(PAPER))
     parser.add_argument("--checkpoint", help='a file, or "random" for weights of full size that mean nothing')
     parser.add_argument("--text-encoder", help="pixart's T5")

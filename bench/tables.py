@@ -281,7 +281,34 @@ def report(folder: Path, out: Path) -> None:
         parts.append(markdown(mine, MATCHED, f"{target}: against early-stopped DNO at the same drift, or reward"))
     (out / "paper.md").write_text("\n\n".join(parts) + "\n")
     plots(results, out)
+    steps_plot(results, out)
     print(f"{out / 'paper.md'}, {sum(len(v) for v in results.finals.values())} images")
+
+
+def steps_plot(results: Results, out: Path) -> None:
+    """Reward and adherence against sampling steps, of the methods that were run at several (`<method>_steps_<n>`)."""
+    import matplotlib.pyplot as plt
+
+    families: dict[str, dict[int, str]] = {}
+    for method in results.methods:
+        name, _, steps = method.partition("_steps_")
+        if steps:
+            families.setdefault(name, {int(results.store.config["steps"]): name})[int(steps)] = method
+    if not families:
+        return
+    figure, axes = plt.subplots(2, len(results.targets), figsize=(4 * len(results.targets), 6), squeeze=False,
+                                layout="constrained")  # fmt: skip
+    for column, target in enumerate(results.targets):
+        for name, members in families.items():
+            there = {n: results.finals[target, m].values() for n, m in sorted(members.items())
+                     if (target, m) in results.finals}  # fmt: skip
+            for axis, what in zip(axes[:, column], ("reward", "adherence"), strict=True):
+                axis.plot(list(there), [sum(r[what] for r in rows) / len(rows) for rows in there.values()], marker="o",
+                          label=name)  # fmt: skip
+                axis.set(xlabel="sampling steps", ylabel=what, title=f"optimised: {target}")
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(out / "paper_steps.png", dpi=75)
+    plt.close(figure)
 
 
 def plots(results: Results, out: Path) -> None:
