@@ -165,7 +165,8 @@ def run_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
     inputs = rig.inputs(prompts, options["pixels"])
     counter = Counter(inputs.get("model") or rig.world.model, len(animals), inputs["cfg"] != 1)
     job = rig.world.job(
-        **(inputs | {"model": counter.model}), steps=chosen.steps or options["steps"], seed=10_000 * int(seed) + 100 * int(block),
+        **(inputs | {"model": counter.model}), steps=chosen.steps or options["steps"],
+        seed=10_000 * int(seed) + 100 * int(block),
         reward=optimised if chosen.gradient else measured, prompts=prompts, on_iteration=observe,
         memory=options["memory"],
     )  # fmt: skip

@@ -1,0 +1,73 @@
+"""The benchmark of the paper's comparison, small: what it counts, and that it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from bench import paper
+from bench.grid import Failure, Store
+from bench.methods import ALL, METHODS
+
+SMALL = ["--animals", "5", "--seeds", "1", "--iterations", "1", "--steps", "2", "--rewards", "JPEG"]
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(paper, "BASE", 1)
+    monkeypatch.setattr(sys, "argv", ["paper", *SMALL, *map(str, arguments)])
+    return paper.main()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("paper") / "out"
+
+
+def test_every_kind_of_method_at_the_cost_that_it_says(monkeypatch, folder, capsys):
+    assert run(monkeypatch, "--out", folder, "--methods", "dno", "fk_steering", "das", "mira_dpo") == 0
+    store = Store(folder, json.loads((folder / "config.json").read_text()))
+    rows = [r for r in store.rows() if r.get("k") == -1]
+    assert len(rows) == 20 and all(r["reward"] < 0 and 0 <= r["adherence"] <= 1 for r in rows)
+    cost = {r["method"]: (r["forward"], r["backward"]) for r in rows}
+    # Budget 4, two steps each. DNO: two runs and one backward. FK: the plain sample and three particles. DAS: the plain
+    # sample, and one particle that is looked at and steered. DPO: both candidates, there and back, once.
+    assert cost == {"dno": (4, 2), "fk_steering": (8, 0), "das": (4, 2), "mira_dpo": (4, 4)}
+    assert [r["k"] for r in store.rows() if r["method"] == "dno" and r["animal"] == "cat"] == [0, 1, -1]
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    capsys.readouterr()
+    assert run(monkeypatch, "--out", folder, "--methods", "dno", "fk_steering", "das", "mira_dpo") == 0
+    assert "5 units, 5 done" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+    assert run(monkeypatch, "--out", folder, "--report", folder / "report") == 0
+    assert "| das | 5 |" in (folder / "report" / "paper.md").read_text()
+
+
+def test_other_settings_in_the_same_folder_are_refused(monkeypatch, folder):
+    with pytest.raises(Failure, match="results of another configuration"):
+        run(monkeypatch, "--out", folder, "--steps", "3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--animals", "7"], "5 at a time"),
+        (["--animals", "50"], "there are 45 animals"),
+        (["--model", "sd15"], "needs --checkpoint FILE"),
+        (["--model", "sd15", "--checkpoint", "/nowhere/model.safetensors"], "there is no such file"),
+        (["--model", "pixart", "--checkpoint", __file__], "needs --text-encoder"),
+        (["--aesthetic-head", "x.pth"], "needs --clip"),
+    ],
+)
+def test_bad_input(monkeypatch, tmp_path, arguments, message):
+    with pytest.raises(Failure, match=message):
+        run(monkeypatch, "--out", tmp_path / "out", *arguments)
+
+
+def test_every_method_has_settings_for_every_budget_and_reward():
+    for name, method in ALL.items():
+        for reward in paper.REWARDS:
+            for budget in (4, 19, 151):
+                assert method.settings(budget, reward, 0.01) is not None, name
+    assert {"dno", "dno_prno", "mira", "reno", "initno", "best_of_n", "das", "mira_dpo", "hybrid2"} <= METHODS.keys()
