@@ -181,7 +181,8 @@ def searched(node_id, *, model, positive, negative, latent, vae, reward, seed, c
             f"{NODE}: method {settings.method} needs a sampler that injects noise, by which particles part, but "
             f"{values['sampler_name']} injects none: use euler_ancestral, or method best_of_n or zero_order"
         )
-    live = LiveRun(node_id, settings.rows(values["steps"]), {"drift_metric": "path_kl"})
+    # Another seed is far from the plain sample by every distance; its score energy need not be.
+    live = LiveRun(node_id, settings.rows(values["steps"]), {"drift_metric": "mira_two_sided"})
     job = ksampler_job(
         model, positive, negative, latent, vae, seed, cfg, prompt, values,
         reward=reward, settings=settings, gradient=gradient, on_iteration=live,

@@ -256,3 +256,16 @@ def test_inside_a_subgraph(quickstart):
         return node.widgets.find(w => w.name === 'mira_chart').element.querySelector('.mira-status').textContent;
     }}"""
     wait_for(editor, lambda: "kept iteration 5" in editor.js(inner), "the record of the node inside")
+
+
+def test_a_search_shows_every_look(editor, request):
+    search = "MiraSearchKSampler"
+    editor.load(json.loads((ROOT / "example_workflows" / "mira_search_jpeg.json").read_text()))
+    editor.set(search, steps=5, particles=3, seed=zlib.crc32(request.node.name.encode()))
+    editor.look_at(search)
+    editor.queue()
+    wait_for(editor, lambda: "kept iteration 5" in editor.page.inner_text(STATUS), "end of the search")
+    assert rows(editor, search) == 6
+    assert "NaN" not in editor.page.inner_text(STATUS)
+    editor.shot("search")
+    assert editor.errors == []
