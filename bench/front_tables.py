@@ -72,6 +72,28 @@ def compare(mine: list[dict], plain: list[dict], column: str) -> dict:
     return out
 
 
+def seeds(runs: dict, reward: str) -> list[dict]:
+    """A few iterations from each of several seeds, the best reward kept, against more iterations from fewer."""
+    members = [(reward, n) for n in ("dno", "dno_again_1", "dno_again_2") if (reward, n) in runs]
+    if len(members) < 3:
+        return []
+    parts = [curves([r for r in runs[m] if r["part"] == 0], ("reward", "adherence", "clip_score"))[1] for m in members]
+    paths = torch.stack(parts)  # (seeds, columns, iterations + 1, images)
+    out = []
+    for count in range(1, len(members) + 1):
+        for k in range(paths.shape[2]):
+            # Every choice of `count` seeds, so that no seed is favoured.
+            chosen = []
+            for some in torch.combinations(torch.arange(len(members)), count):
+                at_k = paths[some, :, k]
+                best = at_k[:, 0].argmax(0)
+                chosen.append(at_k[best, :, torch.arange(at_k.shape[2])].T)
+            values = torch.stack(chosen).mean(0).mean(1).tolist()
+            row = {"optimised": reward, "seeds": count, "iterations": k, "cost": count * (3 * k + 1)}
+            out.append(row | dict(zip(("reward", "adherence", "clip_score"), values, strict=True)))
+    return out
+
+
 def report(folder: Path, out: Path) -> None:
     runs = load(folder)
     out.mkdir(parents=True, exist_ok=True)
@@ -93,6 +115,8 @@ def report(folder: Path, out: Path) -> None:
             row = {"optimised": reward, "variant": name, "images": len(images), "iteration": k}
             means.append(row | dict(zip(columns, of, strict=True)))
     write(out / "front_paths.csv", means)
+    if several := [row for reward in dict.fromkeys(r for r, _ in runs) for row in seeds(runs, reward)]:
+        write(out / "front_seeds.csv", several)
     plot(runs, out / "front.png")
     for row in rows:
         if row["column"] == "adherence":

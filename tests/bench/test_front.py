@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.front_tables import compare, curves
+from bench.front_tables import compare, curves, seeds
 
 
 def rows(slope, reach=10, images=6, lift=0.0):
@@ -39,3 +39,14 @@ def test_curves_pair_images():
     images, values = curves(rows(0.05, images=3), ("reward", "adherence"))
     assert images == [(0, "a0"), (0, "a1"), (0, "a2")] and values.shape == (2, 11, 3)
     assert values[1, 0].tolist() == [1, 2, 3]
+
+
+def test_of_several_seeds_the_best_reward_is_kept():
+    def of(shift):
+        return [r | {"reward": r["reward"] + shift, "clip_score": 0.0} for r in rows(0.05, reach=2, images=2)]
+
+    runs = {("b", "dno"): of(0.0), ("b", "dno_again_1"): of(1.0), ("b", "dno_again_2"): of(2.0)}
+    found = {(r["seeds"], r["iterations"]): r for r in seeds(runs, "b")}
+    assert [found[n, 0]["reward"] for n in (1, 2, 3)] == pytest.approx([1, (1 + 2 + 2) / 3, 2])
+    assert found[3, 2]["cost"] == 21 and found[3, 2]["reward"] == 4
+    assert seeds({("b", "dno"): of(0.0)}, "b") == []
