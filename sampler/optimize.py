@@ -386,7 +386,8 @@ def _hold(state: _State, settings: Settings, drift: Tensor) -> None:
         starts = [state.variables.start[i] for i in state.variables.free]
         moved = [z - start for z, start in zip(state.z, starts, strict=True)]
         shares = sum(mean_square(m, state.reference.mask) for m in moved) / 2
-        scale = (settings.drift_limit / shares.clamp(min=1e-12)).sqrt().clamp(max=1)
+        inside = settings.drift_limit * (1 - 1e-4)  # within the limit after rounding too
+        scale = (inside / shares.clamp(min=1e-12)).sqrt().clamp(max=1)
         for z, start, m in zip(state.z, starts, moved, strict=True):
             z.copy_(start + m * per_image(scale.to(m), m))
     elif settings.hold == "dual_ascent":

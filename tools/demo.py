@@ -108,7 +108,9 @@ async def demo() -> dict:
             inputs = prompt[find(prompt, OPTIMIZER)]["inputs"]
             text = prompt[inputs["prompt"][0]]["inputs"]["value"]
             plain = copy.deepcopy(prompt)
-            plain[find(prompt, OPTIMIZER)]["inputs"] |= {"regularizer": "none", "keep": "last", "stop": "never"}
+            plain[find(prompt, OPTIMIZER)]["inputs"] |= {
+                "regularizer": "none", "keep": "last", "stop": "never", "hold": "no"
+            }  # fmt: skip
             mira, images = await optimise(client, prompt, "MIRA")
             dno, contrast = await optimise(client, plain, "DNO ")
     pictures = [("before", images["plain"]), ("after MIRA", images["optimized"]), ("after DNO", contrast["optimized"])]

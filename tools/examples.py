@@ -77,11 +77,11 @@ def against_dno() -> dict[str, Node]:
         "reward": Node("MiraPixelReward", 1, values={"measure": "brightness"}),
         "clip": Node("MiraDemoCLIPScore", 1),
         "mira": Node(
-            "MiraOptimizeKSampler", 2, "MIRA: stops on drift", {**OPTIMISED, "reward": "reward.reward"}, shared
+            "MiraOptimizeKSampler", 2, "MIRA: holds the drift", {**OPTIMISED, "reward": "reward.reward"}, shared
         ),
         "dno": Node(
             "MiraOptimizeKSampler", 3, "DNO: plain optimisation to the end", {**OPTIMISED, "reward": "reward.reward"},
-            {**shared, "regularizer": "none", "beta": 0.0, "keep": "last", "stop": "never"},
+            {**shared, "regularizer": "none", "beta": 0.0, "keep": "last", "stop": "never", "hold": "no"},
         ),
         "base": Node(
             "KSampler", 4, "The base model's own spread", {**SAMPLED, "latent_image": "many.LATENT"},

@@ -313,7 +313,6 @@ def test_a_rival_is_one_choice(world, method):
     ("changes", "message"),
     [
         ({"variables": "injected", "sampler_name": "euler"}, "variables is injected, but the sampler injects no noise"),
-        ({"hold": "projection"}, "hold is projection, which needs a drift_limit above 0"),
         ({"hold": "projection", "drift_limit": 0.1}, "needs drift_metric path_kl"),
         ({"hold": "dual_ascent", "drift_limit": 0.1, "regularizer": "none"}, "regularizer is none: choose one"),
     ],
