@@ -168,6 +168,21 @@ def latent_held(make: Callable, how: str, weight: float) -> Callable:
     return work
 
 
+def from_best_of(count: int) -> Callable:
+    """The work of `host.run`: plain optimisation from the best of `count` seeds, chosen for each image."""
+
+    def work(process, noises):
+        g = torch.Generator().manual_seed(4242)
+        found = [noises] + [tuple(torch.randn(z.shape, generator=g).to(z) for z in noises) for _ in range(count - 1)]
+        with torch.no_grad():
+            scores = torch.stack([process.score(process.rollout(z).x0).total for z in found])
+        best = scores.argmax(0).tolist()
+        chosen = [torch.stack([found[n][t][b] for b, n in enumerate(best)]) for t in range(len(noises))]
+        return host.optimizing(process, chosen)
+
+    return work
+
+
 @dataclass(frozen=True)
 class Variant:
     """settings: over those of plain optimisation. reward(reward, clip) -> the optimised one. work: of `host.run`."""
@@ -210,6 +225,7 @@ VARIANTS = {
     "typicality": Variant(work=latent_held(denoising("typicality"), "penalty", 5.0)),
     "clip_features": Variant(reward=lambda r, c: FeatureDistance(r, clip_features(c), 1.0)),
     "initial_lr_.1": Variant({"variables": "initial", "lr": 0.1}),
+    "best_of_4": Variant(work=from_best_of(4)),
     "early": Variant({"variables": "early"}),
     "early_projection_.05": Variant({"variables": "early", "hold": "projection", "drift_limit": 0.05,
                                      "drift_metric": "path_kl"}),

@@ -31,6 +31,7 @@ from ..sampler.optimize import Result, Score, Settings, optimize
 from ..sampler.preference import PreferenceSettings
 from ..sampler.rollout import Rollout, draw, per_image
 from ..sampler.search import SearchSettings, search
+from ..sampler.seeds import Start, best_of
 from ..sampler.selftest import gradient_error
 from ..sampler.statistics import expected, noise_statistics
 from .grad import OutOfPlaceAdd, blocks_checkpointed, frozen, leave_inference_mode, normal, sdpa, static, training
@@ -116,15 +117,41 @@ def run(job: Job, work: Callable[[_Process, tuple[Tensor, ...]], Result] | None 
 
 
 def optimizing(process: _Process, noises: tuple[Tensor, ...]) -> Result:
-    """Follow the gradient of the reward."""
-    return optimize(
+    """Follow the gradient of the reward, from the best of the seeds."""
+    settings, start = process.settings, None
+    if settings.seeds > 1:
+        process.redraw = False  # seeds are compared under the same draw
+        start = best_of(
+            process.rollout, lambda x0: process.score(x0).total, noises, settings.seeds, process.job.seed, INTERRUPTS
+        )
+        process.redraw, noises = True, start.noises
+        if start.interrupted:
+            settings = replace(settings, iterations=0)
+    result = optimize(
         process.rollout,
         process.score,
         noises,
-        process.settings,
+        settings,
         on_iteration=process.job.on_iteration,
         interrupts=INTERRUPTS,
         memory=used_bytes,
+    )
+    if start:
+        result.trace.settings |= {"seed_rewards": start.rewards.T.tolist(), "seed_chosen": start.chosen.tolist()}
+        result.trace.notices += [began(b, start) for b in range(len(start.chosen))]
+        if start.interrupted:
+            result.trace.reasons = ["interrupted while seeds were compared"] * len(start.chosen)
+    return result
+
+
+def began(image: int, start: Start) -> str:
+    """Which seed an image began from."""
+    rewards, chosen = start.rewards[:, image], int(start.chosen[image])
+    if chosen == 0:
+        return f"image {image} began from the given seed, the best of {len(rewards)} (reward {rewards[0]:.4g})"
+    return (
+        f"image {image} began from seed {chosen + 1} of {len(rewards)} (reward {rewards[chosen]:.4g}; the given "
+        f"seed's {rewards[0]:.4g})"
     )
 
 

@@ -263,6 +263,17 @@ def method_inputs() -> list:
                 "held when drift_limit is 0."
             ),
         ),
+        io.Int.Input(
+            "seeds",
+            default=DEFAULT.seeds,
+            min=1,
+            max=1000,
+            optional=True,
+            tooltip=(
+                "So many seeds are sampled, and each image begins from its best one: more reward for less drift, at one "
+                "plain sample each. 1: the given seed, whose image is then changed."
+            ),
+        ),
     ]
 
 

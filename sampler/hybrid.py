@@ -14,7 +14,8 @@ from .candidates import towards
 from .memory import out_of_memory
 from .optimize import Result, Score, Settings, optimize
 from .rollout import Path, Rollout, per_image
-from .search import SearchSettings, stream
+from .search import SearchSettings
+from .seeds import stream
 from .trace import Trace
 
 

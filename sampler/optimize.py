@@ -62,6 +62,8 @@ class Settings:
     stop: when an image is left alone: when its best reward has not risen by 0.1 % of its gain for `patience`
         iterations ("plateau"), when its drift has passed the limit ("drift"), or either.
     variables: what is optimised, one of `VARIABLES`: the whole trajectory (MIRA, DNO), the initial noise (ReNO), ...
+    seeds: how many seeds are sampled to begin from the best one of each image (`seeds.best_of`, which the host calls);
+        1: the given noises.
     hold: keeps the drift at `drift_limit` while the optimisation goes on. "projection": noises that have gone too far
         are drawn back along the straight line to where they began (drift_metric path_kl, whose bound is a ball
         around z0). "dual_ascent": beta rises while the drift is above the limit and falls while it is below.
@@ -82,6 +84,7 @@ class Settings:
     patience: int = 10
     variables: str = "trajectory"
     hold: str = "no"
+    seeds: int = 1
     loss_scale: float = 1.0
 
     def __post_init__(self):
@@ -99,6 +102,8 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(table)}")
         if self.iterations < 0:
             raise ValueError(f"iterations is {self.iterations}: it cannot be negative")
+        if self.seeds < 1:
+            raise ValueError(f"seeds is {self.seeds}: use 1 for the given noises, or more")
         for name, value in {"lr": self.lr, "loss_scale": self.loss_scale}.items():
             if not value > 0:
                 raise ValueError(f"{name} is {value}: it must be above 0")

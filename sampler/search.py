@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -22,6 +22,7 @@ from .candidates import towards
 from .memory import out_of_memory
 from .optimize import Result, Score, Settings
 from .rollout import Denoiser, NoiseSource, Path, Record, Rollout, per_image
+from .seeds import stream
 from .surrogates import SURROGATES
 from .trace import Trace
 
@@ -203,11 +204,6 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def stream(seed: int, number: int) -> torch.Generator:
-    """A source of noise of its own for every (seed, number), number -1 or more."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + number + 2) % 2**63)
-
-
 class _Search:
     """One run's state: who draws which noise, what was seen, and what came out so far."""
 
@@ -262,18 +258,32 @@ class _Search:
         found: list[Score] = []
 
         def work(some: Sequence[int]) -> None:
-            found.append(self.evaluate(x0[list(some)].flatten(0, 1)))
+            score = self.evaluate(x0[list(some)].flatten(0, 1))
+            found.append(replace(score, images=score.images.cpu()))  # of all particles they may fill a GPU
 
         with torch.no_grad():
             self.chunks(range(len(x0)), work)
         return self._joined(found)
+
+    def predict(self, population: _Population, step: int) -> None:
+        """The denoiser's prediction of every particle's result at a step; `advance` takes it over as `known`."""
+        found, sigma = [], self.rollout.schedule[step]
+
+        def work(some: Sequence[int]) -> None:
+            x = population.x[list(some)].flatten(0, 1)
+            found.append(self.chain.denoise(x, sigma.to(x).expand(len(x))))
+
+        with torch.no_grad():
+            self.chunks(range(len(population.x)), work)
+        population.x0 = torch.cat(found).unflatten(0, (-1, self.batch))
+        self.calls += len(population.x)
 
     def _joined(self, found: list[Score]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         def join(values: list[Tensor]) -> Tensor:
             return torch.cat(values).detach().float().cpu().unflatten(0, (-1, self.batch))
 
         # A particle whose reward is not finite dies, but a weight has to be a number.
-        total = join([s.total for s in found]).nan_to_num(nan=WORST, neginf=WORST)
+        total = join([s.total for s in found]).nan_to_num(nan=WORST, posinf=WORST, neginf=WORST)
         parts = {name: join([s.parts[name] for s in found]) for name in found[0].parts}
         return total, parts, torch.cat([s.images for s in found]).unflatten(0, (-1, self.batch))
 
@@ -382,8 +392,10 @@ class _Search:
     def keep(self, k: int, reward: Tensor, latent: Tensor, noises: Sequence[Tensor], whole: bool) -> None:
         """The best image so far. The last population of a steered run replaces what its predictions promised."""
         better = reward > self.best_reward
-        if self.best is None or (self.settings.method in STEERING and whole):
+        if self.best is None:
             better = torch.ones_like(better)
+        elif self.settings.method in STEERING and whole:
+            better = reward > WORST
         self.best_reward = torch.where(better, reward, self.best_reward)
         self.kept = torch.where(better, k, self.kept)
         where = better.to(latent.device)
@@ -452,10 +464,7 @@ class _Search:
         highest = torch.full(shape, -math.inf)
         before = torch.zeros(shape)
         for n, step in enumerate(settings.looks(self.steps), 1):
-            self.advance(population, at, step, self._injected)
-            at = step
-            last = step == self.steps
-            reward, parts, images = self.score(population.x if last else population.x0)
+            at, last, (reward, parts, images) = self._next(population, at, step)
             if last:
                 log_weights = log_weights + settings.strength * reward - spent
                 self.report(n, population, reward, parts, images, True, {"ess": effective(log_weights)})
@@ -476,13 +485,21 @@ class _Search:
         index = torch.where(few[None], resample(log_weights, self.choosing), everyone)
         return index, torch.where(few[None], 0, log_weights)
 
+    def _next(self, population: _Population, at: int, step: int):
+        """Go on to the next look: (the step, whether it is the end, the score of what every particle will become).
+
+        The prediction is made at the new state: the one that the sampler made before its last noise does not know it.
+        """
+        self.advance(population, at, step, self._injected, known=population.x0 if at else None)
+        last = step == self.steps
+        if not last:
+            self.predict(population, step)
+        return step, last, self.score(population.x if last else population.x0)
+
     def code(self) -> tuple[Tensor, Tensor]:
         population, at = self._first(), 0
         for n, step in enumerate(self.settings.looks(self.steps), 1):
-            self.advance(population, at, step, self._injected)
-            at = step
-            last = step == self.steps
-            reward, parts, images = self.score(population.x if last else population.x0)
+            at, last, (reward, parts, images) = self._next(population, at, step)
             best = self.report(n, population, reward, parts, images, last)
             if not last:
                 population = population.take(best[None].expand(self.settings.particles, -1))
@@ -514,7 +531,8 @@ class _Search:
                 known=population.x0,
             )
             for z in population.noises[drawn:]:  # log N(z; 0, I) - log N(z; mu, I)
-                log_weights = log_weights - ((z - shift / 2) * shift).float().flatten(2).sum(2).cpu()
+                moved = ((z - shift / 2) * shift).float().flatten(2).sum(2).cpu()
+                log_weights = (log_weights - moved).nan_to_num(nan=WORST, posinf=WORST, neginf=WORST)
         reward, parts, images = self.score(population.x)
         log_weights = log_weights + settings.strength * reward - before
         self.report(self.steps, population, reward, parts, images, True, {"ess": effective(log_weights)})
@@ -536,7 +554,9 @@ class _Search:
                 out = self.chain.denoise(state, sigma.to(state).expand(len(state)))
                 score = self.evaluate(out)
                 (gradient,) = torch.autograd.grad(score.total.sum() * scale, state)
-            found.append((out.detach(), gradient / scale, score))
+            # A particle whose gradient is not finite is not steered this time.
+            gradient = torch.where(torch.isfinite(gradient), gradient / scale, 0)
+            found.append((out.detach(), gradient, replace(score, images=score.images.cpu())))
 
         self.chunks(range(len(x)), work)
         self.calls += len(x)

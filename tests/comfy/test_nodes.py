@@ -105,7 +105,7 @@ def test_registration():
     assert [i.id for i in listed["MiraLoadTrace"].inputs] == ["file", "index"]
     assert [i.id for i in listed["MiraScoreImages"].inputs] == ["images", "reward", "prompt"]
     assert [i.id for i in listed["MiraRankImages"].inputs] == ["images", "scores", "top_k"]
-    method = ["method", "variables", "hold"]
+    method = ["method", "variables", "hold", "seeds"]
     settings = [
         "iterations", "learning_rate", "regularizer", "beta", "keep", "drift_limit", "stop", "patience", "memory",
         "drift_metric", "optimizer", "clip_norm", "weighting", "measured",
@@ -327,3 +327,38 @@ def test_drift_is_held_while_the_reward_rises(world):
     trace = optimize(world, regularizer="none", **changes).args[2]
     assert max(r["path_kl"] for r in trace.rows) <= 0.002 * 1.001
     assert trace.rows[-1]["reward"] > trace.rows[0]["reward"]
+
+
+def test_it_begins_from_the_best_of_several_seeds(world):
+    latent = {"samples": torch.zeros(2, 4, 16, 16)}
+    out, plain, trace = optimize(world, seeds=4, iterations=1, latent_image=latent).args[:3]
+    assert torch.equal(plain["samples"], world.ksampler(steps=2, seed=1, batch=2))  # still the given seed's
+    for image, (rewards, chosen) in enumerate(
+        zip(trace.settings["seed_rewards"], trace.settings["seed_chosen"], strict=True)
+    ):
+        assert len(rewards) == 4 and rewards[chosen] == max(rewards)
+        first = trace.of(image)[0]
+        assert first["reward"] == pytest.approx(max(rewards), abs=1e-4) and first["path_kl"] == 0
+        assert f"image {image} began from" in " ".join(trace.notices)
+    again = optimize(world, seeds=4, iterations=1, latent_image=latent).args[0]
+    assert torch.equal(again["samples"], out["samples"])
+    assert "seed_rewards" not in optimize(world, seeds=1).args[2].settings
+
+
+def test_cancelled_while_seeds_are_compared(world, monkeypatch):
+    import comfy.model_management
+
+    host, calls = mira("nodes.host"), []
+    real = host._Process.score
+
+    def cancelling(self, x0):
+        calls.append(1)
+        if len(calls) == 2:
+            comfy.model_management.interrupt_current_processing()
+        return real(self, x0)
+
+    monkeypatch.setattr(host._Process, "score", cancelling)
+    out, _, trace = optimize(world, seeds=50, iterations=3).args[:3]
+    assert trace.reasons == ["interrupted while seeds were compared"]
+    assert len(trace.settings["seed_rewards"][0]) == 2 and len(trace.rows) == 1
+    assert torch.isfinite(out["samples"]).all()

@@ -135,12 +135,13 @@ def test_best_of_one_is_the_plain_sample():
     assert best_of_n_kl(1) == 0
 
 
-def test_code_follows_the_best_continuation():
+@pytest.mark.parametrize("interval", [1, 3, 8])
+def test_code_follows_the_best_continuation(interval):
     chain, rollout, z = problem(batch=200)
     plain = rollout(z).x0
-    result = search(chain, rollout, value(linear), z, SearchSettings("code", particles=8, interval=3), most=8)
-    assert (result.best - plain).mean() > 1
-    assert [r["iteration"] for r in result.trace.of(0)] == [*range(9)]
+    result = search(chain, rollout, value(linear), z, SearchSettings("code", particles=8, interval=interval), most=8)
+    assert (result.best - plain).mean() > 0.8
+    assert [r["iteration"] for r in result.trace.of(0)] == [*range(STEPS // interval + 1)]
 
 
 def test_zero_order_climbs_and_never_falls():
@@ -277,14 +278,14 @@ def test_steering_needs_noise_to_steer(method):
 def test_a_particle_whose_reward_is_not_a_number_dies(method):
     chain, rollout, z = problem(batch=1)
 
-    def reward(x):
-        return torch.where(x > 0.3, torch.nan, x)
-
-    settings = SearchSettings(method, particles=6, rounds=3, interval=2, strength=1.0)
-    result = search(chain, rollout, value(reward), z, settings, most=6)
-    assert torch.isfinite(result.best).all()
-    if result.best.item() > 0.3:
-        assert all(r["reward"] == -1e9 for r in result.trace.of(0)[-1:])
+    for wrong in (torch.nan, torch.inf):
+        settings = SearchSettings(method, particles=6, rounds=3, interval=2, strength=1.0)
+        reward = lambda x, wrong=wrong: torch.where(x > 0.3, wrong * x, x)  # noqa: E731
+        result = search(chain, rollout, value(reward), z, settings, most=6)
+        assert torch.isfinite(result.best).all()
+        # What comes back is alive, if anything is.
+        alive = [r["reward"] for r in result.trace.of(0) if r["reward"] > -1e9]
+        assert not alive or result.trace.summary()[1]["reward"] > -1e9
 
 
 @pytest.mark.parametrize(
