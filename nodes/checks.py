@@ -63,7 +63,7 @@ def check(node: str, model, sampler, latent: dict, vae, reward: Reward, prompt: 
     needs_gradient(node, reward, "MIRA-DPO Preference or MIRA Search KSampler, which only rank images by it")
     needs_prompt(node, reward, prompt)
     check_latent(node, model, latent, vae, sampler, values)
-    free = values.get("variables")
+    free = values.get("variables") if values.get("method", "as_set") == "as_set" else None
     if free in ("injected", "late") and not injects_noise(sampler, model.get_model_object("model_sampling")):
         raise ValueError(
             f"{node}: variables is {free}, but the sampler injects no noise: use an ancestral or SDE sampler, such as "

@@ -15,19 +15,32 @@ from torch import Tensor
 from ..rewards.base import Reward
 from ..sampler.guidance import annealed, blended, preferred, within
 from .checks import needs_gradient, needs_prompt
-from .grad import leave_inference_mode, normal, sdpa, static, training
+from .grad import frozen, leave_inference_mode, normal, sdpa, static, training
 from .host import decode, patcher_of
 from .types import MiraReward
 
 RLG = "MIRA RL Guidance"
 DYMO = "MIRA DyMO Guider"
 SCHEDULES = ("constant", "annealed")
+KEY = "mira_tuned"
 
 
 def share_of_noise(sampling, sigma: Tensor) -> Tensor:
-    """(B,) sigmas -> (B,): how much of the noise schedule is still to come, 1 at its start and 0 at its end."""
-    whole = sampling.timestep(torch.as_tensor(sampling.sigma_max))
-    return (sampling.timestep(sigma.float().cpu()) / whole).to(sigma.device).float().clamp(0, 1)
+    """(B,) sigmas -> (B,) on the CPU: how much of the noise schedule is to come, 1 at its start and 0 at its end."""
+
+    def time(value) -> Tensor:
+        return torch.as_tensor(sampling.timestep(torch.as_tensor(value).float())).float().cpu()
+
+    low, high = time(sampling.sigma_min), time(sampling.sigma_max)
+    return ((time(sigma) - low) / (high - low)).clamp(0, 1)
+
+
+def own_control(args: dict) -> dict:
+    """The arguments of one call of a network, which takes a ControlNet's outputs off their lists as it goes."""
+    control = args["c"].get("control")
+    if control is None:
+        return args
+    return args | {"c": args["c"] | {"control": {k: list(v) for k, v in control.items()}}}
 
 
 def on_its_own(tuned, model):
@@ -103,8 +116,9 @@ class MiraRLGuidance(io.ComfyNode):
                 f"{RLG}: model and tuned have different noise schedules (sigma up to {float(kinds[0].sigma_max):.4g} "
                 f"and {float(kinds[1].sigma_max):.4g}): patch both the same way"
             )
-        guided, second = model.clone(), on_its_own(tuned, model)
-        guided.set_additional_models("mira_tuned", [second])
+        guided, second = model.clone(), static(on_its_own(tuned, model))
+        inner = guided.get_additional_models_with_key(KEY)  # a blend of a blend needs all of them loaded
+        guided.set_additional_models(KEY, [*inner, second])
         before = guided.model_options.get("model_function_wrapper")
 
         def call(apply, args):
@@ -116,10 +130,10 @@ class MiraRLGuidance(io.ComfyNode):
             w = annealed(weight, noise, power) if schedule == "annealed" else torch.full_like(noise, weight)
             if (w == 0).all():
                 return call(apply, args)
-            after = call(second.model.apply_model, args)
+            after = call(second.model.apply_model, own_control(args))
             if (w == 1).all():
                 return after
-            out = call(apply, args)
+            out = call(apply, own_control(args))
             return blended(out, after, w.reshape(-1, *[1] * (out.ndim - 1)).to(out))
 
         guided.set_model_unet_function_wrapper(blend)
@@ -158,14 +172,15 @@ class DyMOGuider(comfy.samplers.CFGGuider):
         comfy.model_management.load_models_gpu(patchers, memory_required=3 * need, force_full_load=True)
         for patcher in patchers:
             leave_inference_mode(patcher.model)
-        return super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)
+        with frozen([p.model for p in patchers]):
+            return super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
-        options = comfy.model_patcher.create_model_options_clone(model_options or {})
-        options["disable_cfg1_optimization"] = True  # the strength is measured by the unconditional prediction
         noise = share_of_noise(self.inner_model.model_sampling, timestep)
         if not within(noise, self.start, self.end).all() or not self.scale:
-            return super().predict_noise(x, timestep, options, seed)
+            return super().predict_noise(x, timestep, model_options or {}, seed)
+        options = comfy.model_patcher.create_model_options_clone(model_options or {})
+        options["disable_cfg1_optimization"] = True  # the strength is measured by the unconditional prediction
         options.setdefault("transformer_options", {})["optimized_attention_override"] = sdpa
         found = []
 
@@ -180,12 +195,14 @@ class DyMOGuider(comfy.samplers.CFGGuider):
             images = decode(self.vae, self.inner_model.process_latent_out(denoised.float()))
             total, _ = self.reward(images, [self.prompt] * len(images))
             # Under an optimisation of the noises this term counts as a constant.
-            (gradient,) = torch.autograd.grad(total.sum(), state, retain_graph=x.requires_grad)
+            # Its length does not count, but in float16 it would fall below the smallest number.
+            (gradient,) = torch.autograd.grad(total.sum() * 2.0**10, state, retain_graph=x.requires_grad)
         if not x.requires_grad:
             denoised = denoised.detach()
-        if not torch.isfinite(gradient).all():
+        lengths = gradient.float().flatten(1).norm(dim=1)
+        if not (torch.isfinite(lengths) & (lengths > 0)).all():
             name, sigma = self.reward.facts.name, timestep[0].item()
-            raise RuntimeError(f"{DYMO}: the gradient of {name} is not finite at sigma {sigma:.3g}")
+            raise RuntimeError(f"{DYMO}: the gradient of {name} is zero or not finite at sigma {sigma:.3g}")
         return preferred(denoised, gradient, found[0].detach(), self.scale)
 
 

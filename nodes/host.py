@@ -257,6 +257,7 @@ class _Process:
         job = self.job
         patchers = [self.model_wrap.model_patcher, *self.model_wrap.loaded_models, self.vae.patcher]
         patchers += [patcher_of(m) for m in job.reward.modules] if job.reward else []
+        patchers += getattr(self.model_wrap, "networks", [])  # of a guider of ours
         shape = list(job.latent.shape)
         need = self.inner.memory_required([2 * shape[0], *shape[1:]])
         need += self.vae.memory_used_decode(shape, self.vae.vae_dtype)

@@ -23,9 +23,10 @@ DEFAULT = Settings(
     keep="best_within_drift",
     stop="never",
     hold="projection",
+    seeds=4,
 )
 
-AS_SET = "as_set"
+AS_SET, AUTO = "as_set", "auto"
 
 
 def sampling_inputs(seed: str) -> list:
@@ -254,13 +255,13 @@ def method_inputs() -> list:
         ),
         io.Combo.Input(
             "hold",
-            options=list(HOLD),
-            default=DEFAULT.hold,
+            options=[AUTO, *HOLD],
+            default=AUTO,
             optional=True,
             tooltip=(
                 "Keeps the drift at drift_limit while the optimisation goes on. projection: draws the noises back "
-                "(for drift_metric path_kl); dual_ascent: raises and lowers beta; no: see stop and keep. Nothing is "
-                "held when drift_limit is 0."
+                "(for drift_metric path_kl); dual_ascent: raises and lowers beta; no: see stop and keep. auto: "
+                "projection where it applies and stop does not look at drift. Nothing is held when drift_limit is 0."
             ),
         ),
         io.Int.Input(
@@ -270,8 +271,8 @@ def method_inputs() -> list:
             max=1000,
             optional=True,
             tooltip=(
-                "So many seeds are sampled, and each image begins from its best one: more reward for less drift, at one "
-                "plain sample each. 1: the given seed, whose image is then changed."
+                "So many seeds are sampled, and each image begins from its best one: more reward for less drift, at "
+                "one plain sample each. 1: the given seed, whose image is then changed."
             ),
         ),
     ]
@@ -295,6 +296,17 @@ def settings_of(values: dict, kind: type = Settings):
     chosen = {k: v for k, v in values.items() if k in names} | {"lr": values["learning_rate"]}
     if values.get("method", AS_SET) != AS_SET and kind is Settings:
         chosen |= RIVALS[values["method"]]
-    if not chosen.get("drift_limit", 1):
-        chosen.pop("hold", None)  # nothing to hold without a limit
+    if kind is Settings:
+        chosen["hold"] = held(chosen)
     return kind(**chosen)
+
+
+def held(chosen: dict) -> str:
+    """How the drift is held, for what a node's `hold` and its other inputs say."""
+    wanted = chosen.get("hold", AUTO)
+    if not chosen.get("drift_limit"):
+        return "no"  # there is nothing to hold without a limit
+    if wanted != AUTO:
+        return wanted
+    applies = chosen.get("drift_metric") == "path_kl" and chosen.get("variables") != "initno"
+    return "projection" if applies and "drift" not in chosen.get("stop", "") else "no"

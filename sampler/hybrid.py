@@ -49,8 +49,8 @@ def hybrid(
     trajectories += [
         [torch.randn(n.shape, generator=generator).to(n) for n in noises] for _ in range(settings.particles - 1)
     ]
-    references: list[Path | None] = [None] * settings.particles
-    batch = len(noises[0])
+    reference: Path | None = None  # of the lineage that survived; in the first round every trajectory is its own
+    batch, steps = len(noises[0]), len(rollout.schedule) - 1
     trace, iterates = Trace(), []
     best = best_noises = None
     best_reward, kept = torch.full((batch,), -math.inf, dtype=torch.double), torch.zeros(batch, dtype=torch.long)
@@ -58,7 +58,7 @@ def hybrid(
 
     def record(k: int, rows: list[dict], latent: Tensor, z: Sequence[Tensor], images: Tensor) -> None:
         nonlocal best, best_noises, best_reward, kept
-        rows = [r | {"iteration": k, "evaluations": runs, "memory_mb": memory() / 1e6} for r in rows]
+        rows = [r | {"iteration": k, "evaluations": runs * steps, "memory_mb": memory() / 1e6} for r in rows]
         trace.rows.extend(rows)
         iterates.append(latent.cpu())
         reward = torch.tensor([r["reward"] for r in rows], dtype=torch.double)
@@ -85,6 +85,7 @@ def hybrid(
             interrupts=interrupts, memory=memory,
         )  # fmt: skip
         short = len(done.trace.of(0)) <= iterations
+        trace.notices.extend(n for n in done.trace.notices if n not in trace.notices)
         return *latest, done.last, list(done.best_noises), done.reason if short else None
 
     try:
@@ -92,12 +93,14 @@ def hybrid(
         record(0, rows, latent, z, images)
         for k in range(1, settings.rounds + 1):
             started, ends, ended = time.perf_counter(), [], None
-            for p, z in enumerate(trajectories):
-                if references[p] is None:
-                    with torch.no_grad():
-                        references[p] = rollout(z).detach()
-                    runs += 1
-                *end, ended = climb(z, references[p], settings.iterations)
+            for z in trajectories:
+                try:
+                    *end, ended = climb(z, reference, settings.iterations)
+                except (RuntimeError, *interrupts) as stop:
+                    if not ends or (isinstance(stop, RuntimeError) and not out_of_memory(stop)):
+                        raise
+                    ended = f"stopped in round {k}: {type(stop).__name__}"
+                    break
                 ends.append(end)
                 if ended:
                     break
@@ -111,7 +114,10 @@ def hybrid(
             if ended:
                 reason = ended
                 break
-            references = [_lineage(references, index)] * settings.particles
+            if reference is None and k < settings.rounds:
+                with torch.no_grad():
+                    reference = rollout([_picked(z, index) for z in zip(*trajectories, strict=True)]).detach()
+                runs += 1
             trajectories = [winner]
             for _ in range(settings.particles - 1):
                 fresh = [torch.randn(z.shape, generator=generator).to(z) for z in winner]
@@ -125,20 +131,10 @@ def hybrid(
             raise
         reason = f"interrupted after round {trace.rows[-1]['iteration']}"
     trace.kept, trace.reasons = kept.tolist(), [reason] * batch
-    trace.settings |= {"evaluations": runs * (len(rollout.schedule) - 1)}
+    trace.settings |= {"evaluations": runs * steps}
     return Result(best, iterates[-1].to(best), tuple(best_noises), trace, reason, iterates)
 
 
 def _picked(values: Sequence[Tensor], index: Tensor) -> Tensor:
     """Of each image b, values[index[b]][b]."""
     return torch.stack([values[p][b] for b, p in enumerate(index.tolist())])
-
-
-def _lineage(paths: Sequence[Path], index: Tensor) -> Path:
-    """Of each image, the path that its survivor is measured from."""
-    return replace(
-        paths[0],
-        x0=_picked([p.x0 for p in paths], index),
-        noises=tuple(_picked(z, index) for z in zip(*(p.noises for p in paths), strict=True)),
-        eps=tuple(_picked(e, index) for e in zip(*(p.eps for p in paths), strict=True)),
-    )

@@ -30,8 +30,8 @@ def test_the_best_trajectory_survives_and_climbs():
         assert first["path_kl"] == 0 and kept["path_kl"] > 0
         assert kept["reward"] > first["reward"] / 4  # rewards are negative
     torch.testing.assert_close(rollout(result.best_noises).x0.detach(), result.best)
-    # Three runs for the references, one for the plain sample, and (4 + 1) for each particle in each round.
-    assert result.trace.settings["evaluations"] == (3 + 1 + 4 * 3 * 5) * 6
+    # One run for the plain sample, one for the survivor's reference, and (4 + 1) for each particle in each round.
+    assert result.trace.settings["evaluations"] == (1 + 1 + 4 * 3 * 5) * 6
 
 
 def test_more_trajectories_find_more():
@@ -56,7 +56,7 @@ class Stop(BaseException):
     pass
 
 
-@pytest.mark.parametrize("after", [2, 9, 24])
+@pytest.mark.parametrize("after", [2, 6, 7, 9, 24])
 def test_stopped_in_the_middle_it_hands_back_the_best_so_far(after):
     rollout, z, calls = gaussian.rollout(), gaussian.noises(), []
 
@@ -67,6 +67,14 @@ def test_stopped_in_the_middle_it_hands_back_the_best_so_far(after):
         return score(x0)
 
     result = hybrid(rollout, stopping, z, SETTINGS, seed=1, interrupts=(Stop,))
-    assert "interrupted" in result.reason
+    assert "interrupted" in result.reason or "stopped in round" in result.reason
     best = [max(r["reward"] for r in result.trace.of(b)) for b in range(2)]
     assert score(result.best).total.tolist() == pytest.approx(best)
+
+
+def test_a_reward_without_a_gradient_is_said():
+    def constant(x0):
+        return Score(x0.detach().flatten(1).mean(1), {}, x0.detach())
+
+    with pytest.raises(RuntimeError, match="no gradient"):
+        hybrid(gaussian.rollout(), constant, gaussian.noises(), SETTINGS)
