@@ -21,8 +21,9 @@ from bench.pack import ROOT
 
 # What decides a result: a change of any of these files is another code version.
 CODE = (
-    "sampler", "rewards", "nodes/host.py", "nodes/grad.py", "nodes/twin.py", "nodes/preference.py", "demo/judge.py",
-    "demo/weights", "bench/methods.py", "bench/paper.py",
+    "sampler", "rewards", "nodes/host.py", "nodes/grad.py", "nodes/twin.py", "nodes/preference.py", "nodes/judges.py",
+    "nodes/settings.py", "nodes/demo.py", "nodes/loaders.py", "demo", "bench/methods.py", "bench/paper.py",
+    "bench/rigs.py", "bench/world.py",
 )  # fmt: skip
 
 
@@ -105,7 +106,7 @@ class Store:
         return out
 
     def tensors(self, unit: str) -> dict:
-        return torch.load(self.folder / f"{unit}.pt", weights_only=True)
+        return torch.load(self.folder / f"{unit}.pt", weights_only=True, map_location="cpu")
 
 
 def number(text: str) -> float | str | None:

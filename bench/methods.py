@@ -44,7 +44,9 @@ def iterations(budget: int) -> int:
 def optimising(**fixed) -> Method:
     def settings(budget: int, reward: str, lr: float):
         chosen = {k: v(reward) if callable(v) else v for k, v in fixed.items()}
-        return Settings(**{"iterations": iterations(budget), "lr": lr, "keep": "last"} | chosen)
+        seeds = min(chosen.get("seeds", 1), max(1, budget // 4))
+        left = budget - (seeds if seeds > 1 else 0)  # each seed is a run forward
+        return Settings(**{"iterations": iterations(left), "lr": lr, "keep": "last"} | chosen | {"seeds": seeds})
 
     return Method(settings)
 
@@ -72,10 +74,11 @@ METHODS: dict[str, Method] = {
     "mira": optimising(**{k: v for k, v in RIVALS["mira"].items() if k != "lr"}, beta=BETA.__getitem__),
     "mira_two_sided": optimising(regularizer="mira_two_sided", beta=0.3),
     "score_distance": optimising(regularizer="score_distance", beta=0.1),
-    # The nodes' defaults: early stopping by distance travelled.
+    # The nodes' defaults: from the best of several seeds, within a named drift.
     "default": optimising(
         regularizer=DEFAULT.regularizer, beta=DEFAULT.beta, drift_metric=DEFAULT.drift_metric,
         drift_limit=DEFAULT.drift_limit, keep=DEFAULT.keep, stop=DEFAULT.stop, hold=DEFAULT.hold,
+        seeds=DEFAULT.seeds,
     ),
     "projection": optimising(drift_metric="path_kl", drift_limit=0.05, hold="projection"),
     "reno": optimising(**RIVALS["reno"]),

@@ -22,6 +22,7 @@ from bench.pack import ROOT, mira
 from bench.rigs import PAPER, Rig, load
 from bench.world import PixelReward, host
 
+place_of, through = mira("rewards.half").place_of, mira("rewards.half").through
 judge_module, vocabulary = mira("demo.judge"), mira("demo.vocabulary")
 preference, judges = mira("nodes.preference"), mira("nodes.judges")
 JPEG, JPEGSurrogate = mira("rewards.jpeg").JPEG, mira("rewards.jpeg").JPEGSurrogate
@@ -51,11 +52,13 @@ class Evaluator:
         """(columns per image, embeddings by name (B, D))."""
         if self.clip is None:
             return [{} for _ in prompts], {}
-        encoder = self.clip.encoder
-        embedding = F.normalize(encoder.network.encode_image(encoder.preprocessing(images)), dim=1)
+        images, encoder = images.to(place_of(self.clip.encoder.network).device), self.clip.encoder
+        embedding = through(encoder.network.encode_image, encoder.preprocessing(images.float()), encoder.network)
+        embedding = F.normalize(embedding, dim=1).cpu()
         scores = self.clip.score(images, prompts).tolist()
         if self.judge is None:
             return [{"clip_score": c} for c in scores], {"clip": embedding.half()}
+        images = images.cpu()
         small = F.interpolate(images, size=(judge_module.SIZE,) * 2, mode="bilinear", antialias=True)
         features = self.judge.mix(self.judge.body(small.clamp(0, 1) * 2 - 1))
         subjects = self.judge.subject(features).softmax(1)
@@ -102,6 +105,8 @@ def unit_names(options: dict) -> list[str]:
 def worker(options: dict) -> Callable[[str], None]:
     """A function that runs one unit and files it; every process makes its own."""
     store = Store(Path(options["out"]), options["config"])
+    if (here := code_version()) != options["config"]["code"]:
+        raise Failure(f"this worker's code is {here}, not {options['config']['code']}: bring its checkout up to date")
     rig = load(options["model"], options["checkpoint"], options["text_encoder"], options["vae"])
     if options["clip"]:
         rig.use_scorers(options["aesthetic_head"], options["clip"])
@@ -206,7 +211,7 @@ def run_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
     who = {"method": method, "target": reward, "seed": int(seed)}
     rows = [who | {"animal": animals[int(r.pop("image"))]} | r for r in rows]
     tensors = {f"path_{k}": torch.stack(v) for k, v in path.items()} | {f"final_{k}": v for k, v in embeddings.items()}
-    return rows, tensors | {"images": (images.clamp(0, 1) * 255).round().byte()}
+    return rows, tensors | {"images": (images.clamp(0, 1) * 255).round().byte().cpu()}
 
 
 def kept_columns(row: dict) -> dict:
@@ -276,7 +281,8 @@ def main() -> int:
         "methods": args.methods,
         "memory": "none" if args.model == "demo" else "auto",
         "out": str(args.out.resolve()),
-        "config": settings | {"code": code_version()},
+        "config": settings
+        | {"code": code_version(), "scorers": [args.aesthetic_head, args.clip, args.text_encoder, args.vae]},
         "workers": args.workers,
     }
     store = Store(args.out, options["config"])
@@ -289,6 +295,11 @@ def main() -> int:
         return 0
     if args.ray:
         ray_map(args.ray, "bench.paper", options, units)
+        if missing := [u for u in units if not store.has(u)]:
+            raise Failure(
+                f"{len(missing)} units were run, but their files are not in {args.out}: the workers wrote to disks of "
+                "their own; give --out a folder that all machines share"
+            )
         return 0
     work, started = worker(options), time.perf_counter()
 

@@ -170,7 +170,10 @@ def at(x: torch.Tensor, y: torch.Tensor, level: float) -> float:
 def path(results: Results, target: str, method: str, images: list, column: str) -> torch.Tensor:
     """(K + 1,): the mean over images."""
     found = [results.paths[target, method][i] for i in images]
-    return torch.tensor([[f[k][column] for k in sorted(f)] for f in found], dtype=torch.double).mean(0)
+    # An image that stopped early stays where it was.
+    last = max(max(f) for f in found)
+    values = [[f[min(k, max(f))].get(column) for k in range(last + 1)] for f in found]
+    return torch.tensor([[math.nan if v is None else v for v in row] for row in values], dtype=torch.double).mean(0)
 
 
 def matched(results: Results, target: str, method: str, drift: str) -> dict | None:
@@ -180,6 +183,7 @@ def matched(results: Results, target: str, method: str, drift: str) -> dict | No
         return None
     if any(results.finals[target, method][i].get(drift) is None for i in images):
         return None
+    columns = [c for c in ("reward", "adherence") if results.finals[target, method][images[0]].get(c) is not None]
     g = torch.Generator().manual_seed(0)
 
     def once(chosen: list) -> tuple[float, float, float]:
@@ -187,10 +191,10 @@ def matched(results: Results, target: str, method: str, drift: str) -> dict | No
         level = sum(r[drift] for r in final) / len(final)
         x = path(results, target, AGAINST, chosen, drift)
         out = []
-        for column in ("reward", "adherence"):
+        for column in columns:
             mine = sum(r[column] for r in final) / len(final)
             out.append(mine - at(x, path(results, target, AGAINST, chosen, column), level))
-        return level, *out
+        return level, *out, *[math.nan] * (2 - len(out))
 
     level, reward, adherence = once(images)
     boot = [
@@ -225,7 +229,7 @@ def markdown(rows: list[dict], columns: dict[str, str], title: str) -> str:
             if isinstance(value, float):
                 value = "" if math.isnan(value) else f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
             if name.endswith("_over_dno") and value:
-                error, p = row.get(f"{name}_se", row.get(name.replace("_over_dno", "_se"))), None
+                error = row.get(f"{name}_se", row.get(name.replace("_over_dno", "_se")))
                 p = row.get(name.replace("_over_dno", "_p"))
                 value += f" ±{error:.3f}" if error is not None and not math.isnan(error) else ""
                 value += f" (p {p:.3f})" if p is not None and not math.isnan(p) else ""
@@ -303,8 +307,8 @@ def steps_plot(results: Results, out: Path) -> None:
             there = {n: results.finals[target, m].values() for n, m in sorted(members.items())
                      if (target, m) in results.finals}  # fmt: skip
             for axis, what in zip(axes[:, column], ("reward", "adherence"), strict=True):
-                axis.plot(list(there), [sum(r[what] for r in rows) / len(rows) for rows in there.values()], marker="o",
-                          label=name)  # fmt: skip
+                values = [sum(r.get(what) or math.nan for r in rows) / len(rows) for rows in there.values()]
+                axis.plot(list(there), values, marker="o", label=name)
                 axis.set(xlabel="sampling steps", ylabel=what, title=f"optimised: {target}")
     axes[0][0].legend(fontsize=7)
     figure.savefig(out / "paper_steps.png", dpi=75)
@@ -338,7 +342,8 @@ def plots(results: Results, out: Path) -> None:
             else:
                 rows = results.finals[target, method].values()
                 marker = "os^vD*Pp"[n % 8]
-                top.plot(*(sum(r[c] for r in rows) / len(rows) for c in ("reward", "adherence")), marker, label=method,
+                means = [sum(r.get(c) or math.nan for r in rows) / len(rows) for c in ("reward", "adherence")]
+                top.plot(*means, marker, label=method,
                          color=colour)  # fmt: skip
         top.set(title=f"optimised: {target}", xlabel="reward", ylabel="adherence (held-out judge)")
         middle.set(xlabel="iteration", ylabel="CMMD to the frozen model's images")

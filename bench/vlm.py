@@ -28,7 +28,7 @@ CRITERIA = (
     "appeal: which one would a person rather look at?",
 )
 ANSWERS = {"first": 0, "second": 1, "tie": None}
-FIELDS = ("pair", "prompt", "method", "against", "winner", "first_order", "answers")
+FIELDS = ("pair", "model", "prompt", "method", "against", "winner", "first_order", "answers")
 
 
 def question(prompt: str) -> str:
@@ -106,21 +106,28 @@ def run(folder: Path, judge: Judge, seed: int = 0) -> list[dict]:
         raise Failure(f"{folder} holds no pairs.json: make pairs with `python dev.py bench study`")
     pairs = json.loads(listing.read_text())["pairs"]
     out = folder / "judgements.csv"
-    done = {}
+    rows: list[dict] = []
     if out.is_file():
-        with out.open(newline="") as file:
-            done = {r["pair"]: r for r in csv.DictReader(file) if None not in r.values()}
+        lines = out.read_text().split("\n")[:-1]  # a last line without its end was cut short
+        rows = [r for r in csv.DictReader(lines) if None not in r and None not in r.values()]
+    known = {p["id"] for p in pairs}
+    done = {r["pair"]: r for r in rows if r["pair"] in known and r["model"] == judge.model}
+    # Written anew: the last line may have been cut short.
+    part = out.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(out)
     with out.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if not file.tell():
-            writer.writeheader()
         for pair in pairs:
             if pair["id"] in done:
                 continue
             swap = random.Random(f"{seed} {pair['id']}").random() < 0.5
             winner, answers = both_orders(judge, pair["prompt"], folder / pair["a"], folder / pair["b"], swap)
-            row = {"pair": pair["id"], "prompt": pair["prompt"], "method": pair["method"], "against": pair["against"],
-                   "winner": winner, "first_order": "ba" if swap else "ab", "answers": " ".join(answers)}  # fmt: skip
+            row = {"pair": pair["id"], "model": judge.model, "winner": winner, "answers": " ".join(answers)}
+            row |= {k: pair[k] for k in ("prompt", "method", "against")} | {"first_order": "ba" if swap else "ab"}
             writer.writerow(row)
             file.flush()
             done[pair["id"]] = row

@@ -113,6 +113,18 @@ def test_what_was_judged_is_kept_and_not_asked_again(serve, folder):
     assert vlm.run(folder, vlm.Judge("http://127.0.0.1:9/v1", "eye")) == rows  # all known: nobody is asked
 
 
+def test_a_line_that_was_cut_short_is_judged_again_and_models_are_kept_apart(serve, folder):
+    vlm.run(folder, vlm.Judge(serve(brighter).url, "eye"))
+    path = folder / "judgements.csv"
+    path.write_text(path.read_text()[:-12])
+    again = serve(brighter)
+    assert len(vlm.run(folder, vlm.Judge(again.url, "eye"))) == 6 and len(again.asked) == 2
+    other = serve(brighter)
+    assert len(vlm.run(folder, vlm.Judge(other.url, "other eye"))) == 6 and len(other.asked) == 12
+    with path.open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 12
+
+
 def test_nobody_answers(folder, tmp_path_factory):
     with pytest.raises(Failure, match=r"gave no verdict in 1 attempts .*no answer"):
         vlm.run(folder, vlm.Judge("http://127.0.0.1:9/v1", "eye", attempts=1))
