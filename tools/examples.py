@@ -62,7 +62,7 @@ def quickstart() -> dict[str, Node]:
         "reward": Node("MiraPixelReward", 1, values={"measure": "brightness"}),
         "mira": Node(
             "MiraOptimizeKSampler", 2, links={**OPTIMISED, "reward": "reward.reward"},
-            values={"seed": 3, "iterations": 40},
+            values={"seed": 3, "iterations": 15},
         ),
         **saved("optimized", "mira.optimized", 3, "Optimized", "mira/optimized"),
         **saved("plain", "mira.plain", 3, "Plain sample of the same seed", "mira/plain"),
@@ -81,7 +81,7 @@ def against_dno() -> dict[str, Node]:
         ),
         "dno": Node(
             "MiraOptimizeKSampler", 3, "DNO: plain optimisation to the end", {**OPTIMISED, "reward": "reward.reward"},
-            {**shared, "regularizer": "none", "beta": 0.0, "keep": "last", "stop": "never", "hold": "no"},
+            {**shared, "regularizer": "none", "beta": 0.0, "keep": "last", "stop": "never", "hold": "no", "seeds": 1},
         ),
         "base": Node(
             "KSampler", 4, "The base model's own spread", {**SAMPLED, "latent_image": "many.LATENT"},
@@ -125,7 +125,7 @@ def combined() -> dict[str, Node]:
         ),
         "mira": Node(
             "MiraOptimizeKSampler", 2, links={**OPTIMISED, "reward": "both.reward"},
-            values={"seed": 5, "iterations": 30, "drift_limit": 0.1},
+            values={"seed": 5, "iterations": 15, "drift_limit": 0.1},
         ),
         **saved("optimized", "mira.optimized", 3, "Optimized", "mira/combined"),
         **saved("plain", "mira.plain", 3, "Plain sample of the same seed", "mira/plain"),
@@ -140,7 +140,7 @@ def img2img() -> dict[str, Node]:
         "reward": Node("MiraPixelReward", 1, values={"measure": "colourfulness"}),
         "mira": Node(
             "MiraOptimizeKSampler", 2, links={**OPTIMISED, "latent_image": "start.LATENT", "reward": "reward.reward"},
-            values={"seed": 7, "denoise": 0.6, "iterations": 30, "drift_limit": 0.1},
+            values={"seed": 7, "denoise": 0.6, "iterations": 15, "drift_limit": 0.1},
         ),
         **saved("optimized", "mira.optimized", 3, "Optimized", "mira/img2img"),
         **saved("before", "start.LATENT", 3, "Before", "mira/before"),
