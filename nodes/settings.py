@@ -303,7 +303,7 @@ def settings_of(values: dict, kind: type = Settings):
 
 def held(chosen: dict) -> str:
     """How the drift is held, for what a node's `hold` and its other inputs say."""
-    wanted = chosen.get("hold", AUTO)
+    wanted = chosen.get("hold", "no")  # a prompt from before there was such an input
     if not chosen.get("drift_limit"):
         return "no"  # there is nothing to hold without a limit
     if wanted != AUTO:

@@ -362,3 +362,27 @@ def test_cancelled_while_seeds_are_compared(world, monkeypatch):
     assert trace.reasons == ["interrupted while seeds were compared"]
     assert len(trace.settings["seed_rewards"][0]) == 2 and len(trace.rows) == 1
     assert torch.isfinite(out["samples"]).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "held"),
+    [
+        ({"hold": "auto", "drift_limit": 0.1, "drift_metric": "path_kl"}, "projection"),
+        ({"hold": "auto", "drift_limit": 0.1, "drift_metric": "path_kl", "stop": "drift"}, "no"),
+        ({"hold": "auto", "drift_limit": 0.1, "drift_metric": "score_distance"}, "no"),
+        ({"hold": "auto", "drift_limit": 0.1, "drift_metric": "path_kl", "variables": "initno"}, "no"),
+        ({"hold": "auto", "drift_limit": 0.0, "drift_metric": "path_kl"}, "no"),
+        ({"drift_limit": 0.1, "drift_metric": "path_kl"}, "no"),  # a prompt that knows no such input
+        ({"hold": "dual_ascent", "drift_limit": 0.1}, "dual_ascent"),
+    ],
+)
+def test_how_drift_is_held(values, held):
+    settings = mira("nodes.settings")
+    assert settings.settings_of(INPUTS | values).hold == held
+
+
+def test_what_a_new_node_does_is_the_measured_default():
+    """The widgets' defaults, taken together, are `DEFAULT`."""
+    settings, schema = mira("nodes.settings"), nodes.MiraOptimizeKSampler.GET_SCHEMA()
+    values = {i.id: getattr(i, "default", None) for i in schema.inputs}
+    assert settings.settings_of({k: v for k, v in values.items() if v is not None}) == settings.DEFAULT
