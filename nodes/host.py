@@ -38,6 +38,7 @@ from .grad import OutOfPlaceAdd, blocks_checkpointed, frozen, leave_inference_mo
 from .twin import StandIn, Twins
 
 log = logging.getLogger("mira")
+CPU_BATCH = 16  # images
 INTERRUPTS = (comfy.model_management.InterruptProcessingException,)
 
 
@@ -395,7 +396,10 @@ class _Process:
         each += self.vae.memory_used_decode(shape, self.vae.vae_dtype)
         if settings.method == "das":
             each *= 8  # activations are kept for one backward; running out of memory halves what runs at once
-        return max(1, min(settings.particles, int(0.7 * free_bytes() / each)))
+        fit = int(0.7 * free_bytes() / each)
+        if comfy.model_management.get_torch_device().type == "cpu":
+            fit = min(fit, CPU_BATCH // shape[0])  # larger batches only cost memory there, and time to get it
+        return max(1, min(settings.particles, fit))
 
     def blocks(self) -> Callable | None:
         return blocks_checkpointed(self.inner.diffusion_model, lambda: self.place())
