@@ -15,7 +15,7 @@ ANIMALS = vocabulary.ANIMALS
 
 def test_the_files_are_small_enough_to_ship():
     files = list((ROOT / "demo" / "weights").glob("*.safetensors"))
-    assert {f.stem for f in files} == {"unet", "vae", "clip", "judge"}
+    assert {f.stem for f in files} == {"unet", "vae", "clip", "judge", "taste", "bright_lora"}
     assert sum(f.stat().st_size for f in files) <= 32_000_000
 
 
