@@ -132,7 +132,7 @@ def test_fewest_steps_and_no_guidance(world, method):
         ({"reward": "x"}, "connect a MIRA reward node"),
         ({"strength": float("nan")}, "strength is nan"),
         ({"sampler_name": "dpm_adaptive", "method": "mira_fk"}, "dpm_adaptive cannot be optimised"),
-        ({"iterate": 9}, "iterate is 9, but the run ended at iteration 2"),
+        ({"iterate": 9}, "iterate is 9, but the run ended at iteration 1"),
     ],
 )
 def test_bad_input(world, changes, message):
