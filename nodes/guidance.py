@@ -7,7 +7,6 @@ import copy
 import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
-import comfy.utils
 import torch
 from comfy_api.latest import io
 from torch import Tensor

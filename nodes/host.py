@@ -277,15 +277,18 @@ class _Process:
             self.model_wrap, self.sigmas, dict(self.extra_args), None, noise, self.latent_image, self.mask, True
         )
 
-    def _sample(self, noise: Tensor, source, denoiser: Callable[..., Callable]) -> Tensor:
-        twins = Twins(source)
-        options = dict(self.job.sampler.extra_options)
+    def twin(self, source) -> tuple[Callable, dict]:
+        """The sampler function's twin whose every noise is `source(draw)`, and its options."""
+        twins, options = Twins(source), dict(self.job.sampler.extra_options)
         if "noise_sampler" in options:
             options["noise_sampler"] = twins.noise_sampler(options["noise_sampler"])
+        return twins(self.job.sampler.sampler_function), options
+
+    def _sample(self, noise: Tensor, source, denoiser: Callable[..., Callable]) -> Tensor:
+        twin, options = self.twin(source)
 
         def function(model_k, x, sigmas, extra_args, callback, disable, **options):
             extra_args, call = denoiser(model_k, extra_args)
-            twin = twins(self.job.sampler.sampler_function)
             return twin(
                 StandIn(model_k, call), x, sigmas, extra_args=extra_args, callback=None, disable=True, **options
             )
@@ -486,10 +489,7 @@ class _Chain:
     def segment(self, x: Tensor, i: int, j: int, source, wrap) -> Tensor:
         process = self.process
         model_k, extra_args, call = self._on(len(x))
-        twins, options = Twins(source), dict(process.job.sampler.extra_options)
-        if "noise_sampler" in options:
-            options["noise_sampler"] = twins.noise_sampler(options["noise_sampler"])
-        twin = twins(process.job.sampler.sampler_function)
+        twin, options = process.twin(source)
         sigmas = process.sigmas[i : j + 1]
         model = StandIn(model_k, wrap(call))
         return twin(model, x, sigmas, extra_args=extra_args, callback=None, disable=True, **options)

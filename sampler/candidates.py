@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .rollout import Path, Rollout, per_image
+from .seeds import fresh
 from .surrogates import SURROGATES, Surrogate
 
 
@@ -54,7 +55,7 @@ class Run:
     backwards: int = 0
 
     def fresh(self, like: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.randn(z.shape, generator=self.generator).to(z) for z in like]
+        return fresh(like, self.generator)
 
     def look(self, noises: Sequence[Tensor], reference: Path | None, gradient: bool) -> Candidate:
         """Generate from `noises`; `reference` None: this is the reference. gradient: of the energy, for every noise."""

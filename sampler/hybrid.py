@@ -15,7 +15,7 @@ from .memory import out_of_memory
 from .optimize import Result, Score, Settings, optimize
 from .rollout import Path, Rollout, per_image
 from .search import SearchSettings
-from .seeds import stream
+from .seeds import fresh, stream
 from .trace import Trace
 
 
@@ -46,9 +46,7 @@ def hybrid(
     )
     generator = stream(seed, -1)
     trajectories = [[n.detach() for n in noises]]
-    trajectories += [
-        [torch.randn(n.shape, generator=generator).to(n) for n in noises] for _ in range(settings.particles - 1)
-    ]
+    trajectories += [fresh(noises, generator) for _ in range(settings.particles - 1)]
     reference: Path | None = None  # of the lineage that survived; in the first round every trajectory is its own
     batch, steps = len(noises[0]), len(rollout.schedule) - 1
     trace, iterates = Trace(), []
@@ -120,8 +118,7 @@ def hybrid(
                 runs += 1
             trajectories = [winner]
             for _ in range(settings.particles - 1):
-                fresh = [torch.randn(z.shape, generator=generator).to(z) for z in winner]
-                trajectories.append(towards(winner, fresh, settings.radius))
+                trajectories.append(towards(winner, fresh(winner, generator), settings.radius))
     except RuntimeError as problem:
         if not out_of_memory(problem) or best is None:
             raise

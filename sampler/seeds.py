@@ -16,6 +16,11 @@ def stream(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + number + 2) % 2**63)
 
 
+def fresh(like: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """Noises of the same shapes, drawn one after the other."""
+    return [torch.randn(z.shape, generator=generator).to(z) for z in like]
+
+
 @dataclass(frozen=True)
 class Start:
     """noises: z of the chosen seed of every image. rewards (seeds, B): of all that were tried. chosen (B,): which.
@@ -47,8 +52,7 @@ def best_of(
     chosen = torch.zeros(len(best[0]), dtype=torch.long)
     highest, interrupted = None, None
     for n in range(count):
-        generator = stream(seed, n)
-        z = best if n == 0 else [torch.randn(b.shape, generator=generator).to(b) for b in best]
+        z = best if n == 0 else fresh(best, stream(seed, n))
         try:
             with torch.no_grad():
                 found = reward(rollout(z).x0).detach().cpu().double()

@@ -23,20 +23,8 @@ def denoiser(mean: float = 0.0, std: float = 1.0):
 def ancestral(D, schedule):
     """k-diffusion's euler_ancestral, eta = 1, as a `Sample`."""
 
-    def sample(z_T, source, wrap):
-        model = wrap(D)
-        x = z_T * (1 + schedule[0] ** 2).sqrt()
-        ones = x.new_ones(len(x))
-        for s, t in itertools.pairwise(schedule):
-            denoised = model(x, s * ones)
-            if t == 0:
-                return denoised
-            up = (t**2 * (s**2 - t**2) / s**2).sqrt()
-            down = (t**2 - up**2).sqrt()
-            x = x + (x - denoised) / s * (down - s) + up * source(lambda x=x: torch.randn_like(x))
-        return x
-
-    return sample
+    chain = Chain(D, schedule)
+    return lambda z_T, source, wrap: chain.segment(chain.start(z_T), 0, len(schedule) - 1, source, wrap)
 
 
 def ddim(D, schedule):
