@@ -6,10 +6,11 @@ cost; see docs/speed.md). So K iterations of noise optimisation cost (K + 1) + 2
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from bench.pack import mira, with_comfyui
+from bench.pack import ROOT, mira, with_comfyui
 
 with_comfyui()
 
@@ -18,6 +19,7 @@ SearchSettings = mira("sampler.search").SearchSettings
 PreferenceSettings = mira("sampler.preference").PreferenceSettings
 DEFAULT = mira("nodes.settings").DEFAULT
 RIVALS = mira("sampler.rivals").RIVALS
+guidance, cfg_guider = mira("nodes.guidance"), mira("nodes.job").cfg_guider
 
 # The paper's weights of the penalty (arXiv 2510.01549).
 BETA = {"aesthetic": 0.2, "brightness": 1.0, "darkness": 0.8, "JPEG": 1.0}
@@ -29,12 +31,15 @@ STRENGTH = {"aesthetic": 10.0, "brightness": 20.0, "darkness": 20.0, "JPEG": 10.
 class Method:
     """settings(budget, reward, lr) of the kind that says how it runs. gradient: whether the reward needs one.
 
-    steps: of the sampler; 0: the benchmark's.
+    steps: of the sampler; 0: the benchmark's. guider(model, positive, negative, cfg, vae, reward): in place of plain
+    guidance. only: the one reward that it can be asked for.
     """
 
     settings: Callable
     gradient: bool = True
     steps: int = 0
+    guider: Callable | None = None
+    only: str = ""
 
 
 def iterations(budget: int) -> int:
@@ -64,6 +69,33 @@ def preferring(gradient: bool = False, **fixed) -> Method:
         return PreferenceSettings(**{"lr": lr, "keep": "incumbent"} | chosen)
 
     return Method(settings, gradient)
+
+
+@functools.cache
+def tuned_model():
+    """The demo model with its LoRA towards brightness: loaded once, beside the base model."""
+    import comfy.sd
+    from safetensors.torch import load_file
+
+    lora = load_file(ROOT / "demo" / "weights" / "bright_lora.safetensors")
+    return comfy.sd.load_lora_for_models(mira("nodes.demo").load_model(), None, lora, 1.0, 0)[0]
+
+
+def by_tuned_model(weight: float, schedule: str) -> Callable:
+    def guider(model, positive, negative, cfg, vae, reward):
+        guided = guidance.MiraRLGuidance.execute(model, tuned_model(), weight, schedule, 1.0).args[0]
+        return cfg_guider(guided, positive, negative, cfg)
+
+    return guider
+
+
+def by_reward(model, positive, negative, cfg, vae, reward):
+    return guidance.MiraDyMOGuider.execute(model, positive, negative, vae, reward, cfg, 1.0, 0.2, 1.0).args[0]
+
+
+def guided(guider: Callable, cost: int, **more) -> Method:
+    """cost: of one guided sample, in plain ones."""
+    return replace(searching("best_of_n", lambda b: {"particles": max(1, b // cost)}), guider=guider, **more)
 
 
 METHODS: dict[str, Method] = {
@@ -98,6 +130,10 @@ METHODS: dict[str, Method] = {
         True, method="hybrid2", candidates=5, explore=0.01, iterations=lambda b: max(1, b // 8)
     ),
     "dueling": preferring(method="dueling", explore=0.6, iterations=lambda b: b - 1),
+    # A guided sample is one sample: the best of as many as the budget has.
+    "dymo": guided(by_reward, cost=3),
+    "rlg": guided(by_tuned_model(1.5, "constant"), cost=2, only="brightness"),
+    "aig": guided(by_tuned_model(1.0, "annealed"), cost=2, only="brightness"),
 }  # fmt: skip
 
 # Not in the comparison unless they are asked for: the ablation of beta, and reward against sampling steps.

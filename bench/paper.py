@@ -98,6 +98,7 @@ def unit_names(options: dict) -> list[str]:
         for b in blocks
         for method in options["methods"]
         for reward in options["rewards"]
+        if not ALL[method].only or (options["model"], reward) == ("demo", ALL[method].only)
     ]
     return base + runs
 
@@ -176,6 +177,10 @@ def run_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
         memory=options["memory"],
     )  # fmt: skip
     job.settings = settings
+    if chosen.guider:
+        conds = inputs["positive"], inputs.get("negative") or rig.world.negative
+        with torch.inference_mode():
+            job.guider = chosen.guider(counter.model, *conds, inputs["cfg"], job.vae, optimised)
     if isinstance(settings, PreferenceSettings):
         job.gradient = settings.method in preference.GRADIENT
         # Only ranks, or for Hybrid-2 numbers, are asked for: the reward itself, not its estimate.

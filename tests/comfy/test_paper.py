@@ -26,14 +26,15 @@ def folder(tmp_path_factory):
 
 
 def test_every_kind_of_method_at_the_cost_that_it_says(monkeypatch, folder, capsys):
-    assert run(monkeypatch, "--out", folder, "--methods", "dno", "fk_steering", "das", "mira_dpo") == 0
+    assert run(monkeypatch, "--out", folder, "--methods", "dno", "fk_steering", "das", "mira_dpo", "dymo", "rlg") == 0
     store = Store(folder, json.loads((folder / "config.json").read_text()))
     rows = [r for r in store.rows() if r.get("k") == -1]
-    assert len(rows) == 20 and all(r["reward"] < 0 and 0 <= r["adherence"] <= 1 for r in rows)
+    assert len(rows) == 25 and all(r["reward"] < 0 and 0 <= r["adherence"] <= 1 for r in rows)
     cost = {r["method"]: (r["forward"], r["backward"]) for r in rows}
     # Budget 4, two steps each. DNO: two runs and one backward. FK: the plain sample and three particles. DAS: the plain
-    # sample, and one particle that is looked at and steered. DPO: both candidates, there and back, once.
-    assert cost == {"dno": (4, 2), "fk_steering": (8, 0), "das": (4, 2), "mira_dpo": (4, 4)}
+    # sample, and one particle that is looked at and steered. DPO: both candidates, there and back, once. DyMO: one
+    # sample, whose first step is left alone; RLG has no tuned model for this reward.
+    assert cost == {"dno": (4, 2), "fk_steering": (8, 0), "das": (4, 2), "mira_dpo": (4, 4), "dymo": (2, 1)}
     assert [r["k"] for r in store.rows() if r["method"] == "dno" and r["animal"] == "cat"] == [0, 1, -1]
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     capsys.readouterr()
@@ -70,7 +71,9 @@ def test_no_method_asks_for_more_than_the_budget(budget):
     """In plain samples, a backward pass counting two; the rules that docs/benchmark.md gives."""
     for name, method in METHODS.items():
         s = method.settings(budget, "brightness", 0.01)
-        if hasattr(s, "rounds"):
+        if method.guider:
+            cost = s.particles * {"dymo": 3, "rlg": 2, "aig": 2}[name]
+        elif hasattr(s, "rounds"):
             cost = {
                 "best_of_n": s.particles, "zero_order": 1 + s.rounds * s.particles, "fk_steering": 1 + s.particles,
                 "code": 1 + s.particles, "das": 1 + 3 * s.particles,
