@@ -24,6 +24,10 @@ elif not os.environ.get("MIRA_CHROMIUM"):
 def pytest_collection_modifyitems(items):
     # Playwright keeps an event loop running in this thread until the end, which `asyncio.run` does not bear.
     items.sort(key=lambda item: "browser" in item.path.parts)
+    for item in items:
+        # With several workers: what shares a server stays together.
+        frontend = item.callspec.params.get("frontend", "") if hasattr(item, "callspec") else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name}{frontend}"))
 
 
 @pytest.fixture(autouse=True)

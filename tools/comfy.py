@@ -38,15 +38,18 @@ def comfyui_folder() -> Path:
 
 
 @contextlib.contextmanager
-def pack_in(comfyui: Path) -> Iterator[None]:
-    """The pack under ComfyUI's custom_nodes, for as long as it is needed where somebody else's folder is used."""
+def pack_for(comfyui: Path) -> Iterator[list]:
+    """The arguments that make this ComfyUI load the pack. Nothing is written to its own folder."""
     nodes = comfyui / "custom_nodes"
     if any(entry.resolve() == ROOT for entry in nodes.iterdir()):
-        yield
+        yield []
         return
-    link = nodes / "mira"
-    if os.path.lexists(link):
-        raise ServerError(f"{link} is another copy of the pack: move it away, or run that copy's dev.py")
+    if os.path.lexists(nodes / "mira"):
+        raise ServerError(f"{nodes / 'mira'} is another copy of the pack: move it away, or run that copy's dev.py")
+    # A folder of its own: whoever deletes the server's folder must not follow the link (a junction on Windows).
+    folder = Path(tempfile.mkdtemp(prefix="mira-nodes-"))
+    link, config = folder / "mira", folder / "paths.yaml"
+    config.write_text(f"mira:\n  custom_nodes: {json.dumps(str(folder))}\n")
     if os.name == "nt":
         import _winapi
 
@@ -54,9 +57,11 @@ def pack_in(comfyui: Path) -> Iterator[None]:
     else:
         link.symlink_to(ROOT, target_is_directory=True)
     try:
-        yield
+        yield ["--extra-model-paths-config", config]
     finally:
         link.rmdir() if os.name == "nt" else link.unlink()
+        config.unlink()
+        folder.rmdir()
 
 
 def stop_cleanly() -> None:
@@ -102,12 +107,12 @@ class Server:
             self.stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
         for name in ("input", "output", "user", "temp"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self.stack.enter_context(pack_in(self.comfyui))
+        pack = self.stack.enter_context(pack_for(self.comfyui))
         command = [sys.executable, self.comfyui / "main.py", "--listen", "127.0.0.1", "--port", self.port]
         command += ["--disable-auto-launch", "--input-directory", self.folder / "input"]
         command += ["--output-directory", self.folder / "output", "--user-directory", self.folder / "user"]
         command += ["--temp-directory", self.folder / "temp"]
-        command += [*self.arguments] + ([] if os.environ.get("MIRA_GPU") else ["--cpu"])
+        command += [*pack, *self.arguments] + ([] if os.environ.get("MIRA_GPU") else ["--cpu"])
         output = self.stack.enter_context(self.log.open("w"))
         # Its working directory keeps `nodes` and the like of this repository off its path.
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -138,7 +138,7 @@ def test_another_iterate_is_taken(quickstart):
     editor.queue()
     wait_for(editor, lambda: "kept iteration 5" in editor.page.inner_text(STATUS), "end")
     editor.wait_idle()
-    editor.look_at(OPTIMIZER)
+    editor.look_at(OPTIMIZER, bottom=True)
     slider = editor.page.locator(".mira-scrub input")
     slider.focus()
     for _ in range(3):

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 
 import pytest
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 from bench.study import write
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as p:
-        found = p.chromium.launch(executable_path=os.environ["MIRA_CHROMIUM"], args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture
