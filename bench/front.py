@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import comfy.sample
+import comfy.samplers
 import torch
 import torch.nn.functional as F
 
+from bench.front_tables import DRIFTS, report
 from bench.model import batch_conditioning, sheet
 from bench.pack import ROOT, mira
 from bench.world import World, demo, host
@@ -23,6 +27,7 @@ from bench.world import World, demo, host
 judge_module, vocabulary = mira("demo.judge"), mira("demo.vocabulary")
 Reward = mira("rewards.base").Reward
 JPEGSurrogate, PixelReward = mira("rewards.jpeg").JPEGSurrogate, mira("rewards.pixel").PixelReward
+guidance = mira("nodes.guidance")
 Settings = mira("sampler.optimize").Settings
 Score = mira("sampler.optimize").Score
 RAW, OUT = ROOT / "output" / "front", ROOT / "docs" / "results"
@@ -251,31 +256,53 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def file_of(name: str, reward: str, part: int = 0, suffix: str = ".json"):
-    return RAW / f"{reward}_{name}_{ITERATIONS}_seed{SEED + 1000 * part}{suffix}"
+# DyMO's guidance, from the best of so many seeds at every scale.
+GUIDED = {"dymo": 1, "dymo_best_of_4": 4}
+SCALES = (0.0, 0.15, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+
+
+def file_of(name: str, reward: str, part: int = 0):
+    return RAW / f"{reward}_{name}_{ITERATIONS}_seed{SEED + 1000 * part}.json"
+
+
+class Observer:
+    """Gathers rows of (iteration, image) as the images pass, and files them at the end."""
+
+    def __init__(self, judge, clip, reward: str, part: int):
+        self.judge, self.clip, self.real = judge, clip, rewards()[reward]
+        self.animals = vocabulary.ANIMALS[part * COUNT : (part + 1) * COUNT]
+        self.prompts = [vocabulary.caption(a, prefix=True) for a in self.animals]
+        self.rows, self.shown, self.features = [], [], []
+
+    @torch.no_grad()
+    def look(self, images: torch.Tensor) -> list[dict]:
+        values = self.real.score(images, self.prompts).tolist()
+        clips = self.clip.score(images, self.prompts).tolist()
+        small = F.interpolate(images, size=(judge_module.SIZE,) * 2, mode="bilinear", antialias=True)
+        self.features.append(self.judge.mix(self.judge.body(small.clamp(0, 1) * 2 - 1)))
+        kept = judge_module.adherence(self.judge, images, list(self.animals)).tolist()
+        looked = zip(self.animals, values, kept, clips, strict=True)
+        return [{"reward": r, "animal": animal, "adherence": a, "clip_score": c} for animal, r, a, c in looked]
+
+    def __call__(self, k: int, new: list[dict], images: torch.Tensor) -> None:
+        self.rows += [row | seen for row, seen in zip(new, self.look(images), strict=True)]
+        if k in (0, 3, 6, ITERATIONS):
+            self.shown.append(images)
+
+    def write(self, path) -> None:
+        sheet(torch.cat(self.shown), len(self.animals), path.with_suffix(".jpg"))
+        torch.save(torch.stack(self.features), path.with_suffix(".pt"))
+        path.with_suffix(".tmp").write_text(json.dumps(self.rows))
+        path.with_suffix(".tmp").replace(path)
 
 
 def run(world, judge, clip, name: str, reward: str, part: int) -> None:
-    variant, real = VARIANTS[name], rewards()[reward]
-    animals = vocabulary.ANIMALS[part * COUNT : (part + 1) * COUNT]
-    prompts = [vocabulary.caption(a, prefix=True) for a in animals]
-    rows, shown, features = [], [], []
-
-    def observe(k, new, score):
-        with torch.no_grad():
-            values = real.score(score.images, prompts).tolist()
-            clips = clip.score(score.images, prompts).tolist()
-            small = F.interpolate(score.images, size=(judge_module.SIZE,) * 2, mode="bilinear", antialias=True)
-            features.append(judge.mix(judge.body(small.clamp(0, 1) * 2 - 1)))
-        kept = judge_module.adherence(judge, score.images, list(animals)).tolist()
-        for row, animal, r, a, c in zip(new, animals, values, kept, clips, strict=True):
-            rows.append(row | {"reward": r, "animal": animal, "adherence": a, "clip_score": c})
-        if k in (0, 3, 6, ITERATIONS):
-            shown.append(score.images)
-
+    variant, observer = VARIANTS[name], Observer(judge, clip, reward, part)
+    prompts = observer.prompts
     job = world.job(
-        positive=batch_conditioning(world, prompts), steps=variant.steps, batch=len(animals), prompts=prompts,
-        reward=variant.reward(real, clip), seed=SEED + 1000 * part + variant.seed, on_iteration=observe, memory="none",
+        positive=batch_conditioning(world, prompts), steps=variant.steps, batch=len(prompts), prompts=prompts,
+        reward=variant.reward(observer.real, clip), seed=SEED + 1000 * part + variant.seed,
+        on_iteration=lambda k, new, score: observer(k, new, score.images), memory="none",
     )  # fmt: skip
     job.settings = Settings(**{"iterations": ITERATIONS, "lr": LR, "keep": "last"} | variant.settings)
 
@@ -285,23 +312,45 @@ def run(world, judge, clip, name: str, reward: str, part: int) -> None:
 
     with torch.inference_mode():
         host.run(job, work)
-    sheet(torch.cat(shown), len(animals), file_of(name, reward, part, ".jpg"))
-    torch.save(torch.stack(features), file_of(name, reward, part, ".pt"))
-    path = file_of(name, reward, part)
-    path.with_suffix(".tmp").write_text(json.dumps(rows))
-    path.with_suffix(".tmp").replace(path)
+    observer.write(file_of(name, reward, part))
+
+
+def run_guided(world, judge, clip, name: str, reward: str, part: int) -> None:
+    """DyMO's guidance from scale 0 on: one scale is one "iteration" of the files."""
+    count, observer = GUIDED[name], Observer(judge, clip, reward, part)
+    prompts, positive = observer.prompts, batch_conditioning(world, observer.prompts)
+    latent = torch.zeros(len(prompts), 4, 16, 16)
+    unknown = dict.fromkeys(DRIFTS, math.nan)
+    for k, scale in enumerate(SCALES):
+        best, reached = None, None
+        for n in range(count):
+            seed = SEED + 1000 * part + 71 * n
+            with torch.inference_mode():
+                guider = guidance.MiraDyMOGuider.execute(
+                    world.model, positive, world.negative, world.vae, observer.real, 5.0, scale, 0.2, 1.0
+                ).args[0]
+                noise = comfy.sample.prepare_noise(latent, seed)
+                sampler = comfy.samplers.sampler_object("euler_ancestral")
+                sigmas = world.sigmas(steps=STEPS)
+                x0 = guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=seed)
+                images = host.decode(world.vae, x0).clone()
+            values = observer.real.score(images, prompts)
+            if best is None:
+                best, reached = images, values
+            better = values > reached
+            best, reached = torch.where(better.view(-1, 1, 1, 1), images, best), torch.maximum(values, reached)
+        observer(k, [{"iteration": k, "image": b, "scale": scale} | unknown for b in range(len(prompts))], best)
+    observer.write(file_of(name, reward, part))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--only", nargs="*", default=[*VARIANTS, *GUIDED], choices=[*VARIANTS, *GUIDED])
     parser.add_argument("--rewards", nargs="*", default=list(REWARDS), choices=list(REWARDS))
     parser.add_argument("--part", type=int, default=0, choices=range(3), help="which 15 animals")
     parser.add_argument("--report", action="store_true", help="only make tables and plots of what is there")
     args = parser.parse_args()
     if args.report:
-        from bench.front_tables import report
-
         return report(RAW, OUT)
     RAW.mkdir(parents=True, exist_ok=True)
     world, judge, clip = World(), judge_module.load_judge(), demo.demo_clip_score()
@@ -309,9 +358,9 @@ def main() -> None:
         for reward in args.rewards:
             if not file_of(name, reward, args.part).is_file():
                 start = time.perf_counter()
-                run(world, judge, clip, name, reward, args.part)
+                (run_guided if name in GUIDED else run)(world, judge, clip, name, reward, args.part)
                 rows = json.loads(file_of(name, reward, args.part).read_text())
-                for k in (0, 5, ITERATIONS):
+                for k in (0, 5, max(r["iteration"] for r in rows)):
                     at = [r for r in rows if r["iteration"] == k]
                     mean = {c: round(sum(r[c] for r in at) / len(at), 3)
                             for c in ("reward", "adherence", "clip_score", "path_kl", "score_distance")}  # fmt: skip

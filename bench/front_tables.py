@@ -13,6 +13,7 @@ from bench.tables import at, write
 GRID = 12  # levels of the area between two curves
 REACH = 0.8  # of plain optimisation's gain: where the area ends
 RESAMPLES = 400
+DRIFTS = ("path_kl", "score_distance", "mira", "mira_two_sided", "latent_distance")
 
 
 def load(folder: Path) -> dict[tuple[str, str], list[dict]]:
@@ -107,8 +108,7 @@ def report(folder: Path, out: Path) -> None:
     rows.sort(key=lambda r: (r["column"], r["reward"], -(r["area"] if r["area"] == r["area"] else -9)))
     write(out / "front.csv", rows)
     means = []
-    drifts = ("path_kl", "score_distance", "mira", "mira_two_sided", "latent_distance")
-    columns = ("reward", "adherence", "clip_score", *drifts)
+    columns = ("reward", "adherence", "clip_score", *DRIFTS)
     for (reward, name), mine in runs.items():
         images, values = curves(mine, columns)
         for k, of in enumerate(values.mean(2).T.tolist()):

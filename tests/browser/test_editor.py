@@ -40,6 +40,10 @@ def wait_for(editor, test, what, timeout=60):
     raise AssertionError(f"no {what} within {timeout} s")
 
 
+# What differs little between them is looked at in the oldest way to see a node, and in the newest.
+ENDS = pytest.mark.parametrize(("frontend", "editor"), [("1.32.9", "classic"), ("1.58.1", "vue")], indirect=True)
+
+
 @pytest.fixture
 def quickstart(editor, request):
     """A seed of its own for every test: what the server has cached is not run again."""
@@ -94,6 +98,7 @@ def test_the_chart_is_in_neither_the_prompt_nor_the_file(quickstart):
     assert editor.prompt() == wanted
 
 
+@ENDS
 def test_a_run_that_is_cached_shows_its_record(quickstart):
     editor = quickstart
     editor.queue()
@@ -108,6 +113,7 @@ def test_a_run_that_is_cached_shows_its_record(quickstart):
     wait_for(editor, lambda: "kept iteration 5" in editor.page.inner_text(STATUS), "the record of the cached run")
 
 
+@ENDS
 def test_cancel(quickstart):
     editor = quickstart
     editor.set(OPTIMIZER, iterations=500)
@@ -117,6 +123,7 @@ def test_cancel(quickstart):
     wait_for(editor, lambda: "interrupted at iteration" in editor.page.inner_text(STATUS), "word of the cancel")
 
 
+@ENDS
 def test_a_refresh_in_the_middle(quickstart):
     editor = quickstart
     editor.set(OPTIMIZER, iterations=60)
@@ -212,6 +219,7 @@ def test_the_pair_comes_back_after_a_refresh_and_a_cancel_ends_the_wait(quicksta
     wait_for(editor, lambda: not editor.page.is_visible(".mira-choice"), "end of the wait")
 
 
+@ENDS
 def test_every_example_loads_as_it_is_saved(editor):
     """The editor makes the same prompt of it as our own client."""
     info = json.loads(editor.page.request.get(f"{editor.server.url}/object_info").text())
@@ -223,6 +231,7 @@ def test_every_example_loads_as_it_is_saved(editor):
     assert editor.errors == []
 
 
+@ENDS
 def test_the_monitor_shows_its_verdict(editor):
     workflow = json.loads((ROOT / "example_workflows" / "mira_against_dno.json").read_text())
     editor.load(workflow)
@@ -240,6 +249,7 @@ def test_the_monitor_shows_its_verdict(editor):
     editor.shot("monitor")
 
 
+@ENDS
 def test_inside_a_subgraph(quickstart):
     editor = quickstart
     editor.js(
@@ -258,6 +268,7 @@ def test_inside_a_subgraph(quickstart):
     wait_for(editor, lambda: "kept iteration 5" in editor.js(inner), "the record of the node inside")
 
 
+@ENDS
 def test_a_search_shows_every_look(editor, request):
     search = "MiraSearchKSampler"
     editor.load(json.loads((ROOT / "example_workflows" / "mira_search_jpeg.json").read_text()))

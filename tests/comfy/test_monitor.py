@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import os
@@ -10,7 +9,6 @@ import os
 import folder_paths
 import numpy as np
 import pytest
-import server
 import torch
 from comfy_api.latest import io
 from PIL import Image, PngImagePlugin
@@ -24,16 +22,13 @@ PROMPT = "generate an image of a fox"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def host(tmp_path_factory):
-    loop = asyncio.new_event_loop()
-    server.PromptServer(loop).client_id = None
+def folders(tmp_path_factory):
     before = folder_paths.get_output_directory(), folder_paths.get_input_directory()
     folder_paths.set_output_directory(str(tmp_path_factory.mktemp("output")))
     folder_paths.set_input_directory(str(tmp_path_factory.mktemp("input")))
     yield
     folder_paths.set_output_directory(before[0])
     folder_paths.set_input_directory(before[1])
-    loop.close()
 
 
 @torch.inference_mode()

@@ -8,7 +8,6 @@ import math
 
 import comfy.samplers
 import pytest
-import server
 import torch
 from comfy_api.latest import io
 
@@ -43,15 +42,6 @@ REWARDS = {
     "MiraCombineRewards": [*(f"{k}_{i}" for i in range(1, 5) for k in ("reward", "weight")), "scaling"],
     "MiraAugmentReward": ["reward", "crops", "smallest", "flip", "seed"],
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def prompt_server():
-    loop = asyncio.new_event_loop()
-    instance = server.PromptServer(loop)
-    instance.client_id = None
-    yield instance
-    loop.close()
 
 
 def execute(node, **inputs):

@@ -26,12 +26,8 @@ INPUTS = dict(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def prompt_server():
-    loop = asyncio.new_event_loop()
-    instance = server.PromptServer(loop)
-    instance.client_id = "me"
-    yield instance
-    loop.close()
+def somebody(prompt_server):
+    prompt_server.client_id = "me"
 
 
 def prefer(world, **changes):

@@ -15,7 +15,6 @@ import comfy.model_management
 import comfy.model_patcher
 import folder_paths
 import pytest
-import server
 import small
 import torch
 from comfy_api.latest import io
@@ -28,14 +27,6 @@ nodes, score = mira("nodes"), mira("nodes.score")
 PixelReward = mira("rewards.pixel").PixelReward
 IMAGE = small.tensor_of(small.images()["512x512"])
 BATCH = torch.rand(3, 40, 56, 3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def prompt_server():
-    loop = asyncio.new_event_loop()
-    server.PromptServer(loop).client_id = None
-    yield
-    loop.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import comfy.model_management
 import pytest
-import server
 import torch
 from comfy_api.latest import io
 
@@ -22,15 +19,6 @@ INPUTS = dict(
     particles=2, rounds=2, interval=0, strength=20.0, potential="max", radius=0.4, iterations=1, learning_rate=0.02,
     regularizer="mira", beta=0.1, memory="auto", prompt="",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def prompt_server():
-    loop = asyncio.new_event_loop()
-    instance = server.PromptServer(loop)
-    instance.client_id = None
-    yield instance
-    loop.close()
 
 
 def run(world, **changes):
