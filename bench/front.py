@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import comfy.sample
-import comfy.samplers
 import torch
 import torch.nn.functional as F
 
@@ -23,6 +21,9 @@ from bench.front_tables import DRIFTS, report
 from bench.model import batch_conditioning, sheet
 from bench.pack import ROOT, mira
 from bench.world import World, demo, host
+
+import comfy.sample  # isort: skip
+import comfy.samplers  # isort: skip
 
 judge_module, vocabulary = mira("demo.judge"), mira("demo.vocabulary")
 Reward = mira("rewards.base").Reward
