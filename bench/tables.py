@@ -172,6 +172,10 @@ def path(results: Results, target: str, method: str, images: list, column: str) 
     found = [results.paths[target, method][i] for i in images]
     # An image that stopped early stays where it was.
     last = max(max(f) for f in found)
+    if column == "seconds":
+        # Of the whole run, by the passes until then: one forward, then one back and one forward an iteration.
+        whole = sum(results.finals[target, method][i]["seconds"] for i in images) / len(images)
+        return whole * torch.tensor([(1 + 3 * k) / (1 + 3 * last) for k in range(last + 1)], dtype=torch.double)
     values = [[f[min(k, max(f))].get(column) for k in range(last + 1)] for f in found]
     return torch.tensor([[math.nan if v is None else v for v in row] for row in values], dtype=torch.double).mean(0)
 
@@ -261,7 +265,7 @@ def report(folder: Path, out: Path) -> None:
         for m in results.methods
         if (t, m) in results.finals and (t, AGAINST) in results.finals
         for row in (matched(results, t, m, "path_kl"), matched(results, t, m, "latent_distance"),
-                    matched_reward(results, t, m))
+                    matched(results, t, m, "seconds"), matched_reward(results, t, m))
         if row
     ]  # fmt: skip
     write(out / "paper.csv", [r for rows in tables.values() for r in rows])
@@ -282,36 +286,42 @@ def report(folder: Path, out: Path) -> None:
         )
     for target in results.targets:
         mine = [r for r in rivals if r["target"] == target]
-        parts.append(markdown(mine, MATCHED, f"{target}: against early-stopped DNO at the same drift, or reward"))
+        parts.append(markdown(mine, MATCHED, f"{target}: against early-stopped DNO at the same drift, time or reward"))
     (out / "paper.md").write_text("\n\n".join(parts) + "\n")
     plots(results, out)
-    steps_plot(results, out)
+    sweep_plot(results, out, "steps", "sampling steps", {m: (store.config["steps"], m) for m in results.methods})
+    sweep_plot(results, out, "beta", "beta (0: DNO)", {"mira": (0, AGAINST)})
     print(f"{out / 'paper.md'}, {sum(len(v) for v in results.finals.values())} images")
 
 
-def steps_plot(results: Results, out: Path) -> None:
-    """Reward and adherence against sampling steps, of the methods that were run at several (`<method>_steps_<n>`)."""
+def number(value) -> float:
+    return math.nan if value is None else value
+
+
+def sweep_plot(results: Results, out: Path, key: str, label: str, also: dict) -> None:
+    """Reward and adherence of the methods `<name>_<key>_<value>` against the value; also: name -> one more (value,
+    method)."""
     import matplotlib.pyplot as plt
 
-    families: dict[str, dict[int, str]] = {}
+    families: dict[str, dict[float, str]] = {}
     for method in results.methods:
-        name, _, steps = method.partition("_steps_")
-        if steps:
-            families.setdefault(name, {int(results.store.config["steps"]): name})[int(steps)] = method
+        name, _, value = method.partition(f"_{key}_")
+        if value:
+            families.setdefault(name, {})[float(value)] = method
     if not families:
         return
     figure, axes = plt.subplots(2, len(results.targets), figsize=(4 * len(results.targets), 6), squeeze=False,
                                 layout="constrained")  # fmt: skip
     for column, target in enumerate(results.targets):
         for name, members in families.items():
-            there = {n: results.finals[target, m].values() for n, m in sorted(members.items())
-                     if (target, m) in results.finals}  # fmt: skip
+            points = sorted([also[name], *members.items()])
+            there = {n: results.finals[target, m].values() for n, m in points if (target, m) in results.finals}
             for axis, what in zip(axes[:, column], ("reward", "adherence"), strict=True):
-                values = [sum(r.get(what) or math.nan for r in rows) / len(rows) for rows in there.values()]
+                values = [sum(number(r.get(what)) for r in rows) / len(rows) for rows in there.values()]
                 axis.plot(list(there), values, marker="o", label=name)
-                axis.set(xlabel="sampling steps", ylabel=what, title=f"optimised: {target}")
+                axis.set(xlabel=label, ylabel=what, title=f"optimised: {target}")
     axes[0][0].legend(fontsize=7)
-    figure.savefig(out / "paper_steps.png", dpi=75)
+    figure.savefig(out / f"paper_{key}.png", dpi=75)
     plt.close(figure)
 
 
@@ -342,7 +352,7 @@ def plots(results: Results, out: Path) -> None:
             else:
                 rows = results.finals[target, method].values()
                 marker = "os^vD*Pp"[n % 8]
-                means = [sum(r.get(c) or math.nan for r in rows) / len(rows) for c in ("reward", "adherence")]
+                means = [sum(number(r.get(c)) for r in rows) / len(rows) for c in ("reward", "adherence")]
                 top.plot(*means, marker, label=method,
                          color=colour)  # fmt: skip
         top.set(title=f"optimised: {target}", xlabel="reward", ylabel="adherence (held-out judge)")

@@ -50,7 +50,9 @@ def rows_of(method, drift, shift):
             row = {"method": method, "target": "brightness", "seed": 0, "animal": animal, "k": k}
             row |= {"reward": step * 1.0 + (shift if k == -1 else 0), "adherence": 1 - step / 4, "top1": 1.0}
             drifts = ("path_kl", "latent_distance", "score_distance")
-            out.append(row | dict.fromkeys(drifts, step * drift) | {"clip_score": 50.0, "forward": 4.0})
+            out.append(row | dict.fromkeys(drifts, step * drift) | {"clip_score": 50.0})
+            if k == -1:
+                out[-1] |= {"forward": 4.0, "seconds": 10 * drift}
     return out
 
 
@@ -66,14 +68,18 @@ def test_a_report_of_a_small_store(tmp_path):
     store.write("base__01__00", [{"method": "base", "seed": 1, "animal": a} for a in ("cat", "dog")], unit(2))
     path = {"path_clip": torch.randn(4, 2, 4, generator=g), "path_judge": torch.randn(4, 2, 4, generator=g)}
     store.write("dno__brightness__0__00", rows_of("dno", 0.1, 0), unit(2) | path)
-    store.write("mira__brightness__0__00", rows_of("mira", 0.05, 0.5), unit(2) | path)
+    for method in ("mira", "mira_beta_0.2", "mira_steps_4", "mira_steps_16"):
+        store.write(f"{method}__brightness__0__00", rows_of(method, 0.05, 0.5), unit(2) | path)
     report(tmp_path / "in", tmp_path / "out")
     text = (tmp_path / "out" / "paper.md").read_text()
     assert (tmp_path / "out" / "paper.png").stat().st_size > 1000
     assert "0.500 ±0.000" in text  # mira over dno, paired
     # At mira's path KL of .15, DNO's path has reward 1.5: mira has 3.5.
     assert "| mira | path_kl | 0.150 | 2.000 ±0.000 | -0.375 ±0.000 |" in text
+    # After half a second DNO, which takes one, is a third of the way from its first iteration to its second.
+    assert "| mira | seconds | 0.500 | 2.167 ±0.000 | -0.417 ±0.000 |" in text
     assert '"steps": 8' in text
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"paper.png", "paper_steps.png", "paper_beta.png"}
 
 
 def test_nothing_there(tmp_path):
