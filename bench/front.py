@@ -304,15 +304,12 @@ def run(world, judge, clip, name: str, reward: str, part: int) -> None:
         positive=batch_conditioning(world, prompts), steps=variant.steps, batch=len(prompts), prompts=prompts,
         reward=variant.reward(observer.real, clip), seed=SEED + 1000 * part + variant.seed,
         on_iteration=lambda k, new, score: observer(k, new, score.images), memory="none",
+        gradient_steps=variant.gradient_steps,
     )  # fmt: skip
     job.settings = Settings(**{"iterations": ITERATIONS, "lr": LR, "keep": "last"} | variant.settings)
 
-    def work(process, noises):
-        process.rollout.gradient_steps = variant.gradient_steps
-        return (variant.work or host.optimizing)(process, noises)
-
     with torch.inference_mode():
-        host.run(job, work)
+        host.run(job, variant.work)
     observer.write(file_of(name, reward, part))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import comfy.model_management
 import comfy.model_patcher
@@ -173,6 +175,15 @@ class DyMOGuider(comfy.samplers.CFGGuider):
             leave_inference_mode(patcher.model)
         with frozen([p.model for p in patchers]):
             return super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)
+
+    @contextmanager
+    def without_constants(self) -> Iterator[None]:
+        """Without what counts as a constant under an optimisation of the noises, so that a gradient can be tested."""
+        scale, self.scale = self.scale, 0.0
+        try:
+            yield
+        finally:
+            self.scale = scale
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
         noise = share_of_noise(self.inner_model.model_sampling, timestep)

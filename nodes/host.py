@@ -77,6 +77,7 @@ class Job:
     prompts: Sequence[str] = ()
     weighting: str = "marginal"
     measured: str = "guided"
+    gradient_steps: int = 0
     memory: str = "auto"
     gradient: bool = True  # whether the work needs one through the model
     on_iteration: Callable = lambda k, rows, score: None
@@ -204,6 +205,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
                 signal=process.signal,
                 weighting=job.weighting,
                 measured=job.measured,
+                gradient_steps=job.gradient_steps,
                 memory=job.memory,
                 mask=denoise_mask,
                 free_bytes=free_bytes,
@@ -452,7 +454,9 @@ class _Process:
             found.append(gradient_error(predict, x * (sigma[0] ** 2 + 1).sqrt() / (sigmas[0] ** 2 + 1).sqrt()))
             return x
 
-        self._run(noise, function, {})
+        # Some guiders add what counts as a constant here, and not in a finite difference.
+        with getattr(self.model_wrap, "without_constants", nullcontext)():
+            self._run(noise, function, {})
         return found[0]
 
 

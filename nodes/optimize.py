@@ -18,6 +18,7 @@ from .live import LiveRun
 from .monitor import travel
 from .settings import (
     AS_SET,
+    gradient_steps,
     iterate_input,
     method_inputs,
     prompt_input,
@@ -75,6 +76,7 @@ def optimized(node, node_id, guider, sampler, sigmas, noise, seed, latent: dict,
         prompts=[prompt or ""] * len(latent["samples"]),
         weighting=values["weighting"],
         measured=values["measured"],
+        gradient_steps=gradient_steps(values),
         memory=values["memory"],
         on_iteration=live,
     )

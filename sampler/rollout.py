@@ -127,8 +127,9 @@ class Rollout:
     schedule: (T + 1,) sigmas, from large to small.
     signal: sigma -> the factor of x0 in x_t: 1 in k-diffusion (variance-exploding) coordinates, 1 - t for
         rectified flow; eps_hat = (x - signal * D) / sigma.
-    gradient_steps: through how many of the last denoiser calls a gradient flows; in the earlier ones the network
-        counts as a constant, and only the sampler's own arithmetic carries one. 0: through all.
+    gradient_steps: through the network of how many of the last steps a gradient flows; in the earlier ones the network
+        counts as a constant, and only the sampler's own arithmetic carries one. They cost as much as a plain sample's,
+        in time and in memory. 0: through all.
     memory: "none", "per_step" or "per_block" checkpointing, or "auto".
     free_bytes: how much memory is left, for "auto".
     blocks: a context inside which the model checkpoints its own blocks, for "per_block"; None when it has none,
@@ -190,9 +191,9 @@ class Rollout:
                 if self._constant(sigma):
                     with torch.no_grad():
                         out = denoiser(x, sigma, **kwargs)
-                else:
-                    out = self.predict(denoiser, x, sigma, kwargs)
-                return record(x, sigma, out)
+                    # Where the network counts as a constant, so does its score: a part of its gradient would mislead.
+                    return record(x.detach(), sigma, out)
+                return record(x, sigma, self.predict(denoiser, x, sigma, kwargs))
 
             return measured
 
@@ -232,7 +233,8 @@ class Rollout:
                 raise
             return self._thriftiest
         room = 0.7 * self.free_bytes()
-        if step * (len(self.schedule) - 1) < room:
+        steps = len(self.schedule) - 1
+        if step * min(steps, self.gradient_steps or steps) < room:
             return "none"
         return "per_step" if step < room else self._thriftiest
 

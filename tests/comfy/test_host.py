@@ -247,6 +247,21 @@ def test_half_precision_weights(world, dtype):
     assert rewards(done)[-1] > rewards(done)[0]
 
 
+@pytest.mark.parametrize(("steps", "count"), [(0, 4), (1, 1), (3, 3), (9, 4)])
+def test_gradient_steps_go_through_so_many_calls(world, steps, count):
+    model, looked = world.model.clone(), []
+
+    def wrapper(apply, args):
+        out = apply(args["input"], args["timestep"], **args["c"])
+        looked.append(out.requires_grad)
+        return out
+
+    model.set_model_unet_function_wrapper(wrapper)
+    done = world.optimize(model=model, steps=4, iterations=3, beta=0, memory="none", gradient_steps=steps)
+    assert [sum(looked[-4 * n - 4 : -4 * n or None]) for n in (1, 2)] == [count, count]
+    assert rewards(done)[-1] > rewards(done)[0]
+
+
 def test_demo_clip_score_and_combined_rewards(world):
     reward = WeightedSum([demo.demo_clip_score(), PixelReward("brightness")], [0.01, 0.5])
     done = world.optimize(reward=reward, iterations=3, beta=0)

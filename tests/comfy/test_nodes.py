@@ -95,7 +95,7 @@ def test_registration():
     assert [i.id for i in listed["MiraLoadTrace"].inputs] == ["file", "index"]
     assert [i.id for i in listed["MiraScoreImages"].inputs] == ["images", "reward", "prompt"]
     assert [i.id for i in listed["MiraRankImages"].inputs] == ["images", "scores", "top_k"]
-    method = ["method", "variables", "hold", "seeds"]
+    method = ["method", "variables", "hold", "seeds", "gradient_steps"]
     settings = [
         "iterations", "learning_rate", "regularizer", "beta", "keep", "drift_limit", "stop", "patience", "memory",
         "drift_metric", "optimizer", "clip_norm", "weighting", "measured",

@@ -154,6 +154,10 @@ def test_gradient_steps_cut_the_network_only():
         # The noises that enter within the last `count` calls have their whole gradient; earlier ones only a part.
         assert same == [i >= 6 - count for i in range(6)]
         assert torch.equal(rollout(gradient_steps=count)(z).x0, full(z).x0)
+        leaves = [n.clone().requires_grad_() for n in z]
+        path = rollout(gradient_steps=count)(leaves)
+        # The score of a step whose network is a constant is one too.
+        assert [e.requires_grad for e in path.eps] == [i >= 6 - count for i in range(6)]
 
 
 def test_guidance_formulas():
