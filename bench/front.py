@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.front_tables import DRIFTS, report
+from bench.grid import Failure, Store
 from bench.model import batch_conditioning, sheet
 from bench.pack import ROOT, mira
 from bench.world import World, demo, host
@@ -350,7 +352,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.report:
         return report(RAW, OUT)
-    RAW.mkdir(parents=True, exist_ok=True)
+    Store(RAW, {"animals": COUNT, "steps": STEPS, "iterations": ITERATIONS, "lr": LR})
     world, judge, clip = World(), judge_module.load_judge(), demo.demo_clip_score()
     for name in args.only:
         for reward in args.rewards:
@@ -367,4 +369,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failure as failure:
+        sys.exit(f"bench front: {failure}")

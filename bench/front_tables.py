@@ -19,7 +19,7 @@ DRIFTS = ("path_kl", "score_distance", "mira", "mira_two_sided", "latent_distanc
 def load(folder: Path) -> dict[tuple[str, str], list[dict]]:
     """(reward, variant) -> rows of all parts, `animal` telling the image."""
     found: dict[tuple[str, str], list[dict]] = {}
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(folder.glob("*_seed*.json")):
         reward, rest = file.stem.split("_", 1)
         name, _, seed = rest.rsplit("_", 2)
         for row in json.loads(file.read_text()):
