@@ -332,7 +332,7 @@ def run_guided(world, judge, clip, name: str, reward: str, part: int) -> None:
                 noise = comfy.sample.prepare_noise(latent, seed)
                 sampler = comfy.samplers.sampler_object("euler_ancestral")
                 sigmas = world.sigmas(steps=STEPS)
-                x0 = guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=seed)
+                x0 = guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=seed + world.apart)
                 images = host.decode(world.vae, x0).clone()
             values = observer.real.score(images, prompts)
             if best is None:

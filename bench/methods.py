@@ -15,7 +15,7 @@ from bench.pack import ROOT, mira, with_comfyui
 with_comfyui()
 
 Settings = mira("sampler.optimize").Settings
-SearchSettings = mira("sampler.search").SearchSettings
+SearchSettings, STEERING = mira("sampler.search").SearchSettings, mira("sampler.search").STEERING
 PreferenceSettings = mira("sampler.preference").PreferenceSettings
 DEFAULT = mira("nodes.settings").DEFAULT
 RIVALS = mira("sampler.rivals").RIVALS
@@ -32,13 +32,14 @@ class Method:
     """settings(budget, reward, lr) of the kind that says how it runs. gradient: whether the reward needs one.
 
     steps: of the sampler; 0: the benchmark's. guider(model, positive, negative, cfg, vae, reward): in place of plain
-    guidance. only: the one reward that it can be asked for.
+    guidance. fewest_steps: below which it can do nothing. only: the one reward that it can be asked for.
     """
 
     settings: Callable
     gradient: bool = True
     steps: int = 0
     guider: Callable | None = None
+    fewest_steps: int = 1
     only: str = ""
 
 
@@ -60,7 +61,7 @@ def searching(method: str, cost: Callable[[int], dict], gradient: bool = False) 
     def settings(budget: int, reward: str, lr: float):
         return SearchSettings(**{"method": method, "strength": STRENGTH[reward], "lr": lr} | cost(budget))
 
-    return Method(settings, gradient)
+    return Method(settings, gradient, fewest_steps=2 if method in STEERING else 1)
 
 
 def preferring(gradient: bool = False, **fixed) -> Method:
@@ -131,7 +132,7 @@ METHODS: dict[str, Method] = {
     ),
     "dueling": preferring(method="dueling", explore=0.6, iterations=lambda b: b - 1),
     # A guided sample is one sample: the best of as many as the budget has.
-    "dymo": guided(by_reward, cost=3),
+    "dymo": guided(by_reward, cost=3, fewest_steps=2),
     "rlg": guided(by_tuned_model(1.5, "constant"), cost=2, only="brightness"),
     "aig": guided(by_tuned_model(1.0, "annealed"), cost=2, only="brightness"),
 }  # fmt: skip

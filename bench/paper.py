@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.grid import Failure, Store, code_version, ray_map, serial_map
-from bench.methods import ALL, METHODS, PreferenceSettings, SearchSettings, Settings
+from bench.methods import ALL, METHODS, Method, PreferenceSettings, SearchSettings, Settings
 from bench.pack import ROOT, mira
 from bench.rigs import PAPER, Rig, load
 from bench.world import PixelReward, host
@@ -70,6 +70,15 @@ class Evaluator:
         return rows, {"clip": embedding.half(), "judge": features.half()}
 
 
+def software() -> dict[str, str]:
+    """What a result depends on beside the settings. Noise differs between devices."""
+    import comfy.model_management
+    from comfyui_version import __version__
+
+    device = comfy.model_management.get_torch_device().type
+    return {"code": code_version(), "comfyui": __version__, "torch": torch.__version__, "device": device}
+
+
 class Counter:
     """Counts what the network does for one image: forward passes, and backward ones when their gradient arrives."""
 
@@ -98,16 +107,23 @@ def unit_names(options: dict) -> list[str]:
         for b in blocks
         for method in options["methods"]
         for reward in options["rewards"]
-        if not ALL[method].only or (options["model"], reward) == ("demo", ALL[method].only)
+        if applies(ALL[method], reward, options)
     ]
     return base + runs
+
+
+def applies(method: Method, reward: str, options: dict) -> bool:
+    """Not without a tuned model, and not where there is no step between which to steer."""
+    steps = method.steps or options["steps"]
+    return (not method.only or (options["model"], reward) == ("demo", method.only)) and steps >= method.fewest_steps
 
 
 def worker(options: dict) -> Callable[[str], None]:
     """A function that runs one unit and files it; every process makes its own."""
     store = Store(Path(options["out"]), options["config"])
-    if (here := code_version()) != options["config"]["code"]:
-        raise Failure(f"this worker's code is {here}, not {options['config']['code']}: bring its checkout up to date")
+    for name, here in software().items():
+        if here != (wanted := options["config"][name]):
+            raise Failure(f"this worker's {name} is {here}, not {wanted}: make all workers the same")
     rig = load(options["model"], options["checkpoint"], options["text_encoder"], options["vae"])
     if options["clip"]:
         rig.use_scorers(options["aesthetic_head"], options["clip"])
@@ -212,6 +228,8 @@ def run_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
             "memory_mb": max(r["memory_mb"] for r in trace.of(b)),
         }
         kept = kept_columns(trace.summary(b)[1] | {"image": b})
+        if chosen.guider:  # its record begins at the guided sample, which is not the frozen model's
+            kept = {"image": b}
         rows.append(kept | extra | cost | {"reward": value, "k": -1})
     who = {"method": method, "target": reward, "seed": int(seed)}
     rows = [who | {"animal": animals[int(r.pop("image"))]} | r for r in rows]
@@ -286,8 +304,7 @@ def main() -> int:
         "methods": args.methods,
         "memory": "none" if args.model == "demo" else "auto",
         "out": str(args.out.resolve()),
-        "config": settings
-        | {"code": code_version(), "scorers": [args.aesthetic_head, args.clip, args.text_encoder, args.vae]},
+        "config": settings | software() | {"scorers": [args.aesthetic_head, args.clip, args.text_encoder, args.vae]},
         "workers": args.workers,
     }
     store = Store(args.out, options["config"])

@@ -18,7 +18,13 @@ PROMPT = "generate an image of a fox"
 
 
 class World:
-    def __init__(self):
+    """apart: the sampler's own noises have another seed than the initial one. With the same, as KSampler gives it,
+    ComfyUI 0.3.75 draws on a CPU (not on a GPU) the initial noise once more at the first step, and the two add up to
+    more noise than the model knows there.
+    """
+
+    def __init__(self, apart: bool = True):
+        self.apart = 1_000_003 if apart else 0
         with torch.inference_mode():
             self.model, self.clip, self.vae = demo.load_model(), demo.load_clip(), demo.load_vae()
             self.positive, self.negative = self.encode(PROMPT), self.encode("")
@@ -76,7 +82,7 @@ class World:
             vae=vae or self.vae,
             reward=reward or PixelReward("brightness"),
             settings=Settings(iterations=iterations, lr=lr, regularizer=regularizer, beta=beta, keep=keep),
-            seed=seed,
+            seed=seed + self.apart,
             prompts=prompts or [prompt] * len(latent),
             **kwargs,
         )
@@ -118,5 +124,5 @@ class World:
             denoise=denoise,
             noise_mask=mask,
             disable_pbar=True,
-            seed=seed,
+            seed=seed + self.apart,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import comfy.samplers
@@ -26,14 +26,37 @@ def why_not_differentiable(sampler, model_sampling) -> str | None:
 
 
 def injects_noise(sampler, model_sampling) -> bool:
-    """Whether the sampler asks for noise beyond the initial one."""
+    """Whether noise beyond the initial one changes what the sampler gives. (Some draw it, and take none of it.)"""
     with torch.inference_mode(False), torch.no_grad():
         model_sampling = copy.deepcopy(model_sampling)
         leave_inference_mode(model_sampling)
         run, x = _toy(sampler, model_sampling)
         noises: list = []
-        run(x, noises)
-        return bool(noises)
+        out = run(x, noises)
+        return not torch.equal(run(x, [z + 1 for z in noises], replay=True), out)
+
+
+def goes_in_pieces(sampler, model_sampling) -> bool:
+    """Whether the sampler's steps one by one give what it gives at once: not where it remembers earlier ones."""
+    with torch.inference_mode(False), torch.no_grad():
+        model_sampling = copy.deepcopy(model_sampling)
+        leave_inference_mode(model_sampling)
+        run, x = _toy(sampler, model_sampling)
+        noises: list = []
+        whole = run(x, noises)
+        steps = _sigmas(model_sampling).unfold(0, 2, 1)
+        rest = iter(noises)
+        try:
+            for step in steps:
+                x = run(x, rest, replay=True, sigmas=step)
+        except StopIteration:
+            return False
+        return next(rest, None) is None and torch.allclose(x, whole, rtol=1e-4, atol=1e-5)
+
+
+def _sigmas(model_sampling) -> Tensor:
+    low, high = float(model_sampling.sigma_min), float(model_sampling.sigma_max)
+    return torch.tensor([high, math.sqrt(high * low), low, 0.0])
 
 
 def _toy(sampler, model_sampling) -> tuple[Callable, Tensor]:
@@ -52,11 +75,10 @@ def _toy(sampler, model_sampling) -> tuple[Callable, Tensor]:
     )
     model = StandIn(toy, toy)
     options = {k: v for k, v in sampler.extra_options.items() if k != "noise_sampler"}
-    low, high = float(model_sampling.sigma_min), float(model_sampling.sigma_max)
-    sigmas = torch.tensor([high, math.sqrt(high * low), low, 0.0])
+    schedule = _sigmas(model_sampling)
 
-    def run(x: Tensor, noises: list, replay: bool = False) -> Tensor:
-        rest = iter(list(noises))
+    def run(x: Tensor, noises: list | Iterator, replay: bool = False, sigmas: Tensor = schedule) -> Tensor:
+        rest = iter(noises)
 
         def source(draw):
             if replay:
@@ -68,7 +90,7 @@ def _toy(sampler, model_sampling) -> tuple[Callable, Tensor]:
             model, x, sigmas, extra_args={"seed": 0, "model_options": {}}, callback=None, disable=True, **options
         )
 
-    return run, torch.linspace(-1, 1, 16).reshape(1, 4, 2, 2) * high
+    return run, torch.linspace(-1, 1, 16).reshape(1, 4, 2, 2) * float(schedule[0])
 
 
 def _try_on_a_toy(sampler, model_sampling) -> str | None:

@@ -15,7 +15,7 @@ from .checks import check_latent, complain, needs_gradient, needs_prompt
 from .job import ksampler_job, plain_values
 from .live import LiveRun
 from .optimize import wrapped
-from .probe import injects_noise
+from .probe import goes_in_pieces, injects_noise
 from .settings import iterate_input, memory_input, prompt_input, sampling_inputs, settings_of, trace_outputs
 from .types import MiraReward
 
@@ -23,6 +23,26 @@ log = logging.getLogger("mira")
 NODE = "MIRA Search KSampler"
 DEFAULT = SearchSettings(particles=8)
 GRADIENT = ("das", "mira_fk")
+
+
+def can_steer(method: str, sampler, model_sampling, values: dict) -> None:
+    """Raise ValueError where particles could not part, or would be sampled by another sampler than the plain one."""
+    name, instead = values["sampler_name"], "use euler_ancestral, or method best_of_n or zero_order"
+    if values["steps"] < 2:
+        raise ValueError(
+            f"{NODE}: steps is {values['steps']}, but method {method} steers by the noise that the sampler injects "
+            "between steps: use 2 or more, or method best_of_n or zero_order"
+        )
+    if not injects_noise(sampler, model_sampling):
+        raise ValueError(
+            f"{NODE}: method {method} needs a sampler that injects noise, by which particles part, but {name} injects "
+            f"none: {instead}"
+        )
+    if not goes_in_pieces(sampler, model_sampling):
+        raise ValueError(
+            f"{NODE}: method {method} stops after every step to look, but {name} carries what it knows from one step "
+            f"to the next, and would sample otherwise in pieces: {instead}"
+        )
 
 
 class MiraSearchKSampler(io.ComfyNode):
@@ -176,11 +196,8 @@ def searched(node_id, *, model, positive, negative, latent, vae, reward, seed, c
     needs_prompt(NODE, reward, prompt)
     sampler = comfy.samplers.sampler_object(values["sampler_name"])
     check_latent(NODE, model, latent, vae, sampler, values, gradient)
-    if settings.method in STEERING and not injects_noise(sampler, model.get_model_object("model_sampling")):
-        raise ValueError(
-            f"{NODE}: method {settings.method} needs a sampler that injects noise, by which particles part, but "
-            f"{values['sampler_name']} injects none: use euler_ancestral, or method best_of_n or zero_order"
-        )
+    if settings.method in STEERING:
+        can_steer(settings.method, sampler, model.get_model_object("model_sampling"), values)
     # Another seed is far from the plain sample by every distance; its score energy need not be.
     live = LiveRun(node_id, settings.rows(values["steps"]), {"drift_metric": "mira_two_sided"})
     job = ksampler_job(

@@ -82,7 +82,8 @@ def hybrid(
             rollout, score, z, replace(inner, iterations=iterations), reference=reference, on_iteration=seen,
             interrupts=interrupts, memory=memory,
         )  # fmt: skip
-        short = len(done.trace.of(0)) <= iterations
+        # A trajectory whose reward or gradient is not finite ends alone; a cancelled one ends the run.
+        short = done.reason.startswith(("interrupted", "out of memory"))
         trace.notices.extend(n for n in done.trace.notices if n not in trace.notices)
         return *latest, done.last, list(done.best_noises), done.reason if short else None
 

@@ -295,12 +295,18 @@ class _Search:
         pieces = []
 
         def work(some: Sequence[int]) -> None:
+            calls = 0
             record, drawn, latest = Record(self.rollout), [], []
             ready = [] if known is None else [known[list(some)].flatten(0, 1)]
 
             def wrap(denoiser: Denoiser) -> Denoiser:
                 def measured(x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
-                    out = ready.pop() if ready else denoiser(x, sigma, **kwargs)
+                    nonlocal calls
+                    # A CFG++ sampler takes more out of a call than what it returns.
+                    known_is_all = not getattr(denoiser, "escapes", lambda kwargs: False)(kwargs)
+                    calls += not (ready and known_is_all)
+                    out = ready.pop() if ready and known_is_all else denoiser(x, sigma, **kwargs)
+                    ready.clear()
                     latest[:] = [record(x, sigma, out)]
                     return latest[0]
 
@@ -314,6 +320,7 @@ class _Search:
             with torch.no_grad():
                 x = self.chain.segment(population.x[list(some)].flatten(0, 1), i, j, source, wrap)
             pieces.append((some, x, latest[0], drawn, record))
+            self.calls += calls * len(some)
 
         self.chunks(range(len(population.x)), work)
         shape = (-1, self.batch)
@@ -324,7 +331,6 @@ class _Search:
         population.eps += [torch.cat(e).unflatten(0, shape) for e in zip(*(r.eps for r in records), strict=True)]
         population.sigmas += [s[: self.batch] for s in records[0].sigmas]
         population.weights += [w[: self.batch] for w in records[0].weights]
-        self.calls += (len(records[0].eps) - (known is not None)) * len(population.x)
 
     def whole(self, noises: Sequence[Tensor]) -> _Population:
         """The complete paths of given noises, each (P, B, ...)."""
@@ -555,7 +561,8 @@ class _Search:
                 score = self.evaluate(out)
                 (gradient,) = torch.autograd.grad(score.total.sum() * scale, state)
             # A particle whose gradient is not finite is not steered this time.
-            gradient = torch.where(torch.isfinite(gradient), gradient / scale, 0)
+            finite = torch.isfinite(gradient).flatten(1).all(1)
+            gradient = torch.where(per_image(finite, gradient), gradient / scale, 0)
             found.append((out.detach(), gradient, replace(score, images=score.images.cpu())))
 
         self.chunks(range(len(x)), work)
@@ -590,8 +597,8 @@ def search(
     """
     if settings.method in STEERING and len(noises) < 2:
         raise ValueError(
-            f"method is {settings.method}, whose particles part by the noise that the sampler injects, but this "
-            "sampler injects none: use an ancestral or SDE sampler, or best_of_n or zero_order"
+            f"method is {settings.method}, whose particles part by the noise that the sampler injects, but here it "
+            "injects none: use an ancestral or SDE sampler and more than one step, or best_of_n or zero_order"
         )
     run = _Search(chain, rollout, score, noises, settings, seed, most, on_iteration, memory)
     particles = log_weights = None

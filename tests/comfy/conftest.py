@@ -12,7 +12,7 @@ import server  # isort: skip
 
 @pytest.fixture(scope="session")
 def world():
-    return World()
+    return World(apart=False)  # as the nodes are
 
 
 @pytest.fixture(scope="module", autouse=True)

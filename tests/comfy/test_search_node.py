@@ -115,6 +115,9 @@ def test_fewest_steps_and_no_guidance(world, method):
     ("changes", "message"),
     [
         ({"sampler_name": "euler", "method": "code"}, "injects none: use euler_ancestral, or method best_of_n"),
+        ({"sampler_name": "res_multistep", "method": "code"}, "injects none: use euler_ancestral"),
+        ({"sampler_name": "sa_solver", "method": "das"}, "would sample otherwise in pieces: use euler_ancestral"),
+        ({"steps": 1, "method": "das"}, "between steps: use 2 or more"),
         ({"steps": 0}, "steps is 0"),
         ({"latent_image": {"samples": torch.zeros(0, 4, 16, 16)}}, "the batch is empty"),
         ({"reward": "x"}, "connect a MIRA reward node"),
@@ -126,6 +129,32 @@ def test_fewest_steps_and_no_guidance(world, method):
 def test_bad_input(world, changes, message):
     with pytest.raises(ValueError, match=message):
         run(world, **changes)
+
+
+@pytest.mark.parametrize("method", STEERING)
+def test_a_sampler_that_takes_more_than_the_prediction_is_steered(world, method):
+    trace = run(world, method=method, sampler_name="euler_ancestral_cfg_pp", cfg=1.5).args[2]
+    assert len(trace.rows) > 1 and trace.rows[-1]["evaluations"] > 0
+
+
+PIECES = [
+    "euler_ancestral", "euler_ancestral_cfg_pp", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "ddpm", "lcm",
+]  # fmt: skip
+WHOLE = ["sa_solver", "dpmpp_2m_sde", "dpmpp_3m_sde", "res_multistep_ancestral", "er_sde"]
+
+
+@pytest.mark.parametrize("name", [*PIECES, *WHOLE])
+def test_which_samplers_go_in_pieces(world, name):
+    probe = mira("nodes.probe")
+    sampler, sampling = comfy.samplers.sampler_object(name), world.model.get_model_object("model_sampling")
+    assert probe.injects_noise(sampler, sampling) and probe.goes_in_pieces(sampler, sampling) == (name in PIECES)
+
+
+@pytest.mark.parametrize(("name", "injects"), [("res_multistep", False), ("euler", False), ("dpmpp_2m_sde", True)])
+def test_noise_that_is_drawn_and_not_taken_does_not_count(world, name, injects):
+    probe = mira("nodes.probe")
+    sampling = world.model.get_model_object("model_sampling")
+    assert probe.injects_noise(comfy.samplers.sampler_object(name), sampling) == injects
 
 
 def test_deterministic_samplers_search_seeds(world):
