@@ -1,12 +1,15 @@
 """Pairs of a benchmark's images for people and for models to judge: `python dev.py bench study [--methods ...]`.
 
 Writes a folder: PNGs, `pairs.json`, and `index.html`, a page without a server that shows one pair after the other in
-random order and sides, takes a click or the keys 1, 2 and 0 (a tie), and saves the answers to a file.
+random order and sides, takes a click or the keys 1, 2 and 0 (a tie), and saves the answers to a file. `--answers FILE ...`
+prints the win rates of such files.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import hashlib
 import json
 import random
 import sys
@@ -17,6 +20,7 @@ from PIL import Image
 from bench.grid import Failure
 from bench.pack import ROOT, mira
 from bench.tables import AGAINST, animals_of, opened
+from bench.vlm import table
 
 vocabulary = mira("demo.vocabulary")
 PAGE = Path(__file__).with_name("study.html")
@@ -43,6 +47,8 @@ def pairs(store, methods: list[str], limit: int, seed: int, out: Path) -> list[d
     random.Random(seed).shuffle(found)
     listing = []
     for name, method, target, animal, a, b in found[:limit]:
+        # An answer is about these images: those of another run have another name.
+        name += "-" + hashlib.sha256(a.numpy().tobytes() + b.numpy().tobytes()).hexdigest()[:8]
         save(a, out / f"{name}_a.png")
         save(b, out / f"{name}_b.png")
         prompt = vocabulary.caption(animal, prefix=True)
@@ -55,7 +61,30 @@ def write(folder: Path, listing: list[dict]) -> None:
     """pairs.json and the page, which carries the list: a page from a file may not read another one."""
     (folder / "pairs.json").write_text(json.dumps({"pairs": listing}, indent=1))
     shown = [{k: p[k] for k in ("id", "prompt", "a", "b")} for p in listing]
-    (folder / "index.html").write_text(PAGE.read_text().replace("/*PAIRS*/[]", json.dumps(shown).replace("</", "<\\/")))
+    page = PAGE.read_text().replace("/*PAIRS*/[]", json.dumps(shown).replace("</", "<\\/"))
+    study = hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]
+    (folder / "index.html").write_text(page.replace('/*STUDY*/""', f'"{study}"'))
+
+
+def answered(folder: Path, files: list[Path]) -> str:
+    """The table of people's answers, as the page saves them."""
+    if not (folder / "pairs.json").is_file():
+        raise Failure(f"{folder} holds no pairs.json: --out is the folder that the page is in")
+    known = {p["id"]: p for p in json.loads((folder / "pairs.json").read_text())["pairs"]}
+    rows = []
+    for path in files:
+        if not path.is_file():
+            raise Failure(f"{path}: there is no such file; it is what the page's button saves")
+        with path.open(newline="") as file:
+            found = list(csv.DictReader(file))
+        if not found or not {"pair", "winner"} <= found[0].keys():
+            raise Failure(f"{path} holds no answers (pair, winner): it is what the page's button saves")
+        if strangers := [r["pair"] for r in found if r["pair"] not in known]:
+            raise Failure(
+                f"{path}: {len(strangers)} of {len(found)} answers are to pairs of another study, {strangers[0]}"
+            )
+        rows += [known[r["pair"]] | r for r in found]
+    return table(rows)
 
 
 def main() -> None:
@@ -65,7 +94,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=[])
     parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--answers", nargs="+", type=Path, metavar="FILE",
+                        help="no new pairs: the win rates of what people answered to those in --out")  # fmt: skip
     args = parser.parse_args()
+    if args.answers:
+        print(answered(args.out, args.answers))
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     listing = pairs(opened(args.source), args.methods, args.pairs, args.seed, args.out)
     if not listing:

@@ -28,7 +28,7 @@ CRITERIA = (
     "appeal: which one would a person rather look at?",
 )
 ANSWERS = {"first": 0, "second": 1, "tie": None}
-FIELDS = ("pair", "model", "prompt", "method", "against", "winner", "first_order", "answers")
+FIELDS = ("pair", "model", "prompt", "method", "against", "target", "winner", "first_order", "answers")
 
 
 def question(prompt: str) -> str:
@@ -127,7 +127,9 @@ def run(folder: Path, judge: Judge, seed: int = 0) -> list[dict]:
             swap = random.Random(f"{seed} {pair['id']}").random() < 0.5
             winner, answers = both_orders(judge, pair["prompt"], folder / pair["a"], folder / pair["b"], swap)
             row = {"pair": pair["id"], "model": judge.model, "winner": winner, "answers": " ".join(answers)}
-            row |= {k: pair[k] for k in ("prompt", "method", "against")} | {"first_order": "ba" if swap else "ab"}
+            row |= {k: pair[k] for k in ("prompt", "method", "against", "target")} | {
+                "first_order": "ba" if swap else "ab"
+            }
             writer.writerow(row)
             file.flush()
             done[pair["id"]] = row
@@ -135,13 +137,15 @@ def run(folder: Path, judge: Judge, seed: int = 0) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
+    """Win rates by what was optimised and by method, ties counting half, with the standard error over pairs."""
     lines = []
-    for method in sorted({r["method"] for r in rows}):
-        of = [r for r in rows if r["method"] == method]
-        wins, losses = (sum(r["winner"] == w for r in of) for w in "ab")
-        rate = (wins + (len(of) - wins - losses) / 2) / len(of)
-        lines.append(f"{method} against {of[0]['against']}: {wins} won, {losses} lost, {len(of) - wins - losses} tied "
-                     f"of {len(of)}; win rate {rate:.3f} (ties count half)")  # fmt: skip
+    for target, method in sorted({(r["target"], r["method"]) for r in rows}):
+        of = [r for r in rows if (r["target"], r["method"]) == (target, method)]
+        points = [{"a": 1.0, "b": 0.0}.get(r["winner"], 0.5) for r in of]
+        wins, losses, rate = points.count(1.0), points.count(0.0), sum(points) / len(of)
+        error = (sum((p - rate) ** 2 for p in points) / max(1, len(of) - 1) / len(of)) ** 0.5
+        lines.append(f"{target}: {method} against {of[0]['against']}: {wins} won, {losses} lost, "
+                     f"{len(of) - wins - losses} tied of {len(of)}; win rate {rate:.3f} ±{error:.3f}")  # fmt: skip
     return "\n".join(lines)
 
 

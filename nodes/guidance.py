@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,7 @@ from .types import MiraReward
 
 RLG = "MIRA RL Guidance"
 DYMO = "MIRA DyMO Guider"
+log = logging.getLogger("mira")
 SCHEDULES = ("constant", "annealed")
 KEY = "mira_tuned"
 
@@ -204,15 +206,22 @@ class DyMOGuider(comfy.samplers.CFGGuider):
             denoised = super().predict_noise(state, timestep, options, seed)
             images = decode(self.vae, self.inner_model.process_latent_out(denoised.float()))
             total, _ = self.reward(images, [self.prompt] * len(images))
-            # Under an optimisation of the noises this term counts as a constant.
-            # Its length does not count, but in float16 it would fall below the smallest number.
-            (gradient,) = torch.autograd.grad(total.sum() * 2.0**10, state, retain_graph=x.requires_grad)
+            # Under an optimisation of the noises this term counts as a constant. Its length does not count, but in
+            # float16 it would fall below the smallest number, or rise above the largest.
+            for scale in (2.0**10, 2.0**5, 1.0):
+                (gradient,) = torch.autograd.grad(total.sum() * scale, state, retain_graph=True)
+                lengths = gradient.float().flatten(1).norm(dim=1)
+                if torch.isfinite(lengths).all():
+                    break
         if not x.requires_grad:
             denoised = denoised.detach()
-        lengths = gradient.float().flatten(1).norm(dim=1)
-        if not (torch.isfinite(lengths) & (lengths > 0)).all():
-            name, sigma = self.reward.facts.name, timestep[0].item()
+        name, sigma = self.reward.facts.name, timestep[0].item()
+        if not (torch.isfinite(lengths).all() and (lengths > 0).any()):
             raise RuntimeError(f"{DYMO}: the gradient of {name} is zero or not finite at sigma {sigma:.3g}")
+        if not (lengths > 0).all():
+            log.warning(
+                "%s: the gradient of %s is zero for some images at sigma %.3g: not guided there", DYMO, name, sigma
+            )
         return preferred(denoised, gradient, found[0].detach(), self.scale)
 
 

@@ -65,7 +65,7 @@ def folder(tmp_path):
     for n in range(6):
         for side, value in (("a", 200), ("b", 50 if n < 4 else 220)):
             Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / f"{n}{side}.png")
-        pair = {"id": f"p{n}", "prompt": "a fox", "method": "mira", "against": "dno"}
+        pair = {"id": f"p{n}", "prompt": "a fox", "method": "mira", "against": "dno", "target": "x"}
         pairs.append(pair | {"a": f"{n}a.png", "b": f"{n}b.png"})
     (tmp_path / "pairs.json").write_text(json.dumps({"pairs": pairs}))
     return tmp_path
@@ -83,7 +83,7 @@ def test_the_better_image_wins_in_both_orders(serve, folder):
     path, body, key = server.asked[0]
     assert path == "/v1/chat/completions" and body["model"] == "eye" and key == "Bearer secret"
     assert "a fox" in body["messages"][0]["content"][0]["text"]
-    assert "4 won, 2 lost, 0 tied of 6; win rate 0.667" in vlm.table(rows)
+    assert "x: mira against dno: 4 won, 2 lost, 0 tied of 6; win rate 0.667 ±0.211" in vlm.table(rows)
 
 
 def test_a_judge_that_prefers_a_place_has_only_ties(serve, folder):

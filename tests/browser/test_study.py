@@ -8,7 +8,8 @@ import json
 import pytest
 from PIL import Image
 
-from bench.study import write
+from bench.grid import Failure
+from bench.study import answered, write
 
 
 @pytest.fixture
@@ -17,7 +18,8 @@ def folder(tmp_path):
     for n in range(4):
         for side, colour in (("a", "white"), ("b", "black")):
             Image.new("RGB", (32, 32), colour).save(tmp_path / f"{n}_{side}.png")
-        listing.append({"id": f"pair{n}", "prompt": f"an </script> image {n}", "a": f"{n}_a.png", "b": f"{n}_b.png"})
+        names = {"a": f"{n}_a.png", "b": f"{n}_b.png"} | {"target": "x", "method": "mira", "against": "dno"}
+        listing.append({"id": f"pair{n}", "prompt": f"an </script> image {n}"} | names)
     write(tmp_path, listing)
     return tmp_path
 
@@ -57,11 +59,28 @@ def test_a_person_answers_all_pairs(browser, folder, tmp_path):
     with (tmp_path / "answers.csv").open(newline="") as file:
         rows = {r["pair"][-1]: r["winner"] for r in csv.DictReader(file)}
     assert rows == chosen
+    points = sum({"a": 1, "b": 0, "tie": 0.5}[w] for w in chosen.values())
+    assert f"of 4; win rate {points / 4:.3f}" in answered(folder, [tmp_path / "answers.csv"])
     for _ in range(4):
         page.click("#back")
     assert page.inner_text("#prompt") == first and page.is_disabled("#back")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.click("#again")
+    page.wait_for_function("document.querySelector('#progress').textContent.startsWith('0 of 4')")
     assert not errors
     context.close()
+
+
+def test_answers_to_something_else_are_refused(folder, tmp_path):
+    path = tmp_path / "answers.csv"
+    path.write_text("pair,winner,left,time\nother,a,a,now\n")
+    with pytest.raises(Failure, match="1 of 1 answers are to pairs of another study, other"):
+        answered(folder, [path])
+    path.write_text("hello\n")
+    with pytest.raises(Failure, match="holds no answers"):
+        answered(folder, [path])
+    with pytest.raises(Failure, match="no such file"):
+        answered(folder, [tmp_path / "none.csv"])
 
 
 def test_the_list_of_pairs_is_there_for_a_model_too(folder):
