@@ -1,8 +1,8 @@
 """Pairs of a benchmark's images for people and for models to judge: `python dev.py bench study [--methods ...]`.
 
 Writes a folder: PNGs, `pairs.json`, and `index.html`, a page without a server that shows one pair after the other in
-random order and sides, takes a click or the keys 1, 2 and 0 (a tie), and saves the answers to a file. `--answers FILE ...`
-prints the win rates of such files.
+random order and sides, takes a click or the keys 1, 2 and 0 (a tie), and saves the answers to a file.
+`--answers FILE ...` prints the win rates of such files.
 """
 
 from __future__ import annotations

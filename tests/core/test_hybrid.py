@@ -72,6 +72,22 @@ def test_stopped_in_the_middle_it_hands_back_the_best_so_far(after):
     assert score(result.best).total.tolist() == pytest.approx(best)
 
 
+@pytest.mark.parametrize("dead", [2, 7])
+def test_a_trajectory_that_is_not_finite_dies_alone(dead):
+    """The dead-th look gives no number: the second trajectory's first one, or its last."""
+    rollout, z, looks = gaussian.rollout(), gaussian.noises(), []
+
+    def failing(x0):
+        looks.append(1)
+        out = score(x0)
+        return out if len(looks) != dead + 5 else Score(out.total * torch.nan, out.parts, out.images)
+
+    result = hybrid(rollout, failing, z, SETTINGS, seed=1)
+    assert result.reason == "all rounds done"
+    assert [r["iteration"] for r in result.trace.of(0)] == [0, 1, 2, 3, 4]
+    assert result.trace.summary(0)[1]["reward"] > result.trace.summary(0)[0]["reward"] / 4
+
+
 def test_a_reward_without_a_gradient_is_said():
     def constant(x0):
         return Score(x0.detach().flatten(1).mean(1), {}, x0.detach())
