@@ -79,7 +79,15 @@ class Stopwatch:
         return timed
 
 
-def iteration(world: World, options: dict, memory: str) -> tuple[float, float, float]:
+# What an iteration is timed with.
+WAYS = {
+    "no_checkpoint": {"memory": "none"},
+    "checkpoint": {"memory": "per_step"},
+    "last_3_steps": {"memory": "none", "gradient_steps": 3},
+}
+
+
+def iteration(world: World, options: dict) -> tuple[float, float, float]:
     """Seconds of one iteration, of the plain sample of the same run, and the share of an iteration that is neither
     network, VAE, reward nor autograd."""
     watch, calls = Stopwatch(), []
@@ -94,7 +102,7 @@ def iteration(world: World, options: dict, memory: str) -> tuple[float, float, f
         calls.append((rows[0]["seconds"], watch.seconds))
 
     try:
-        done = world.optimize(**(options | {"model": model}), iterations=2, memory=memory, on_iteration=tick)
+        done = world.optimize(**(options | {"model": model}), iterations=2, on_iteration=tick)
     finally:
         torch.autograd.grad, host._Process.score = grad, score
     # The second iteration: the first one warms up and chooses.
@@ -105,11 +113,11 @@ def iteration(world: World, options: dict, memory: str) -> tuple[float, float, f
 
 def measure(world: World, name: str, pixels: int, steps: int) -> dict:
     options = setting(world, name, pixels, steps)
-    table = {"none": [], "per_step": []}
+    table = {name: [] for name in WAYS}
     plain, overhead = [], []
     for _ in range(RUNS):
-        for memory, seconds in table.items():
-            iterated, sampled, other = iteration(world, options, memory)
+        for way, seconds in table.items():
+            iterated, sampled, other = iteration(world, options | WAYS[way])
             seconds.append(iterated)
             plain.append(sampled)
             overhead.append(other)
@@ -117,8 +125,7 @@ def measure(world: World, name: str, pixels: int, steps: int) -> dict:
     result = {
         "pixels": pixels,
         "steps": steps,
-        "ratio_no_checkpoint": statistics.median(table["none"]) / base,
-        "ratio_checkpoint": statistics.median(table["per_step"]) / base,
+        **{f"ratio_{way}": statistics.median(seconds) / base for way, seconds in table.items()},
         "adapter_and_record": statistics.median(overhead),
     }
     if torch.cuda.is_available():
