@@ -254,6 +254,7 @@ VARIANTS = {
     "adam": Variant({"optimizer": "adam"}),
     "steps_4": Variant(steps=4),
     "steps_16": Variant(steps=16),
+    "steps_16_last_3": Variant(steps=16, gradient_steps=3),
     "lr_.01": Variant({"lr": 0.01}),
     "lr_.06": Variant({"lr": 0.06}),
 }  # fmt: skip
