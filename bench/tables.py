@@ -110,6 +110,8 @@ class Results:
             limit = nearest(self.base_judge, self.base_judge, True).quantile(0.95)
         for (target, method), images in self.finals.items():
             for image, row in images.items():
+                if row.get("forward") is not None:
+                    row["passes"] = row["forward"] + 2 * row["backward"]
                 start = self.paths.get((target, AGAINST), {}).get(image, {}).get(0)
                 row["gain"] = row["reward"] - start["reward"] if start else math.nan
                 if self.base_judge is not None:
@@ -173,9 +175,9 @@ def path(results: Results, target: str, method: str, images: list, column: str) 
     found = [results.paths[target, method][i] for i in images]
     # An image that stopped early stays where it was.
     last = max(max(f) for f in found)
-    if column == "seconds":
-        # Of the whole run, by the passes until then: one forward, then one back and one forward an iteration.
-        whole = sum(results.finals[target, method][i]["seconds"] for i in images) / len(images)
+    if column == "passes":
+        # One forward, then one back and one forward an iteration.
+        whole = sum(results.finals[target, method][i]["passes"] for i in images) / len(images)
         return whole * torch.tensor([(1 + 3 * k) / (1 + 3 * last) for k in range(last + 1)], dtype=torch.double)
     values = [[f[min(k, max(f))].get(column) for k in range(last + 1)] for f in found]
     return torch.tensor([[math.nan if v is None else v for v in row] for row in values], dtype=torch.double).mean(0)
@@ -274,7 +276,7 @@ def report(folder: Path, out: Path) -> None:
         for m in results.methods
         if (t, m) in results.finals and (t, AGAINST) in results.finals
         for row in (matched(results, t, m, "path_kl"), matched(results, t, m, "latent_distance"),
-                    matched(results, t, m, "seconds"), matched_reward(results, t, m))
+                    matched(results, t, m, "passes"), matched_reward(results, t, m))
         if row
     ]  # fmt: skip
     write(out / "paper.csv", [r for rows in tables.values() for r in rows])
@@ -297,7 +299,9 @@ def report(folder: Path, out: Path) -> None:
         )
     for target in results.targets:
         mine = [r for r in rivals if r["target"] == target]
-        parts.append(markdown(mine, MATCHED, f"{target}: against early-stopped DNO at the same drift, time or reward"))
+        parts.append(
+            markdown(mine, MATCHED, f"{target}: against early-stopped DNO at the same drift, passes or reward")
+        )
     (out / "paper.md").write_text("\n\n".join(parts) + "\n")
     plots(results, out)
     sweep_plot(results, out, "steps", "sampling steps", {m: (store.config["steps"], m) for m in results.methods})

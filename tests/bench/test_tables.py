@@ -52,7 +52,7 @@ def rows_of(method, drift, shift):
             drifts = ("path_kl", "latent_distance", "score_distance")
             out.append(row | dict.fromkeys(drifts, step * drift) | {"clip_score": 50.0})
             if k == -1:
-                out[-1] |= {"forward": 4.0, "seconds": 10 * drift}
+                out[-1] |= {"forward": 40 * drift, "backward": 30 * drift, "seconds": 1.0}
     return out
 
 
@@ -76,8 +76,8 @@ def test_a_report_of_a_small_store(tmp_path):
     assert "0.500 ±0.000" in text  # mira over dno, paired
     # At mira's path KL of .15, DNO's path has reward 1.5: mira has 3.5.
     assert "| mira | path_kl | 0.150 | 2.000 ±0.000 | -0.375 ±0.000 |" in text
-    # After half a second DNO, which takes one, is a third of the way from its first iteration to its second.
-    assert "| mira | seconds | 0.500 | 2.167 ±0.000 | -0.417 ±0.000 |" in text
+    # After 5 passes DNO, which takes 10, is a third of the way from its first iteration to its second.
+    assert "| mira | passes | 5.000 | 2.167 ±0.000 | -0.417 ±0.000 |" in text
     assert '"steps": 8' in text
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"paper.png", "paper_steps.png", "paper_beta.png"}
 
