@@ -17,7 +17,7 @@ with_comfyui()
 Settings = mira("sampler.optimize").Settings
 SearchSettings, STEERING = mira("sampler.search").SearchSettings, mira("sampler.search").STEERING
 PreferenceSettings = mira("sampler.preference").PreferenceSettings
-DEFAULT = mira("nodes.settings").DEFAULT
+DEFAULT, GRADIENT_STEPS = mira("nodes.settings").DEFAULT, mira("nodes.settings").GRADIENT_STEPS
 RIVALS = mira("sampler.rivals").RIVALS
 guidance, cfg_guider = mira("nodes.guidance"), mira("nodes.job").cfg_guider
 
@@ -29,10 +29,11 @@ STRENGTH = {"aesthetic": 10.0, "brightness": 20.0, "darkness": 20.0, "JPEG": 10.
 
 @dataclass(frozen=True)
 class Method:
-    """settings(budget, reward, lr) of the kind that says how it runs. gradient: whether the reward needs one.
+    """settings(budget, reward, lr, steps) of the kind that says how it runs. gradient: whether the reward needs one.
 
     steps: of the sampler; 0: the benchmark's. guider(model, positive, negative, cfg, vae, reward): in place of plain
-    guidance. fewest_steps: below which it can do nothing. only: the one reward that it can be asked for.
+    guidance. fewest_steps: below which it can do nothing. gradient_steps: through how many of the last steps the
+    gradient goes, 0 for all. only: the one reward that it can be asked for.
     """
 
     settings: Callable
@@ -40,32 +41,31 @@ class Method:
     steps: int = 0
     guider: Callable | None = None
     fewest_steps: int = 1
+    gradient_steps: int = 0
     only: str = ""
 
 
-def iterations(budget: int) -> int:
-    return max(1, (budget - 1) // 3)
-
-
-def optimising(**fixed) -> Method:
-    def settings(budget: int, reward: str, lr: float):
+def optimising(gradient_steps: int = 0, **fixed) -> Method:
+    def settings(budget: int, reward: str, lr: float, steps: int):
         chosen = {k: v(reward) if callable(v) else v for k, v in fixed.items()}
         seeds = min(chosen.get("seeds", 1), max(1, budget // 4))
         left = budget - (seeds if seeds > 1 else 0)  # each seed is a run forward
-        return Settings(**{"iterations": iterations(left), "lr": lr, "keep": "last"} | chosen | {"seeds": seeds})
+        cost = 1 + 2 * min(gradient_steps or steps, steps) / steps
+        iterations = max(1, int((left - 1) / cost))
+        return Settings(**{"iterations": iterations, "lr": lr, "keep": "last"} | chosen | {"seeds": seeds})
 
-    return Method(settings)
+    return Method(settings, gradient_steps=gradient_steps)
 
 
 def searching(method: str, cost: Callable[[int], dict], gradient: bool = False) -> Method:
-    def settings(budget: int, reward: str, lr: float):
+    def settings(budget: int, reward: str, lr: float, steps: int):
         return SearchSettings(**{"method": method, "strength": STRENGTH[reward], "lr": lr} | cost(budget))
 
     return Method(settings, gradient, fewest_steps=2 if method in STEERING else 1)
 
 
 def preferring(gradient: bool = False, **fixed) -> Method:
-    def settings(budget: int, reward: str, lr: float):
+    def settings(budget: int, reward: str, lr: float, steps: int):
         chosen = {k: v(budget) if callable(v) else v for k, v in fixed.items()}
         return PreferenceSettings(**{"lr": lr, "keep": "incumbent"} | chosen)
 
@@ -111,7 +111,7 @@ METHODS: dict[str, Method] = {
     "default": optimising(
         regularizer=DEFAULT.regularizer, beta=DEFAULT.beta, drift_metric=DEFAULT.drift_metric,
         drift_limit=DEFAULT.drift_limit, keep=DEFAULT.keep, stop=DEFAULT.stop, hold=DEFAULT.hold,
-        seeds=DEFAULT.seeds,
+        seeds=DEFAULT.seeds, gradient_steps=GRADIENT_STEPS,
     ),
     "projection": optimising(drift_metric="path_kl", drift_limit=0.05, hold="projection"),
     "reno": optimising(**RIVALS["reno"]),

@@ -168,7 +168,8 @@ def run_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
     animals = block_of(int(block), options)
     prompts = prompts_of(animals)
     chosen = ALL[method]
-    settings = chosen.settings(options["budget"], reward, options["lr"])
+    steps = chosen.steps or options["steps"]
+    settings = chosen.settings(options["budget"], reward, options["lr"], steps)
     measured, optimised = rewards_of(reward, rig)
     along, path = isinstance(settings, Settings), {}
     rows: list[dict] = []
@@ -187,10 +188,10 @@ def run_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
     inputs = rig.inputs(prompts, options["pixels"])
     counter = Counter(inputs.get("model") or rig.world.model, len(animals), inputs["cfg"] != 1)
     job = rig.world.job(
-        **(inputs | {"model": counter.model}), steps=chosen.steps or options["steps"],
+        **(inputs | {"model": counter.model}), steps=steps,
         seed=10_000 * int(seed) + 100 * int(block),
         reward=optimised if chosen.gradient else measured, prompts=prompts, on_iteration=observe,
-        memory=options["memory"],
+        memory=options["memory"], gradient_steps=chosen.gradient_steps,
     )  # fmt: skip
     job.settings = settings
     if chosen.guider:

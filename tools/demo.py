@@ -109,7 +109,8 @@ async def demo() -> dict:
             text = prompt[inputs["prompt"][0]]["inputs"]["value"]
             plain = copy.deepcopy(prompt)
             plain[find(prompt, OPTIMIZER)]["inputs"] |= {
-                "regularizer": "none", "keep": "last", "stop": "never", "hold": "no", "seeds": 1
+                "regularizer": "none", "keep": "last", "stop": "never", "hold": "no", "seeds": 1,
+                "gradient_steps": 0,
             }  # fmt: skip
             mira, images = await optimise(client, prompt, "MIRA")
             dno, contrast = await optimise(client, plain, "DNO ")

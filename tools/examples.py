@@ -81,7 +81,8 @@ def against_dno() -> dict[str, Node]:
         ),
         "dno": Node(
             "MiraOptimizeKSampler", 3, "DNO: plain optimisation to the end", {**OPTIMISED, "reward": "reward.reward"},
-            {**shared, "regularizer": "none", "beta": 0.0, "keep": "last", "stop": "never", "hold": "no", "seeds": 1},
+            {**shared, "regularizer": "none", "beta": 0.0, "keep": "last", "stop": "never", "hold": "no", "seeds": 1,
+             "gradient_steps": 0},
         ),
         "base": Node(
             "KSampler", 4, "The base model's own spread", {**SAMPLED, "latent_image": "many.LATENT"},

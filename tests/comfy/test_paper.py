@@ -70,7 +70,7 @@ def test_bad_input(monkeypatch, tmp_path, arguments, message):
 def test_no_method_asks_for_more_than_the_budget(budget):
     """In plain samples, a backward pass counting two; the rules that docs/benchmark.md gives."""
     for name, method in METHODS.items():
-        s = method.settings(budget, "brightness", 0.01)
+        s = method.settings(budget, "brightness", 0.01, 8)
         if method.guider:
             cost = s.particles * {"dymo": 3, "rlg": 2, "aig": 2}[name]
         elif hasattr(s, "rounds"):
@@ -82,12 +82,13 @@ def test_no_method_asks_for_more_than_the_budget(budget):
         elif hasattr(s, "explore"):
             cost = {"dpo": 6 * s.iterations, "dueling": 1 + s.iterations, "hybrid2": 8 * s.iterations}[s.method]
         else:
-            cost = (s.seeds if s.seeds > 1 else 0) + 3 * s.iterations + 1
+            an_iteration = 1 + 2 * (method.gradient_steps or 8) / 8
+            cost = (s.seeds if s.seeds > 1 else 0) + an_iteration * s.iterations + 1
         assert budget / 3 < cost <= budget, name
 
 
 def test_every_method_has_settings_for_every_reward():
     for method in ALL.values():
         for reward in paper.REWARDS:
-            assert method.settings(4, reward, 0.01).lr > 0
+            assert method.settings(4, reward, 0.01, 8).lr > 0
     assert {"dno", "dno_prno", "mira", "reno", "initno", "best_of_n", "das", "mira_dpo", "hybrid2"} <= METHODS.keys()
