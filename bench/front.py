@@ -243,6 +243,10 @@ VARIANTS = {
     "latent_distance": Variant({"regularizer": "latent_distance", "beta": 0.05}),
     "last_1": Variant(gradient_steps=1),
     "last_3": Variant(gradient_steps=3),
+    # The nodes' default, and the same with the whole gradient.
+    "default": Variant({"hold": "projection", "drift_limit": 0.05, "drift_metric": "path_kl", "seeds": 4},
+                       gradient_steps=3),
+    "default_all_steps": Variant({"hold": "projection", "drift_limit": 0.05, "drift_metric": "path_kl", "seeds": 4}),
     "sgd": Variant({"optimizer": "sgd", "lr": 3.0}),
     "normalized": Variant({"optimizer": "normalized"}),
     "normalized_projection": Variant({"optimizer": "normalized", "hold": "projection", "drift_limit": 0.05,
