@@ -52,7 +52,9 @@ def decode(world):
 @pytest.fixture(scope="module")
 def runs(world):
     """One that stays near, and one that is driven to white."""
-    options = dict(steps=8, reward=PixelReward("brightness"), regularizer="none", beta=0.0, memory="none")
+    options = dict(
+        steps=8, reward=PixelReward("brightness"), regularizer="none", beta=0.0, memory="none", gradient_steps=3
+    )
     return {
         "near": world.optimize(**options, iterations=2, lr=0.005),
         "white": world.optimize(**options, iterations=14, lr=0.2),
