@@ -280,14 +280,12 @@ class Observer:
         self.judge, self.clip, self.real = judge, clip, rewards()[reward]
         self.animals = vocabulary.ANIMALS[part * COUNT : (part + 1) * COUNT]
         self.prompts = [vocabulary.caption(a, prefix=True) for a in self.animals]
-        self.rows, self.shown, self.features = [], [], []
+        self.rows, self.shown = [], []
 
     @torch.no_grad()
     def look(self, images: torch.Tensor) -> list[dict]:
         values = self.real.score(images, self.prompts).tolist()
         clips = self.clip.score(images, self.prompts).tolist()
-        small = F.interpolate(images, size=(judge_module.SIZE,) * 2, mode="bilinear", antialias=True)
-        self.features.append(self.judge.mix(self.judge.body(small.clamp(0, 1) * 2 - 1)))
         kept = judge_module.adherence(self.judge, images, list(self.animals)).tolist()
         looked = zip(self.animals, values, kept, clips, strict=True)
         return [{"reward": r, "animal": animal, "adherence": a, "clip_score": c} for animal, r, a, c in looked]
@@ -299,7 +297,6 @@ class Observer:
 
     def write(self, path) -> None:
         sheet(torch.cat(self.shown), len(self.animals), path.with_suffix(".jpg"))
-        torch.save(torch.stack(self.features), path.with_suffix(".pt"))
         path.with_suffix(".tmp").write_text(json.dumps(self.rows))
         path.with_suffix(".tmp").replace(path)
 

@@ -170,6 +170,10 @@ def at(x: torch.Tensor, y: torch.Tensor, level: float) -> float:
     return math.nan
 
 
+def number(value) -> float:
+    return math.nan if value is None else value
+
+
 def path(results: Results, target: str, method: str, images: list, column: str) -> torch.Tensor:
     """(K + 1,): the mean over images."""
     found = [results.paths[target, method][i] for i in images]
@@ -179,8 +183,8 @@ def path(results: Results, target: str, method: str, images: list, column: str) 
         # One forward, then one back and one forward an iteration.
         whole = sum(results.finals[target, method][i]["passes"] for i in images) / len(images)
         return whole * torch.tensor([(1 + 3 * k) / (1 + 3 * last) for k in range(last + 1)], dtype=torch.double)
-    values = [[f[min(k, max(f))].get(column) for k in range(last + 1)] for f in found]
-    return torch.tensor([[math.nan if v is None else v for v in row] for row in values], dtype=torch.double).mean(0)
+    values = [[number(f[min(k, max(f))].get(column)) for k in range(last + 1)] for f in found]
+    return torch.tensor(values, dtype=torch.double).mean(0)
 
 
 def matched(results: Results, target: str, method: str, drift: str) -> dict | None:
@@ -218,7 +222,7 @@ def matched(results: Results, target: str, method: str, drift: str) -> dict | No
     ]
     return {"target": target, "method": method, "drift": drift, "level": level, "reward_over_dno": reward,
             "reward_se": se[0], "adherence_over_dno": adherence, "adherence_se": se[1],
-            "resamples_reached": share[0 if drift != "reward" else 1].item()}  # fmt: skip
+            "resamples_reached": share[0].item()}  # fmt: skip
 
 
 def matched_reward(results: Results, target: str, method: str) -> dict | None:
@@ -307,10 +311,6 @@ def report(folder: Path, out: Path) -> None:
     sweep_plot(results, out, "steps", "sampling steps", {m: (store.config["steps"], m) for m in results.methods})
     sweep_plot(results, out, "beta", "beta (0: DNO)", {"mira": (0, AGAINST)})
     print(f"{out / 'paper.md'}, {sum(len(v) for v in results.finals.values())} images")
-
-
-def number(value) -> float:
-    return math.nan if value is None else value
 
 
 def sweep_plot(results: Results, out: Path, key: str, label: str, also: dict) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from ..rewards.base import Reward
 from .probe import injects_noise, why_not_differentiable
-from .settings import AS_SET
+from .settings import as_set
 
 
 def complain(values: dict) -> str | None:
@@ -64,7 +64,7 @@ def check(node: str, model, sampler, latent: dict, vae, reward: Reward, prompt: 
     needs_gradient(node, reward, "MIRA-DPO Preference or MIRA Search KSampler, which only rank images by it")
     needs_prompt(node, reward, prompt)
     check_latent(node, model, latent, vae, sampler, values)
-    free = values.get("variables") if values.get("method", AS_SET) == AS_SET else None
+    free = values.get("variables") if as_set(values) else None
     if free in ("injected", "late") and not injects_noise(sampler, model.get_model_object("model_sampling")):
         raise ValueError(
             f"{node}: variables is {free}, but the sampler injects no noise: use an ancestral or SDE sampler, such as "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import comfy.samplers
@@ -19,18 +20,13 @@ def why_not_differentiable(sampler, model_sampling) -> str | None:
     """Run the sampler's twin on a toy model for three steps: None, or why its trajectory cannot be optimised."""
     if not isinstance(sampler, comfy.samplers.KSAMPLER):
         return f"{type(sampler).__name__} is not a k-diffusion sampler"
-    with torch.inference_mode(False), torch.enable_grad():
-        model_sampling = copy.deepcopy(model_sampling)
-        leave_inference_mode(model_sampling)
-        return _try_on_a_toy(sampler, model_sampling)
+    with _toy(sampler, model_sampling, gradient=True) as (run, x, _):
+        return _try_on_a_toy(run, x)
 
 
 def injects_noise(sampler, model_sampling) -> bool:
     """Whether noise beyond the initial one changes what the sampler gives. (Some draw it, and take none of it.)"""
-    with torch.inference_mode(False), torch.no_grad():
-        model_sampling = copy.deepcopy(model_sampling)
-        leave_inference_mode(model_sampling)
-        run, x = _toy(sampler, model_sampling)
+    with _toy(sampler, model_sampling) as (run, x, _):
         noises: list = []
         out = run(x, noises)
         return not torch.equal(run(x, [z + 1 for z in noises], replay=True), out)
@@ -38,30 +34,33 @@ def injects_noise(sampler, model_sampling) -> bool:
 
 def goes_in_pieces(sampler, model_sampling) -> bool:
     """Whether the sampler's steps one by one give what it gives at once: not where it remembers earlier ones."""
-    with torch.inference_mode(False), torch.no_grad():
-        model_sampling = copy.deepcopy(model_sampling)
-        leave_inference_mode(model_sampling)
-        run, x = _toy(sampler, model_sampling)
+    with _toy(sampler, model_sampling) as (run, x, sigmas):
         noises: list = []
         whole = run(x, noises)
-        steps = _sigmas(model_sampling).unfold(0, 2, 1)
         rest = iter(noises)
         try:
-            for step in steps:
+            for step in sigmas.unfold(0, 2, 1):
                 x = run(x, rest, replay=True, sigmas=step)
         except StopIteration:
             return False
         return next(rest, None) is None and torch.allclose(x, whole, rtol=1e-4, atol=1e-5)
 
 
-def _sigmas(model_sampling) -> Tensor:
-    low, high = float(model_sampling.sigma_min), float(model_sampling.sigma_max)
-    return torch.tensor([high, math.sqrt(high * low), low, 0.0])
+@contextmanager
+def _toy(sampler, model_sampling, gradient: bool = False) -> Iterator[tuple[Callable, Tensor, Tensor]]:
+    """(run(x, noises, replay, sigmas), a state to begin from, all sigmas): the sampler's twin on a model of one line,
+    outside ComfyUI's inference mode.
+    """
+    with torch.inference_mode(False), torch.set_grad_enabled(gradient):
+        model_sampling = copy.deepcopy(model_sampling)
+        leave_inference_mode(model_sampling)
+        low, high = float(model_sampling.sigma_min), float(model_sampling.sigma_max)
+        schedule = torch.tensor([high, math.sqrt(high * low), low, 0.0])
+        start = torch.linspace(-1, 1, 16).reshape(1, 4, 2, 2) * high
+        yield _runner(sampler, model_sampling, schedule), start, schedule
 
 
-def _toy(sampler, model_sampling) -> tuple[Callable, Tensor]:
-    """(run(x, noises, replay), a state to begin from): the sampler's twin on a model of one line."""
-
+def _runner(sampler, model_sampling, schedule: Tensor) -> Callable:
     def toy(x, sigma, **kwargs):
         # Any function that depends on x at every noise level will do.
         denoised = x / (1 + sigma.reshape(-1, 1, 1, 1))
@@ -75,7 +74,6 @@ def _toy(sampler, model_sampling) -> tuple[Callable, Tensor]:
     )
     model = StandIn(toy, toy)
     options = {k: v for k, v in sampler.extra_options.items() if k != "noise_sampler"}
-    schedule = _sigmas(model_sampling)
 
     def run(x: Tensor, noises: list | Iterator, replay: bool = False, sigmas: Tensor = schedule) -> Tensor:
         rest = iter(noises)
@@ -90,11 +88,10 @@ def _toy(sampler, model_sampling) -> tuple[Callable, Tensor]:
             model, x, sigmas, extra_args={"seed": 0, "model_options": {}}, callback=None, disable=True, **options
         )
 
-    return run, torch.linspace(-1, 1, 16).reshape(1, 4, 2, 2) * float(schedule[0])
+    return run
 
 
-def _try_on_a_toy(sampler, model_sampling) -> str | None:
-    run, start = _toy(sampler, model_sampling)
+def _try_on_a_toy(run: Callable, start: Tensor) -> str | None:
     counts = []
     for scale in (1.0, 3.0):
         x = (start * scale).requires_grad_()

@@ -304,11 +304,16 @@ def trace_outputs() -> list:
     ]
 
 
+def as_set(values: dict) -> bool:
+    """Whether the node's own inputs say how it runs, and not another author's method."""
+    return values.get("method", AS_SET) == AS_SET
+
+
 def settings_of(values: dict, kind: type = Settings):
     """The `kind` of settings, `Settings` or `PreferenceSettings`, that a node's values say."""
     names = set(kind.__dataclass_fields__)
     chosen = {k: v for k, v in values.items() if k in names} | {"lr": values["learning_rate"]}
-    if values.get("method", AS_SET) != AS_SET and kind is Settings:
+    if not as_set(values) and kind is Settings:
         chosen |= RIVALS[values["method"]]
     if kind is Settings:
         chosen["hold"] = held(chosen)
@@ -317,7 +322,7 @@ def settings_of(values: dict, kind: type = Settings):
 
 def gradient_steps(values: dict) -> int:
     """Through how many steps the gradient goes, for a node's values."""
-    return values.get("gradient_steps", 0) if values.get("method", AS_SET) == AS_SET else 0
+    return values.get("gradient_steps", 0) if as_set(values) else 0
 
 
 def held(chosen: dict) -> str:

@@ -65,6 +65,11 @@ class Path:
         )
 
 
+def escapes(denoiser: Denoiser, kwargs: dict) -> bool:
+    """Whether more goes out of this call of the denoiser than its return value (CFG++ samplers take it)."""
+    return getattr(denoiser, "escapes", lambda kwargs: False)(kwargs)
+
+
 def weight_marginal(nsr: Tensor, nsr_next: Tensor) -> Tensor:
     """w_t = 1 - abar_t (reading a): a term is ||eps_hat||^2."""
     return torch.ones_like(nsr)
@@ -219,7 +224,7 @@ class Rollout:
             with blocks():
                 return denoiser(x, sigma, **kwargs)
 
-        if getattr(denoiser, "escapes", lambda kwargs: False)(kwargs):
+        if escapes(denoiser, kwargs):
             # No dropout in a frozen model, so no random state to keep.
             return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
         return _Recomputed.apply(x, run)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .candidates import towards
 from .memory import out_of_memory
 from .optimize import Result, Score, Settings
-from .rollout import Denoiser, NoiseSource, Path, Record, Rollout, per_image
+from .rollout import Denoiser, NoiseSource, Path, Record, Rollout, escapes, per_image
 from .seeds import stream
 from .surrogates import SURROGATES
 from .trace import Trace
@@ -297,16 +297,17 @@ class _Search:
         def work(some: Sequence[int]) -> None:
             calls = 0
             record, drawn, latest = Record(self.rollout), [], []
-            ready = [] if known is None else [known[list(some)].flatten(0, 1)]
+            ready = None if known is None else known[list(some)].flatten(0, 1)
 
             def wrap(denoiser: Denoiser) -> Denoiser:
                 def measured(x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
-                    nonlocal calls
-                    # A CFG++ sampler takes more out of a call than what it returns.
-                    known_is_all = not getattr(denoiser, "escapes", lambda kwargs: False)(kwargs)
-                    calls += not (ready and known_is_all)
-                    out = ready.pop() if ready and known_is_all else denoiser(x, sigma, **kwargs)
-                    ready.clear()
+                    nonlocal calls, ready
+                    if ready is None or escapes(denoiser, kwargs):
+                        out = denoiser(x, sigma, **kwargs)
+                        calls += 1
+                    else:
+                        out = ready
+                    ready = None
                     latest[:] = [record(x, sigma, out)]
                     return latest[0]
 
