@@ -52,7 +52,7 @@ def hybrid(
     trace, iterates = Trace(), []
     best = best_noises = None
     best_reward, kept = torch.full((batch,), -math.inf, dtype=torch.double), torch.zeros(batch, dtype=torch.long)
-    runs, reason = 0, "all rounds done"
+    runs, reason, cut_short = 0, "all rounds done", False
 
     def record(k: int, rows: list[dict], latent: Tensor, z: Sequence[Tensor], images: Tensor) -> None:
         nonlocal best, best_noises, best_reward, kept
@@ -82,10 +82,9 @@ def hybrid(
             rollout, score, z, replace(inner, iterations=iterations), reference=reference, on_iteration=seen,
             interrupts=interrupts, memory=memory,
         )  # fmt: skip
-        # A trajectory whose reward or gradient is not finite ends alone; a cancelled one ends the run.
-        short = done.reason.startswith(("interrupted", "out of memory"))
         trace.notices.extend(n for n in done.trace.notices if n not in trace.notices)
-        return *latest, done.last, list(done.best_noises), done.reason if short else None
+        # A trajectory whose reward or gradient is not finite ends alone; a cancelled one ends the run.
+        return *latest, done.last, list(done.best_noises), done.reason if done.cut_short else None
 
     try:
         rows, images, latent, z, _ = climb(trajectories[0], None, 0)
@@ -111,7 +110,7 @@ def hybrid(
             winner = [_picked(z, index) for z in zip(*(e[3] for e in ends), strict=True)]
             record(k, rows, _picked([e[2] for e in ends], index), winner, _picked([e[1] for e in ends], index))
             if ended:
-                reason = ended
+                reason, cut_short = ended, True
                 break
             if reference is None and k < settings.rounds:
                 with torch.no_grad():
@@ -123,14 +122,14 @@ def hybrid(
     except RuntimeError as problem:
         if not out_of_memory(problem) or best is None:
             raise
-        reason = f"out of memory after round {trace.rows[-1]['iteration']}"
+        reason, cut_short = f"out of memory after round {trace.rows[-1]['iteration']}", True
     except interrupts:
         if best is None:
             raise
-        reason = f"interrupted after round {trace.rows[-1]['iteration']}"
+        reason, cut_short = f"interrupted after round {trace.rows[-1]['iteration']}", True
     trace.kept, trace.reasons = kept.tolist(), [reason] * batch
     trace.settings |= {"evaluations": runs * steps}
-    return Result(best, iterates[-1].to(best), tuple(best_noises), trace, reason, iterates)
+    return Result(best, iterates[-1].to(best), tuple(best_noises), trace, reason, iterates, cut_short)
 
 
 def _picked(values: Sequence[Tensor], index: Tensor) -> Tensor:

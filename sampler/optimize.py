@@ -140,7 +140,7 @@ class Score:
 class Result:
     """best, last: latents (B, C, ...). best_noises: the trajectory of the best iterate. reason: why it ended.
 
-    iterates: the latents of every iteration, on the CPU.
+    iterates: the latents of every iteration, on the CPU. cut_short: by an interrupt, or for want of memory.
     """
 
     best: Tensor
@@ -149,6 +149,7 @@ class Result:
     trace: Trace
     reason: str
     iterates: list[Tensor]
+    cut_short: bool = False
 
 
 @dataclass
@@ -219,7 +220,7 @@ def optimize(
         reasons=[None] * batch,
     )
     trace, iterates = Trace(), []
-    k, reason, latest = 0, "", None
+    k, reason, latest, cut_short = 0, "", None, False
     while k <= settings.iterations:
         started = time.perf_counter()
         try:
@@ -243,12 +244,12 @@ def optimize(
                 continue
             if state.keeper.latent is None:
                 raise
-            reason = f"out of memory at iteration {k}"
+            reason, cut_short = f"out of memory at iteration {k}", True
             break
         except interrupts:
             if state.keeper.latent is None:
                 raise
-            reason = f"interrupted at iteration {k}"
+            reason, cut_short = f"interrupted at iteration {k}", True
             break
         if k < settings.iterations:
             _stop(state, settings, k, drift.cpu())
@@ -261,7 +262,7 @@ def optimize(
     reason = reason or "all iterations done"
     trace.kept = state.keeper.iteration.tolist()
     trace.reasons = [r or reason for r in state.reasons]
-    return Result(state.keeper.latent, latest, tuple(state.keeper.noises), trace, reason, iterates)
+    return Result(state.keeper.latent, latest, tuple(state.keeper.noises), trace, reason, iterates, cut_short)
 
 
 def _evaluate(rollout: Rollout, score, state: _State, settings: Settings, gradient: bool) -> _Evaluation:

@@ -168,7 +168,7 @@ def prefer(
         book.choices += [[book.k, b, *choice] for b, choice in enumerate(of_each)]
         return verdict
 
-    reason, references = "", []
+    reason, references, cut_short = "", [], False
     while book.k < settings.iterations:
         started = time.perf_counter()
         book.remember()
@@ -194,12 +194,12 @@ def prefer(
                 continue
             if book.kept.latent is None:
                 raise
-            reason = f"out of memory at iteration {book.k}"
+            reason, cut_short = f"out of memory at iteration {book.k}", True
             break
         except interrupts:
             if book.kept.latent is None:
                 raise
-            reason = f"interrupted at iteration {book.k}"
+            reason, cut_short = f"interrupted at iteration {book.k}", True
             break
         except _Back:
             book.restore(1)
@@ -223,7 +223,7 @@ def prefer(
     trace.reasons = [reason] * len(trace.kept)
     trace.settings["choices"] = book.choices
     trace.settings["evaluations"] = {"forward": run.evaluations, "backward": run.backwards}
-    return Result(kept.latent, found[0].path.x0, tuple(kept.noises), trace, reason, book.iterates)
+    return Result(kept.latent, found[0].path.x0, tuple(kept.noises), trace, reason, book.iterates, cut_short)
 
 
 class _Stop(Exception):

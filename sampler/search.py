@@ -603,22 +603,22 @@ def search(
         )
     run = _Search(chain, rollout, score, noises, settings, seed, most, on_iteration, memory)
     particles = log_weights = None
-    reason = "all particles done"
+    reason, cut_short = "all particles done", False
     try:
         run.plain()
         particles, log_weights = getattr(run, settings.method)()
     except RuntimeError as problem:
         if not out_of_memory(problem) or run.best is None:
             raise
-        reason = f"out of memory after row {run.trace.rows[-1]['iteration']}"
+        reason, cut_short = f"out of memory after row {run.trace.rows[-1]['iteration']}", True
     except interrupts:
         if run.best is None:
             raise
-        reason = f"interrupted after row {run.trace.rows[-1]['iteration']}"
+        reason, cut_short = f"interrupted after row {run.trace.rows[-1]['iteration']}", True
     trace = run.trace
     trace.kept, trace.reasons = run.kept.tolist(), [reason] * run.batch
     trace.settings |= {"evaluations": run.calls, "backwards": run.backwards}
     return SearchResult(
         run.best, run.iterates[-1].to(run.best), tuple(run.best_noises), trace, reason, run.iterates,
-        particles, log_weights,
+        cut_short, particles, log_weights,
     )  # fmt: skip

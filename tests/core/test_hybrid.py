@@ -68,6 +68,7 @@ def test_stopped_in_the_middle_it_hands_back_the_best_so_far(after):
 
     result = hybrid(rollout, stopping, z, SETTINGS, seed=1, interrupts=(Stop,))
     assert "interrupted" in result.reason or "stopped in round" in result.reason
+    assert result.cut_short
     best = [max(r["reward"] for r in result.trace.of(b)) for b in range(2)]
     assert score(result.best).total.tolist() == pytest.approx(best)
 
@@ -83,7 +84,7 @@ def test_a_trajectory_that_is_not_finite_dies_alone(dead):
         return out if len(looks) != dead + 5 else Score(out.total * torch.nan, out.parts, out.images)
 
     result = hybrid(rollout, failing, z, SETTINGS, seed=1)
-    assert result.reason == "all rounds done"
+    assert result.reason == "all rounds done" and not result.cut_short
     assert [r["iteration"] for r in result.trace.of(0)] == [0, 1, 2, 3, 4]
     assert result.trace.summary(0)[1]["reward"] > result.trace.summary(0)[0]["reward"] / 4
 

@@ -200,7 +200,7 @@ def failing(at, problem):
 
 def test_an_interrupt_hands_back_the_best_so_far():
     result = run(Settings(iterations=10, beta=0), failing(4, Cancelled()), interrupts=(Cancelled,))
-    assert result.reason == "interrupted at iteration 4"
+    assert result.reason == "interrupted at iteration 4" and result.cut_short
     assert result.trace.kept == [3, 3] and len(result.trace.of(0)) == 4
     torch.testing.assert_close(result.best, run(Settings(iterations=3, beta=0)).best)
 
@@ -231,7 +231,7 @@ def test_out_of_memory_goes_on_thriftier_and_then_ends_with_the_best():
     result = run(Settings(iterations=10, beta=0), score, r=r)
     assert r.memory == "per_block"
     assert len(result.trace.notices) == 2 and "per_step" in result.trace.notices[0]
-    assert result.reason == "out of memory at iteration 6"
+    assert result.reason == "out of memory at iteration 6" and result.cut_short
     torch.testing.assert_close(result.best, run(Settings(iterations=5, beta=0)).best)
 
 
@@ -264,6 +264,7 @@ def test_not_finite_for_good_gives_up_with_the_best():
 
     result = run(Settings(iterations=50, beta=0), score)
     assert result.reason == "reward or gradient not finite 4 times in a row"
+    assert not result.cut_short
     assert result.trace.kept == [3, 3] and torch.isfinite(result.best).all()
     assert len(result.trace.of(0)) < 12
 

@@ -190,6 +190,7 @@ def test_skipped_ties_change_nothing():
 def test_a_judge_that_finds_all_equal_is_told():
     result = run(PreferenceSettings(iterations=20, patience=3), judged(lambda images: images.new_zeros(len(images))))
     assert "3 ties in a row" in result.reason and "no preference can be learned" in result.reason
+    assert not result.cut_short
     assert len(result.trace.of(0)) == 3
 
 
@@ -238,6 +239,7 @@ def test_an_interrupt_keeps_the_best_so_far():
 
     result = run(PreferenceSettings(iterations=9, lr=0.1), judge, interrupts=(Interrupted,))
     assert result.reason == "interrupted at iteration 3" and result.trace.kept == [2, 2]
+    assert result.cut_short
     with pytest.raises(Interrupted):
         run(PreferenceSettings(), lambda k, c: (_ for _ in ()).throw(Interrupted()), interrupts=(Interrupted,))
 

@@ -245,6 +245,7 @@ def test_what_was_found_before_it_was_stopped_comes_back(method, problem_kind):
     settings = SearchSettings(method, particles=6, rounds=5, interval=2)
     result = search(chain, rollout, score, z, settings, most=1, interrupts=(Stop,))
     assert ("interrupted" if problem_kind == "interrupt" else "out of memory") in result.reason
+    assert result.cut_short
     assert torch.isfinite(result.best).all()
     assert result.best.flatten().tolist() == pytest.approx(
         [max(r["reward"] for r in result.trace.of(b)) for b in range(2)], rel=1e-5
