@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import files, judges, live
 from .demo import MiraDemoAesthetic, MiraDemoCLIPScore, MiraDemoModel
 from .guidance import MiraDyMOGuider, MiraRLGuidance
+from .initno import MiraInitNONoise
 from .loaders import (
     MiraLoadAestheticReward,
     MiraLoadCLIPScore,
@@ -35,6 +36,7 @@ NODES: list[type[io.ComfyNode]] = [
     MiraSearchKSampler,
     MiraRLGuidance,
     MiraDyMOGuider,
+    MiraInitNONoise,
     MiraPixelReward,
     MiraJPEGReward,
     MiraLoadAestheticReward,

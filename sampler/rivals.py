@@ -28,7 +28,7 @@ RIVALS: dict[str, dict] = {
         "variables": "initial", "optimizer": "sgd", "lr": 5.0, "clip_norm": 0.1, "regularizer": "chi", "beta": 0.01,
         "keep": "best_reward",
     },
-    # arXiv 2404.04650: its parameterisation and KL, on the given reward in place of its attention losses
+    # arXiv 2404.04650: its parameterisation and KL on the given reward; with its own attention losses: initno.py
     "initno": _ALONE
     | {
         "variables": "initno", "optimizer": "adam", "lr": 0.01, "regularizer": "none", "beta": 1.0,

@@ -18,6 +18,11 @@ SUBSETS: dict[str, Callable[[int], range]] = {
 VARIABLES = (*SUBSETS, "initno")
 
 
+def standard_kl(mu: Tensor, variance: Tensor) -> Tensor:
+    """KL(N(mu, variance) || N(0, 1)) of every element."""
+    return (mu.square() + variance - 1 - variance.log()) / 2
+
+
 class Variables:
     """The leaves that an optimiser steps, and the noises that they make.
 
@@ -58,5 +63,4 @@ class Variables:
         if self.name != "initno":
             return None
         mu, sigma = self.leaves
-        square = sigma.square().clamp(min=1e-12)
-        return ((mu.square() + square - 1 - square.log()) / 2).flatten(1).mean(1)
+        return standard_kl(mu, sigma.square().clamp(min=1e-12)).flatten(1).mean(1)

@@ -79,6 +79,16 @@ The result is a MODEL: sample it with any node, or optimise its noises.""",
 preference term of DyMO. The step has the length of what the prompt changes in the prediction, times `scale`. Nothing is
 optimised and nothing is searched, so it is the cheapest way to more reward, and the least sure one. DyMO's other term,
 on attention maps, is not in it: `start_percent` leaves the beginning to the prompt instead.""",
+    "MiraInitNONoise": """For prompts of which the model forgets half: *a cat and a dog* that become one animal. Name the
+subjects in `words`, and the seed's noise is changed a little, before anything is sampled, until the model's attention
+answers to every one of them in the first step (`response`), and in different places (`conflict`); if that does not
+succeed, other noises are tried. `report` says what both scores were and became.
+
+Give `clip`, `prompt`, `sigmas` and `latent_image` as the sampler gets them, and the noise to SamplerCustomAdvanced, or to
+MIRA Optimize Sampler (Advanced), which goes on from there for a reward. It works by the attention of UNets (SD1.5, SDXL
+and their like); Flux, SD3 and other transformers are refused. No reward is in it.
+
+Thresholds are the authors', for SD1.5. The demo model paints one subject at a time, and its prompts gain nothing by it.""",
     "MiraPixelReward": """A reward that is a formula of the pixels, with a gradient and without any file: brightness,
 darkness, contrast, colourfulness, sharpness, symmetry, or the match to a reference image (for colours and composition).
 Simple rewards are hacked quickly: keep the drift limit low.""",

@@ -80,6 +80,7 @@ def test_registration():
         "MiraSearchKSampler": ["optimized", "plain", "trace"],
         "MiraRLGuidance": ["guided"],
         "MiraDyMOGuider": ["guider"],
+        "MiraInitNONoise": ["noise", "report"],
         "MiraDriftMonitor": ["plot", "table", "verdict", "gain", "drift", "clip_score", "cmmd"],
         "MiraLoadTrace": ["trace"],
         "MiraScoreImages": ["scores", "text"],
@@ -121,6 +122,10 @@ def test_registration():
     assert [i.id for i in listed["MiraRLGuidance"].inputs] == ["model", "tuned", "weight", "schedule", "power"]
     assert [i.id for i in listed["MiraDyMOGuider"].inputs] == [
         "model", "positive", "negative", "vae", "reward", "cfg", "scale", "start_percent", "end_percent", "prompt"
+    ]  # fmt: skip
+    assert [i.id for i in listed["MiraInitNONoise"].inputs] == [
+        "model", "clip", "latent_image", "sigmas", "prompt", "words", "seed", "rounds", "iterations", "response",
+        "conflict",
     ]  # fmt: skip
 
 

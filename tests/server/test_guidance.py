@@ -64,6 +64,32 @@ def ksampler(model):
     )  # fmt: skip
 
 
+def test_initno_makes_the_noise_of_a_custom_sampler(server):
+    prompt = base(
+        **{
+            "6": node("BasicScheduler", model=["1", 0], scheduler="normal", steps=6, denoise=1.0),
+            "7": node("CFGGuider", model=["1", 0], positive=["2", 0], negative=["3", 0], cfg=5.0),
+            "8": node("KSamplerSelect", sampler_name="euler"),
+            "9": node(
+                "MiraInitNONoise", model=["1", 0], clip=["1", 1], latent_image=["4", 0], sigmas=["6", 0],
+                prompt=PROMPT, words="fox", seed=11, rounds=1, iterations=2, response=0.0, conflict=0.3,
+            ),
+            "10": node(
+                "SamplerCustomAdvanced", noise=["9", 0], guider=["7", 0], sampler=["8", 0], sigmas=["6", 0],
+                latent_image=["4", 0],
+            ),
+            "11": node("PreviewAny", source=["9", 1]),
+        }
+    )  # fmt: skip
+    outputs = run(server, scored(prompt, ["10", 0]))
+    (report,) = outputs["11"]["text"]
+    assert report.count("image") == 2 and "of 3 evaluations" in report
+    assert len(outputs["92"]["images"]) == 2
+    prompt["9"]["inputs"]["words"] = "wolf"
+    with pytest.raises(ServerError, match="words has 'wolf', which is not in the prompt"):
+        run(server, scored(prompt, ["10", 0]))
+
+
 def guided(weight):
     return base(
         **{

@@ -1,0 +1,134 @@
+"""InitNO on attention maps that are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bench.pack import mira
+
+initno = mira("sampler.initno")
+Maps, Settings = initno.Maps, initno.Settings
+SIDE, TOKENS = 5, 5  # start, three words, end
+CENTRE = 1 / (1 + 2 * math.exp(-2)) ** 2  # of the blur
+
+
+def flat() -> torch.Tensor:
+    return torch.zeros(SIDE, SIDE, TOKENS)
+
+
+def own(*, shared: bool) -> torch.Tensor:
+    """Every position attends to the whole image, or to its own row alone."""
+    if shared:
+        return torch.ones(SIDE**2, SIDE, SIDE) / SIDE**2
+    rows = torch.zeros(SIDE, SIDE, SIDE, SIDE)
+    for r in range(SIDE):
+        rows[r, :, r] = 1 / SIDE
+    return rows.flatten(0, 1)
+
+
+def test_response_is_of_the_subject_that_is_answered_least():
+    cross = flat()
+    cross[2, 2, 1] = 1.0  # there the softmax over three words is 1, and a third everywhere else
+    response, conflict = initno.scores(Maps(cross, own(shared=True)), [[1]])
+    assert response.item() == pytest.approx(1 - (CENTRE + (1 - CENTRE) / 3), abs=1e-5) and conflict.item() == 0
+    both, _ = initno.scores(Maps(cross, own(shared=True)), [[1], [2]])
+    assert both.item() == pytest.approx(2 / 3, abs=1e-5)
+
+
+def test_start_and_end_do_not_compete():
+    cross = flat()
+    cross[..., 0] = cross[..., -1] = 9.0
+    cross[..., 2] = 1.0
+    assert initno.scores(Maps(cross, own(shared=True)), [[2]])[0].item() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("shared", "expected"), [(True, 0.5), (False, 0.0)])
+def test_conflict_is_the_overlap_of_what_the_places_attend_to(shared, expected):
+    cross = flat()
+    cross[0, :, 1] = 1.0
+    cross[4, :, 2] = 1.0
+    response, conflict = initno.scores(Maps(cross, own(shared=shared)), [[1], [2]])
+    assert response < initno.ANSWERED and conflict.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_where_nobody_answers_places_are_not_known():
+    response, conflict = initno.scores(Maps(flat(), own(shared=True)), [[1], [2]])
+    assert response > initno.ANSWERED and conflict == 0
+
+
+def test_the_kl_is_held_along_the_same_way():
+    mu, log_variance = torch.full((1, 1, 4, 4), 0.3), torch.full((1, 1, 4, 4), -0.2)
+    initno.held(mu, log_variance)
+    variance = log_variance.exp()
+    kl = ((mu.square() + variance - 1 - log_variance) / 2).mean().item()
+    assert 0.98 * initno.KL < kl <= initno.KL and (mu / log_variance).mean().item() == pytest.approx(-1.5)
+    near = torch.full((1, 1, 4, 4), 0.01)
+    initno.held(near, torch.zeros_like(near))
+    assert (near == 0.01).all()
+
+
+def attend(z: torch.Tensor) -> Maps:
+    """The more the noise's mean, the more attention to the first word, in the middle."""
+    cross = flat()
+    cross[..., 1] = 0.02 + z.mean()
+    return Maps(cross, own(shared=True))
+
+
+def improve(settings, noise=None, seed=0, attend=attend, **more):
+    noise = torch.zeros(1, 4, SIDE, SIDE) if noise is None else noise
+    return initno.improve(attend, noise, [[1]], settings, torch.Generator().manual_seed(seed), **more)
+
+
+def test_noise_moves_towards_the_answer_and_not_far():
+    found = improve(Settings(rounds=1, iterations=6, response=0.0))
+    assert len(found.rows) == 7 and found.rows[6][2] < found.rows[0][2] / 10 and found.best == 6
+    # From noise of 0 only the mean can move: KL = mean(mu^2) / 2.
+    assert 0.9 * initno.KL < found.noise.square().mean() / 2 <= initno.KL
+    assert found.reason.startswith("no noise became good")
+
+
+def test_good_noise_is_left_as_it_is():
+    noise = torch.ones(1, 4, SIDE, SIDE)
+    found = improve(Settings(), noise)
+    assert torch.equal(found.noise, noise) and len(found.rows) == 1 and found.reason == "every subject is answered"
+
+
+def test_a_noise_that_does_not_become_good_is_followed_by_another():
+    found = improve(Settings(rounds=6, iterations=2, response=0.0))
+    assert [r[:2] for r in found.rows] == [(n, k) for n in range(6) for k in range(3)]
+    assert found.rows[found.best] == min(found.rows, key=lambda r: r[2] + r[3])
+    again, other = improve(Settings(6, 2, 0.0)), improve(Settings(6, 2, 0.0), seed=1)
+    assert torch.equal(again.noise, found.noise) and again.rows == found.rows and other.rows != found.rows
+
+
+def test_interrupted_it_hands_back_the_best_so_far():
+    def stopping(number, k, *_):
+        if k == 4:
+            raise KeyboardInterrupt
+
+    found = improve(Settings(1, 20, 0.0), on_iteration=stopping, interrupts=(KeyboardInterrupt,))
+    assert found.cut_short and found.best == 4 and "interrupted after 5" in found.reason
+    with pytest.raises(KeyboardInterrupt):
+        improve(Settings(), interrupts=(KeyboardInterrupt,), attend=lambda z: stopping(0, 4))
+
+
+def test_attention_that_is_not_finite_ends_a_noise_and_at_once_it_is_an_error():
+    with pytest.raises(RuntimeError, match="the given noise is not finite"):
+        improve(Settings(), torch.full((1, 4, SIDE, SIDE), torch.nan))
+
+    def breaking(z):
+        maps = attend(z)
+        return Maps(maps.cross * torch.where(z.mean().abs() > 0.015, torch.nan, 1.0), maps.own)
+
+    found = improve(Settings(2, 20, 0.0), attend=breaking)
+    assert [r[0] for r in found.rows[:4]] == [0, 0, 0, 1] and torch.isfinite(found.noise).all()
+    assert math.isnan(found.rows[2][2]) and found.rows[found.best][2] < found.rows[0][2]
+
+
+@pytest.mark.parametrize(("values", "message"), [({"rounds": 0}, "rounds is 0"), ({"iterations": -1}, "negative")])
+def test_settings_say_what_is_wrong(values, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**values)
