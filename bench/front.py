@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from bench.front_tables import DRIFTS, report
 from bench.grid import Failure, Store
+from bench.methods import DEFAULT, GRADIENT_STEPS
 from bench.model import batch_conditioning, sheet
 from bench.pack import ROOT, mira
 from bench.world import World, demo, host
@@ -37,6 +38,7 @@ RAW, OUT = ROOT / "output" / "front", ROOT / "docs" / "results"
 COUNT = 15  # animals in a batch; --part 1 and 2 are the next ones
 STEPS, ITERATIONS, LR, SEED = 8, 10, 0.03, 0
 REWARDS = ("brightness", "darkness", "aesthetic", "JPEG")
+HELD = {name: getattr(DEFAULT, name) for name in ("hold", "drift_limit", "drift_metric", "seeds")}
 
 
 def rewards() -> dict[str, Reward]:
@@ -244,9 +246,8 @@ VARIANTS = {
     "last_1": Variant(gradient_steps=1),
     "last_3": Variant(gradient_steps=3),
     # The nodes' default, and the same with the whole gradient.
-    "default": Variant({"hold": "projection", "drift_limit": 0.05, "drift_metric": "path_kl", "seeds": 4},
-                       gradient_steps=3),
-    "default_all_steps": Variant({"hold": "projection", "drift_limit": 0.05, "drift_metric": "path_kl", "seeds": 4}),
+    "default": Variant(HELD, gradient_steps=GRADIENT_STEPS),
+    "default_all_steps": Variant(HELD),
     "sgd": Variant({"optimizer": "sgd", "lr": 3.0}),
     "normalized": Variant({"optimizer": "normalized"}),
     "normalized_projection": Variant({"optimizer": "normalized", "hold": "projection", "drift_limit": 0.05,

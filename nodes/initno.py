@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 
 import comfy.model_management
 import comfy.sample
@@ -14,7 +15,7 @@ import comfy.samplers
 import comfy.utils
 import torch
 from comfy_api.latest import io
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..sampler.initno import Found, Maps, Settings, improve
 from ..sampler.seeds import stream
@@ -71,28 +72,55 @@ def grid(positions: int, height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
-@dataclass
 class _Listener:
-    """Attention as PyTorch's, with its probabilities noted: of a resolution, or of none but which there are."""
+    """Hears the queries and keys of a UNet's attention: its probabilities at one resolution, or which there are.
 
-    tokens: int
-    positions: int = 0
-    seen: set = field(default_factory=set)
-    maps: dict = field(default_factory=lambda: {"cross": [], "own": []})
+    By hooks on the projections, which every version of ComfyUI has, and which run whatever patches the attention.
+    """
 
-    def __call__(self, function, q, k, v, heads, *args, **kwargs):
+    def __init__(self, tokens: int):
+        self.tokens, self.positions = tokens, 0
+        self.seen: set[tuple[str, int]] = set()
+        self.forget()
+
+    def forget(self) -> None:
+        self.maps: dict[str, list[Tensor]] = {"cross": [], "own": []}
+
+    @contextmanager
+    def on(self, network: nn.Module) -> Iterator[None]:
+        """Must last until after backward: blocks that are recomputed there are heard again."""
+        handles = []
+        for module in network.modules():
+            if all(hasattr(module, name) for name in ("to_q", "to_k", "heads")):
+                of_this = []
+                handles.append(module.to_q.register_forward_hook(partial(self._query, of_this)))
+                handles.append(module.to_k.register_forward_hook(partial(self._key, of_this, module.heads)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _query(self, of_this: list, module, inputs, q: Tensor) -> None:
+        of_this[:] = [q]
+
+    def _key(self, of_this: list, heads: int, module, inputs, k: Tensor) -> None:
+        q = of_this.pop()
         kind = {self.tokens: "cross", q.shape[1]: "own"}.get(k.shape[1])
-        if kind and q.ndim == 3:
+        if kind:
             self.seen.add((kind, q.shape[1]))
             if q.shape[1] == self.positions:
-                self.maps[kind].append(self.probabilities(q, k, heads))
-        return sdpa(function, q, k, v, heads, *args, **kwargs)
+                self.maps[kind].append(probabilities(q, k, heads))
 
-    @staticmethod
-    def probabilities(q: Tensor, k: Tensor, heads: int) -> Tensor:
-        """(positions, keys): the mean over heads of the only image."""
-        q, k = (t[0].float().unflatten(-1, (heads, -1)).transpose(0, 1) for t in (q, k))
-        return (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1).mean(0)
+    def heard(self) -> tuple[Tensor, Tensor]:
+        """(cross (positions, tokens), own (positions, positions)), the mean over layers."""
+        return tuple(torch.stack(self.maps[kind]).mean(0) for kind in ("cross", "own"))
+
+
+def probabilities(q: Tensor, k: Tensor, heads: int) -> Tensor:
+    """(positions, keys): the mean over heads of the only image."""
+    q, k = (t[0].float().unflatten(-1, (heads, -1)).transpose(0, 1) for t in (q, k))
+    return (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1).mean(0)
 
 
 class _Attending(comfy.samplers.Sampler):
@@ -112,31 +140,33 @@ class _Attending(comfy.samplers.Sampler):
             leave_inference_mode(patcher.model)
         full, sigma = self.max_denoise(model_wrap, sigmas), sigmas[:1].to(noise)
 
-        def attend(z: Tensor, listener: _Listener) -> _Listener:
+        options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
+        options.setdefault("transformer_options", {})["optimized_attention_override"] = sdpa
+        listener = _Listener(self.tokens)
+
+        def attend(z: Tensor) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-            options.setdefault("transformer_options", {})["optimized_attention_override"] = listener
+            listener.forget()  # also what the last backward recomputed
             x = inner.model_sampling.noise_scaling(sigma[0], z, latent_image, full)
             model_wrap(x, sigma, **{**extra_args, "model_options": options})
-            return listener
 
-        with training(), frozen([p.model for p in patchers]):
+        with frozen([p.model for p in patchers]), listener.on(inner.diffusion_model):
             with torch.no_grad():
-                grids = attend(noise, _Listener(self.tokens)).seen
-            both = [p for kind, p in grids if kind == "cross" and ("own", p) in grids]
+                attend(noise)
+            both = [p for kind, p in listener.seen if kind == "cross" and ("own", p) in listener.seen]
             if not both:
                 raise ValueError(
                     f"{NODE}: {type(inner.diffusion_model).__name__} has no cross-attention on the prompt's "
                     f"{self.tokens} tokens: use a model with a UNet, such as SD1.5 or SDXL"
                 )
-            positions = min(both, key=lambda p: abs(p - SIDE**2))
-            height, width = grid(positions, *noise.shape[-2:])
+            listener.positions = min(both, key=lambda p: abs(p - SIDE**2))
+            height, width = grid(listener.positions, *noise.shape[-2:])
             thrifty = blocks_checkpointed(inner.diffusion_model, nullcontext) or nullcontext
 
             def maps(z: Tensor) -> Maps:
                 with thrifty():
-                    heard = attend(z, _Listener(self.tokens, positions)).maps
-                cross, own = (torch.stack(heard[kind]).mean(0) for kind in ("cross", "own"))
+                    attend(z)
+                cross, own = listener.heard()
                 return Maps(cross.unflatten(0, (height, width)), own.unflatten(1, (height, width)))
 
             self.found = improve(

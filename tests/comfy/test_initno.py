@@ -47,21 +47,22 @@ def listened(world, clip, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The scores of z, read off a plain forward pass of the UNet."""
     with torch.inference_mode():
         (subject,), tokens = node.places(clip, PROMPT, ["blue"])
-        listener = node._Listener(tokens, 64)
+        listener = node._Listener(tokens)
+        listener.positions = 64
         sigma = world.sigmas(steps=6)[:1]
         x = z * (1 + sigma**2).sqrt()
-        options = {"transformer_options": {"optimized_attention_override": listener}}
         guider = comfy.samplers.CFGGuider(world.model)
         guider.set_conds(clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT)), [])
         guider.set_cfg(1.0)
 
         class Once(comfy.samplers.Sampler):
             def sample(self, model_wrap, sigmas, extra_args, callback, noise, *_):
-                model_wrap(x, sigma, model_options=options, seed=0)
+                with listener.on(model_wrap.inner_model.diffusion_model):
+                    model_wrap(x, sigma, **extra_args)
                 return noise
 
         guider.sample(z, torch.zeros_like(z), Once(), world.sigmas(steps=6), disable_pbar=True, seed=0)
-        cross, own = (torch.stack(listener.maps[kind]).mean(0) for kind in ("cross", "own"))
+        cross, own = listener.heard()
         return mira("sampler.initno").scores(
             mira("sampler.initno").Maps(cross.unflatten(0, (8, 8)), own.unflatten(1, (8, 8))), [subject]
         )
