@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .memory import out_of_memory
 from .variables import standard_kl
 
 SHARPNESS = 100.0  # of the softmax over tokens, which makes a map of the small differences between them
@@ -55,7 +56,7 @@ class Settings:
 class Found:
     """noise: as the given one. rows: (round, iteration, response, conflict) of every evaluation. best: its index.
 
-    reason: why it ended. cut_short: by an interrupt.
+    reason: why it ended. cut_short: by an interrupt, or for want of memory.
     """
 
     noise: Tensor
@@ -112,7 +113,8 @@ def improve(
 
     attend: noise -> `Maps`, differentiable. Noise is mu + sigma z0, and Adam steps mu and log sigma^2, whose KL stays
     within `KL`. A noise that does not become good in time, or whose attention is not finite any more, is followed by a
-    fresh z0 from `generator`. An exception of `interrupts` after the first evaluation ends it with the best so far.
+    fresh z0 from `generator`. An exception of `interrupts` after the first evaluation, and running out of memory, end
+    it with the best so far.
     Raises RuntimeError when the given noise's attention is not finite.
     """
     rows: list[tuple[int, int, float, float]] = []
@@ -144,6 +146,10 @@ def improve(
                     with torch.no_grad():
                         held(mu, log_variance)
             start = torch.randn(noise.shape, generator=generator).to(noise)
+    except RuntimeError as problem:
+        if not out_of_memory(problem) or not rows:
+            raise
+        reason, cut_short = f"out of memory after {len(rows)} evaluations: the best of them", True
     except interrupts:
         if not rows:
             raise

@@ -181,6 +181,34 @@ def search() -> dict[str, Node]:
     }  # fmt: skip
 
 
+def guidance() -> dict[str, Node]:
+    shared = {"sampler": "sampler.SAMPLER", "sigmas": "sigmas.SIGMAS", "latent_image": "latent.LATENT"}
+    conds = {"model": "model.model", "positive": "positive.CONDITIONING", "negative": "negative.CONDITIONING"}
+    return {
+        **demo(),
+        "reward": Node("MiraDemoAesthetic", 1),
+        "sampler": Node("KSamplerSelect", 1, values={"sampler_name": "euler_ancestral"}),
+        "sigmas": Node("BasicScheduler", 1, links={"model": "model.model"}, values={"steps": 20}),
+        "noise": Node(
+            "MiraInitNONoise", 2,
+            links={
+                "model": "model.model", "clip": "model.clip", "latent_image": "latent.LATENT",
+                "sigmas": "sigmas.SIGMAS", "prompt": "prompt.STRING",
+            },
+            values={"words": "fox", "seed": 3, "iterations": 10},
+        ),
+        "dymo": Node(
+            "MiraDyMOGuider", 2, "Leans towards the reward",
+            {**conds, "vae": "model.vae", "reward": "reward.reward"}, {"scale": 0.75},
+        ),
+        "cfg": Node("CFGGuider", 2, "Plain guidance", conds, {"cfg": 5.0}),
+        "guided": Node("SamplerCustomAdvanced", 3, links={**shared, "noise": "noise.noise", "guider": "dymo.guider"}),
+        "unguided": Node("SamplerCustomAdvanced", 3, links={**shared, "noise": "noise.noise", "guider": "cfg.GUIDER"}),
+        **saved("optimized", "guided.output", 4, "Guided", "mira/guided"),
+        **saved("plain", "unguided.output", 4, "The same noise, plain guidance", "mira/plain"),
+    }  # fmt: skip
+
+
 def checkpoint(file: str, size: int, loader: Node, values: dict) -> dict[str, Node]:
     prompt = "a watercolour painting of a fox in the snow"
     base = demo(prompt)
@@ -226,6 +254,7 @@ EXAMPLES = {
     "mira_img2img": img2img,
     "mira_best_of_n": best_of_n,
     "mira_search_jpeg": search,
+    "mira_guidance": guidance,
     "mira_sd15_aesthetic": sd15,
     "mira_sdxl_hps": sdxl,
 }

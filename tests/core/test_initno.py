@@ -104,14 +104,18 @@ def test_a_noise_that_does_not_become_good_is_followed_by_another():
     assert torch.equal(again.noise, found.noise) and again.rows == found.rows and other.rows != found.rows
 
 
-def test_interrupted_it_hands_back_the_best_so_far():
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [(KeyboardInterrupt(), "interrupted after 5"), (torch.OutOfMemoryError("full"), "out of memory after 5")],
+)
+def test_cut_short_it_hands_back_the_best_so_far(stop, said):
     def stopping(number, k, *_):
         if k == 4:
-            raise KeyboardInterrupt
+            raise stop
 
     found = improve(Settings(1, 20, 0.0), on_iteration=stopping, interrupts=(KeyboardInterrupt,))
-    assert found.cut_short and found.best == 4 and "interrupted after 5" in found.reason
-    with pytest.raises(KeyboardInterrupt):
+    assert found.cut_short and found.best == 4 and said in found.reason
+    with pytest.raises(type(stop)):
         improve(Settings(), interrupts=(KeyboardInterrupt,), attend=lambda z: stopping(0, 4))
 
 
