@@ -186,7 +186,7 @@ def guidance() -> dict[str, Node]:
     conds = {"model": "model.model", "positive": "positive.CONDITIONING", "negative": "negative.CONDITIONING"}
     return {
         **demo(),
-        "reward": Node("MiraDemoAesthetic", 1),
+        "reward": Node("MiraPixelReward", 1, values={"measure": "brightness"}),
         "sampler": Node("KSamplerSelect", 1, values={"sampler_name": "euler_ancestral"}),
         "sigmas": Node("BasicScheduler", 1, links={"model": "model.model"}, values={"steps": 20}),
         "noise": Node(
@@ -199,7 +199,7 @@ def guidance() -> dict[str, Node]:
         ),
         "dymo": Node(
             "MiraDyMOGuider", 2, "Leans towards the reward",
-            {**conds, "vae": "model.vae", "reward": "reward.reward"}, {"scale": 0.75},
+            {**conds, "vae": "model.vae", "reward": "reward.reward"}, {"scale": 1.5},
         ),
         "cfg": Node("CFGGuider", 2, "Plain guidance", conds, {"cfg": 5.0}),
         "guided": Node("SamplerCustomAdvanced", 3, links={**shared, "noise": "noise.noise", "guider": "dymo.guider"}),
