@@ -225,6 +225,45 @@ def matched(results: Results, target: str, method: str, drift: str) -> dict | No
             "resamples_reached": share[0].item()}  # fmt: skip
 
 
+def together(results: Results, method: str) -> dict | None:
+    """Of all rewards, counting alike: the gain as a share of DNO's, and adherence less that of DNO stopped at the same
+    reward. Images are resampled for all rewards at once, for they share their noises."""
+    targets = [t for t in results.targets if (t, method) in results.paths or (t, method) in results.finals]
+    targets = [t for t in targets if (t, AGAINST) in results.paths]
+    if method == AGAINST or not targets:
+        return None
+    images = [i for i in results.shared(targets[0], method, AGAINST)
+              if all(i in results.finals[t, m] for t in targets for m in (method, AGAINST))]  # fmt: skip
+    if not images or results.finals[targets[0], method][images[0]].get("adherence") is None:
+        return None
+    g = torch.Generator().manual_seed(0)
+
+    def once(chosen: list) -> tuple[float, float]:
+        shares, kept = [], []
+        for target in targets:
+            final = [results.finals[target, method][i] for i in chosen]
+            reward, adherence = (sum(r[c] for r in final) / len(final) for c in ("reward", "adherence"))
+            x, y = (path(results, target, AGAINST, chosen, c) for c in ("reward", "adherence"))
+            gain = (x.max() - x[0]).item()
+            shares.append((reward - x[0].item()) / gain if gain > 0 else math.nan)
+            kept.append(adherence - at(x, y, reward))
+        return finite_mean(shares), finite_mean(kept)
+
+    share, adherence = once(images)
+    boot = torch.tensor(
+        [once([images[j] for j in torch.randint(len(images), (len(images),), generator=g)]) for _ in range(RESAMPLES)],
+        dtype=torch.double,
+    )
+    errors = [s.std().item() if len(s := c[torch.isfinite(c)]) > RESAMPLES // 2 else math.nan for c in boot.T]
+    return {"method": method, "rewards": len(targets), "images": len(images), "share": share, "share_se": errors[0],
+            "adherence_over_dno": adherence, "adherence_se": errors[1]}  # fmt: skip
+
+
+def finite_mean(values: list[float]) -> float:
+    there = [v for v in values if math.isfinite(v)]
+    return sum(there) / len(there) if there else math.nan
+
+
 def matched_reward(results: Results, target: str, method: str) -> dict | None:
     """Adherence less that of early-stopped DNO at the same reward, for methods that reach what DNO reaches."""
     row = matched(results, target, method, "reward")
@@ -263,6 +302,8 @@ MAIN = {
     "cmmd": "CMMD", "natural": "natural", "win_rate": "wins over DNO", "path_kl": "path KL",
     "score_distance": "score distance", "forward": "forward", "backward": "backward", "seconds": "seconds",
 }  # fmt: skip
+TOGETHER = {"method": "method", "rewards": "rewards", "images": "images", "share": "gain / DNO's", "share_se": "±",
+            "adherence_over_dno": "adherence over DNO"}  # fmt: skip
 MATCHED = {"method": "method", "drift": "drift", "level": "level", "reward_over_dno": "reward over DNO",
            "adherence_over_dno": "adherence over DNO", "resamples_reached": "reached"}  # fmt: skip
 
@@ -285,6 +326,8 @@ def report(folder: Path, out: Path) -> None:
     ]  # fmt: skip
     write(out / "paper.csv", [r for rows in tables.values() for r in rows])
     write(out / "paper_matched.csv", rivals)
+    pooled = [row for m in results.methods if (row := together(results, m))]
+    write(out / "paper_together.csv", pooled)
     parts = [
         "# The paper's comparison on the " + str(store.config["model"]) + " model",
         "Made by `python dev.py bench paper --report` from the runs of this configuration:",
@@ -297,6 +340,12 @@ def report(folder: Path, out: Path) -> None:
         "its own from the seed that it began from. Guided methods have no drift from the frozen model's noises. Errors "
         "of the matched tables are bootstrapped, over the share of resamples (*reached*) in which DNO goes as far.",
     ]
+    if pooled:
+        parts.append(
+            markdown(
+                pooled, TOGETHER, "All rewards together: the gain as a share of DNO's, and adherence at equal reward"
+            )
+        )
     for target, rows in tables.items():
         parts.append(
             markdown(rows, {k: v for k, v in MAIN.items() if any(k in r for r in rows)}, f"Optimised: {target}")

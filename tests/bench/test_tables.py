@@ -69,7 +69,8 @@ def test_a_report_of_a_small_store(tmp_path):
     path = {"path_clip": torch.randn(4, 2, 4, generator=g), "path_judge": torch.randn(4, 2, 4, generator=g)}
     store.write("dno__brightness__0__00", rows_of("dno", 0.1, 0), unit(2) | path)
     for method in ("mira", "mira_beta_0.2", "mira_steps_4", "mira_steps_16"):
-        store.write(f"{method}__brightness__0__00", rows_of(method, 0.05, 0.5), unit(2) | path)
+        shift = -0.5 if method == "mira_beta_0.2" else 0.5
+        store.write(f"{method}__brightness__0__00", rows_of(method, 0.05, shift), unit(2) | path)
     report(tmp_path / "in", tmp_path / "out")
     text = (tmp_path / "out" / "paper.md").read_text()
     assert (tmp_path / "out" / "paper.png").stat().st_size > 1000
@@ -78,6 +79,9 @@ def test_a_report_of_a_small_store(tmp_path):
     assert "| mira | path_kl | 0.150 | 2.000 ±0.000 | -0.375 ±0.000 |" in text
     # After 5 passes DNO, which takes 10, is a third of the way from its first iteration to its second.
     assert "| mira | passes | 5.000 | 2.167 ±0.000 | -0.417 ±0.000 |" in text
+    # All rewards: mira gains 3.5 where DNO gains 3, which it never reaches; at 2.5 DNO has adherence .375.
+    assert "| mira | 1 | 2 | 1.167 | 0.000 |  |" in text
+    assert "| mira_beta_0.2 | 1 | 2 | 0.833 | 0.000 | -0.125 ±0.000 |" in text
     assert '"steps": 8' in text
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"paper.png", "paper_steps.png", "paper_beta.png"}
 
