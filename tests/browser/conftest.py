@@ -116,10 +116,17 @@ class Editor:
         raise TimeoutError("the server is still busy")
 
 
-@pytest.fixture(params=["classic", "vue"])
-def editor(request, browser, frontend):
-    version, server = frontend
+@pytest.fixture(scope="session")
+def context(browser, frontend):
+    """One for all pages of a frontend, whose thousands of files are then fetched once."""
     context = browser.new_context(viewport={"width": 1500, "height": 1000})
+    yield context
+    context.close()
+
+
+@pytest.fixture(params=["classic", "vue"])
+def editor(request, context, frontend):
+    version, server = frontend
     page = context.new_page()
     settings = {"Comfy.VueNodes.Enabled": request.param == "vue", "Comfy.TutorialCompleted": True}
     page.request.post(f"{server.url}/settings", data=settings | {"Comfy.Minimap.Visible": False})
@@ -128,4 +135,5 @@ def editor(request, browser, frontend):
     page.request.post(f"{server.url}/queue", data={"clear": True})
     page.request.post(f"{server.url}/interrupt")
     editor.wait_idle()
-    context.close()
+    page.evaluate("localStorage.clear()")
+    page.close()
