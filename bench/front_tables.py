@@ -43,8 +43,11 @@ def compare(mine: list[dict], plain: list[dict], column: str) -> dict:
     images, a = curves(mine, columns)
     others, b = curves(plain, columns)
     shared = [i for i in images if i in others]
-    a = a[:, :, [images.index(i) for i in shared]]
-    b = b[:, :, [others.index(i) for i in shared]]
+    return compare_curves(a[:, :, [images.index(i) for i in shared]], b[:, :, [others.index(i) for i in shared]])
+
+
+def compare_curves(a: torch.Tensor, b: torch.Tensor) -> dict:
+    """Of (reward and a column, iterations + 1, images), for the same images: see `compare`."""
 
     def once(chosen: torch.Tensor) -> list[float]:
         x, y = a[:, :, chosen].mean(2)
@@ -60,9 +63,10 @@ def compare(mine: list[dict], plain: list[dict], column: str) -> dict:
         return [over(0.25), over(0.5), over(0.75), sum(area) / len(area) if area else math.nan]
 
     g = torch.Generator().manual_seed(0)
-    everyone = once(torch.arange(len(shared)))
-    boot = torch.tensor([once(torch.randint(len(shared), (len(shared),), generator=g)) for _ in range(RESAMPLES)])
-    out: dict = {"images": len(shared)}
+    count = a.shape[2]
+    everyone = once(torch.arange(count))
+    boot = torch.tensor([once(torch.randint(count, (count,), generator=g)) for _ in range(RESAMPLES)])
+    out: dict = {"images": count}
     for n, name in enumerate(("quarter", "half", "three_quarters", "area")):
         spread = boot[:, n][torch.isfinite(boot[:, n])]
         out[name] = everyone[n]
@@ -73,23 +77,33 @@ def compare(mine: list[dict], plain: list[dict], column: str) -> dict:
     return out
 
 
-def seeds(runs: dict, reward: str) -> list[dict]:
-    """A few iterations from each of several seeds, the best reward kept, against more iterations from fewer."""
+def draws(runs: dict, reward: str) -> torch.Tensor | None:
+    """(draws, (reward, adherence, CLIPScore), iterations + 1, images): plain optimisation from three seeds, if run."""
     members = [(reward, n) for n in ("dno", "dno_again_1", "dno_again_2") if (reward, n) in runs]
     if len(members) < 3:
-        return []
-    parts = [curves([r for r in runs[m] if r["part"] == 0], ("reward", "adherence", "clip_score"))[1] for m in members]
-    paths = torch.stack(parts)  # (seeds, columns, iterations + 1, images)
+        return None
+    columns = ("reward", "adherence", "clip_score")
+    return torch.stack([curves([r for r in runs[m] if r["part"] == 0], columns)[1] for m in members])
+
+
+def several(paths: torch.Tensor, count: int) -> torch.Tensor:
+    """(columns, iterations + 1, images): of each image the draw of the highest reward, among `count` of them.
+
+    The mean over all ways to choose so many, so that no draw is favoured.
+    """
+    chosen = []
+    for some in torch.combinations(torch.arange(len(paths)), count):
+        among = paths[some]
+        best = among[:, 0].argmax(0).expand(1, *among.shape[1:])
+        chosen.append(among.gather(0, best)[0])
+    return torch.stack(chosen).mean(0)
+
+
+def seeds(paths: torch.Tensor, reward: str) -> list[dict]:
+    """Some iterations from each of several seeds, the best reward kept: what comes of it, and what it costs."""
     out = []
-    for count in range(1, len(members) + 1):
-        for k in range(paths.shape[2]):
-            # Every choice of `count` seeds, so that no seed is favoured.
-            chosen = []
-            for some in torch.combinations(torch.arange(len(members)), count):
-                at_k = paths[some, :, k]
-                best = at_k[:, 0].argmax(0)
-                chosen.append(at_k[best, :, torch.arange(at_k.shape[2])].T)
-            values = torch.stack(chosen).mean(0).mean(1).tolist()
+    for count in range(1, len(paths) + 1):
+        for k, values in enumerate(several(paths, count).mean(2).T.tolist()):
             row = {"optimised": reward, "seeds": count, "iterations": k, "cost": count * (3 * k + 1)}
             out.append(row | dict(zip(("reward", "adherence", "clip_score"), values, strict=True)))
     return out
@@ -105,6 +119,12 @@ def report(folder: Path, out: Path) -> None:
         for column in ("adherence", "clip_score"):
             compared = compare(mine, runs[reward, "dno"], column)
             rows.append({"reward": reward, "variant": name, "column": column} | compared)
+    drawn = {r: d for r in dict.fromkeys(r for r, _ in runs) if (d := draws(runs, r)) is not None}
+    for reward, paths in drawn.items():
+        for count in range(2, len(paths) + 1):
+            for n, column in enumerate(("adherence", "clip_score"), 1):
+                compared = compare_curves(several(paths, count)[[0, n]], several(paths, 1)[[0, n]])
+                rows.append({"reward": reward, "variant": f"best_of_{count}_runs", "column": column} | compared)
     rows.sort(key=lambda r: (r["column"], r["reward"], -(r["area"] if r["area"] == r["area"] else -9)))
     write(out / "front.csv", rows)
     means = []
@@ -115,8 +135,8 @@ def report(folder: Path, out: Path) -> None:
             row = {"optimised": reward, "variant": name, "images": len(images), "iteration": k}
             means.append(row | dict(zip(columns, of, strict=True)))
     write(out / "front_paths.csv", means)
-    if several := [row for reward in dict.fromkeys(r for r, _ in runs) for row in seeds(runs, reward)]:
-        write(out / "front_seeds.csv", several)
+    if drawn:
+        write(out / "front_seeds.csv", [row for reward, paths in drawn.items() for row in seeds(paths, reward)])
     plot(runs, out / "front.png")
     for row in rows:
         if row["column"] == "adherence":

@@ -30,7 +30,8 @@ own torch code.
 {LIMIT}
 
 An iteration costs about one and a half plain samples, two to three with the whole gradient (`gradient_steps` 0).
-Ancestral and SDE samplers have noise at every step to optimise; `dpm_fast` and `dpm_adaptive` cannot be optimised through. **Cancel** hands back the best image so far with its record.""",
+Ancestral and SDE samplers have noise at every step to optimise; `dpm_fast` and `dpm_adaptive` cannot be optimised
+through. **Cancel** hands back the best image so far with its record.""",
     "MiraOptimizeSamplerAdvanced": f"""MIRA Optimize KSampler for any NOISE, GUIDER, SAMPLER and SIGMAS, as
 SamplerCustomAdvanced takes them: perpendicular guidance, split sigmas (the low half, which ends at 0), custom samplers.
 
