@@ -226,8 +226,9 @@ def matched(results: Results, target: str, method: str, drift: str) -> dict | No
 
 
 def together(results: Results, method: str) -> dict | None:
-    """Of all rewards, counting alike: the gain as a share of DNO's, and adherence less that of DNO stopped at the same
-    reward. Images are resampled for all rewards at once, for they share their noises."""
+    """Of all rewards, counting alike: the gain as a share of DNO's; and of those where DNO goes as far (`reached`),
+    adherence less that of DNO stopped at the same reward. Images are resampled for all rewards at once, for they share
+    their noises; resamples in which DNO falls short are left out."""
     targets = [t for t in results.targets if (t, method) in results.paths or (t, method) in results.finals]
     targets = [t for t in targets if (t, AGAINST) in results.paths]
     if method == AGAINST or not targets:
@@ -238,7 +239,7 @@ def together(results: Results, method: str) -> dict | None:
         return None
     g = torch.Generator().manual_seed(0)
 
-    def once(chosen: list) -> tuple[float, float]:
+    def once(chosen: list) -> tuple[list[float], list[float]]:
         shares, kept = [], []
         for target in targets:
             final = [results.finals[target, method][i] for i in chosen]
@@ -247,21 +248,19 @@ def together(results: Results, method: str) -> dict | None:
             gain = (x.max() - x[0]).item()
             shares.append((reward - x[0].item()) / gain if gain > 0 else math.nan)
             kept.append(adherence - at(x, y, reward))
-        return finite_mean(shares), finite_mean(kept)
+        return shares, kept
 
-    share, adherence = once(images)
+    point = torch.tensor(once(images), dtype=torch.double)
     boot = torch.tensor(
         [once([images[j] for j in torch.randint(len(images), (len(images),), generator=g)]) for _ in range(RESAMPLES)],
         dtype=torch.double,
-    )
+    )  # (resamples, (share, adherence), rewards)
+    reached = torch.isfinite(point[1])
+    share, adherence = point[0].mean().item(), point[1][reached].mean().item()
+    boot = torch.stack([boot[:, 0].mean(1), boot[:, 1][:, reached].mean(1)], 1)
     errors = [s.std().item() if len(s := c[torch.isfinite(c)]) > RESAMPLES // 2 else math.nan for c in boot.T]
     return {"method": method, "rewards": len(targets), "images": len(images), "share": share, "share_se": errors[0],
-            "adherence_over_dno": adherence, "adherence_se": errors[1]}  # fmt: skip
-
-
-def finite_mean(values: list[float]) -> float:
-    there = [v for v in values if math.isfinite(v)]
-    return sum(there) / len(there) if there else math.nan
+            "reached": int(reached.sum()), "adherence_over_dno": adherence, "adherence_se": errors[1]}  # fmt: skip
 
 
 def matched_reward(results: Results, target: str, method: str) -> dict | None:
@@ -303,7 +302,7 @@ MAIN = {
     "score_distance": "score distance", "forward": "forward", "backward": "backward", "seconds": "seconds",
 }  # fmt: skip
 TOGETHER = {"method": "method", "rewards": "rewards", "images": "images", "share": "gain / DNO's", "share_se": "±",
-            "adherence_over_dno": "adherence over DNO"}  # fmt: skip
+            "reached": "of these DNO reaches", "adherence_over_dno": "adherence over DNO"}  # fmt: skip
 MATCHED = {"method": "method", "drift": "drift", "level": "level", "reward_over_dno": "reward over DNO",
            "adherence_over_dno": "adherence over DNO", "resamples_reached": "reached"}  # fmt: skip
 

@@ -14,6 +14,7 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy_api.latest import io
 from torch import Tensor, nn
 
@@ -45,22 +46,35 @@ class MadeNoise:
         return self.noise
 
 
-def places(clip, prompt: str, words: Sequence[str]) -> tuple[list[list[int]], int]:
-    """(where the tokens of each word are in the encoded prompt, how many tokens it has). Raises ValueError."""
+@dataclass(frozen=True)
+class Words:
+    """Where a text's tokens are in its encoding. subjects: of each, as indices of `kept`. kept: all of the `tokens` but
+    those that begin and end a chunk of the text."""
 
-    def numbers(text: str) -> list[int]:
-        chunks = next(iter(clip.tokenize(text).values()))
-        return [token[0] if isinstance(token[0], int) else -1 for chunk in chunks for token in chunk]
+    subjects: list[list[int]]
+    kept: list[int]
+    tokens: int
 
-    ids, empty = numbers(prompt), Counter(numbers(""))
-    found = []
+
+def locate(clip, prompt: str, words: Sequence[str]) -> Words:
+    """Raises ValueError for a word that the prompt does not have."""
+
+    def chunks(text: str) -> list[list]:
+        tokens = next(iter(clip.tokenize(text).values()))
+        return [[token[0] if isinstance(token[0], int) else None for token in chunk] for chunk in tokens]
+
+    encoded, empty = chunks(prompt), Counter(chunks("")[0])
+    ids = [token for chunk in encoded for token in chunk[1:-1]]
+    starts = [sum(map(len, encoded[:n])) for n in range(len(encoded))]
+    kept = [start + n for start, chunk in zip(starts, encoded, strict=True) for n in range(1, len(chunk) - 1)]
+    subjects = []
     for word in words:
-        wanted = [t for t in numbers(word) if t not in empty]
-        starts = [n for n in range(len(ids)) if wanted and ids[n : n + len(wanted)] == wanted]
-        if not starts:
+        wanted = [token for chunk in chunks(word) for token in chunk if token not in empty]
+        where = [n for n in range(len(ids)) if wanted and ids[n : n + len(wanted)] == wanted]
+        if not where or None in wanted:
             raise ValueError(f"{NODE}: words has {word!r}, which is not in the prompt {prompt!r}: write it as there")
-        found.append(list(range(starts[0], starts[0] + len(wanted))))
-    return found, len(ids)
+        subjects.append(list(range(where[0], where[0] + len(wanted))))
+    return Words(subjects, kept, sum(map(len, encoded)))
 
 
 def grid(positions: int, height: int, width: int) -> tuple[int, int]:
@@ -81,10 +95,12 @@ class _Listener:
     def __init__(self, tokens: int):
         self.tokens, self.positions = tokens, 0
         self.seen: set[tuple[str, int]] = set()
-        self.forget()
+        self.listen()
 
-    def forget(self) -> None:
+    def listen(self) -> None:
+        """Anew, until `heard`: what a checkpoint recomputes afterwards would be kept alive for nothing."""
         self.maps: dict[str, list[Tensor]] = {"cross": [], "own": []}
+        self.listening = True
 
     @contextmanager
     def on(self, network: nn.Module) -> Iterator[None]:
@@ -110,10 +126,13 @@ class _Listener:
         if kind:
             self.seen.add((kind, q.shape[1]))
             if q.shape[1] == self.positions:
-                self.maps[kind].append(probabilities(q, k, heads))
+                found = probabilities(q, k, heads)  # also in a recompute, which must do what was done
+                if self.listening:
+                    self.maps[kind].append(found)
 
     def heard(self) -> tuple[Tensor, Tensor]:
         """(cross (positions, tokens), own (positions, positions)), the mean over layers."""
+        self.listening = False
         return tuple(torch.stack(self.maps[kind]).mean(0) for kind in ("cross", "own"))
 
 
@@ -126,9 +145,8 @@ def probabilities(q: Tensor, k: Tensor, heads: int) -> Tensor:
 class _Attending(comfy.samplers.Sampler):
     """Where ComfyUI samples one image, makes its noise better instead. Afterwards: `found`."""
 
-    def __init__(self, subjects, tokens: int, settings: Settings, seed: int, report):
-        self.subjects, self.tokens, self.settings = subjects, tokens, settings
-        self.seed, self.report = seed, report
+    def __init__(self, words: Words, settings: Settings, generator: torch.Generator, report):
+        self.words, self.settings, self.generator, self.report = words, settings, generator, report
         self.found: Found | None = None
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, _=False):
@@ -142,11 +160,13 @@ class _Attending(comfy.samplers.Sampler):
 
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
         options.setdefault("transformer_options", {})["optimized_attention_override"] = sdpa
-        listener = _Listener(self.tokens)
+        for name in ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function"):
+            options.pop(name, None)  # guidance by more passes, which would be heard too; it is the prompt's that counts
+        listener = _Listener(self.words.tokens)
 
         def attend(z: Tensor) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            listener.forget()  # also what the last backward recomputed
+            listener.listen()
             x = inner.model_sampling.noise_scaling(sigma[0], z, latent_image, full)
             model_wrap(x, sigma, **{**extra_args, "model_options": options})
 
@@ -154,10 +174,13 @@ class _Attending(comfy.samplers.Sampler):
             with torch.no_grad():
                 attend(noise)
             both = [p for kind, p in listener.seen if kind == "cross" and ("own", p) in listener.seen]
+            name = type(inner.diffusion_model).__name__
+            if not both and not listener.seen and isinstance(inner.diffusion_model, UNetModel):
+                raise ValueError(f"{NODE}: a patch of model runs another network than its {name}: connect it unpatched")
             if not both:
                 raise ValueError(
-                    f"{NODE}: {type(inner.diffusion_model).__name__} has no cross-attention on the prompt's "
-                    f"{self.tokens} tokens: use a model with a UNet, such as SD1.5 or SDXL"
+                    f"{NODE}: {name} has no cross-attention on the prompt's {self.words.tokens} tokens: use a model "
+                    "with a UNet, such as SD1.5 or SDXL"
                 )
             listener.positions = min(both, key=lambda p: abs(p - SIDE**2))
             height, width = grid(listener.positions, *noise.shape[-2:])
@@ -167,10 +190,11 @@ class _Attending(comfy.samplers.Sampler):
                 with thrifty():
                     attend(z)
                 cross, own = listener.heard()
+                cross = cross[:, self.words.kept]
                 return Maps(cross.unflatten(0, (height, width)), own.unflatten(1, (height, width)))
 
             self.found = improve(
-                maps, noise, self.subjects, self.settings, stream(self.seed, 0), on_iteration=self.report,
+                maps, noise, self.words.subjects, self.settings, self.generator, on_iteration=self.report,
                 interrupts=INTERRUPTS,
             )  # fmt: skip
         return noise
@@ -212,14 +236,14 @@ class MiraInitNONoise(io.ComfyNode):
                     default=DEFAULT.rounds,
                     min=1,
                     max=100,
-                    tooltip="How many noises to try: one that does not become good is followed by another.",
+                    tooltip="How many noises to try, ten updates each; the best one gets the iterations.",
                 ),
                 io.Int.Input(
                     "iterations",
                     default=DEFAULT.iterations,
                     min=0,
                     max=1000,
-                    tooltip="Updates of each; one costs one to two steps of a sample. 0 only chooses among the noises.",
+                    tooltip="Updates of the best noise; each costs about two steps of a sample. 0 only chooses.",
                 ),
                 io.Float.Input(
                     "response",
@@ -256,10 +280,19 @@ class MiraInitNONoise(io.ComfyNode):
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
         if samples.numel() == 0 or samples.ndim != 4:
             raise ValueError(f"{NODE}: latent_image is of shape {tuple(samples.shape)}: give (B, C, H, W), and B not 0")
-        subjects, tokens = places(clip, prompt, names)
+        if clip is None:
+            raise ValueError(f"{NODE}: clip is empty: the checkpoint has no text encoder; connect a CLIP loader's")
+        if "noise_mask" in latent_image:
+            raise ValueError(
+                f"{NODE}: latent_image has a mask, and a subject would be looked for outside of it too: "
+                "connect the latent without it here, and with it to the sampler"
+            )
+        where = locate(clip, prompt, names)
         settings = Settings(rounds, iterations, response, conflict)
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
-        bar = comfy.utils.ProgressBar(len(noise) * rounds * (iterations + 1))
+        numbers = latent_image.get("batch_index", range(len(noise)))
+        evaluations = settings.evaluations
+        bar = comfy.utils.ProgressBar(len(noise) * evaluations)
         made, lines = [], []
         with torch.inference_mode(False), torch.enable_grad(), training():
             guider = comfy.samplers.CFGGuider(static(model))
@@ -267,12 +300,12 @@ class MiraInitNONoise(io.ComfyNode):
             guider.set_cfg(1.0)  # the authors look at the conditional prediction
             guider.model_options = normal(guider.model_options)
             for b in range(len(noise)):
-                before = b * rounds * (iterations + 1)
+                done = iter(range(b * evaluations + 1, (b + 1) * evaluations + 1))
 
-                def report(number: int, k: int, *_, before=before) -> None:
-                    bar.update_absolute(before + number * (iterations + 1) + k + 1)
+                def report(*_, done=done) -> None:
+                    bar.update_absolute(next(done))
 
-                attending = _Attending(subjects, tokens, settings, seed + b, report)
+                attending = _Attending(where, settings, stream(seed, int(numbers[b])), report)
                 given, latent = normal(noise[b : b + 1]), normal(samples[b : b + 1])
                 guider.sample(given, latent, attending, normal(sigmas), disable_pbar=True, seed=seed)
                 found = attending.found
@@ -280,8 +313,8 @@ class MiraInitNONoise(io.ComfyNode):
                 lines.append(described(b, found))
                 if found.cut_short:
                     made += list(normal(noise[b + 1 :]).split(1))
+                    log.warning("%s: %s", NODE, found.reason)
                     break
-        log.info("%s: %s", NODE, " ".join(lines))
         return io.NodeOutput(MadeNoise(seed, torch.cat(made)), "\n".join(lines))
 
 

@@ -1,7 +1,9 @@
 """InitNO (arXiv 2404.04650): an initial noise to which the model's attention answers with every subject of the prompt.
 
-No reward is in it, and no sampling: one denoising step tells. Constants are the authors' (their published code has one
-more loss, on the map's background, which the paper does not; it is left out).
+No reward is in it, and no sampling: one denoising step tells. Constants and schedule are the authors'.
+
+Deviates: the loss on a map's background, which is in their code and not in their paper, is left out; the KL is held by
+scaling, not by descending on it; of all iterates the best is kept, not the last.
 """
 
 from __future__ import annotations
@@ -19,16 +21,19 @@ from .variables import standard_kl
 
 SHARPNESS = 100.0  # of the softmax over tokens, which makes a map of the small differences between them
 ANSWERED = 0.5  # response above which the subjects' places are not known well enough to say that they overlap
+UNKNOWN = 0.5  # what such a conflict counts when noises are compared: as much as any can
+TRIAL = 10  # updates of every noise but the best
 KL = 0.001  # per element: how far N(mu, sigma^2) may go from N(0, 1)
 ADAM = {"lr": 0.01, "eps": 1e-3}
-GRADIENT_SCALE = 2.0**10  # attention in float16 has gradients near its smallest numbers
+GRADIENT_SCALES = (2.0**10, 1.0)  # in float16 they are near its smallest numbers, or for some models its largest
 
 
 @dataclass(frozen=True)
 class Maps:
     """A model's attention for one image at one noise level, the mean over heads and layers of one resolution.
 
-    cross (h, w, tokens): how much of each position's attention goes to each token. own (h * w, h, w): to each position.
+    cross (h, w, tokens): how much of each position's attention goes to each token, but for those that begin and end a
+    text. own (h * w, h, w): how much goes to each position.
     """
 
     cross: Tensor
@@ -37,8 +42,8 @@ class Maps:
 
 @dataclass(frozen=True)
 class Settings:
-    """rounds: noises that are tried, the given one first. iterations: updates of each. response, conflict: both scores
-    below these, and the noise is good (tau of the paper)."""
+    """rounds: noises that are tried, the given one first. iterations: updates of the best of them. response, conflict:
+    both scores below these, and the noise is good (tau of the paper)."""
 
     rounds: int = 5
     iterations: int = 50
@@ -50,6 +55,16 @@ class Settings:
             raise ValueError(f"rounds is {self.rounds}: use 1 for the given noise alone, or more")
         if self.iterations < 0:
             raise ValueError(f"iterations is {self.iterations}: it cannot be negative")
+
+    @property
+    def trial(self) -> int:
+        """Updates of every noise; a single one gets them all."""
+        return min(self.iterations, TRIAL) if self.rounds > 1 else self.iterations
+
+    @property
+    def evaluations(self) -> int:
+        """At most so many."""
+        return self.rounds * (self.trial + 1) + (self.iterations + 1 if self.rounds > 1 and self.iterations else 0)
 
 
 @dataclass
@@ -76,12 +91,12 @@ def smooth(maps: Tensor) -> Tensor:
 def scores(maps: Maps, subjects: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """(response, conflict), both in [0, 1] and better when low.
 
-    subjects: the tokens of each, as indices of `maps.cross`, of which the first (start) and the last (end) do not
-    compete. response: 1 less the largest value of the map of the subject that is answered least. conflict: how much the
-    self-attention of the subjects' places overlaps, the mean over pairs; 0 for one subject.
+    subjects: the tokens of each, as indices of `maps.cross`. response: 1 less the largest value of the map of the
+    subject that is answered least. conflict: how much the self-attention of the subjects' places overlaps, the mean
+    over pairs; 0 for one subject.
     """
-    words = (SHARPNESS * maps.cross.float()[..., 1:-1]).softmax(-1)
-    of_each = smooth(torch.stack([words[..., [t - 1 for t in tokens]].mean(-1) for tokens in subjects]))
+    words = (SHARPNESS * maps.cross.float()).softmax(-1)
+    of_each = smooth(torch.stack([words[..., list(tokens)].sum(-1) for tokens in subjects]))
     peaks, places = of_each.flatten(1).max(1)
     response = 1 - peaks.min()
     if len(subjects) < 2 or response > ANSWERED:
@@ -109,45 +124,64 @@ def improve(
     on_iteration: Callable[[int, int, float, float], None] = lambda *row: None,
     interrupts: tuple[type[BaseException], ...] = (),
 ) -> Found:
-    """From `noise` (1, C, h, w) on, the one of the lowest response + conflict.
+    """From `noise` (1, C, h, w) on, the best one: of the lowest response + conflict.
 
-    attend: noise -> `Maps`, differentiable. Noise is mu + sigma z0, and Adam steps mu and log sigma^2, whose KL stays
-    within `KL`. A noise that does not become good in time, or whose attention is not finite any more, is followed by a
-    fresh z0 from `generator`. An exception of `interrupts` after the first evaluation, and running out of memory, end
-    it with the best so far.
+    attend: noise -> `Maps`, differentiable. Noise is mu + sigma z0, and Adam steps mu and log sigma^2. A noise that is
+    not good after `TRIAL` updates, or cannot go on (no gradient, or values that are not finite), is followed by a
+    fresh z0 from `generator`; after `rounds` of them the best goes on for `iterations`. An exception of `interrupts`
+    after the first evaluation, and running out of memory after the first update, end it with the best so far.
     Raises RuntimeError when the given noise's attention is not finite.
     """
     rows: list[tuple[int, int, float, float]] = []
     best, lowest, index = noise, math.inf, 0
-    reason, cut_short, start = "no noise became good in time: the best of them", False, noise
+    reason, cut_short, updates = "no noise became good in time: the best of them", False, 0
+
+    def climb(number: int, start: Tensor, iterations: int) -> bool:
+        """Whether it became good."""
+        nonlocal best, lowest, index, updates
+        mu, log_variance = leaves = [torch.zeros_like(noise).requires_grad_() for _ in range(2)]
+        adam = torch.optim.Adam(leaves, **ADAM)
+        for k in range(iterations + 1):
+            z = mu + (log_variance / 2).exp() * start
+            response, conflict = scores(attend(z), subjects)
+            row = (number, k, response.item(), conflict.item())
+            rows.append(row)
+            value = row[2] + (row[3] if len(subjects) < 2 or row[2] <= ANSWERED else UNKNOWN)
+            if value < lowest:
+                best, lowest, index = z.detach().clone(), value, len(rows) - 1
+            on_iteration(*row)
+            if row[2] < settings.response and row[3] < settings.conflict:
+                return True
+            if not math.isfinite(value):
+                if lowest == math.inf:
+                    raise RuntimeError("the model's attention to the given noise is not finite")
+                return False
+            if k < iterations:
+                for scale in GRADIENT_SCALES:
+                    gradients = torch.autograd.grad(scale * (response + conflict), leaves, retain_graph=scale > 1)
+                    length = sum(g.float().square().sum() for g in gradients)
+                    if torch.isfinite(length):
+                        break
+                if not (torch.isfinite(length) and length > 0):
+                    return False
+                for leaf, gradient in zip(leaves, gradients, strict=True):
+                    leaf.grad = gradient / scale
+                adam.step()
+                with torch.no_grad():
+                    held(mu, log_variance)
+                updates += 1
+        return False
+
     try:
+        start = noise
         for number in range(settings.rounds):
-            mu, log_variance = (torch.zeros_like(noise).requires_grad_() for _ in range(2))
-            adam = torch.optim.Adam([mu, log_variance], **ADAM)
-            for k in range(settings.iterations + 1):
-                z = mu + (log_variance / 2).exp() * start
-                response, conflict = scores(attend(z), subjects)
-                row = (number, k, response.item(), conflict.item())
-                rows.append(row)
-                if row[2] + row[3] < lowest:
-                    best, lowest, index = z.detach().clone(), row[2] + row[3], len(rows) - 1
-                on_iteration(*row)
-                if row[2] < settings.response and row[3] < settings.conflict:
-                    return Found(best, rows, index, "every subject is answered")
-                if not math.isfinite(row[2] + row[3]):
-                    if lowest == math.inf:
-                        raise RuntimeError("the model's attention to the given noise is not finite")
-                    break
-                if k < settings.iterations:
-                    loss = GRADIENT_SCALE * (response + conflict)
-                    gradients = torch.autograd.grad(loss, [mu, log_variance])
-                    mu.grad, log_variance.grad = (g / GRADIENT_SCALE for g in gradients)
-                    adam.step()
-                    with torch.no_grad():
-                        held(mu, log_variance)
+            if climb(number, start, settings.trial):
+                return Found(best, rows, index, "every subject is answered")
             start = torch.randn(noise.shape, generator=generator).to(noise)
+        if settings.rounds > 1 and settings.iterations and climb(rows[index][0], best, settings.iterations):
+            return Found(best, rows, index, "every subject is answered")
     except RuntimeError as problem:
-        if not out_of_memory(problem) or not rows:
+        if not out_of_memory(problem) or not updates:
             raise
         reason, cut_short = f"out of memory after {len(rows)} evaluations: the best of them", True
     except interrupts:

@@ -89,7 +89,8 @@ Give `clip`, `prompt`, `sigmas` and `latent_image` as the sampler gets them, and
 MIRA Optimize Sampler (Advanced), which goes on from there for a reward. It works by the attention of UNets (SD1.5, SDXL
 and their like); Flux, SD3 and other transformers are refused. No reward is in it.
 
-Thresholds are the authors', for SD1.5. The demo model paints one subject at a time, and its prompts gain nothing by it.""",
+The prompt is encoded here as plain text: what else the sampler's conditioning holds (a ControlNet, areas, an inpainting
+mask) is not looked at. Thresholds and schedule are the authors', for SD1.5. The demo model paints one subject at a time, and its prompts gain nothing by it.""",
     "MiraPixelReward": """A reward that is a formula of the pixels, with a gradient and without any file: brightness,
 darkness, contrast, colourfulness, sharpness, symmetry, or the match to a reference image (for colours and composition).
 Simple rewards are hacked quickly: keep the drift limit low.""",

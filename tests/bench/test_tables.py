@@ -71,6 +71,9 @@ def test_a_report_of_a_small_store(tmp_path):
     for method in ("mira", "mira_beta_0.2", "mira_steps_4", "mira_steps_16"):
         shift = -0.5 if method == "mira_beta_0.2" else 0.5
         store.write(f"{method}__brightness__0__00", rows_of(method, 0.05, shift), unit(2) | path)
+    for method, shift in (("dno", 0), ("mira_beta_0.2", 0.5)):
+        dark = [r | {"target": "darkness"} for r in rows_of(method, 0.1, shift)]
+        store.write(f"{method}__darkness__0__00", dark, unit(2) | path)
     report(tmp_path / "in", tmp_path / "out")
     text = (tmp_path / "out" / "paper.md").read_text()
     assert (tmp_path / "out" / "paper.png").stat().st_size > 1000
@@ -80,8 +83,9 @@ def test_a_report_of_a_small_store(tmp_path):
     # After 5 passes DNO, which takes 10, is a third of the way from its first iteration to its second.
     assert "| mira | passes | 5.000 | 2.167 ±0.000 | -0.417 ±0.000 |" in text
     # All rewards: mira gains 3.5 where DNO gains 3, which it never reaches; at 2.5 DNO has adherence .375.
-    assert "| mira | 1 | 2 | 1.167 | 0.000 |  |" in text
-    assert "| mira_beta_0.2 | 1 | 2 | 0.833 | 0.000 | -0.125 ±0.000 |" in text
+    assert "| mira | 1 | 2 | 1.167 | 0.000 | 0 |  |" in text
+    # Of two rewards, one of which DNO does not reach: the gain is of both, the adherence of the other.
+    assert "| mira_beta_0.2 | 2 | 2 | 1.000 | 0.000 | 1 | -0.125 ±0.000 |" in text
     assert '"steps": 8' in text
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"paper.png", "paper_steps.png", "paper_beta.png"}
 

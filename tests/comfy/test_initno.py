@@ -46,8 +46,8 @@ def given(seed: int = 5, batch: int = 1) -> torch.Tensor:
 def listened(world, clip, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The scores of z, read off a plain forward pass of the UNet."""
     with torch.inference_mode():
-        (subject,), tokens = node.places(clip, PROMPT, ["blue"])
-        listener = node._Listener(tokens)
+        words = node.locate(clip, PROMPT, ["blue"])
+        listener = node._Listener(words.tokens)
         listener.positions = 64
         sigma = world.sigmas(steps=6)[:1]
         x = z * (1 + sigma**2).sqrt()
@@ -64,7 +64,8 @@ def listened(world, clip, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         guider.sample(z, torch.zeros_like(z), Once(), world.sigmas(steps=6), disable_pbar=True, seed=0)
         cross, own = listener.heard()
         return mira("sampler.initno").scores(
-            mira("sampler.initno").Maps(cross.unflatten(0, (8, 8)), own.unflatten(1, (8, 8))), [subject]
+            mira("sampler.initno").Maps(cross[:, words.kept].unflatten(0, (8, 8)), own.unflatten(1, (8, 8))),
+            words.subjects,
         )
 
 
@@ -114,11 +115,38 @@ def test_the_model_is_as_it_was(world, make):
     assert not any(p.requires_grad for p in world.model.model.parameters())
 
 
-def test_words_of_several_tokens_are_found(clip):
+def test_words_of_several_tokens_and_of_long_prompts_are_found(clip):
     with torch.inference_mode():
-        found, tokens = node.places(clip, "two hedgehogs, (one red car:1.2)", ["hedgehogs", "red car"])
-    assert tokens == 77 and [len(f) for f in found] >= [2, 2] and found[0][0] == 2
-    assert found[1] == list(range(found[1][0], found[1][0] + 2))
+        few = node.locate(clip, "two hedgehogs, (one red car:1.2)", ["hedgehogs", "red car"])
+        long = node.locate(clip, "blue " * 74 + "red car", ["red car", "blue"])
+    assert few.tokens == 77 and few.kept == list(range(1, 76)) and few.subjects[0][0] == 1
+    assert len(few.subjects[0]) == 2 and len(few.subjects[1]) == 2
+    # Two chunks, with a start and an end each; the phrase lies across both.
+    assert long.tokens == 154 and long.kept == [*range(1, 76), *range(78, 153)]
+    assert long.subjects == [[74, 75], [0]] and [long.kept[n] for n in long.subjects[0]] == [75, 78]
+
+
+def test_what_a_recompute_hears_is_not_kept():
+    listener = node._Listener(77)
+    listener.positions = 4
+    q, k = torch.ones(1, 4, 8), torch.ones(1, 77, 8)
+    listener._key([q], 2, None, (), k)
+    listener._key([q], 2, None, (), q)
+    cross, own = listener.heard()
+    listener._key([q], 2, None, (), k)  # in backward
+    assert cross.shape == (4, 77) and own.shape == (4, 4) and len(listener.maps["cross"]) == 1
+
+
+def test_guidance_by_more_passes_is_not_heard(world, make):
+    """As perturbed-attention guidance: a function after CFG that runs the model once more, for a part of the prompt."""
+    patched, calls = world.model.clone(), []
+
+    def after(args):
+        calls.append(1)
+        return args["denoised"]
+
+    patched.set_model_sampler_post_cfg_function(after)
+    assert torch.equal(make(model=patched, iterations=2)[0], make(iterations=2)[0]) and not calls
 
 
 def test_a_cancelled_one_hands_back_the_best_so_far(make, monkeypatch):
@@ -139,6 +167,8 @@ def test_a_cancelled_one_hands_back_the_best_so_far(make, monkeypatch):
         ({"words": "wolf"}, "words has 'wolf', which is not in the prompt"),
         ({"sigmas": torch.tensor([])}, "no step that begins with noise"),
         ({"latent_image": {"samples": torch.zeros(0, 4, 16, 16)}}, r"shape \(0, 4, 16, 16\): give"),
+        ({"latent_image": {"samples": torch.zeros(1, 4, 16, 16), "noise_mask": torch.ones(1, 1, 128, 128)}}, "a mask"),
+        ({"clip": None}, "clip is empty"),
         ({"rounds": 0}, "rounds is 0"),
     ],
 )
@@ -174,6 +204,11 @@ def test_half_precision(make, dtype):
 
 def test_a_model_without_cross_attention_is_refused(world, make, monkeypatch):
     """Transformers attend to text and image as one: as the demo model would, had its text another length."""
-    monkeypatch.setattr(node, "places", lambda *_: ([[3]], 78))
-    with pytest.raises(ValueError, match="UNetModel has no cross-attention on the prompt's 78 tokens"):
-        make()
+    with monkeypatch.context() as patch:
+        patch.setattr(node, "locate", lambda *_: node.Words([[3]], list(range(1, 77)), 78))
+        with pytest.raises(ValueError, match="UNetModel has no cross-attention on the prompt's 78 tokens"):
+            make()
+    other = world.model.clone()
+    other.set_model_unet_function_wrapper(lambda apply, args: args["input"])
+    with pytest.raises(ValueError, match="a patch of model runs another network than its UNetModel"):
+        make(model=other)
