@@ -362,8 +362,10 @@ def report(folder: Path, out: Path) -> None:
 
 
 def sweep_plot(results: Results, out: Path, key: str, label: str, also: dict) -> None:
-    """Reward and adherence of the methods `<name>_<key>_<value>` against the value; also: name -> one more (value,
-    method)."""
+    """Reward and adherence of the methods `<name>_<key>_<value>` against the value, over the images that all have.
+
+    also: name -> one more (value, method).
+    """
     import matplotlib.pyplot as plt
 
     families: dict[str, dict[float, str]] = {}
@@ -371,17 +373,21 @@ def sweep_plot(results: Results, out: Path, key: str, label: str, also: dict) ->
         name, _, value = method.partition(f"_{key}_")
         if value:
             families.setdefault(name, {})[float(value)] = method
-    if not families:
+    swept = [m for members in families.values() for m in members.values()]
+    targets = [t for t in results.targets if any((t, m) in results.finals for m in swept)]
+    if not targets:
         return
-    figure, axes = plt.subplots(2, len(results.targets), figsize=(4 * len(results.targets), 6), squeeze=False,
-                                layout="constrained")  # fmt: skip
-    for column, target in enumerate(results.targets):
+    figure, axes = plt.subplots(2, len(targets), figsize=(5 * len(targets), 7), squeeze=False, layout="constrained")
+    for column, target in enumerate(targets):
         for name, members in families.items():
-            points = sorted([also[name], *members.items()])
-            there = {n: results.finals[target, m].values() for n, m in points if (target, m) in results.finals}
+            there = {n: results.finals[target, m] for n, m in sorted([also[name], *members.items()])
+                     if (target, m) in results.finals}  # fmt: skip
+            shared = [i for i in next(iter(there.values()), {}) if all(i in rows for rows in there.values())]
             for axis, what in zip(axes[:, column], ("reward", "adherence"), strict=True):
-                values = [sum(number(r.get(what)) for r in rows) / len(rows) for rows in there.values()]
-                axis.plot(list(there), values, marker="o", label=name)
+                values = [
+                    sum(number(rows[i].get(what)) for i in shared) / max(1, len(shared)) for rows in there.values()
+                ]
+                axis.plot(list(there), values, marker="o", label=f"{name}, {len(shared)} images")
                 axis.set(xlabel=label, ylabel=what, title=f"optimised: {target}")
     axes[0][0].legend(fontsize=7)
     figure.savefig(out / f"paper_{key}.png", dpi=75)
