@@ -80,6 +80,7 @@ def test_points_arrive_and_the_kept_iterate_is_marked(quickstart):
     assert editor.errors == []
 
 
+@ENDS
 def test_the_chart_is_in_neither_the_prompt_nor_the_file(quickstart):
     editor = quickstart
     before = editor.prompt()
