@@ -229,8 +229,7 @@ def together(results: Results, method: str) -> dict | None:
     """Of all rewards, counting alike: the gain as a share of DNO's; and of those where DNO goes as far (`reached`),
     adherence less that of DNO stopped at the same reward. Images are resampled for all rewards at once, for they share
     their noises; resamples in which DNO falls short are left out."""
-    targets = [t for t in results.targets if (t, method) in results.paths or (t, method) in results.finals]
-    targets = [t for t in targets if (t, AGAINST) in results.paths]
+    targets = [t for t in results.targets if (t, method) in results.finals and (t, AGAINST) in results.finals]
     if method == AGAINST or not targets:
         return None
     images = [i for i in results.shared(targets[0], method, AGAINST)

@@ -80,6 +80,20 @@ def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+@contextmanager
+def loaded(patchers: Sequence, memory: float) -> Iterator[None]:
+    """ComfyUI's patchers on the device in one call (several could evict one another), with what a gradient needs.
+
+    memory: bytes that the work within will take beside the weights.
+    """
+    comfy.model_management.load_models_gpu(list(patchers), memory_required=memory, force_full_load=True)
+    modules = [patcher.model for patcher in patchers]
+    for module in modules:
+        leave_inference_mode(module)
+    with frozen(modules):
+        yield
+
+
 def static(patcher):
     """Newer cores move weights while a model runs, which backward does not survive: a clone that stays put."""
     if "disable_dynamic" in inspect.signature(patcher.clone).parameters:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..rewards.base import Reward
 from ..sampler.guidance import annealed, blended, preferred, within
 from .checks import needs_gradient, needs_prompt
-from .grad import frozen, leave_inference_mode, normal, sdpa, static, training
+from .grad import loaded, normal, sdpa, static, training
 from .host import decode, patcher_of
 from .types import MiraReward
 
@@ -172,10 +172,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
     def inner_sample(self, noise, latent_image, device, sampler, sigmas, *args, **kwargs):
         need = self.inner_model.memory_required([2 * noise.shape[0], *noise.shape[1:]])
         patchers = [self.model_patcher, *self.loaded_models, *self.networks]
-        comfy.model_management.load_models_gpu(patchers, memory_required=3 * need, force_full_load=True)
-        for patcher in patchers:
-            leave_inference_mode(patcher.model)
-        with frozen([p.model for p in patchers]):
+        with loaded(patchers, 3 * need):
             return super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)
 
     @contextmanager

@@ -34,7 +34,7 @@ from ..sampler.search import SearchSettings, search
 from ..sampler.seeds import Start, best_of
 from ..sampler.selftest import gradient_error
 from ..sampler.statistics import expected, noise_statistics
-from .grad import OutOfPlaceAdd, blocks_checkpointed, frozen, leave_inference_mode, normal, sdpa, static, training
+from .grad import OutOfPlaceAdd, blocks_checkpointed, loaded, normal, sdpa, static, training
 from .twin import StandIn, Twins
 
 log = logging.getLogger("mira")
@@ -256,7 +256,7 @@ class _Process:
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
-        """Everything that a run needs on the device in one call (several could evict one another), frozen."""
+        """Everything that a run needs."""
         job = self.job
         patchers = [self.model_wrap.model_patcher, *self.model_wrap.loaded_models, self.vae.patcher]
         patchers += [patcher_of(m) for m in job.reward.modules] if job.reward else []
@@ -264,11 +264,7 @@ class _Process:
         shape = list(job.latent.shape)
         need = self.inner.memory_required([2 * shape[0], *shape[1:]])
         need += self.vae.memory_used_decode(shape, self.vae.vae_dtype)
-        comfy.model_management.load_models_gpu(patchers, memory_required=2 * need, force_full_load=True)
-        modules = [p.model for p in patchers]
-        for module in modules:
-            leave_inference_mode(module)
-        with frozen(modules):
+        with loaded(patchers, 2 * need):
             yield
 
     def _run(self, noise: Tensor, function: Callable, options: dict) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..sampler.initno import Found, Maps, Settings, improve
 from ..sampler.seeds import stream
-from .grad import blocks_checkpointed, frozen, leave_inference_mode, normal, sdpa, static, training
+from .grad import blocks_checkpointed, loaded, normal, sdpa, static, training
 from .host import INTERRUPTS
 
 NODE = "MIRA InitNO Noise"
@@ -153,9 +153,6 @@ class _Attending(comfy.samplers.Sampler):
         inner = model_wrap.inner_model
         patchers = [model_wrap.model_patcher, *model_wrap.loaded_models]
         need = 3 * inner.memory_required([2, *noise.shape[1:]])
-        comfy.model_management.load_models_gpu(patchers, memory_required=need, force_full_load=True)
-        for patcher in patchers:
-            leave_inference_mode(patcher.model)
         full, sigma = self.max_denoise(model_wrap, sigmas), sigmas[:1].to(noise)
 
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
@@ -170,7 +167,7 @@ class _Attending(comfy.samplers.Sampler):
             x = inner.model_sampling.noise_scaling(sigma[0], z, latent_image, full)
             model_wrap(x, sigma, **{**extra_args, "model_options": options})
 
-        with frozen([p.model for p in patchers]), listener.on(inner.diffusion_model):
+        with loaded(patchers, need), listener.on(inner.diffusion_model):
             with torch.no_grad():
                 attend(noise)
             both = [p for kind, p in listener.seen if kind == "cross" and ("own", p) in listener.seen]

@@ -3,16 +3,32 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import torch
 
 from bench.pack import mira
 from bench.world import World  # puts ComfyUI on the path
 
+import comfy.model_management  # isort: skip
+import comfy.model_patcher  # isort: skip
 import server  # isort: skip
 
 
 @pytest.fixture(scope="session")
 def world():
     return World(apart=False)  # as the nodes are
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16])
+def half_model(request):
+    """The demo model in half precision."""
+    demo = mira("nodes.demo")
+    config = demo.DemoSD15(demo.demo_unet.CONFIG)
+    config.set_inference_dtype(request.param, None)
+    device = comfy.model_management.get_torch_device()
+    with torch.inference_mode():
+        model = config.get_model({}, "", device=device)
+        model.load_model_weights(demo.load("unet"), "")
+        return comfy.model_patcher.ModelPatcher(model, device, device)
 
 
 @pytest.fixture(scope="module", autouse=True)

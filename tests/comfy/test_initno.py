@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -189,16 +188,8 @@ def test_levels_of_a_unet(sides, positions, expected):
         node.grid(positions + 1, *sides)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(make, dtype):
-    config = demo.DemoSD15(demo.demo_unet.CONFIG)
-    config.set_inference_dtype(dtype, None)
-    device = comfy.model_management.get_torch_device()
-    with torch.inference_mode():
-        model = config.get_model({}, "", device=device)
-        model.load_model_weights(demo.load("unet"), "")
-        patcher = comfy.model_patcher.ModelPatcher(model, device, device)
-    z, report = make(model=patcher, iterations=2, rounds=1)
+def test_half_precision(make, half_model):
+    z, report = make(model=half_model, iterations=2, rounds=1)
     assert torch.isfinite(z).all() and not torch.equal(z, given()) and "of 3 evaluations" in report
 
 
