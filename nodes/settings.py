@@ -107,7 +107,10 @@ def settings_inputs() -> list:
             default=DEFAULT.iterations,
             min=0,
             max=1000,
-            tooltip="Updates of the noises. Each costs two to three plain samples.",
+            tooltip=(
+                "Updates of the noises. Each costs about one and a half plain samples, or two to three with the whole "
+                "gradient (gradient_steps 0)."
+            ),
         ),
         io.Float.Input(
             "learning_rate",

@@ -90,7 +90,8 @@ MIRA Optimize Sampler (Advanced), which goes on from there for a reward. It work
 and their like); Flux, SD3 and other transformers are refused. No reward is in it.
 
 The prompt is encoded here as plain text: what else the sampler's conditioning holds (a ControlNet, areas, an inpainting
-mask) is not looked at. Thresholds and schedule are the authors', for SD1.5. The demo model paints one subject at a time, and its prompts gain nothing by it.""",
+mask) is not looked at. Thresholds and schedule are the authors', for SD1.5. The demo model paints one subject at a time,
+and its prompts gain nothing by it.""",
     "MiraPixelReward": """A reward that is a formula of the pixels, with a gradient and without any file: brightness,
 darkness, contrast, colourfulness, sharpness, symmetry, or the match to a reference image (for colours and composition).
 Simple rewards are hacked quickly: keep the drift limit low.""",
