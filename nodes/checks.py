@@ -86,6 +86,32 @@ def needs_prompt(node: str, reward: Reward, prompt: str) -> None:
         )
 
 
+def name_of(sampler) -> str:
+    """A SAMPLER's name as KSampler's list has it, or that of its class."""
+    function = getattr(sampler, "sampler_function", None)
+    return getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
+
+
+def prompts_of(prompt: str, guider, count: int) -> tuple[list[str], list[str]]:
+    """(the text that each of `count` images is scored against, notices).
+
+    Where the conditioning is a batch of several prompts, their texts are given one a line.
+    """
+    prompt = prompt or ""
+    batches = [c.get("cross_attn") for c in guider.original_conds.get("positive", ())]
+    several = [len(t) for t in batches if torch.is_tensor(t) and len(t) > 1 and not (t == t[:1]).all()]
+    lines = [line.strip() for line in prompt.splitlines() if line.strip()]
+    if several and len(lines) in (several[0], count):
+        return (lines * count)[:count], []
+    notices = []
+    if several and count > 1 and lines:
+        notices = [
+            f"the conditioning holds {several[0]} prompts, but all images are scored against the same text: give "
+            f"prompt {several[0]} lines, one for each"
+        ]
+    return [prompt] * count, notices
+
+
 def check_latent(node: str, model, latent: dict, vae, sampler, values: dict, gradient: bool = True) -> None:
     """The latent, the VAE and, where a gradient is needed, the sampler: as `check`."""
 
@@ -96,12 +122,22 @@ def check_latent(node: str, model, latent: dict, vae, sampler, values: dict, gra
     if samples.numel() == 0:
         fail(f"latent_image has shape {tuple(samples.shape)}: the batch is empty; ask for at least one image")
     fixed = comfy.sample.fix_empty_latent_channels(model, samples)
-    if getattr(fixed, "is_nested", False) or fixed.ndim != 4:
-        fail(f"latent_image has shape {tuple(fixed.shape)} in this model: only (B, C, H, W) images can be optimised")
+    image = not getattr(fixed, "is_nested", False) and (fixed.ndim == 4 or (fixed.ndim == 5 and fixed.shape[2] == 1))
+    if not image:
+        fail(
+            f"latent_image has shape {tuple(fixed.shape)} in this model: only images, (B, C, H, W) or of one frame, "
+            "can be optimised"
+        )
     if not torch.isfinite(samples).all():
         fail("latent_image holds NaN or infinite values: look at the node that made it")
-    if "noise_mask" in latent and latent["noise_mask"].numel() == 0:
-        fail("latent_image has an empty noise_mask")
+    mask = latent.get("noise_mask")
+    if mask is not None:
+        if mask.numel() == 0:
+            fail("latent_image has an empty noise_mask")
+        if not torch.isfinite(mask).all():
+            fail("latent_image has a noise_mask with NaN or infinite values: look at the node that made it")
+        if not (mask > 0).any():
+            fail("latent_image has a noise_mask that is black everywhere, so nothing would change: paint where it may")
     channels = model.get_model_object("latent_format").latent_channels
     if fixed.shape[1] != channels:
         fail(
@@ -114,5 +150,5 @@ def check_latent(node: str, model, latent: dict, vae, sampler, values: dict, gra
         return
     why = why_not_differentiable(sampler, model.get_model_object("model_sampling"))
     if why:
-        name = values.get("sampler_name", type(sampler).__name__)
+        name = values.get("sampler_name") or name_of(sampler)
         fail(f"sampler {name} cannot be optimised through: {why}. Use euler_ancestral, euler or dpmpp_2m")

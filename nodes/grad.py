@@ -1,11 +1,19 @@
-"""What keeps a gradient alive inside ComfyUI: inference mode, weights, attention, in-place sums, block checkpoints."""
+"""What keeps a gradient alive inside ComfyUI: inference mode, weights, attention, in-place sums, block checkpoints.
+
+ComfyUI runs nodes in inference mode, and so its own nodes find every weight as they left it: weights are moved in
+inference mode only (`loaded`), and what autograd cannot save is replaced by an equal copy once they are in place.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import comfy.conds
 import comfy.ldm.modules.attention
 import comfy.model_management
 import torch
@@ -13,42 +21,34 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-# Layers that are worth a checkpoint of their own, by class name.
-BLOCKS = {
-    "ResBlock",  # UNets
-    "BasicTransformerBlock",
-    "JointBlock",  # SD3
-    "DoubleStreamBlock",  # Flux, Chroma
-    "SingleStreamBlock",
-    "MMDiTBlock",  # AuraFlow
-    "DiTBlock",
-    "PixArtMSBlock",
-    "HunYuanDiTBlock",
-    "HiDreamImageBlock",
-    "JointTransformerBlock",  # Lumina2, Z-Image
-    "OmniGen2TransformerBlock",
-    "QwenImageTransformerBlock",
-    "ResidualAttentionBlock",  # open_clip
-    "CLIPLayer",  # ComfyUI's CLIP vision
-    "BlipEncoderLayer",
-    "BlipTextLayer",
-    "SiglipEncoderLayer",
-}
+# Of a layer that is worth a checkpoint of its own: how many layers with weights it has at least.
+BLOCK_LAYERS = 3
+# Where a list of such layers inside one holds this share of its weights, they are taken instead of it.
+MOST_OF_IT = 0.8
 
 
 def normal(value):
-    """A copy, outside inference mode, of every tensor in nested lists, tuples and dicts; the rest as it is."""
+    """A copy, outside inference mode, of every tensor in nested lists, tuples, dicts and ComfyUI's conditioning; the
+    rest as it is.
+    """
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
         return {k: normal(v) for k, v in value.items()}
     if type(value) in (list, tuple):
         return type(value)(normal(v) for v in value)
+    if isinstance(value, comfy.conds.CONDRegular):
+        value = copy.copy(value)
+        vars(value).update({k: normal(v) for k, v in vars(value).items()})
     return value
 
 
 def made_in_inference_mode(t: Tensor) -> bool:
-    # `is_inference()` forgets after `.to(dtype)`; the version counter is what autograd will ask for.
+    """Whether autograd could not save it."""
+    # Both signs: `is_inference()` forgets after `.to(dtype)`, where the version counter is what autograd will ask for;
+    # a weight of ours that a stock node moved since has a counter, and data that were made in inference mode.
+    if t.is_inference() or t.detach().is_inference():
+        return True
     try:
         t._version  # noqa: B018
     except RuntimeError:
@@ -57,7 +57,7 @@ def made_in_inference_mode(t: Tensor) -> bool:
 
 
 def leave_inference_mode(module: nn.Module) -> None:
-    """Re-register every weight and buffer that was made in inference mode: autograd cannot save those."""
+    """Re-register every weight, buffer and plain tensor that was made in inference mode: autograd cannot save those."""
     for child in module.modules():
         for name, p in child._parameters.items():
             if p is not None and made_in_inference_mode(p):
@@ -65,6 +65,16 @@ def leave_inference_mode(module: nn.Module) -> None:
         for name, b in child._buffers.items():
             if b is not None and made_in_inference_mode(b):
                 child._buffers[name] = b.detach().clone()
+        _replace_tensors(child)
+    for part in ("latent_format", "model_sampling"):  # of a diffusion model: these may be no modules
+        if hasattr(module, part):
+            _replace_tensors(getattr(module, part))
+
+
+def _replace_tensors(thing: object) -> None:
+    for name, value in vars(thing).items():
+        if isinstance(value, Tensor) and made_in_inference_mode(value):
+            vars(thing)[name] = value.detach().clone()
 
 
 @contextmanager
@@ -86,40 +96,111 @@ def loaded(patchers: Sequence, memory: float) -> Iterator[None]:
 
     memory: bytes that the work within will take beside the weights.
     """
-    comfy.model_management.load_models_gpu(list(patchers), memory_required=memory, force_full_load=True)
+    # A weight that is moved outside inference mode is one that no stock node can use any more, and making room moves
+    # those of other models too.
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu(list(patchers), memory_required=memory, force_full_load=True)
     modules = [patcher.model for patcher in patchers]
-    for module in modules:
-        leave_inference_mode(module)
+    with torch.inference_mode(False):
+        for module in modules:
+            leave_inference_mode(module)
     with frozen(modules):
         yield
 
 
-def static(patcher):
-    """Newer cores move weights while a model runs, which backward does not survive: a clone that stays put."""
-    if "disable_dynamic" in inspect.signature(patcher.clone).parameters:
-        return patcher.clone(disable_dynamic=True)
-    return patcher
+def static(patcher, what: str):
+    """Newer cores move weights while a model runs, which backward does not survive: a clone that stays put.
+
+    Raises ValueError, with `what` (node and input), where the core can make none.
+    """
+    if "disable_dynamic" not in inspect.signature(patcher.clone).parameters:
+        return patcher
+    return patcher.clone(disable_dynamic=True)
 
 
 @contextmanager
 def training() -> Iterator[None]:
-    """Newer cores have kernels without a backward, and a switch that turns them off."""
+    """Outside inference mode, with a gradient, and with none of ComfyUI's kernels that have no backward."""
     management = comfy.model_management
-    if not hasattr(management, "in_training"):
-        yield
-        return
-    before, management.in_training = management.in_training, True
+    has_switch = hasattr(management, "in_training")  # newer cores
+    before = getattr(management, "in_training", False)
     try:
+        if has_switch:
+            management.in_training = True
+        with torch.inference_mode(False), torch.enable_grad(), _pytorch_attention():
+            yield
+    finally:
+        if has_switch:
+            management.in_training = before
+
+
+ATTENTION = ("optimized_attention", "optimized_attention_masked")
+
+
+@contextmanager
+def _pytorch_attention() -> Iterator[None]:
+    """PyTorch's attention where a model asks for "the optimised one" and listens to no override (`sdpa`).
+
+    Sage and flash have no backward. Some models call the function that they imported, without `transformer_options`.
+    """
+    pytorch = comfy.ldm.modules.attention.attention_pytorch
+    changed = []
+    for name, module in list(sys.modules.items()):
+        if name.startswith("comfy."):
+            changed += [(vars(module), a, vars(module)[a]) for a in ATTENTION if a in vars(module)]
+    try:
+        for namespace, name, _ in changed:
+            namespace[name] = pytorch
         yield
     finally:
-        management.in_training = before
+        for namespace, name, value in changed:
+            namespace[name] = value
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Convolutions and matrix products of a GPU in full float32: cuDNN's default costs three digits of a score."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [b.allow_tf32 for b in backends]
+    try:
+        for b in backends:
+            b.allow_tf32 = False
+        yield
+    finally:
+        for b, value in zip(backends, before, strict=True):
+            b.allow_tf32 = value
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """The same bits every time, on a GPU too. An operation that cannot raises RuntimeError (`has_no_repeatable_way`).
+
+    It also wants CUBLAS_WORKSPACE_CONFIG in the environment before CUDA starts, which the pack's `__init__` sees to.
+    """
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    choices = cudnn.deterministic, cudnn.benchmark
+    try:
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.deterministic, cudnn.benchmark = choices
+
+
+def has_no_repeatable_way(problem: BaseException) -> bool:
+    return isinstance(problem, RuntimeError) and "deterministic" in str(problem)
 
 
 class OutOfPlaceAdd(TorchFunctionMode):
-    """x += y makes a new tensor: in-place residuals (Flux family) overwrite what backward needs."""
+    """x += y makes a new tensor: in-place residuals (Flux family) overwrite what backward needs.
+
+    But in ComfyUI's own sampling code, which adds regions of the image into one tensor, and means it.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.add_ and torch.is_grad_enabled():
+        if func is Tensor.add_ and torch.is_grad_enabled() and not _called_by("comfy.samplers"):
             return torch.add(*args, **(kwargs or {})).to(args[0].dtype)
         return func(*args, **(kwargs or {}))
 
@@ -129,14 +210,50 @@ def sdpa(_, *args, **kwargs):
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
+def _called_by(module: str) -> bool:
+    """Whether the code that called torch is of this module."""
+    return sys._getframe(2).f_globals.get("__name__") == module
+
+
+def blocks_of(root: nn.Module) -> list[nn.Module]:
+    """The layers of `root` that are worth a checkpoint of their own, found by repetition and depth.
+
+    A layer of several layers with weights whose class occurs again: residual and transformer blocks of every family.
+    None lies within another: in a list of them that is most of a layer, they are taken, else the layer.
+    """
+    kinds = Counter(type(m) for m in root.modules())
+
+    def size(m: nn.Module) -> int:
+        return sum(p.numel() for p in m.parameters())
+
+    def is_block(m: nn.Module) -> bool:
+        folder = isinstance(m, nn.Sequential) or type(m).forward is nn.Module.forward
+        if folder or kinds[type(m)] < 2:
+            return False
+        return sum(any(True for _ in layer.parameters(recurse=False)) for layer in m.modules()) >= BLOCK_LAYERS
+
+    def within(m: nn.Module) -> list[nn.Module]:
+        found = []
+        for child in m.children():
+            found += taken(child)
+        return found
+
+    def taken(m: nn.Module) -> list[nn.Module]:
+        if not is_block(m):
+            return within(m)
+        lists = [child for part in m.modules() if isinstance(part, (nn.ModuleList, nn.Sequential)) for child in part]
+        inner = [child for child in lists if is_block(child)]
+        return within(m) if sum(map(size, inner)) > MOST_OF_IT * size(m) else [m]
+
+    return list(dict.fromkeys(within(root)))
+
+
 def blocks_checkpointed(root: nn.Module, place: Callable) -> Callable | None:
-    """A context within which the blocks of `root` checkpoint themselves, or None where it has no known ones.
+    """A context within which the blocks of `root` checkpoint themselves, or None where it has none.
 
     place: the context of each block's forward; it must be there again when the block is recomputed in backward.
     """
-    found = {name: m for name, m in root.named_modules() if type(m).__name__ in BLOCKS}
-    # Outermost only: a block within a block would not be wrapped any more when the outer one is recomputed.
-    blocks = [m for name, m in found.items() if not any(name.startswith(f"{outer}.") for outer in found)]
+    blocks = blocks_of(root)
     if not blocks:
         return None
 
@@ -150,16 +267,22 @@ def blocks_checkpointed(root: nn.Module, place: Callable) -> Callable | None:
             def run(*args, **kwargs):
                 if not torch.is_grad_enabled():
                     return forward(*args, **kwargs)
+                # A network writes into its options where it is, which guidance by attention reads.
+                args = [copy.copy(a) if type(a) is dict else a for a in args]
+                kwargs = {k: copy.copy(a) if type(a) is dict else a for k, a in kwargs.items()}
                 return checkpoint(inside, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
             return run
 
+        before = [vars(block).get("forward") for block in blocks]  # another pack may have set one
         for block in blocks:
             block.forward = wrap(block.forward)
         try:
             yield
         finally:
-            for block in blocks:
+            for block, forward in zip(blocks, before, strict=True):
                 del block.forward
+                if forward is not None:
+                    block.forward = forward
 
     return patched

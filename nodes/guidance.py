@@ -59,6 +59,8 @@ def on_its_own(tuned, model):
     memo = {id(getattr(shared, "current_patcher", None)): None}
     patcher.model = copy.deepcopy(shared, memo)
     patcher.backup, patcher.object_patches_backup = {}, {}
+    # A clone that is gone is followed by its parent in ComfyUI's list of what is loaded: this one's has another network.
+    patcher.parent = None
     return patcher
 
 
@@ -119,7 +121,7 @@ class MiraRLGuidance(io.ComfyNode):
                 f"{RLG}: model and tuned have different noise schedules (sigma up to {float(kinds[0].sigma_max):.4g} "
                 f"and {float(kinds[1].sigma_max):.4g}): patch both the same way"
             )
-        guided, second = model.clone(), static(on_its_own(tuned, model))
+        guided, second = model.clone(), static(on_its_own(tuned, model), f"{RLG}: tuned")
         inner = guided.get_additional_models_with_key(KEY)  # a blend of a blend needs all of them loaded
         guided.set_additional_models(KEY, [*inner, second])
         before = guided.model_options.get("model_function_wrapper")
@@ -147,33 +149,29 @@ class DyMOGuider(comfy.samplers.CFGGuider):
     """CFG with a step along the reward's gradient in every prediction between `start` and `end`."""
 
     def __init__(self, model, vae, reward: Reward, prompt: str, scale: float, start: float, end: float):
-        patcher = static(model.clone())
+        patcher = static(model.clone(), f"{DYMO}: model")
         self.vae = copy.copy(vae)
-        self.vae.patcher = static(vae.patcher)
+        self.vae.patcher = static(vae.patcher, f"{DYMO}: vae")
         self.vae.first_stage_model = self.vae.patcher.model
         self.networks = [self.vae.patcher, *(patcher_of(m) for m in reward.modules)]
         super().__init__(patcher)
         self.reward, self.prompt = reward, prompt
         self.scale, self.start, self.end = scale, start, end
 
-    def sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, **more):
-        # ComfyUI runs nodes in inference mode, where nothing has a gradient. An optimisation has left it already.
-        conds, options = self.original_conds, self.model_options
-        wanted = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(wanted), training():
-            self.original_conds, self.model_options = normal(conds), normal(options)
-            try:
-                return super().sample(
-                    normal(noise), normal(latent_image), sampler, normal(sigmas), normal(denoise_mask), **more
-                )
-            finally:
-                self.original_conds, self.model_options = conds, options
-
-    def inner_sample(self, noise, latent_image, device, sampler, sigmas, *args, **kwargs):
+    def inner_sample(self, noise, latent_image, device, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+        # ComfyUI has loaded the model in inference mode, where nothing has a gradient; from here on it would want one.
         need = self.inner_model.memory_required([2 * noise.shape[0], *noise.shape[1:]])
         patchers = [self.model_patcher, *self.loaded_models, *self.networks]
-        with loaded(patchers, 3 * need):
-            return super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)
+        options, wanted = self.model_options, torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        with loaded(patchers, 3 * need), training(), torch.set_grad_enabled(wanted):
+            self.conds, self.model_options = normal(self.conds), normal(options)
+            try:
+                return super().inner_sample(
+                    normal(noise), normal(latent_image), device, sampler, normal(sigmas), normal(denoise_mask),
+                    *args, **kwargs,
+                )  # fmt: skip
+            finally:
+                self.model_options = options
 
     @contextmanager
     def without_constants(self) -> Iterator[None]:

@@ -7,10 +7,11 @@ hooks and LoRAs are prepared by ComfyUI exactly as for a plain sample.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import comfy.model_management
@@ -25,16 +26,30 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..rewards.base import Reward
+from ..sampler.ending import attempt
 from ..sampler.hybrid import hybrid
-from ..sampler.memory import out_of_memory
+from ..sampler.memory import offloaded, saved_bytes
 from ..sampler.optimize import Result, Score, Settings, optimize
 from ..sampler.preference import PreferenceSettings
-from ..sampler.rollout import Rollout, draw, per_image
+from ..sampler.rollout import NotTheSame, Rollout, difference, draw, per_image
 from ..sampler.search import SearchSettings, search
-from ..sampler.seeds import Start, best_of
+from ..sampler.seeds import Start, another, best_of, fresh, stream
 from ..sampler.selftest import gradient_error
 from ..sampler.statistics import expected, noise_statistics
-from .grad import OutOfPlaceAdd, blocks_checkpointed, loaded, normal, sdpa, static, training
+from .grad import (
+    OutOfPlaceAdd,
+    blocks_checkpointed,
+    has_no_repeatable_way,
+    loaded,
+    made_in_inference_mode,
+    normal,
+    repeatable,
+    sdpa,
+    static,
+    training,
+    without_tf32,
+)
+from .patches import named, why_no_gradient
 from .twin import StandIn, Twins
 
 log = logging.getLogger("mira")
@@ -62,7 +77,11 @@ def patcher_of(module: nn.Module) -> comfy.model_patcher.ModelPatcher:
 
 @dataclass
 class Job:
-    """What to optimise, in ComfyUI's own types. prompts: one per image, for rewards that need them."""
+    """What to optimise, in ComfyUI's own types. prompts: one per image, for rewards that need them.
+
+    node: the node's title, for messages. notices: what the user should know of the inputs. initial: seed -> the initial
+    noise that the graph gives for it. repeatable: the same bits every time, on a GPU too.
+    """
 
     guider: object
     sampler: object
@@ -72,13 +91,17 @@ class Job:
     vae: object
     reward: Reward | None
     settings: Settings | PreferenceSettings | SearchSettings
+    node: str = "MIRA"
     seed: int = 0
+    initial: Callable[[int], Tensor] | None = None
     mask: Tensor | None = None
     prompts: Sequence[str] = ()
+    notices: Sequence[str] = ()
     weighting: str = "marginal"
     measured: str = "guided"
     gradient_steps: int = 0
     memory: str = "auto"
+    repeatable: bool = True
     gradient: bool = True  # whether the work needs one through the model
     on_iteration: Callable = lambda k, rows, score: None
 
@@ -94,40 +117,43 @@ class Optimized:
 
 
 def run(job: Job, work: Callable[[_Process, tuple[Tensor, ...]], Result] | None = None) -> Optimized:
-    """Sample, optimise, hand back. Leaves inference mode, so it must not be awaited around.
+    """Sample, optimise, hand back. The work leaves inference mode, so it must not be awaited around.
 
     work(process, noises): what to do with the plain sample's noises; the reward's optimisation if not given.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        guider = copy.copy(job.guider)
-        guider.model_patcher = static(guider.model_patcher)
-        guider.original_conds = normal(guider.original_conds)
-        guider.model_options = normal(guider.model_options)
-        sampler = _WorkingSampler(job, work or optimizing)
+    guider = copy.copy(job.guider)
+    guider.model_patcher = static(guider.model_patcher, f"{job.node}: model")
+    if job.gradient and (why := why_no_gradient(guider)):
+        raise ValueError(f"{job.node}: {why}")
+    sampler = _WorkingSampler(job, work or optimizing)
+    # ComfyUI's own part stays in inference mode, as the executor has it: what it makes and moves, its nodes use again.
+    with torch.inference_mode():
         latent = guider.sample(
-            normal(job.noise),
-            normal(job.latent),
+            job.noise,
+            job.latent,
             sampler,
-            normal(job.sigmas),
-            denoise_mask=normal(job.mask),
+            job.sigmas,
+            denoise_mask=job.mask,
             callback=None,
             disable_pbar=True,
             seed=job.seed,
         )
-        device = comfy.model_management.intermediate_device()
-        return Optimized(latent.to(device), sampler.plain.to(device), sampler.result, sampler.iterates)
+    device = comfy.model_management.intermediate_device()
+    return Optimized(latent.to(device), sampler.plain.to(device), sampler.result, sampler.iterates)
 
 
 def optimizing(process: _Process, noises: tuple[Tensor, ...]) -> Result:
     """Follow the gradient of the reward, from the best of the seeds."""
-    settings, start = process.settings, None
-    if settings.seeds > 1:
+    settings, start, notices = process.settings, None, []
+    count = settings.seeds
+    if count > 1 and len(noises) == 1 and not process.depends_on_seed:
+        notices = [f"seeds is {count}, but neither the noise nor the sampler depends on a seed: the given one was used"]
+        count = 1
+    if count > 1:
         process.redraw = False  # seeds are compared under the same draw
-        start = best_of(
-            process.rollout, lambda x0: process.score(x0).total, noises, settings.seeds, process.job.seed, INTERRUPTS
-        )
-        process.redraw, noises = True, start.noises
-        if start.interrupted:
+        start = best_of(process.sample_of, lambda x0: process.score(x0).total, count, INTERRUPTS)
+        process.redraw, noises, process.expected = True, start.noises, start.x0
+        if start.cut and not start.cut.memory:
             settings = replace(settings, iterations=0)
     result = optimize(
         process.rollout,
@@ -138,21 +164,30 @@ def optimizing(process: _Process, noises: tuple[Tensor, ...]) -> Result:
         interrupts=INTERRUPTS,
         memory=used_bytes,
     )
+    result.trace.notices[:0] = notices
     if start:
-        result.trace.settings |= {"seed_rewards": start.rewards.T.tolist(), "seed_chosen": start.chosen.tolist()}
-        result.trace.notices += [began(b, start) for b in range(len(start.chosen))]
-        if start.interrupted:
-            result.trace.reasons = ["interrupted while seeds were compared"] * len(start.chosen)
+        chosen = [process.seed_of(n) for n in start.chosen.tolist()]
+        result.trace.settings |= {
+            "seed_rewards": start.rewards.T.tolist(),
+            "seed_chosen": start.chosen.tolist(),
+            "seeds_begun_from": chosen,
+        }
+        result.trace.notices += [began(b, start, seed) for b, seed in enumerate(chosen)]
+        if start.cut:
+            tried = f"after {len(start.rewards)} of {count} seeds"
+            result.trace.notices.append(f"{start.cut} {tried}: the others were not tried")
+            if not start.cut.memory:
+                result.trace.reasons = ["interrupted while seeds were compared"] * len(start.chosen)
     return result
 
 
-def began(image: int, start: Start) -> str:
+def began(image: int, start: Start, seed: int) -> str:
     """Which seed an image began from."""
     rewards, chosen = start.rewards[:, image], int(start.chosen[image])
     if chosen == 0:
         return f"image {image} began from the given seed, the best of {len(rewards)} (reward {rewards[0]:.4g})"
     return (
-        f"image {image} began from seed {chosen + 1} of {len(rewards)} (reward {rewards[chosen]:.4g}; the given "
+        f"image {image} began from seed {seed}, the best of {len(rewards)} (reward {rewards[chosen]:.4g}; the given "
         f"seed's {rewards[0]:.4g})"
     )
 
@@ -168,11 +203,14 @@ def searching(process: _Process, noises: tuple[Tensor, ...]) -> Result:
         memory=used_bytes,
     )
     if settings.method == "mira_fk":
-        return hybrid(process.rollout, process.score, noises, settings, **options)
+        return hybrid(process.rollout, process.score, noises, settings, others=process.noises_of, **options)
 
     def found(chain: _Chain) -> Result:
         most = process.most_particles(settings)
-        return search(chain, process.rollout, process.score, noises, settings, most=most, **options)
+        return search(
+            chain, process.rollout, process.score, noises, settings, most=most, initial=process.initial_of,
+            on_plain=process.compare, **options,
+        )  # fmt: skip
 
     return process.within_chain(noises[0], found)
 
@@ -187,47 +225,88 @@ class _WorkingSampler(comfy.samplers.Sampler):
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, _=False):
         job = self.job
+        # First as ComfyUI itself samples, before anything is loaded or switched for the work.
         process = _Process(job, model_wrap, sigmas, extra_args, latent_image, denoise_mask)
+        synchronize()
+        started = time.perf_counter()
+        plain, noises = process.drawn(noise)
+        synchronize()
+        sampling_seconds = time.perf_counter() - started
+        self.plain = model_wrap.inner_model.process_latent_out(plain.float())
         with ExitStack() as stack:
-            stack.enter_context(training())
             stack.enter_context(process.loaded())
-            synchronize()
-            started = time.perf_counter()
-            plain, noises = draw(process.plain, noise)
-            synchronize()
-            sampling_seconds = time.perf_counter() - started
-            self.plain = model_wrap.inner_model.process_latent_out(plain.float())
-            if job.gradient:
-                process.check_gradient(noise)
-            process.rollout = rollout = Rollout(
+            stack.enter_context(training())
+            if job.repeatable and plain.is_cuda:
+                stack.enter_context(repeatable())
+            process = process.outside_inference_mode()
+            # Updates of noises in half precision vanish, or become NaN.
+            noises = tuple(normal(z).float() for z in noises)
+            process.given = process.expected, _ = normal(plain), noises
+            result = self._work(process, noises)
+        self.iterates = [model_wrap.inner_model.process_latent_out(x.float()) for x in result.iterates]
+        for notice in job.notices:
+            log.warning("%s: %s", job.node, notice)
+        result.trace.notices += job.notices
+        result.trace.settings |= {
+            "checkpointing": process.rollout.memory,
+            "repeatable": process.repeatable,
+            "sampling_seconds": sampling_seconds,
+            "ended": result.reason,
+            "noise_statistics": {
+                "plain": noise_statistics(noises),
+                "kept": noise_statistics(result.best_noises),
+                "expected": expected(noises),
+            },
+        }
+        if estimate := process.rollout.estimate:
+            parts = {"step": estimate.step, "decoding_and_reward": estimate.score, "free": estimate.free}
+            result.trace.settings["memory_mb"] = {k: json_number(v / 1e6) for k, v in parts.items()}
+        self.result = result
+        # The replay under PyTorch's attention differs from the plain sample in its last bits.
+        pairs = zip(noises, result.best_noises, strict=True)
+        kept_plain = torch.stack([(z == kept).flatten(1).all(1) for z, kept in pairs]).all(0)
+        return torch.where(per_image(kept_plain, plain), plain, result.best.to(plain))
+
+    def _work(self, process: _Process, noises: tuple[Tensor, ...]) -> Result:
+        job = process.job
+        while True:
+            process.rollout = Rollout(
                 process.differentiable,
-                sigmas,
+                process.sigmas,
                 signal=process.signal,
                 weighting=job.weighting,
                 measured=job.measured,
                 gradient_steps=job.gradient_steps,
                 memory=job.memory,
-                mask=denoise_mask,
+                mask=process.mask,
                 free_bytes=free_bytes,
+                score_bytes=process.score_bytes,
                 blocks=process.blocks(),
+                random=process.random,
             )
             reset_peak()
-            self.result = self.work(process, noises)
-            self.iterates = [model_wrap.inner_model.process_latent_out(x.float()) for x in self.result.iterates]
-            self.result.trace.settings |= {
-                "checkpointing": rollout.memory,
-                "sampling_seconds": sampling_seconds,
-                "ended": self.result.reason,
-                "noise_statistics": {
-                    "plain": noise_statistics(noises),
-                    "kept": noise_statistics(self.result.best_noises),
-                    "expected": expected(noises),
-                },
-            }
-            # The replay under PyTorch's attention differs from the plain sample in its last bits.
-            pairs = zip(noises, self.result.best_noises, strict=True)
-            kept_plain = torch.stack([(z == kept).flatten(1).all(1) for z, kept in pairs]).all(0)
-            return torch.where(per_image(kept_plain, plain), plain, self.result.best)
+            try:
+                if job.gradient:
+                    process.check_gradient(noises[0])
+                return self.work(process, noises)
+            except NotTheSame as problem:
+                raise RuntimeError(
+                    f"{job.node}: {problem}: something in the graph remembers what it saw before"
+                    f"{named(process.extra_args['model_options'])}. Set memory to none, or bypass it."
+                ) from problem
+            except RuntimeError as problem:
+                if not (process.repeatable and has_no_repeatable_way(problem)):
+                    raise
+                said = str(problem).splitlines()[0]
+            # Nothing was reported yet: it is met in the first backward pass.
+            log.warning("%s: %s", job.node, said)
+            torch.use_deterministic_algorithms(False)  # until `repeatable` ends
+            process.repeatable, process.evaluations = False, 0
+
+
+def json_number(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if value < float("inf") else None
 
 
 class _Process:
@@ -236,7 +315,7 @@ class _Process:
     def __init__(self, job: Job, model_wrap, sigmas, extra_args, latent_image, mask):
         self.job, self.model_wrap, self.sigmas = job, model_wrap, sigmas
         self.vae = copy.copy(job.vae)
-        self.vae.patcher = static(job.vae.patcher)
+        self.vae.patcher = static(job.vae.patcher, f"{job.node}: vae")
         self.vae.first_stage_model = self.vae.patcher.model
         self.latent_image, self.mask = latent_image, mask
         self.extra_args = extra_args
@@ -245,14 +324,78 @@ class _Process:
         self.place: Callable = nullcontext  # the self-test may change it
         self.rollout: Rollout | None = None
         self.evaluations = 0
+        self.layers: dict[nn.Module, Callable | None] = {}  # of the VAE and the reward: how they checkpoint their own
         self.redraw = True  # a reward that draws random numbers draws new ones at every evaluation
+        self.repeatable = job.repeatable
+        self.given: tuple[Tensor, tuple[Tensor, ...]] = ()  # the plain sample and its noises
+        self.expected: Tensor | None = None  # what the first trajectory should give, until it was compared
+        self.states: list[tuple] = []  # of the random number generators, before every call of the plain sample
         dtype = self.inner.manual_cast_dtype or self.inner.get_dtype()
         # Gradients of a mean over pixels are near float16's smallest numbers.
         scale = 2.0**10 if dtype == torch.float16 else 1.0
+        self.half = dtype in (torch.float16, torch.bfloat16)
         self.settings = replace(job.settings, loss_scale=scale) if scale != 1 else job.settings
+
+    def drawn(self, noise: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The plain sample and its noises; where memory runs out, once more with all but its own models unloaded."""
+        found, cut = attempt((), draw, self.plain, noise)
+        if cut is None:
+            return found
+        self.states.clear()
+        management = comfy.model_management
+        needed = [self.model_wrap.model_patcher, *self.model_wrap.loaded_models]
+        keep = [m for m in management.current_loaded_models if any(m.model is p for p in needed)]
+        management.free_memory(1e30, management.get_torch_device(), keep_loaded=keep)
+        log.warning("%s: out of memory while sampling: unloaded what it does not need, and tries again", self.job.node)
+        return draw(self.plain, noise)
+
+    def outside_inference_mode(self) -> _Process:
+        """This process on tensors that autograd can save."""
+        process = copy.copy(self)
+        process.sigmas, process.mask = normal(self.sigmas), normal(self.mask)
+        process.latent_image, process.extra_args = normal(self.latent_image), normal(self.extra_args)
+        wrap = process.model_wrap  # the run's own copy of the guider
+        if hasattr(wrap, "conds"):
+            wrap.conds = normal(wrap.conds)
+            for control in controls(wrap.conds):
+                leave_inference_mode_of(control)
+        return process
 
     def signal(self, sigma: Tensor) -> Tensor:
         return 1 - sigma if self.flow else torch.ones_like(sigma)
+
+    # -- noises of other seeds
+
+    def seed_of(self, n: int) -> int:
+        """The seed of candidate n; 0 is the given one's."""
+        return another(self.job.seed, n) if n else self.job.seed
+
+    def initial_of(self, n: int) -> Tensor:
+        """z_T of candidate n, as the graph makes it: where it does not depend on a seed, the same."""
+        z = self.job.initial(self.seed_of(n)) if self.job.initial and n else self.job.noise
+        return normal(z).to(self.sigmas.device, torch.float32)
+
+    @property
+    def depends_on_seed(self) -> bool:
+        return not torch.equal(self.initial_of(1), self.initial_of(0))
+
+    def sample_of(self, n: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(x0, noises): the plain sample of candidate n's seed, bit for bit."""
+        if n == 0:
+            return self.given
+        before = self.extra_args
+        self.extra_args = before | {"seed": self.seed_of(n)}
+        try:
+            x0, noises = draw(self.plain, self.initial_of(n).to(self.job.noise.dtype))
+        finally:
+            self.extra_args = before
+        return x0, tuple(z.float() for z in noises)
+
+    def noises_of(self, n: int, like: Sequence[Tensor]) -> list[Tensor]:
+        """z of candidate n, without a sample: the injected noises are drawn here."""
+        return [self.initial_of(n), *fresh(like[1:], stream(self.job.seed, n))]
+
+    # --
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
@@ -294,15 +437,21 @@ class _Process:
         return self._run(noise, function, options)
 
     def plain(self, noise: Tensor, source, wrap) -> Tensor:
-        """ComfyUI's own sample, bit for bit, with its noises seen on their way."""
+        """ComfyUI's own sample, bit for bit, with its noises and random states seen on their way."""
+        first, calls = not self.states, itertools.count()
 
         def denoiser(model_k, extra_args):
             def call(x, sigma, **kwargs):
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                return model_k(x, sigma, **kwargs)
+                if first:
+                    self.states.append(random_state(x.device))
+                    return model_k(x, sigma, **kwargs)
+                with self.random(next(calls)):
+                    return model_k(x, sigma, **kwargs)
 
             return extra_args, call
 
+        self._begin()
         return self._sample(noise, source, denoiser)
 
     def differentiable(self, noise: Tensor, source, wrap) -> Tensor:
@@ -310,7 +459,41 @@ class _Process:
             extra_args, call = self._network(model_k, extra_args)
             return extra_args, wrap(call)
 
-        return self._sample(noise, source, denoiser)
+        self._begin()
+        x0 = self._sample(noise, source, denoiser)
+        self.compare(x0)
+        return x0
+
+    def _begin(self) -> None:
+        """What follows the steps of a trajectory begins anew: hooks with keyframes."""
+        hooks = self.extra_args["model_options"].get("registered_hooks")
+        if hooks is None:
+            return
+        patcher = self.model_wrap.model_patcher
+        with torch.inference_mode():  # it moves weights
+            patcher.clean_hooks()
+        for group in {c["hooks"] for cs in self.model_wrap.conds.values() for c in cs if c.get("hooks")} | {hooks}:
+            group.reset()
+
+    def random(self, n: int) -> AbstractContextManager:
+        """Where call n of a trajectory draws what it drew in the plain sample (token merging, tiling)."""
+        if not self.states or n >= len(self.states) or all(same_state(s, self.states[0]) for s in self.states):
+            return nullcontext()  # nothing was drawn
+        return _RandomState(self.states[n])
+
+    def compare(self, x0: Tensor) -> None:
+        """The first trajectory's result with what its noises gave. Raises RuntimeError when it is another image."""
+        expected, self.expected = self.expected, None
+        if expected is None:
+            return
+        off = difference(x0.detach(), expected.to(x0)).max().item()
+        if off > (0.25 if self.half else 0.1):
+            raise RuntimeError(
+                f"{self.job.node}: sampled again from the same noises, the model gives another image (off by "
+                f"{off:.2g}, relative), so this would be about another process than the one that samples: something "
+                f"in the graph remembers earlier steps{named(self.extra_args['model_options'])}. Bypass it."
+            )
+        log.debug("the same noises sampled again: off by %.2g", off)
 
     def _network(self, model_k, extra_args: dict) -> tuple[dict, Callable]:
         """The denoiser with everything in it that has a backward; (guided, conditional) where both are wanted."""
@@ -346,18 +529,46 @@ class _Process:
 
     @property
     def _keep(self) -> bool:
-        return self.rollout.memory == "none" or not torch.is_grad_enabled()
+        return self.rollout.memory in ("none", "auto") or not torch.is_grad_enabled()
+
+    def _thrifty(self, module: nn.Module) -> AbstractContextManager | None:
+        """Where `module` keeps less for its backward, layer by layer; None where it has no layers, or all is kept."""
+        if self._keep:
+            return None
+        if module not in self.layers:
+            self.layers[module] = blocks_checkpointed(module, OutOfPlaceAdd)
+        if not (blocks := self.layers[module]):
+            return None
+        stack = ExitStack()
+        if self.rollout.memory == "offload":
+            stack.enter_context(offloaded())
+        stack.enter_context(blocks())
+        return stack
 
     def render(self, x0: Tensor) -> Tensor:
-        """(B, C, h, w) as sampled -> images (B, 3, H, W), nominally in [0, 1]."""
+        """(B, C, h, w) as sampled, or of one frame, -> images (B, 3, H, W), nominally in [0, 1]."""
         latent = self.inner.process_latent_out(x0.float())
-        if self._keep:
-            images = decode(self.vae, latent)
+        thrifty = self._thrifty(self.vae.first_stage_model)
+        if self._keep or thrifty:
+            with thrifty or nullcontext():
+                images = decode(self.vae, latent)
         else:
             images = checkpoint(lambda z: decode(self.vae, z), latent, use_reentrant=False, preserve_rng_state=False)
+        if images.ndim == 5 and images.shape[2] == 1:
+            images = images[:, :, 0]
         if images.ndim != 4:
-            raise ValueError(f"the VAE decodes to shape {tuple(images.shape)}: MIRA optimises still images only")
+            raise ValueError(
+                f"{self.job.node}: the VAE decodes to shape {tuple(images.shape)}: MIRA optimises still images only"
+            )
         return images.to(x0.device)
+
+    def score_bytes(self, x: Tensor, most: float) -> float:
+        """What decoding and reward of such a latent keep for their backward pass."""
+        before, self.redraw = self.redraw, False
+        try:
+            return saved_bytes(lambda x0: self.score(x0), x, most)
+        finally:
+            self.redraw = before
 
     def score(self, x0: Tensor) -> Score:
         images = self.render(x0)
@@ -370,14 +581,20 @@ class _Process:
         job.reward.evaluation(self.evaluations)
         self.evaluations += self.redraw
         prompts = list(job.prompts) * (len(images) // max(1, len(job.prompts)))  # one round for every particle
-        # Layer by layer where a network has known layers: less is kept, and recomputed once only.
-        layers = [] if keep else [blocks_checkpointed(m, OutOfPlaceAdd) for m in job.reward.modules]
-        if keep or any(layers):
-            with ExitStack() as stack:
-                for within in filter(None, layers):
-                    stack.enter_context(within())
-                return job.reward(images, prompts)
-        return checkpoint(lambda i: job.reward(i, prompts), images, use_reentrant=False, preserve_rng_state=False)
+        # Layer by layer where a network has layers: less is kept, and recomputed once only.
+        layers = [] if keep else [self._thrifty(m) for m in job.reward.modules]
+        with without_tf32():
+            if keep or any(layers):
+                with ExitStack() as stack:
+                    for within in filter(None, layers):
+                        stack.enter_context(within)
+                    return job.reward(images, prompts)
+
+            def rewarded(images: Tensor):
+                with without_tf32():
+                    return job.reward(images, prompts)
+
+            return checkpoint(rewarded, images, use_reentrant=False, preserve_rng_state=False)
 
     def within_chain(self, noise: Tensor, work: Callable[[_Chain], Result]) -> Result:
         """`work` inside ComfyUI's sampler call, where a run can be stopped and continued at any noise level."""
@@ -407,53 +624,130 @@ class _Process:
 
     def check_gradient(self, noise: Tensor) -> None:
         """One denoising step, its gradient against a finite difference, before anything is optimised."""
-        half = (self.inner.manual_cast_dtype or self.inner.get_dtype()) in (torch.float16, torch.bfloat16)
-        name = type(self.inner.diffusion_model).__name__
+        job, name = self.job, type(self.inner.diffusion_model).__name__
+        patches = named(self.extra_args["model_options"])
         remedy = (
             "This model cannot be optimised through as it is: use its fp16, bf16 or fp32 weights instead of a "
-            "quantised file, and bypass nodes that patch it or its attention."
+            f"quantised file, and bypass nodes that patch it or its attention{patches}. MIRA Search KSampler needs no "
+            "gradient."
         )
-
-        def attempt(within: Callable) -> float:
+        blocks = self.blocks()
+        plain, thrifty = [nullcontext], [offloaded]
+        if blocks:
+            plain = [blocks] if job.memory not in ("none", "per_step") else [nullcontext, blocks]
+            thrifty = [lambda: _both(offloaded(), blocks())]
+        ways = [*plain, *thrifty]
+        found = cut = None
+        while ways and found is None:
             try:
-                with within():
-                    return self._gradient_error(noise)
+                found, cut = attempt((), self._gradient_error, noise, ways[0])
             except RuntimeError as problem:
-                if out_of_memory(problem) and within is nullcontext and self.blocks():
-                    return attempt(self.blocks())
-                if "inplace operation" in str(problem) and self.place is nullcontext:
-                    self.place = OutOfPlaceAdd
-                    return attempt(within)
-                if out_of_memory(problem):
+                if has_no_repeatable_way(problem):
                     raise
-                raise RuntimeError(f"{name} has no gradient: {str(problem).splitlines()[0]}. {remedy}") from problem
-
-        wrong = attempt(nullcontext)
-        if not wrong < (0.5 if half else 0.1):
+                said = str(problem).splitlines()[0]
+                if "inplace operation" not in str(problem) or self.place is OutOfPlaceAdd:
+                    raise RuntimeError(f"{job.node}: {name} has no gradient: {said}. {remedy}") from problem
+                self.place = OutOfPlaceAdd
+                continue
+            if cut:
+                ways.pop(0)
+        if found is None:
+            raise cut.problem
+        wrong, moved = found
+        if not wrong < (0.5 if self.half else 0.1):
             raise RuntimeError(
-                f"{name} gives no usable gradient: it is off by {wrong:.2g} (relative) against a finite difference "
-                f"of one denoising step. {remedy}"
+                f"{job.node}: {name} gives no usable gradient: it is off by {wrong:.2g} (relative) against a finite "
+                f"difference of one denoising step. {remedy}"
             )
-        log.debug("gradient self-test of %s: relative error %.2g", name, wrong)
+        if moved > (0.1 if self.half else 0.02):
+            raise RuntimeError(
+                f"{job.node}: {name} predicts something else when a gradient is wanted: its noise is off by "
+                f"{moved:.2g} (relative). {remedy}"
+            )
+        log.debug("gradient self-test of %s: relative error %.2g, prediction off by %.2g", name, wrong, moved)
 
-    def _gradient_error(self, noise: Tensor) -> float:
+    def _gradient_error(self, noise: Tensor, within: Callable) -> tuple[float, float]:
+        """(of the gradient, of the predicted noise with a gradient against without), both relative."""
         found = []
 
         def function(model_k, x, sigmas, extra_args, callback, disable, **options):
-            extra_args, call = self._network(model_k, extra_args)
-            sigma = sigmas[(len(sigmas) - 1) // 2] * x.new_ones(len(x))
+            extra_args, call = self._network(model_k.inner_model, extra_args)
+            extra_args.pop("denoise_mask", None)  # a mask is no business of the network's
+            last = len(sigmas) - 2
+            for step in dict.fromkeys((last // 2, 0, last)):  # conditioning may begin or end in between
+                sigma = sigmas[step] * x.new_ones(len(x))
 
-            def predict(x: Tensor) -> Tensor:
-                out = call(x, sigma, **extra_args)
-                return out[0] if isinstance(out, tuple) else out
+                def predict(x: Tensor, sigma: Tensor = sigma) -> Tensor:
+                    with self.random(step):  # noqa: B023  (it does not outlive the loop)
+                        out = call(x, sigma, **extra_args)
+                    return out[0] if isinstance(out, tuple) else out
 
-            found.append(gradient_error(predict, x * (sigma[0] ** 2 + 1).sqrt() / (sigmas[0] ** 2 + 1).sqrt()))
+                def noise_of(out: Tensor, sigma: Tensor = sigma) -> Tensor:
+                    return at - self.signal(sigma[0]) * out  # noqa: B023
+
+                at = x * (sigma[0] ** 2 + 1).sqrt() / (sigmas[0] ** 2 + 1).sqrt()
+                found[:] = [gradient_error(predict, at, within=within, looked_at=noise_of)]
+                if found[0][0] < float("inf"):
+                    break
             return x
 
         # Some guiders add what counts as a constant here, and not in a finite difference.
         with getattr(self.model_wrap, "without_constants", nullcontext)():
             self._run(noise, function, {})
         return found[0]
+
+
+@contextmanager
+def _both(a: AbstractContextManager, b: AbstractContextManager) -> Iterator[None]:
+    with a, b:
+        yield
+
+
+def controls(conds: dict) -> list:
+    """The ControlNets and adapters in prepared conditioning, with those before them."""
+    found = []
+    for control in (c.get("control") for cs in conds.values() for c in cs):
+        while control is not None and control not in found:
+            found.append(control)
+            control = getattr(control, "previous_controlnet", None)
+    return found
+
+
+def leave_inference_mode_of(control) -> None:
+    """The hint that it holds was made in inference mode."""
+    for name, value in vars(control).items():
+        if isinstance(value, Tensor) and made_in_inference_mode(value):
+            setattr(control, name, value.detach().clone())
+
+
+def random_state(device: torch.device) -> tuple:
+    """Of the generators that a network may draw from without being asked to."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def same_state(a: tuple, b: tuple) -> bool:
+    return all(x is None or torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+class _RandomState:
+    """A context in which torch's global generators go on from a given state, and forget it afterwards."""
+
+    def __init__(self, state: tuple):
+        self.state = state
+
+    def _set(self, state: tuple) -> None:
+        cpu, cuda = state
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+    def __enter__(self) -> None:
+        cuda = self.state[1]
+        self.before = torch.get_rng_state(), None if cuda is None else torch.cuda.get_rng_state()
+        self._set(self.state)
+
+    def __exit__(self, *_) -> None:
+        self._set(self.before)
 
 
 class _Chain:

@@ -153,6 +153,15 @@ class _Attending(comfy.samplers.Sampler):
         inner = model_wrap.inner_model
         patchers = [model_wrap.model_patcher, *model_wrap.loaded_models]
         need = 3 * inner.memory_required([2, *noise.shape[1:]])
+        with loaded(patchers, need), training():
+            model_wrap.conds = normal(model_wrap.conds)
+            self.found = self._improve(
+                model_wrap, normal(sigmas), normal(extra_args), normal(noise), normal(latent_image)
+            )
+        return noise
+
+    def _improve(self, model_wrap, sigmas, extra_args, noise, latent_image) -> Found:
+        inner = model_wrap.inner_model
         full, sigma = self.max_denoise(model_wrap, sigmas), sigmas[:1].to(noise)
 
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
@@ -167,7 +176,7 @@ class _Attending(comfy.samplers.Sampler):
             x = inner.model_sampling.noise_scaling(sigma[0], z, latent_image, full)
             model_wrap(x, sigma, **{**extra_args, "model_options": options})
 
-        with loaded(patchers, need), listener.on(inner.diffusion_model):
+        with listener.on(inner.diffusion_model):
             with torch.no_grad():
                 attend(noise)
             both = [p for kind, p in listener.seen if kind == "cross" and ("own", p) in listener.seen]
@@ -190,11 +199,10 @@ class _Attending(comfy.samplers.Sampler):
                 cross = cross[:, self.words.kept]
                 return Maps(cross.unflatten(0, (height, width)), own.unflatten(1, (height, width)))
 
-            self.found = improve(
+            return improve(
                 maps, noise, self.words.subjects, self.settings, self.generator, on_iteration=self.report,
                 interrupts=INTERRUPTS,
             )  # fmt: skip
-        return noise
 
 
 class MiraInitNONoise(io.ComfyNode):
@@ -291,27 +299,24 @@ class MiraInitNONoise(io.ComfyNode):
         evaluations = settings.evaluations
         bar = comfy.utils.ProgressBar(len(noise) * evaluations)
         made, lines = [], []
-        with torch.inference_mode(False), torch.enable_grad(), training():
-            guider = comfy.samplers.CFGGuider(static(model))
-            guider.set_conds(normal(clip.encode_from_tokens_scheduled(clip.tokenize(prompt))), [])
-            guider.set_cfg(1.0)  # the authors look at the conditional prediction
-            guider.model_options = normal(guider.model_options)
-            for b in range(len(noise)):
-                done = iter(range(b * evaluations + 1, (b + 1) * evaluations + 1))
+        guider = comfy.samplers.CFGGuider(static(model, f"{NODE}: model"))
+        guider.set_conds(clip.encode_from_tokens_scheduled(clip.tokenize(prompt)), [])
+        guider.set_cfg(1.0)  # the authors look at the conditional prediction
+        for b in range(len(noise)):
+            done = iter(range(b * evaluations + 1, (b + 1) * evaluations + 1))
 
-                def report(*_, done=done) -> None:
-                    bar.update_absolute(next(done))
+            def report(*_, done=done) -> None:
+                bar.update_absolute(next(done))
 
-                attending = _Attending(where, settings, stream(seed, int(numbers[b])), report)
-                given, latent = normal(noise[b : b + 1]), normal(samples[b : b + 1])
-                guider.sample(given, latent, attending, normal(sigmas), disable_pbar=True, seed=seed)
-                found = attending.found
-                made.append(found.noise.cpu())
-                lines.append(described(b, found))
-                if found.cut_short:
-                    made += list(normal(noise[b + 1 :]).split(1))
-                    log.warning("%s: %s", NODE, found.reason)
-                    break
+            attending = _Attending(where, settings, stream(seed, int(numbers[b])), report)
+            guider.sample(noise[b : b + 1], samples[b : b + 1], attending, sigmas, disable_pbar=True, seed=seed)
+            found = attending.found
+            made.append(found.noise.cpu())
+            lines.append(described(b, found))
+            if found.cut_short:
+                made += list(noise[b + 1 :].split(1))
+                log.warning("%s: %s", NODE, found.reason)
+                break
         return io.NodeOutput(MadeNoise(seed, torch.cat(made)), "\n".join(lines))
 
 

@@ -6,6 +6,7 @@ import comfy.sample
 import comfy.samplers
 
 from . import host
+from .checks import prompts_of
 from .settings import schedule
 
 
@@ -19,17 +20,26 @@ def cfg_guider(model, positive, negative, cfg: float) -> comfy.samplers.CFGGuide
 def ksampler_job(model, positive, negative, latent: dict, vae, seed: int, cfg: float, prompt: str, values, **more):
     """What KSampler would sample; values: the node's widgets by name, more: the rest of the job."""
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+
+    def initial(seed: int):
+        return comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+
+    guider = cfg_guider(model, positive, negative, cfg)
+    prompts, notices = prompts_of(prompt, guider, len(samples))
     return host.Job(
-        guider=cfg_guider(model, positive, negative, cfg),
+        guider=guider,
         sampler=comfy.samplers.sampler_object(values["sampler_name"]),
         sigmas=schedule(model, values),
-        noise=comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
+        noise=initial(seed),
+        initial=initial,
         latent=samples,
         vae=vae,
         seed=seed,
         mask=latent.get("noise_mask"),
-        prompts=[prompt or ""] * len(samples),
+        prompts=prompts,
+        notices=notices,
         memory=values["memory"],
+        repeatable=values.get("repeatable", True),
         **more,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from comfy_api.latest import io
 from ..sampler.optimize import Settings
 from ..sampler.rivals import RIVALS
 from . import host, memo
-from .checks import check, complain, wrong_sigmas
+from .checks import check, complain, prompts_of, wrong_sigmas
 from .job import cfg_guider, plain_values
 from .live import LiveRun
 from .monitor import travel
@@ -33,14 +34,14 @@ from .types import MiraReward
 log = logging.getLogger("mira")
 
 
-def run(node: str, hidden, guider, sampler, sigmas, noise, seed, latent: dict, vae, reward, prompt, values, identity):
-    """Optimise and wrap: the outputs of both nodes."""
+def run(node: str, hidden, guider, sampler, sigmas, initial, seed, latent: dict, vae, reward, prompt, values, identity):
+    """Optimise and wrap: the outputs of both nodes. initial: seed -> the initial noise."""
     iterate, node_id = values.pop("iterate", -1), hidden.unique_id
     # Guiders and the like are made anew for every execution: what they are made of tells whether it is the same run.
     inputs = values | {"vae": vae, "reward": reward, "prompt": prompt, "seed": seed} | identity
     before = memo.recall(node_id, inputs)
     if before is None:
-        before = optimized(node, node_id, guider, sampler, sigmas, noise, seed, latent, vae, reward, prompt, values)
+        before = optimized(node, node_id, guider, sampler, sigmas, initial, seed, latent, vae, reward, prompt, values)
         memo.remember(node_id, inputs, before)
     done, live = before
     return wrapped(node, hidden, done, live, latent, iterate)
@@ -55,29 +56,34 @@ def wrapped(node: str, hidden, done: host.Optimized, live: LiveRun, latent: dict
     return io.NodeOutput(out, plain, trace, *more, ui=live.output(trace))
 
 
-def optimized(node, node_id, guider, sampler, sigmas, noise, seed, latent: dict, vae, reward, prompt, values):
+def optimized(node, node_id, guider, sampler, sigmas, initial, seed, latent: dict, vae, reward, prompt, values):
     """One run: (what came out, what the editor was told)."""
     model = guider.model_patcher
     latent = latent.copy()
     latent["samples"] = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     settings = understood(node, values)
+    prompts, notices = prompts_of(prompt, guider, len(latent["samples"]))
     live = LiveRun(node_id, settings.iterations, {"drift_metric": settings.drift_metric})
     job = host.Job(
         guider=guider,
         sampler=sampler,
         sigmas=sigmas,
-        noise=noise,
+        noise=initial(seed),
+        initial=initial,
+        node=node,
         latent=latent["samples"],
         vae=vae,
         reward=reward,
         settings=settings,
         seed=seed,
         mask=latent.get("noise_mask"),
-        prompts=[prompt or ""] * len(latent["samples"]),
+        prompts=prompts,
+        notices=notices,
         weighting=values["weighting"],
         measured=values["measured"],
-        gradient_steps=gradient_steps(values),
+        gradient_steps=gradient_steps(values, len(sigmas) - 1),
         memory=values["memory"],
+        repeatable=values.get("repeatable", True),
         on_iteration=live,
     )
     done = host.run(job)
@@ -157,14 +163,17 @@ class MiraOptimizeKSampler(io.ComfyNode):
         check(node, model, sampler, latent_image, vae, reward, prompt, values)
         sigmas = schedule(model, values)
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-        noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
+
+        def initial(seed: int):
+            return comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
+
         return run(
             node,
             cls.hidden,
             cfg_guider(model, positive, negative, cfg),
             sampler,
             sigmas,
-            noise,
+            initial,
             seed,
             latent_image,
             vae,
@@ -221,7 +230,13 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         model = guider.model_patcher
         check(node, model, sampler, latent_image, vae, reward, prompt, values)
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-        initial = noise.generate_noise({**latent_image, "samples": samples})
+
+        def initial(seed: int):
+            other = copy.copy(noise)
+            if seed != noise.seed:
+                other.seed = seed
+            return other.generate_noise({**latent_image, "samples": samples})
+
         return run(
             node,
             cls.hidden,

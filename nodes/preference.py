@@ -6,7 +6,6 @@ import json
 import logging
 
 import comfy.samplers
-import torch
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
@@ -17,13 +16,22 @@ from ..sampler.candidates import ENERGIES
 from ..sampler.methods import METHODS
 from ..sampler.optimize import Result, Score
 from ..sampler.preference import KEEP, PreferenceSettings, prefer
+from ..sampler.seeds import another
 from . import host, memo
 from .checks import check_latent, complain, needs_prompt
 from .job import ksampler_job, plain_values
 from .judges import ON_TIMEOUT, PersonJudge, RecordedJudge, RewardJudge, read_choices
 from .live import LiveRun
 from .optimize import wrapped
-from .settings import iterate_input, memory_input, prompt_input, sampling_inputs, settings_of, trace_outputs
+from .settings import (
+    iterate_input,
+    memory_input,
+    prompt_input,
+    repeatable_input,
+    sampling_inputs,
+    settings_of,
+    trace_outputs,
+)
 from .types import MiraReward
 
 log = logging.getLogger("mira")
@@ -40,9 +48,8 @@ def preferring(judge, seed: int, history: int):
 
     def work(process: host._Process, noises: tuple[Tensor, ...]) -> Result:
         settings: PreferenceSettings = process.settings
-        g = torch.Generator().manual_seed((seed + 1) % 2**63)
         count = {"dpo": settings.candidates, "best_of_n": 2}.get(settings.method, 1)
-        others = [tuple(torch.randn(z.shape, generator=g).to(z) for z in noises) for _ in range(count - 1)]
+        others = [process.noises_of(n, noises) for n in range(1, count)]
 
         def report(k: int, rows: list[dict], candidates: list[Tensor]) -> None:
             shown = candidates[max(0, int(rows[0]["preferred"]))]
@@ -54,7 +61,7 @@ def preferring(judge, seed: int, history: int):
             judge(process),
             [noises, *others],
             settings,
-            seed=seed + 2,
+            seed=another(seed, 0),
             history=history,
             on_iteration=report,
             interrupts=host.INTERRUPTS,
@@ -189,6 +196,7 @@ class MiraDPOPreference(io.ComfyNode):
                 ),
                 prompt_input(),
                 iterate_input(),
+                repeatable_input(),
             ],
             outputs=[
                 *trace_outputs(),
@@ -249,7 +257,7 @@ class MiraDPOPreference(io.ComfyNode):
         settings = settings_of(values, PreferenceSettings)
         live = LiveRun(cls.hidden.unique_id, settings.iterations - 1, {"drift_metric": "path_kl"})
         job = ksampler_job(
-            model, positive, negative, latent, vae, seed, cfg, prompt, values,
+            model, positive, negative, latent, vae, seed, cfg, prompt, values, node=NODE,
             reward=reward if judge == "reward" else None, settings=settings, gradient=settings.method in GRADIENT,
             on_iteration=live,
         )  # fmt: skip

@@ -91,6 +91,18 @@ def _runner(sampler, model_sampling, schedule: Tensor) -> Callable:
     return run
 
 
+def _gradient_error(run: Callable, x: Tensor, noises: list, gradient: Tensor) -> float:
+    """Relative, of the slope along the gradient, at the length of a difference that agrees best."""
+    errors = []
+    for length in (1e-2, 1e-3):
+        step = gradient * (x.norm() * length / gradient.norm())
+        with torch.no_grad():
+            up, down = (run(x + sign * step, noises, replay=True).double().sum() for sign in (1, -1))
+        slope = (gradient * step).double().sum()
+        errors.append(((up - down) / 2 - slope).abs() / slope.abs())
+    return min(errors).item()
+
+
 def _try_on_a_toy(run: Callable, start: Tensor) -> str | None:
     counts = []
     for scale in (1.0, 3.0):
@@ -109,6 +121,8 @@ def _try_on_a_toy(run: Callable, start: Tensor) -> str | None:
             return f"backward fails: {str(problem).splitlines()[0]}"
         if not torch.isfinite(gradient).all() or not gradient.abs().sum() > 0:
             return "its gradient is zero or not finite"
+        if (wrong := _gradient_error(run, x.detach(), noises, gradient)) > 1e-2:
+            return f"its gradient is off by {wrong:.2g} (relative) against a finite difference"
         if not torch.equal(again, out):
             return "it draws noise of its own that cannot be held fixed (is s_churn above 0?)"
         counts.append(len(noises))

@@ -16,7 +16,15 @@ from .job import ksampler_job, plain_values
 from .live import LiveRun
 from .optimize import wrapped
 from .probe import goes_in_pieces, injects_noise
-from .settings import iterate_input, memory_input, prompt_input, sampling_inputs, settings_of, trace_outputs
+from .settings import (
+    iterate_input,
+    memory_input,
+    prompt_input,
+    repeatable_input,
+    sampling_inputs,
+    settings_of,
+    trace_outputs,
+)
 from .types import MiraReward
 
 log = logging.getLogger("mira")
@@ -158,6 +166,7 @@ class MiraSearchKSampler(io.ComfyNode):
                 memory_input(),
                 prompt_input(),
                 iterate_input(),
+                repeatable_input(),
             ],
             outputs=trace_outputs(),
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
@@ -201,7 +210,7 @@ def searched(node_id, *, model, positive, negative, latent, vae, reward, seed, c
     # Another seed is far from the plain sample by every distance; its score energy need not be.
     live = LiveRun(node_id, settings.rows(values["steps"]), {"drift_metric": "mira_two_sided"})
     job = ksampler_job(
-        model, positive, negative, latent, vae, seed, cfg, prompt, values,
+        model, positive, negative, latent, vae, seed, cfg, prompt, values, node=NODE,
         reward=reward, settings=settings, gradient=gradient, on_iteration=live,
     )  # fmt: skip
     done = host.run(job, host.searching)

@@ -28,6 +28,8 @@ DEFAULT = Settings(
 
 # As much reward at the same adherence as through all of them, for half the passes and less (docs/findings.md).
 GRADIENT_STEPS = 3
+# With fewer steps than these the last three are not enough: an image is decided in all of them (docs/speed.md).
+FEW_STEPS = 10
 AS_SET, AUTO = "as_set", "auto"
 
 
@@ -94,7 +96,20 @@ def memory_input():
         default="auto",
         tooltip=(
             "What is kept for the backward pass. none: everything (fastest); per_step: only the latents; "
-            "per_block: less still inside a step; auto: the fastest that fits, and thriftier when memory runs out."
+            "per_block: less still inside a step; offload: as that, and in the CPU's memory (slowest); auto: the "
+            "fastest that fits, and thriftier when memory runs out. The record says which, and what it would take."
+        ),
+    )
+
+
+def repeatable_input():
+    return io.Boolean.Input(
+        "repeatable",
+        default=True,
+        optional=True,
+        tooltip=(
+            "The same seed gives the same bits again, on a GPU too, where that makes an iteration slower. Off: nearly "
+            "the same image, and small differences grow with the iterations."
         ),
     )
 
@@ -282,16 +297,18 @@ def method_inputs() -> list:
         ),
         io.Int.Input(
             "gradient_steps",
-            default=GRADIENT_STEPS,
-            min=0,
+            default=-1,
+            min=-1,
             max=10000,
             optional=True,
             tooltip=(
                 "The gradient goes back through the network of so many of the last steps; the others cost what they "
-                "cost in a plain sample, in time and memory. 0: through all, the exact gradient, up to three times as "
-                "slow. Other methods than as_set always use all."
+                "cost in a plain sample, in time and memory. -1: 3 of them, or all where there are fewer than "
+                f"{FEW_STEPS}. 0: through all, the exact gradient, up to three times as slow. Other methods than "
+                "as_set always use all."
             ),
         ),
+        repeatable_input(),
     ]
 
 
@@ -323,9 +340,12 @@ def settings_of(values: dict, kind: type = Settings):
     return kind(**chosen)
 
 
-def gradient_steps(values: dict) -> int:
-    """Through how many steps the gradient goes, for a node's values."""
-    return values.get("gradient_steps", 0) if as_set(values) else 0
+def gradient_steps(values: dict, steps: int) -> int:
+    """Through how many of the `steps` the gradient goes, for a node's values; 0: through all."""
+    chosen = values.get("gradient_steps", 0) if as_set(values) else 0
+    if chosen < 0:
+        return GRADIENT_STEPS if steps >= FEW_STEPS else 0
+    return chosen
 
 
 def held(chosen: dict) -> str:

@@ -1,8 +1,8 @@
 """Differentiable twins of ComfyUI's k-diffusion samplers.
 
 A sampler function is decorated with `torch.no_grad()`, may call other decorated ones, and makes its own noise. Its
-twin is the same code in a namespace of its own, where every decorated function is replaced by its twin and every
-noise comes from us. ComfyUI's module is left as it is.
+twin is the same code in a namespace of its own, where every decorated function is replaced by its twin, every noise
+comes from us, and nothing is detached. ComfyUI's module is left as it is.
 """
 
 from __future__ import annotations
@@ -22,6 +22,17 @@ def _without_no_grad(function: types.FunctionType) -> types.FunctionType:
     while function.__globals__.get("__name__") == "torch.utils._contextlib" and hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     return function
+
+
+NOISE_FACTORIES = ("default_noise_sampler", "BrownianTreeNoiseSampler")
+
+
+def _attached(code: types.CodeType) -> types.CodeType:
+    """The same code that clones where it detached: some samplers cut their history off, and its gradient with it."""
+    return code.replace(
+        co_names=tuple("clone" if name == "detach" else name for name in code.co_names),
+        co_consts=tuple(_attached(c) if isinstance(c, types.CodeType) else c for c in code.co_consts),
+    )
 
 
 class Twins:
@@ -53,7 +64,9 @@ class Twins:
         raw = _without_no_grad(function)
         if raw not in self.functions:
             namespace = self._namespace(raw.__globals__)
-            twin = types.FunctionType(raw.__code__, namespace, raw.__name__, raw.__defaults__, raw.__closure__)
+            twin = types.FunctionType(
+                _attached(raw.__code__), namespace, raw.__name__, raw.__defaults__, raw.__closure__
+            )
             twin.__kwdefaults__ = raw.__kwdefaults__
             self.functions[raw] = twin
         return self.functions[raw]
@@ -62,24 +75,16 @@ class Twins:
         if id(original) in self.namespaces:
             return self.namespaces[id(original)]
         namespace = self.namespaces[id(original)] = dict(original)
+        # Looked up at each use: another pack may have put its own in their place.
+        factories = [vars(k_diffusion)[name] for name in NOISE_FACTORIES]
         for name, value in original.items():
-            if value in _NOISE_FACTORIES:
+            if name in NOISE_FACTORIES or any(value is factory for factory in factories):
                 namespace[name] = self._making_noise(value)
             elif isinstance(value, types.FunctionType):
                 raw = _without_no_grad(value)
                 if raw is not value or raw.__globals__ is original:
                     namespace[name] = self._function(value)
         return namespace
-
-
-class _Identity(tuple):
-    """Membership by identity: a module's globals hold values that cannot be compared or hashed."""
-
-    def __contains__(self, value: object) -> bool:
-        return any(value is item for item in self)
-
-
-_NOISE_FACTORIES = _Identity((k_diffusion.default_noise_sampler, k_diffusion.BrownianTreeNoiseSampler))
 
 
 class StandIn:

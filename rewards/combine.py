@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Facts, Reward
+from .preprocess import resample
 
 # ReNO's composite (arXiv 2406.04312): the weights of its losses, by the names of the rewards.
 RENO = {"HPSv2.1": 5.0, "ImageReward": 1.0, "CLIPScore": 0.01, "PickScore": 0.05}
@@ -105,7 +105,7 @@ class Augmented(Reward):
             top, left = round(top * (height - h)), round(left * (width - w))
             view = images[..., top : top + h, left : left + w]
             if (h, w) != (height, width):
-                view = F.interpolate(view, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
+                view = resample(view, (height, width), "bilinear")
             views.append(view.flip(-1) if self.flip and mirror < 0.5 else view)
         return views
 

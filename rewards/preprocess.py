@@ -8,9 +8,11 @@ feels its reward.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -30,11 +32,45 @@ def straight_through(images: Tensor, seen: Tensor) -> Tensor:
     return images + (seen - images).detach()
 
 
+class _Resampled(torch.autograd.Function):
+    """torch's antialiased resampling, with a backward that is a matrix product along each side.
+
+    torch's own adds up in any order on a GPU, so that no run repeats, and on some backends there is none.
+    """
+
+    @staticmethod
+    def forward(ctx, images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
+        ctx.sides, ctx.mode = tuple(zip(images.shape[-2:], shape, strict=True)), mode
+        return F.interpolate(images, size=shape, mode=mode, antialias=True, align_corners=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        (height, width), like = ctx.sides, gradient
+        if width[0] != width[1]:
+            gradient = gradient @ _weights(*width, ctx.mode).to(like).T
+        if height[0] != height[1]:
+            gradient = _weights(*height, ctx.mode).to(like) @ gradient
+        return gradient, None, None
+
+
+@functools.lru_cache(maxsize=16)
+def _weights(before: int, after: int, mode: str) -> Tensor:
+    """(before, after): the share of every pixel of a line in every pixel of the resampled line."""
+    lines = torch.eye(before, dtype=torch.float64)[None, None]
+    return F.interpolate(lines, size=(before, after), mode=mode, antialias=True, align_corners=False)[0, 0]
+
+
+def resample(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
+    """(..., H, W) to `shape`, antialiased; the same bits and the same gradient every time, on a GPU too."""
+    return _Resampled.apply(images, shape, mode)
+
+
 def resize(images: Tensor, shape: tuple[int, int]) -> Tensor:
     """Bicubic and antialiased, as Pillow's: first along the width, then along the height."""
     for step in ((images.shape[-2], shape[1]), shape):
         if tuple(images.shape[-2:]) != step:
-            images = F.interpolate(images, size=step, mode="bicubic", antialias=True, align_corners=False)
+            images = resample(images, step, "bicubic")
             images = straight_through(images, (images * 255).round().clamp(0, 255) / 255)
     return images
 

@@ -13,7 +13,8 @@ import importlib.util
 import linecache
 import math
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,6 +30,14 @@ class _Fresh(importlib.machinery.SourceFileLoader):
 
     def path_stats(self, path):
         raise OSError
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    """The user's code makes tensors that a later call, with a gradient, may need; the mode of gradients stays."""
+    wanted = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+        yield
 
 
 def located(problem: BaseException, path: Path) -> str:
@@ -69,8 +78,9 @@ class PythonReward(Reward):
         loader = _Fresh(f"mira_reward_{path.stem}", str(path))
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
         try:
-            loader.exec_module(module)
-        except Exception as problem:
+            with _outside_inference_mode():
+                loader.exec_module(module)
+        except (Exception, SystemExit) as problem:
             raise ValueError(located(problem, path)) from problem
         self.facts = facts_of(getattr(module, "FACTS", None), path)
         self.function = getattr(module, "score", None)
@@ -82,12 +92,13 @@ class PythonReward(Reward):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         try:
-            score = self.function(images, list(prompts))
+            with _outside_inference_mode():
+                score = self.function(images.clone() if images.is_inference() else images, list(prompts))
             if not self.facts.differentiable:
                 score = torch.as_tensor(score, dtype=torch.float32, device=images.device)
         except (torch.OutOfMemoryError, MemoryError):
             raise  # whoever called knows what to do
-        except Exception as problem:
+        except (Exception, SystemExit) as problem:
             raise RuntimeError(located(problem, self.path)) from problem
         return self._checked(score, images)
 

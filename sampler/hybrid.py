@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .candidates import towards
-from .memory import out_of_memory
+from .ending import Interrupts, attempt
 from .optimize import Result, Score, Settings, optimize
 from .rollout import Path, Rollout, per_image
 from .search import SearchSettings
@@ -26,15 +26,17 @@ def hybrid(
     settings: SearchSettings,
     *,
     seed: int = 0,
+    others: Callable[[int, Sequence[Tensor]], Sequence[Tensor]] | None = None,
     on_iteration: Callable[[int, list[dict], Score], None] = lambda k, rows, score: None,
-    interrupts: tuple[type[BaseException], ...] = (),
+    interrupts: Interrupts = (),
     memory: Callable[[], float] = lambda: 0.0,
 ) -> Result:
     """`rounds` times: MIRA for `iterations` on each of `particles` trajectories, then all go on from the best one.
 
     The best is the one of the highest MIRA objective, reward - beta R, R measured from the plain sample of its own
     lineage. As copies would stay copies, all but one take a step of `radius` along fresh noise. The first trajectory
-    is the plain sample's. Returns as `optimize` does; a row per round, iteration 0 is the plain sample.
+    is the plain sample's, the p-th begins from others(p, noises). Returns as `optimize` does; a row per round,
+    iteration 0 is the plain sample.
     """
     inner = Settings(
         iterations=settings.iterations,
@@ -46,13 +48,14 @@ def hybrid(
     )
     generator = stream(seed, -1)
     trajectories = [[n.detach() for n in noises]]
-    trajectories += [fresh(noises, generator) for _ in range(settings.particles - 1)]
+    others = others or (lambda p, like: fresh(like, generator))
+    trajectories += [list(others(p, noises)) for p in range(1, settings.particles)]
     reference: Path | None = None  # of the lineage that survived; in the first round every trajectory is its own
     batch, steps = len(noises[0]), len(rollout.schedule) - 1
     trace, iterates = Trace(), []
     best = best_noises = None
     best_reward, kept = torch.full((batch,), -math.inf, dtype=torch.double), torch.zeros(batch, dtype=torch.long)
-    runs, reason, cut_short = 0, "all rounds done", False
+    runs = 0
 
     def record(k: int, rows: list[dict], latent: Tensor, z: Sequence[Tensor], images: Tensor) -> None:
         nonlocal best, best_noises, best_reward, kept
@@ -86,50 +89,56 @@ def hybrid(
         # A trajectory whose reward or gradient is not finite ends alone; a cancelled one ends the run.
         return *latest, done.last, list(done.best_noises), done.reason if done.cut_short else None
 
-    try:
+    def round_(k: int) -> str | None:
+        """Why it ended before its time, or None."""
+        nonlocal reference, trajectories, runs
+        started, ends, ended = time.perf_counter(), [], None
+        for z in trajectories:
+            end, cut = attempt(interrupts, climb, z, reference, settings.iterations)
+            if cut:
+                if not ends:
+                    raise cut.problem
+                ended = f"{cut} in round {k}"
+                break
+            *end, ended = end
+            ends.append(end)
+            if ended:
+                break
+        objective = torch.tensor(
+            [[r["reward"] - settings.beta * r.get(settings.regularizer, 0.0) for r in rows] for rows, *_ in ends]
+        ).nan_to_num(nan=-math.inf)
+        index = objective.argmax(0)
+        rows = [ends[p][0][b] | {"seconds": time.perf_counter() - started} for b, p in enumerate(index.tolist())]
+        winner = [_picked(z, index) for z in zip(*(e[3] for e in ends), strict=True)]
+        record(k, rows, _picked([e[2] for e in ends], index), winner, _picked([e[1] for e in ends], index))
+        if ended:
+            return ended
+        if reference is None and k < settings.rounds:
+            with torch.no_grad():
+                reference = rollout([_picked(z, index) for z in zip(*trajectories, strict=True)]).detach()
+            runs += 1
+        trajectories = [winner]
+        for _ in range(settings.particles - 1):
+            trajectories.append(towards(winner, fresh(winner, generator), settings.radius))
+        return None
+
+    def rounds() -> str | None:
         rows, images, latent, z, _ = climb(trajectories[0], None, 0)
         record(0, rows, latent, z, images)
         for k in range(1, settings.rounds + 1):
-            started, ends, ended = time.perf_counter(), [], None
-            for z in trajectories:
-                try:
-                    *end, ended = climb(z, reference, settings.iterations)
-                except (RuntimeError, *interrupts) as stop:
-                    if not ends or (isinstance(stop, RuntimeError) and not out_of_memory(stop)):
-                        raise
-                    ended = f"stopped in round {k}: {type(stop).__name__}"
-                    break
-                ends.append(end)
-                if ended:
-                    break
-            objective = torch.tensor(
-                [[r["reward"] - settings.beta * r.get(settings.regularizer, 0.0) for r in rows] for rows, *_ in ends]
-            ).nan_to_num(nan=-math.inf)
-            index = objective.argmax(0)
-            rows = [ends[p][0][b] | {"seconds": time.perf_counter() - started} for b, p in enumerate(index.tolist())]
-            winner = [_picked(z, index) for z in zip(*(e[3] for e in ends), strict=True)]
-            record(k, rows, _picked([e[2] for e in ends], index), winner, _picked([e[1] for e in ends], index))
-            if ended:
-                reason, cut_short = ended, True
-                break
-            if reference is None and k < settings.rounds:
-                with torch.no_grad():
-                    reference = rollout([_picked(z, index) for z in zip(*trajectories, strict=True)]).detach()
-                runs += 1
-            trajectories = [winner]
-            for _ in range(settings.particles - 1):
-                trajectories.append(towards(winner, fresh(winner, generator), settings.radius))
-    except RuntimeError as problem:
-        if not out_of_memory(problem) or best is None:
-            raise
-        reason, cut_short = f"out of memory after round {trace.rows[-1]['iteration']}", True
-    except interrupts:
-        if best is None:
-            raise
-        reason, cut_short = f"interrupted after round {trace.rows[-1]['iteration']}", True
+            if ended := round_(k):
+                return ended
+        return None
+
+    ended, cut = attempt(interrupts, rounds)
+    if cut and best is None:
+        raise cut.problem
+    if cut:
+        ended = f"{cut} after round {trace.rows[-1]['iteration']}"
+    reason = ended or "all rounds done"
     trace.kept, trace.reasons = kept.tolist(), [reason] * batch
     trace.settings |= {"evaluations": runs * steps}
-    return Result(best, iterates[-1].to(best), tuple(best_noises), trace, reason, iterates, cut_short)
+    return Result(best, iterates[-1].to(best), tuple(best_noises), trace, reason, iterates, ended is not None)
 
 
 def _picked(values: Sequence[Tensor], index: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .memory import out_of_memory
+from .ending import Interrupts, attempt
 from .variables import standard_kl
 
 SHARPNESS = 100.0  # of the softmax over tokens, which makes a map of the small differences between them
@@ -122,7 +122,7 @@ def improve(
     generator: torch.Generator,
     *,
     on_iteration: Callable[[int, int, float, float], None] = lambda *row: None,
-    interrupts: tuple[type[BaseException], ...] = (),
+    interrupts: Interrupts = (),
 ) -> Found:
     """From `noise` (1, C, h, w) on, the best one: of the lowest response + conflict.
 
@@ -134,7 +134,7 @@ def improve(
     """
     rows: list[tuple[int, int, float, float]] = []
     best, lowest, index = noise, math.inf, 0
-    reason, cut_short, updates = "no noise became good in time: the best of them", False, 0
+    updates = 0
 
     def climb(number: int, start: Tensor, iterations: int) -> bool:
         """Whether it became good."""
@@ -172,20 +172,19 @@ def improve(
                 updates += 1
         return False
 
-    try:
+    def rounds() -> bool:
         start = noise
         for number in range(settings.rounds):
             if climb(number, start, settings.trial):
-                return Found(best, rows, index, "every subject is answered")
+                return True
             start = torch.randn(noise.shape, generator=generator).to(noise)
-        if settings.rounds > 1 and settings.iterations and climb(rows[index][0], best, settings.iterations):
-            return Found(best, rows, index, "every subject is answered")
-    except RuntimeError as problem:
-        if not out_of_memory(problem) or not updates:
-            raise
-        reason, cut_short = f"out of memory after {len(rows)} evaluations: the best of them", True
-    except interrupts:
-        if not rows:
-            raise
-        reason, cut_short = f"interrupted after {len(rows)} evaluations: the best of them", True
-    return Found(best, rows, index, reason, cut_short)
+        again = settings.rounds > 1 and settings.iterations
+        return bool(again) and climb(rows[index][0], best, settings.iterations)
+
+    good, cut = attempt(interrupts, rounds)
+    if cut and not (updates if cut.memory else rows):
+        raise cut.problem
+    if cut:
+        return Found(best, rows, index, f"{cut} after {len(rows)} evaluations: the best of them", True)
+    reason = "every subject is answered" if good else "no noise became good in time: the best of them"
+    return Found(best, rows, index, reason)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .ending import Interrupts, attempt
 from .keep import Keeper
-from .memory import out_of_memory
 from .rollout import Path, Rollout, mean_square, per_image
 from .surrogates import REGULARIZERS, SURROGATES
 from .trace import Trace
@@ -48,6 +48,7 @@ DUAL_STEP, DUAL_FLOOR = 2.0, 1e-3
 KEEP = ("best_within_drift", "best_reward", "last")
 STOP = ("never", "plateau", "drift", "plateau_or_drift")
 MAX_HALVINGS = 3
+LOSS_SCALE_STEP = 16  # by how much a loss scale falls when gradients overflow
 
 
 @dataclass(frozen=True)
@@ -179,11 +180,21 @@ class _State:
 
 @dataclass(frozen=True)
 class _Evaluation:
+    """One iterate. drift, loss: (B,). gradients, and their norm (B,): None where none was asked for."""
+
     path: Path
     score: Score
     surrogates: dict[str, Tensor]
+    drift: Tensor
     loss: Tensor
-    gradients: list[Tensor] | None
+    gradients: list[Tensor] | None = None
+    norms: Tensor | None = None
+
+    @property
+    def finite(self) -> Tensor:
+        """(B,), on the CPU."""
+        finite = torch.isfinite(self.loss)
+        return (finite if self.norms is None else finite & torch.isfinite(self.norms)).cpu()
 
 
 def optimize(
@@ -194,7 +205,7 @@ def optimize(
     *,
     reference: Path | None = None,
     on_iteration: Callable[[int, list[dict], Score], None] = lambda k, rows, score: None,
-    interrupts: tuple[type[BaseException], ...] = (),
+    interrupts: Interrupts = (),
     memory: Callable[[], float] = lambda: 0.0,
 ) -> Result:
     """Optimise `noises` (z_T, ..., z_1), each (B, C, ...), so that score(x0) rises.
@@ -221,43 +232,43 @@ def optimize(
     )
     trace, iterates = Trace(), []
     k, reason, latest, cut_short = 0, "", None, False
-    while k <= settings.iterations:
+
+    def iteration(k: int) -> _Evaluation | None:
+        """Evaluate, keep and report; None where the gradients overflowed, and a smaller scale is to be tried."""
+        nonlocal latest
         started = time.perf_counter()
-        try:
-            evaluation = _evaluate(rollout, score, state, settings, gradient=k < settings.iterations)
-            norms = None if evaluation.gradients is None else _norm(evaluation.gradients)
-            if _overflowed(state, evaluation, norms):
-                state.loss_scale = max(1.0, state.loss_scale / 16)
-                continue
-            latest = evaluation.path.x0.detach()
-            drift = evaluation.surrogates[settings.drift_metric]
-            state.keeper.update(k, evaluation.score.total, drift, latest, evaluation.path.noises, state.active)
-            rows = _rows(k, state, evaluation, norms, settings, time.perf_counter() - started, memory())
-            trace.rows += rows
-            iterates.append(latest.cpu())
-            on_iteration(k, rows, evaluation.score)  # a host's progress bar raises its interrupts too
-        except RuntimeError as problem:
-            if not out_of_memory(problem):
-                raise
-            if rollout.shrink():
-                trace.notices.append(f"out of memory at iteration {k}: went on with {rollout.memory} checkpointing")
+        evaluation = _evaluate(rollout, score, state, settings, gradient=k < settings.iterations)
+        if _overflowed(state, evaluation):
+            state.loss_scale = max(1.0, state.loss_scale / LOSS_SCALE_STEP)
+            return None
+        latest = evaluation.path.x0.detach()
+        state.keeper.update(k, evaluation.score.total, evaluation.drift, latest, evaluation.path.noises, state.active)
+        rows = _rows(k, state, evaluation, settings, time.perf_counter() - started, memory())
+        trace.rows += rows
+        iterates.append(latest.cpu())
+        on_iteration(k, rows, evaluation.score)  # a host's progress bar raises its interrupts too
+        return evaluation
+
+    while k <= settings.iterations:
+        evaluation, cut = attempt(interrupts, iteration, k)
+        if cut:
+            if cut.memory and rollout.shrink():
+                trace.notices.append(f"{cut} at iteration {k}: went on with {rollout.memory} checkpointing")
                 continue
             if state.keeper.latent is None:
-                raise
-            reason, cut_short = f"out of memory at iteration {k}", True
+                raise cut.problem
+            reason, cut_short = f"{cut} at iteration {k}", True
             break
-        except interrupts:
-            if state.keeper.latent is None:
-                raise
-            reason, cut_short = f"interrupted at iteration {k}", True
-            break
+        if evaluation is None:
+            continue
+        trace.notices += _not_finite(k, evaluation, state.active)
         if k < settings.iterations:
-            _stop(state, settings, k, drift.cpu())
-            _step(state, evaluation, norms.cpu(), settings)
-            _hold(state, settings, drift.cpu())
-        if k < settings.iterations and not state.active.any():
-            reason = "; ".join(dict.fromkeys(r for r in state.reasons if r))
-            break
+            _stop(state, settings, k, evaluation.drift.cpu())
+            _step(state, evaluation, settings)
+            _hold(state, settings, evaluation.drift.cpu())
+            if not state.active.any():
+                reason = "; ".join(dict.fromkeys(r for r in state.reasons if r))
+                break
         k += 1
     reason = reason or "all iterations done"
     trace.kept = state.keeper.iteration.tolist()
@@ -266,13 +277,20 @@ def optimize(
 
 
 def _evaluate(rollout: Rollout, score, state: _State, settings: Settings, gradient: bool) -> _Evaluation:
+    try:
+        return _evaluated(rollout, score, state, settings, gradient)
+    finally:
+        rollout.let_go()
+
+
+def _evaluated(rollout: Rollout, score, state: _State, settings: Settings, gradient: bool) -> _Evaluation:
     with torch.set_grad_enabled(gradient):
         path = rollout(state.variables.noises())
         result = score(path.x0)
         if state.reference is None:
-            state.reference = path.detach()
             if gradient:
                 _check_reward(result.total, path.x0)
+            state.reference = path.detach()
         # The regulariser alone carries a gradient; the others are for the record.
         weighed = bool(state.beta.any())
         penalty = REGULARIZERS[settings.regularizer](path, state.reference) if weighed else None
@@ -287,20 +305,27 @@ def _evaluate(rollout: Rollout, score, state: _State, settings: Settings, gradie
                 surrogates[settings.regularizer] = penalty.detach()
             if own is not None:
                 surrogates["initno"] = own.detach()
+        drift = surrogates[settings.drift_metric]
         if not gradient:
-            return _Evaluation(path, result, surrogates, loss, None)
+            return _Evaluation(path, result, surrogates, drift, loss)
         grads = torch.autograd.grad(loss.sum() * state.loss_scale, state.z, allow_unused=True)
         grads = [
             torch.zeros_like(z) if g is None else g / state.loss_scale for g, z in zip(grads, state.z, strict=True)
         ]
-    return _Evaluation(path.detach(), result, surrogates, loss.detach(), grads)
+    return _Evaluation(path.detach(), result, surrogates, drift, loss.detach(), grads, _norm(grads))
 
 
-def _overflowed(state: _State, evaluation: _Evaluation, norms: Tensor | None) -> bool:
+def _overflowed(state: _State, evaluation: _Evaluation) -> bool:
     """A gradient that is not finite under a finite loss, while there is a scale to lower."""
-    if norms is None or state.loss_scale <= 1:
+    if evaluation.norms is None or state.loss_scale <= 1:
         return False
-    return bool((torch.isfinite(evaluation.loss) & ~torch.isfinite(norms)).any())
+    return bool((torch.isfinite(evaluation.loss) & ~torch.isfinite(evaluation.norms)).any())
+
+
+def _not_finite(k: int, evaluation: _Evaluation, active: Tensor) -> list[str]:
+    """What the user should know of it, if anything."""
+    images = torch.nonzero(~evaluation.finite & active).flatten().tolist()
+    return [f"image {b}: reward or gradient not finite at iteration {k}" for b in images]
 
 
 def _check_reward(reward: Tensor, x0: Tensor) -> None:
@@ -327,7 +352,7 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _rows(
-    k: int, state: _State, evaluation: _Evaluation, norms: Tensor | None, settings: Settings, seconds, memory
+    k: int, state: _State, evaluation: _Evaluation, settings: Settings, seconds: float, memory: float
 ) -> list[dict[str, float]]:
     columns = {"reward": evaluation.score.total}
     if any(not torch.equal(part, evaluation.score.total) for part in evaluation.score.parts.values()):
@@ -337,8 +362,8 @@ def _rows(
     columns["noise_norm"] = _norm(noises) / sum(z[0].numel() for z in noises) ** 0.5
     if settings.hold == "dual_ascent":
         columns["beta"] = state.beta
-    if norms is not None:
-        columns["gradient_norm"] = norms
+    if evaluation.norms is not None:
+        columns["gradient_norm"] = evaluation.norms
     values = {name: column.detach().cpu().double().tolist() for name, column in columns.items()}
     return [
         {"iteration": k, "image": b}
@@ -357,9 +382,9 @@ def _stop(state: _State, settings: Settings, k: int, drift: Tensor) -> None:
         state.end(drift > settings.drift_limit, f"{settings.drift_metric} passed {settings.drift_limit:g}")
 
 
-def _step(state: _State, evaluation: _Evaluation, norms: Tensor, settings: Settings) -> None:
+def _step(state: _State, evaluation: _Evaluation, settings: Settings) -> None:
     """One update of every active image. Where something was not finite: back half-way to the last good noises."""
-    finite = torch.isfinite(norms) & torch.isfinite(evaluation.loss).cpu()
+    finite, norms = evaluation.finite, evaluation.norms.cpu()
     bad = ~finite & state.active
     state.halvings = torch.where(finite, 0, state.halvings + bad)
     state.end(bad & (state.halvings > MAX_HALVINGS), f"reward or gradient not finite {MAX_HALVINGS + 1} times in a row")
@@ -381,7 +406,8 @@ def _step(state: _State, evaluation: _Evaluation, norms: Tensor, settings: Setti
     state.optimizer.step()
     with torch.no_grad():
         for z, b, g in zip(state.z, before, good, strict=True):
-            z.copy_(torch.where(per_image(stepping, z), z, torch.where(per_image(halving, z), (b + g) / 2, b)))
+            back = torch.where(torch.isfinite(b), (b + g) / 2, g)
+            z.copy_(torch.where(per_image(stepping, z), z, torch.where(per_image(halving, z), back, b)))
     state.good = [torch.where(per_image(stepping, b), b, g).detach() for b, g in zip(before, good, strict=True)]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .candidates import ENERGIES, Candidate, Run, pick
-from .memory import out_of_memory
+from .ending import Interrupts, attempt
 from .methods import METHODS
 from .optimize import OPTIMIZERS, Result
 from .rollout import Rollout, per_image
@@ -142,7 +142,7 @@ def prefer(
     seed: int = 0,
     history: int = 0,
     on_iteration: Callable[[int, list[dict], list[Tensor]], None] = lambda k, rows, images: None,
-    interrupts: tuple[type[BaseException], ...] = (),
+    interrupts: Interrupts = (),
     memory: Callable[[], float] = lambda: 0.0,
 ) -> Result:
     """Optimise noises (z_T, ..., z_1), each (B, C, ...), by what `judge` prefers.
@@ -168,39 +168,29 @@ def prefer(
         book.choices += [[book.k, b, *choice] for b, choice in enumerate(of_each)]
         return verdict
 
-    reason, references, cut_short = "", [], False
-    while book.k < settings.iterations:
+    reason, references, found, cut_short = "", [], [], False
+
+    def comparison() -> Verdict:
+        nonlocal references, found
         started = time.perf_counter()
+        found = book.method.candidates()
+        references = references or [c.path for c in found]
+        verdict = ask([c.images for c in found])
+        winner = pick(found, verdict.best)
+        score = None if verdict.scores is None else verdict.scores.gather(1, verdict.best[:, None])[:, 0]
+        book.kept.update(book.k, _better(ask, settings, book.kept, winner, score), winner, score)
+        norms = book.method.learn(found, verdict)
+        started_from = references if settings.method == "dpo" else references[:1] * len(found)
+        rows = _rows(book.k, run, found, verdict, started_from, norms, time.perf_counter() - started, memory())
+        trace.rows += rows
+        book.iterates = [*book.iterates[: book.k], winner.path.x0.cpu()]
+        on_iteration(book.k, rows, [c.images for c in found])
+        return verdict
+
+    while book.k < settings.iterations:
         book.remember()
         try:
-            found = book.method.candidates()
-            references = references or [c.path for c in found]
-            verdict = ask([c.images for c in found])
-            winner = pick(found, verdict.best)
-            score = None if verdict.scores is None else verdict.scores.gather(1, verdict.best[:, None])[:, 0]
-            book.kept.update(book.k, _better(ask, settings, book.kept, winner, score), winner, score)
-            norms = book.method.learn(found, verdict)
-            started_from = references if settings.method == "dpo" else references[:1] * len(found)
-            rows = _rows(book.k, run, found, verdict, started_from, norms, time.perf_counter() - started, memory())
-            trace.rows += rows
-            book.iterates = [*book.iterates[: book.k], winner.path.x0.cpu()]
-            on_iteration(book.k, rows, [c.images for c in found])
-        except RuntimeError as problem:
-            if not out_of_memory(problem):
-                raise
-            if rollout.shrink():
-                book.restore()
-                trace.notices.append(f"out of memory at iteration {book.k}: went on with {rollout.memory} checkpoints")
-                continue
-            if book.kept.latent is None:
-                raise
-            reason, cut_short = f"out of memory at iteration {book.k}", True
-            break
-        except interrupts:
-            if book.kept.latent is None:
-                raise
-            reason, cut_short = f"interrupted at iteration {book.k}", True
-            break
+            verdict, cut = attempt(interrupts, comparison)
         except _Back:
             book.restore(1)
             continue
@@ -209,9 +199,21 @@ def prefer(
                 nobody = torch.zeros(len(found[0].images), dtype=torch.long)
                 undecided = Verdict(nobody, nobody, torch.ones_like(nobody, dtype=torch.bool))
                 book.kept.update(0, nobody, found[0], None)
-                seconds = time.perf_counter() - started
-                trace.rows += _rows(0, run, found, undecided, [c.path for c in found], None, seconds, memory())
+                trace.rows += _rows(0, run, found, undecided, [c.path for c in found], None, 0.0, memory())
             reason = "the judge had enough"
+            break
+        finally:
+            rollout.let_go()
+        if cut:
+            if cut.memory and rollout.shrink():
+                book.restore()
+                trace.notices.append(
+                    f"out of memory at iteration {book.k}: went on with {rollout.memory} checkpointing"
+                )
+                continue
+            if book.kept.latent is None:
+                raise cut.problem
+            reason, cut_short = f"{cut} at iteration {book.k}", True
             break
         book.ties = book.ties + 1 if verdict.tie.all() else 0
         if book.ties >= settings.patience:

@@ -7,18 +7,19 @@ sampler injects, in the order in which it asks for them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .memory import out_of_memory, saved_bytes
+from .memory import offloaded, out_of_memory, saved_bytes
 
 # D(x, sigma): x (B, C, ...), sigma (B,) -> the denoised prediction, or (guided, conditional) predictions. It may have
 # `escapes(kwargs)`: whether anything but its return value carries a gradient out of a call.
 Denoiser = Callable[..., Tensor | tuple[Tensor, Tensor]]
+SAME = 0.02  # relative: how far a prediction may be off when it is computed again
 # Returns the next noise; `draw` makes the host's own, which only a first run uses.
 NoiseSource = Callable[[Callable[[], Tensor]], Tensor]
 # sample(z_T, noise_source, wrap) -> x0. The host's sampler: it asks `noise_source` for every injected noise and
@@ -38,6 +39,11 @@ def mean_square(x: Tensor, mask: Tensor | None = None) -> Tensor:
         return square.flatten(1).mean(1)
     mask = mask.to(square).expand_as(square)
     return (square * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1e-12)
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """(B,): the root mean square of a - b, relative to b's."""
+    return (mean_square(a - b) / mean_square(b).clamp(min=1e-12)).sqrt()
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class _Recomputed(torch.autograd.Function):
     """run(x), of which only x is kept; the rest is computed again in backward.
 
     torch's own checkpoint keeps a record for every tensor that it does not keep, megabytes a step. It is still what a
-    step needs whose gradient leaves by another way than its return value.
+    step needs whose gradient comes in or leaves by another way than x and its return value.
     """
 
     @staticmethod
@@ -125,6 +131,58 @@ def draw(sample: Sample, z_T: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     return x0, tuple(z.detach().clone() for z in noises)
 
 
+class NotTheSame(RuntimeError):
+    """The model gave another prediction for the same input: it remembers what it was asked before."""
+
+
+@dataclass
+class _Call:
+    """One call of the denoiser, to be done again in backward; `let_go` ends what it holds.
+
+    watched: the first prediction is kept, and the second compared with it.
+
+    A sampler may keep a prediction in the very arguments that it calls with. A checkpoint of such a call is a cycle
+    through C++ that no collector sees, unless its backward runs, which an aborted run never comes to.
+    """
+
+    denoiser: Denoiser | None
+    sigma: Tensor | None
+    kwargs: dict = field(default_factory=dict)
+    watched: bool = False
+    first: Tensor | None = None
+
+    def __call__(self, x: Tensor):
+        out = self.denoiser(x, self.sigma, **self.kwargs)
+        if self.watched:
+            self._watch((out[0] if isinstance(out, tuple) else out).detach())
+        return out
+
+    def _watch(self, out: Tensor) -> None:
+        if self.first is None:
+            self.first = out
+            return
+        off = difference(out, self.first).max().item()
+        self.first, self.watched = None, False
+        if off > SAME:
+            sigma = self.sigma.max().item()
+            raise NotTheSame(f"computed again for its gradient, a prediction at sigma {sigma:.3g} is off by {off:.2g}")
+
+    def let_go(self) -> None:
+        self.denoiser, self.sigma, self.kwargs, self.first = None, None, {}, None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, measured before a policy was chosen: what one step and the score keep for backward, and what was free.
+
+    Infinity: more than was free.
+    """
+
+    step: float
+    score: float
+    free: float
+
+
 class Rollout:
     """Runs the frozen model on given noises and records eps_hat at every denoiser call.
 
@@ -135,13 +193,17 @@ class Rollout:
     gradient_steps: through the network of how many of the last steps a gradient flows; in the earlier ones the network
         counts as a constant, and only the sampler's own arithmetic carries one. They cost as much as a plain sample's,
         in time and in memory. 0: through all.
-    memory: "none", "per_step" or "per_block" checkpointing, or "auto".
+    memory: what is kept for backward, one of `POLICIES` from fast to thrifty, or "auto": the fastest that fits.
+        "none": everything. "per_step": only the latents. "per_block": less still inside a step. "offload": as that,
+        and what is kept waits in the CPU's memory.
     free_bytes: how much memory is left, for "auto".
-    blocks: a context inside which the model checkpoints its own blocks, for "per_block"; None when it has none,
-        and then "per_block" is "per_step".
+    score_bytes: x -> how much the score of a latent like x keeps for backward, at most `most`, for "auto".
+    blocks: a context inside which the model checkpoints its own blocks, for "per_block" and "offload"; None when it
+        has none, and then "per_block" is "per_step".
+    random: n -> a context in which call n of a trajectory draws the random numbers that it drew in every other one.
     """
 
-    POLICIES = ("none", "per_step", "per_block")
+    POLICIES = ("none", "per_step", "per_block", "offload")
 
     def __init__(
         self,
@@ -155,7 +217,9 @@ class Rollout:
         memory: str = "auto",
         mask: Tensor | None = None,
         free_bytes: Callable[[], float] = lambda: float("inf"),
+        score_bytes: Callable[[Tensor, float], float] = lambda x, most: 0.0,
         blocks: Callable[[], AbstractContextManager] | None = None,
+        random: Callable[[int], AbstractContextManager] = lambda n: nullcontext(),
     ):
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting {weighting!r} is not one of {', '.join(WEIGHTINGS)}")
@@ -170,15 +234,21 @@ class Rollout:
         self.memory = memory
         self.mask = mask
         self.free_bytes = free_bytes
+        self.score_bytes = score_bytes
         self.blocks = blocks
-        if memory == "per_block":
-            self.memory = self._thriftiest
+        self.random = random
+        self.estimate: Estimate | None = None
+        self._watching = self._watched = False  # the first trajectory's predictions, when they are computed again
+        self._calls: list[_Call] = []
+        if memory == "per_block" and not blocks:
+            self.memory = "per_step"
 
     def __call__(self, noises: Sequence[Tensor]) -> Path:
         """The run with these noises; differentiable where grad mode is on.
 
         Raises RuntimeError when the sampler asks for another number of noises than it is given.
         """
+        self.let_go()
         record = Record(self)
         rest = iter(noises[1:])
 
@@ -193,12 +263,13 @@ class Rollout:
 
         def wrap(denoiser: Denoiser) -> Denoiser:
             def measured(x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
+                n = len(record.eps)
                 if self._constant(sigma):
-                    with torch.no_grad():
+                    with torch.no_grad(), self.random(n):
                         out = denoiser(x, sigma, **kwargs)
                     # Where the network counts as a constant, so does its score: a part of its gradient would mislead.
                     return record(x.detach(), sigma, out)
-                return record(x, sigma, self.predict(denoiser, x, sigma, kwargs))
+                return record(x, sigma, self.predict(denoiser, x, sigma, kwargs, self.random(n)))
 
             return measured
 
@@ -210,49 +281,73 @@ class Rollout:
         left = len(self.schedule) - 1 - int((self.schedule[:-1] > sigma.max()).sum())
         return 0 < self.gradient_steps < left
 
-    def predict(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, kwargs: dict):
-        """One call of the denoiser, checkpointed as the policy says."""
+    def let_go(self) -> None:
+        """End what the last trajectory's checkpoints hold: after its backward, or where it will have none."""
+        self._watched = self._watching
+        for call in self._calls:
+            call.let_go()
+        self._calls.clear()
+
+    def predict(
+        self, denoiser: Denoiser, x: Tensor, sigma: Tensor, kwargs: dict, within: AbstractContextManager | None = None
+    ):
+        """One call of the denoiser, checkpointed as the policy says. within: its context, to be entered again."""
+        call, within = _Call(denoiser, sigma, kwargs), within or nullcontext()
         if not torch.is_grad_enabled():
-            return denoiser(x, sigma, **kwargs)
+            with within:
+                return call(x)
         if self.memory == "auto":
-            self.memory = self._choose(lambda x: denoiser(x, sigma, **kwargs), x)
+            with within:
+                self.memory = self._choose(call, x)
         if self.memory == "none":
-            return denoiser(x, sigma, **kwargs)
-        blocks = self.blocks if self.memory == "per_block" and self.blocks else nullcontext
+            with within:
+                return call(x)
+
+        call.watched = not self._watched
+        self._watching = True
 
         def run(x: Tensor):
-            with blocks():
-                return denoiser(x, sigma, **kwargs)
+            with within, self.thrifty():
+                return call(x)
 
-        if escapes(denoiser, kwargs):
-            # No dropout in a frozen model, so no random state to keep.
-            return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
-        return _Recomputed.apply(x, run)
+        if self.mask is None and not escapes(denoiser, kwargs):
+            return _Recomputed.apply(x, run)
+        # The masked part of x is made anew from z_T in every call. No random state to keep: `within` has it.
+        self._calls.append(call)
+        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+
+    def thrifty(self) -> AbstractContextManager:
+        """What the policy asks for inside a step: block checkpoints, and the CPU's memory for what is still kept."""
+        stack = ExitStack()
+        if self.memory == "offload":
+            stack.enter_context(offloaded())
+        if self.blocks and self.memory in ("per_block", "offload"):
+            stack.enter_context(self.blocks())
+        return stack
 
     def _choose(self, denoise: Denoiser, x: Tensor) -> str:
-        """Measure what one step keeps for its backward pass, and take the fastest policy that fits in 70 %."""
+        """Measure what a step and the score keep for their backward pass: the fastest policy that fits in 70 %."""
+        free = self.free_bytes()
+        room = 0.7 * free
+        step = score = float("inf")
         try:
-            step = saved_bytes(denoise, x)
+            step = saved_bytes(denoise, x, room)
+            score = self.score_bytes(x, room)
         except RuntimeError as problem:
             if not out_of_memory(problem):
                 raise
-            return self._thriftiest
-        room = 0.7 * self.free_bytes()
+        self.estimate = Estimate(step, score, free)
         steps = len(self.schedule) - 1
-        if step * min(steps, self.gradient_steps or steps) < room:
+        if step * min(steps, self.gradient_steps or steps) + score < room:
             return "none"
-        return "per_step" if step < room else self._thriftiest
-
-    @property
-    def _thriftiest(self) -> str:
-        return "per_block" if self.blocks else "per_step"
+        return "per_step" if step < room else "per_block" if self.blocks else "offload"
 
     def shrink(self) -> bool:
         """After running out of memory: go to the next thriftier policy. False when there is none."""
-        if self.memory in ("auto", self._thriftiest):
-            return False
-        self.memory = self.POLICIES[self.POLICIES.index(self.memory) + 1]
-        return True
+        rest = self.POLICIES[self.POLICIES.index(self.memory) + 1 :] if self.memory != "auto" else self.POLICIES[-1:]
+        rest = [p for p in rest if p != "per_block" or self.blocks]
+        self.memory = rest[0] if rest else self.memory
+        return bool(rest)
 
 
 class Record:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .candidates import towards
-from .memory import out_of_memory
+from .ending import Interrupts, attempt
 from .optimize import Result, Score, Settings
 from .rollout import Denoiser, NoiseSource, Path, Record, Rollout, escapes, per_image
 from .seeds import stream
@@ -207,7 +207,8 @@ def best_of_n_kl(n: int) -> float:
 class _Search:
     """One run's state: who draws which noise, what was seen, and what came out so far."""
 
-    def __init__(self, chain, rollout, score, noises, settings, seed, most, on_iteration, memory):
+    def __init__(self, chain, rollout, score, noises, settings, seed, most, initial, on_plain, on_iteration, memory):
+        self.initial, self.on_plain = initial, on_plain
         self.chain, self.rollout, self.evaluate, self.settings = chain, rollout, score, settings
         self.noises = [n.detach() for n in noises]
         self.most = most
@@ -230,28 +231,31 @@ class _Search:
         shape = (self.batch, *like.shape[1:])
         return torch.stack([torch.randn(shape, generator=self.generators[p]) for p in particles]).to(like)
 
+    def begin(self, particles: Sequence[int]) -> Tensor:
+        """z_T of every particle, (p, B, ...)."""
+        if self.initial is None:
+            return self.fresh(particles, self.noises[0])
+        return torch.stack([self.initial(p) for p in particles]).to(self.noises[0])
+
     def chunks(self, particles: Sequence[int], work: Callable[[Sequence[int]], None]) -> None:
         """`work` on as many particles at once as fit; after running out of memory, on half as many."""
         done = 0
         while done < len(particles):
             some = particles[done : done + self.most]
             states = [g.get_state() for g in self.generators]
-            try:
-                work(some)
-            except RuntimeError as problem:
-                if not out_of_memory(problem):
-                    raise
-                for generator, state in zip(self.generators, states, strict=True):
-                    generator.set_state(state)
-                if len(some) == 1:
-                    if not self.rollout.shrink():
-                        raise
-                    self.trace.notices.append(f"out of memory: went on with {self.rollout.memory} checkpointing")
-                    continue
-                self.most = len(some) // 2
-                self.trace.notices.append(f"out of memory with {len(some)} particles at once: went on with {self.most}")
+            _, cut = attempt((), work, some)
+            if cut is None:
+                done += len(some)
                 continue
-            done += len(some)
+            for generator, state in zip(self.generators, states, strict=True):
+                generator.set_state(state)
+            if len(some) > 1:
+                self.most = len(some) // 2
+                self.trace.notices.append(f"{cut} with {len(some)} particles at once: went on with {self.most}")
+            elif self.rollout.shrink():
+                self.trace.notices.append(f"{cut}: went on with {self.rollout.memory} checkpointing")
+            else:
+                raise cut.problem
 
     def score(self, x0: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """(P, B, C, ...) -> reward (P, B), parts, images (P, B, 3, H, W), chunk by chunk."""
@@ -356,6 +360,7 @@ class _Search:
     def plain(self) -> None:
         """Row 0: the unchanged noises, whose path is the reference of every surrogate."""
         population = self.whole([z[None] for z in self.noises])
+        self.on_plain(population.x[0])
         reward, parts, images = self.score(population.x)
         self.reference = population.path(torch.zeros(self.batch, dtype=torch.long), self.rollout.mask).detach()
         self.report(0, population, reward, parts, images, complete=True)
@@ -421,7 +426,7 @@ class _Search:
         k = 1
         while k < self.settings.particles:
             some = range(k, min(k + self.most, self.settings.particles))
-            noises = [self.fresh(some, z) for z in self.noises]
+            noises = [self.begin(some), *(self.fresh(some, z) for z in self.noises[1:])]
             population = self.whole(noises)
             reward, parts, images = self.score(population.x)
             for p in range(len(some)):
@@ -452,7 +457,7 @@ class _Search:
     def _first(self) -> _Population:
         """All particles at the first noise level; the first one is the plain sample's."""
         count = self.settings.particles
-        z = self.fresh(range(count), self.noises[0])
+        z = self.begin(range(count))
         if self.settings.method == "code":
             z = self.noises[0][None].expand_as(z).clone()  # one state, many continuations
         z[0] = self.noises[0]
@@ -582,15 +587,18 @@ def search(
     *,
     seed: int = 0,
     most: int = 1,
+    initial: Callable[[int], Tensor] | None = None,
+    on_plain: Callable[[Tensor], None] = lambda x0: None,
     on_iteration: Callable[[int, list[dict], Score], None] = lambda k, rows, score: None,
-    interrupts: tuple[type[BaseException], ...] = (),
+    interrupts: Interrupts = (),
     memory: Callable[[], float] = lambda: 0.0,
 ) -> SearchResult:
     """Search from the plain sample's `noises` (z_T, ..., z_1), each (B, C, ...), for images of a higher reward.
 
     Every image of the batch has particles of its own. Iteration 0 is the plain sample, and the first particle begins
-    from its z_T; all other noises come from `seed`, the same however many particles run at once (`most`). rollout: the
-    schedule and the units of the record. score: latents of any number of particles -> `Score`. An exception of
+    from its z_T; all other noises come from `seed`, the same however many particles run at once (`most`), but for z_T
+    of particle p where `initial(p)` makes it. on_plain: is shown the plain sample before anything is scored. rollout:
+    the schedule and the units of the record. score: latents of any number of particles -> `Score`. An exception of
     `interrupts` after iteration 0, and running out of memory with one particle, end the run with the best so far: a
     steered run then hands back the best prediction of its result.
 
@@ -601,24 +609,21 @@ def search(
             f"method is {settings.method}, whose particles part by the noise that the sampler injects, but here it "
             "injects none: use an ancestral or SDE sampler and more than one step, or best_of_n or zero_order"
         )
-    run = _Search(chain, rollout, score, noises, settings, seed, most, on_iteration, memory)
-    particles = log_weights = None
-    reason, cut_short = "all particles done", False
-    try:
+    run = _Search(chain, rollout, score, noises, settings, seed, most, initial, on_plain, on_iteration, memory)
+
+    def whole() -> tuple[Tensor, Tensor]:
         run.plain()
-        particles, log_weights = getattr(run, settings.method)()
-    except RuntimeError as problem:
-        if not out_of_memory(problem) or run.best is None:
-            raise
-        reason, cut_short = f"out of memory after row {run.trace.rows[-1]['iteration']}", True
-    except interrupts:
-        if run.best is None:
-            raise
-        reason, cut_short = f"interrupted after row {run.trace.rows[-1]['iteration']}", True
+        return getattr(run, settings.method)()
+
+    found, cut = attempt(interrupts, whole)
+    if cut and run.best is None:
+        raise cut.problem
+    particles, log_weights = found or (None, None)
+    reason = f"{cut} after row {run.trace.rows[-1]['iteration']}" if cut else "all particles done"
     trace = run.trace
     trace.kept, trace.reasons = run.kept.tolist(), [reason] * run.batch
     trace.settings |= {"evaluations": run.calls, "backwards": run.backwards}
     return SearchResult(
         run.best, run.iterates[-1].to(run.best), tuple(run.best_noises), trace, reason, run.iterates,
-        cut_short, particles, log_weights,
+        cut is not None, particles, log_weights,
     )  # fmt: skip

@@ -8,12 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .rollout import Rollout, per_image
+from .ending import Cut, Interrupts, attempt
+from .rollout import per_image
+
+
+def another(seed: int, number: int) -> int:
+    """A seed for every (seed, number), number -1 or more; far from each other's, however near the given ones are."""
+    return (seed * 1_000_003 + number + 2) % 2**63
 
 
 def stream(seed: int, number: int) -> torch.Generator:
     """A source of noise of its own for every (seed, number), number -1 or more."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + number + 2) % 2**63)
+    return torch.Generator().manual_seed(another(seed, number))
 
 
 def fresh(like: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
@@ -23,50 +29,53 @@ def fresh(like: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Start:
-    """noises: z of the chosen seed of every image. rewards (seeds, B): of all that were tried. chosen (B,): which.
+    """x0, noises: of the chosen seed of every image. rewards (seeds, B): of all that were tried. chosen (B,): which.
 
-    interrupted: why fewer were tried than asked for, or None.
+    cut: why fewer were tried than asked for, or None.
     """
 
+    x0: Tensor
     noises: list[Tensor]
     rewards: Tensor
     chosen: Tensor
-    interrupted: BaseException | None = None
+    cut: Cut | None = None
 
 
+@torch.no_grad()
 def best_of(
-    rollout: Rollout,
+    sample: Callable[[int], tuple[Tensor, Sequence[Tensor]]],
     reward: Callable[[Tensor], Tensor],
-    noises: Sequence[Tensor],
     count: int,
-    seed: int,
-    interrupts: tuple[type[BaseException], ...] = (),
+    interrupts: Interrupts = (),
 ) -> Start:
-    """The best of `count` samples of the frozen model for every image: the given noises, and fresh ones from `seed`.
+    """The best of `count` samples of the frozen model for every image.
 
-    reward: latents (B, C, ...) -> (B,). One run of the sampler each, without a gradient; noises of two are in memory.
-    An exception of `interrupts` after the first one ends the choice with what was tried.
+    sample: n -> (x0 (B, C, ...), its noises); 0 is the given seed's. reward: x0 -> (B,). Noises of two are in memory.
+    An exception of `interrupts` after the first one, and running out of memory, end the choice with what was tried.
     """
-    best = [n.detach() for n in noises]
-    rewards: list[Tensor] = []
-    chosen = torch.zeros(len(best[0]), dtype=torch.long)
-    highest, interrupted = None, None
-    for n in range(count):
-        z = best if n == 0 else fresh(best, stream(seed, n))
-        try:
-            with torch.no_grad():
-                found = reward(rollout(z).x0).detach().cpu().double()
-        except interrupts as stop:
-            if n == 0:
-                raise
-            interrupted = stop
+
+    def tried(n: int) -> tuple[Tensor, list[Tensor], Tensor]:
+        x0, noises = sample(n)
+        return x0, [z.detach() for z in noises], reward(x0).detach().cpu().double()
+
+    best, cut = attempt(interrupts, tried, 0)
+    if cut:
+        raise cut.problem
+    x0, noises, found = best
+    rewards, chosen = [found], torch.zeros(len(x0), dtype=torch.long)
+    highest = found.nan_to_num(nan=-torch.inf)
+    for n in range(1, count):
+        other, cut = attempt(interrupts, tried, n)
+        if cut:
             break
+        its_x0, its_noises, found = other
         rewards.append(found)
         found = found.nan_to_num(nan=-torch.inf)
-        if highest is None:
-            highest = found
-            continue
         better = found > highest
         highest, chosen = torch.where(better, found, highest), torch.where(better, n, chosen)
-        best = [torch.where(per_image(better.to(b.device), b), new, b) for new, b in zip(z, best, strict=True)]
-    return Start(best, torch.stack(rewards), chosen, interrupted)
+
+        def picked(new: Tensor, old: Tensor, better: Tensor = better) -> Tensor:
+            return torch.where(per_image(better.to(old.device), old), new, old)
+
+        x0, noises = picked(its_x0, x0), list(map(picked, its_noises, noises))
+    return Start(x0, noises, torch.stack(rewards), chosen, cut)

@@ -137,7 +137,7 @@ def test_gradient_of_every_noise_against_finite_differences(world, sampler):
 
     def check(self, noise):
         original(self, noise)
-        self.rollout = Rollout(self.differentiable, self.sigmas, memory="per_step")
+        self.rollout, self.expected = Rollout(self.differentiable, self.sigmas, memory="per_step"), None
         torch.manual_seed(3)
         z = [noise, *(torch.randn_like(noise) for _ in range(len(self.sigmas) - 2))]
 

@@ -96,7 +96,7 @@ def test_registration():
     assert [i.id for i in listed["MiraLoadTrace"].inputs] == ["file", "index"]
     assert [i.id for i in listed["MiraScoreImages"].inputs] == ["images", "reward", "prompt"]
     assert [i.id for i in listed["MiraRankImages"].inputs] == ["images", "scores", "top_k"]
-    method = ["method", "variables", "hold", "seeds", "gradient_steps"]
+    method = ["method", "variables", "hold", "seeds", "gradient_steps", "repeatable"]
     settings = [
         "iterations", "learning_rate", "regularizer", "beta", "keep", "drift_limit", "stop", "patience", "memory",
         "drift_metric", "optimizer", "clip_norm", "weighting", "measured",
@@ -109,7 +109,7 @@ def test_registration():
         "model", "positive", "negative", "latent_image", "vae", "judge", "seed", "steps", "cfg", "sampler_name",
         "scheduler", "denoise", "iterations", "method", "candidates", "learning_rate", "beta", "energy", "explore",
         "step", "keep", "skip_ties", "kick", "memory", "timeout", "on_timeout", "reward", "choices", "prompt",
-        "iterate",
+        "iterate", "repeatable",
     ]  # fmt: skip
     assert [i.id for i in listed["MiraOptimizeSamplerAdvanced"].inputs] == [
         "noise", "guider", "sampler", "sigmas", "latent_image", "vae", "reward", *settings, "prompt", "iterate", *method
@@ -117,7 +117,7 @@ def test_registration():
     assert [i.id for i in listed["MiraSearchKSampler"].inputs] == [
         "model", "positive", "negative", "latent_image", "vae", "reward", "seed", "steps", "cfg", "sampler_name",
         "scheduler", "denoise", "method", "particles", "rounds", "interval", "strength", "potential", "radius",
-        "iterations", "learning_rate", "regularizer", "beta", "memory", "prompt", "iterate",
+        "iterations", "learning_rate", "regularizer", "beta", "memory", "prompt", "iterate", "repeatable",
     ]  # fmt: skip
     assert [i.id for i in listed["MiraRLGuidance"].inputs] == ["model", "tuned", "weight", "schedule", "power"]
     assert [i.id for i in listed["MiraDyMOGuider"].inputs] == [

@@ -223,16 +223,16 @@ def test_out_of_memory_goes_on_thriftier_and_then_ends_with_the_best():
     calls = iter(range(1000))
 
     def score(x0):
-        if next(calls) in (3, 6, 8):
+        if next(calls) in (3, 6, 8, 10):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         return mean_reward(x0)
 
     r = rollout(blocks=contextlib.nullcontext)
     result = run(Settings(iterations=10, beta=0), score, r=r)
-    assert r.memory == "per_block"
-    assert len(result.trace.notices) == 2 and "per_step" in result.trace.notices[0]
-    assert result.reason == "out of memory at iteration 6" and result.cut_short
-    torch.testing.assert_close(result.best, run(Settings(iterations=5, beta=0)).best)
+    assert r.memory == "offload"
+    assert [n.split()[-2] for n in result.trace.notices] == ["per_step", "per_block", "offload"]
+    assert result.reason == "out of memory at iteration 7" and result.cut_short
+    torch.testing.assert_close(result.best, run(Settings(iterations=6, beta=0)).best)
 
 
 def test_not_finite_halves_the_step_and_goes_on():

@@ -1,10 +1,13 @@
 import contextlib
+import gc
+import math
+import weakref
 
 import pytest
 import torch
 from gaussian import ancestral, ddim, denoiser, noises, rollout, schedule
-from mira.sampler.memory import saved_bytes
-from mira.sampler.rollout import Rollout, draw, mean_square
+from mira.sampler.memory import offloaded, saved_bytes
+from mira.sampler.rollout import NotTheSame, Rollout, draw, mean_square
 from mira.sampler.selftest import gradient_error
 from mira.sampler.surrogates import REGULARIZERS, energies
 
@@ -78,7 +81,7 @@ def test_gradcheck_of_every_noise(name):
     assert torch.autograd.gradcheck(lambda *z: f(run(z), reference, **kwargs) + run(z).x0.square().flatten(1).sum(1), z)
 
 
-@pytest.mark.parametrize("memory", ["per_step", "per_block", "auto"])
+@pytest.mark.parametrize("memory", ["per_step", "per_block", "offload", "auto"])
 def test_checkpointed_gradients_are_the_unchecked_ones(memory):
     def gradients(memory):
         z = leaves(noises())
@@ -102,10 +105,14 @@ def test_auto_takes_the_fastest_policy_that_fits():
         run = rollout(memory="auto", D=D, free_bytes=lambda room=room: room, blocks=contextlib.nullcontext)
         run(leaves(noises()))
         assert run.memory == policy
-    assert run.shrink() is False
+        assert run.estimate.step == (step if policy != "per_block" else math.inf) and run.estimate.free == room
+    assert run.shrink() and run.memory == "offload" and run.shrink() is False
     run = rollout(memory="auto", D=D, free_bytes=lambda: step)
     run(leaves(noises()))
-    assert run.memory == "per_step" and run.shrink() is False  # no blocks to checkpoint
+    assert run.memory == "offload" and run.shrink() is False  # no blocks to checkpoint
+    run = rollout(memory="auto", D=D, free_bytes=lambda: step * 20, score_bytes=lambda x, most: step * 13)
+    run(leaves(noises()))
+    assert run.memory == "per_step" and run.shrink() and run.memory == "offload"
 
 
 def test_conditional_prediction_can_be_measured():
@@ -139,7 +146,106 @@ def test_unknown_choices_are_refused(kwargs):
 
 def test_gradient_error():
     x = noises(1)[0]
-    assert gradient_error(lambda y: y.sin(), x) < 1e-3
-    assert gradient_error(lambda y: y * y.detach(), x) > 0.1  # half of the product rule is missing
-    assert gradient_error(lambda y: y.detach() * 1.0, x) == float("inf")
-    assert gradient_error(lambda y: y * 0, x) == float("inf")
+    assert gradient_error(lambda y: y.sin(), x)[0] < 1e-3
+    assert gradient_error(lambda y: y * y.detach(), x)[0] > 0.1  # half of the product rule is missing
+    assert gradient_error(lambda y: y.detach() * 1.0, x)[0] == float("inf")
+    assert gradient_error(lambda y: y * 0, x)[0] == float("inf")
+
+
+def test_a_prediction_that_changes_with_the_wish_for_a_gradient():
+    x = noises(1)[0]
+    assert gradient_error(lambda y: y.sin(), x)[1] == 0
+    moved = gradient_error(lambda y: y * (1.1 if y.requires_grad else 1.0), x)
+    assert moved == pytest.approx(0.1)
+    # Seen in what the network says, not in what it is a small part of.
+    assert gradient_error(lambda y: y * (1.1 if y.requires_grad else 1.0), x, looked_at=lambda d: d - 0.9 * x)[1] > 0.9
+
+
+class Counting:
+    """A denoiser that remembers how often it was asked."""
+
+    def __init__(self, change):
+        self.calls, self.change, self.D = 0, change, denoiser(0.3, 0.6)
+
+    def __call__(self, x, sigma):
+        self.calls += 1
+        return self.D(x, sigma) * (1 + self.change * self.calls)
+
+
+def test_a_denoiser_that_remembers_is_found_when_it_is_asked_again():
+    z = leaves(noises())
+    for change, found in ((0.0, False), (0.3, True)):
+        path = rollout(memory="per_step", D=Counting(change))(z)
+        if found:
+            with pytest.raises(NotTheSame, match="computed again for its gradient"):
+                torch.autograd.grad(path.x0.sum(), z)
+        else:
+            torch.autograd.grad(path.x0.sum(), z)
+
+
+@pytest.mark.parametrize("memory", ["per_step", "per_block"])
+def test_what_does_not_come_in_by_x_has_a_gradient_too(memory):
+    """Outside a mask a step makes x anew from z_T."""
+    z = leaves(noises())
+
+    def masked(x, sigma):
+        return denoiser(0.3, 0.6)(0.5 * x + 0.5 * z[0] * sigma.reshape(-1, 1, 1, 1), sigma)
+
+    def gradients(memory):
+        run = rollout(memory=memory, D=masked, mask=torch.ones_like(z[0]))
+        return torch.autograd.grad(run(z).x0.sin().sum(), z)
+
+    for a, b in zip(gradients("none"), gradients(memory), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_random_numbers_of_a_call_are_the_same_when_it_is_done_again():
+    class Again:
+        def __init__(self, n):
+            self.n = n
+
+        def __enter__(self):
+            torch.manual_seed(self.n)
+
+        def __exit__(self, *_):
+            pass
+
+    def noisy(x, sigma):
+        return denoiser(0.3, 0.6)(x, sigma) * (1 + torch.rand(()))
+
+    z = leaves(noises())
+
+    def gradients(memory):
+        return torch.autograd.grad(rollout(memory=memory, D=noisy, random=Again)(z).x0.sin().sum(), z)
+
+    for a, b in zip(gradients("none"), gradients("per_step"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_measuring_keeps_nothing():
+    """Not even what a hook was given: graph and hook would hold each other, and no collector sees C++."""
+    weight = torch.nn.Parameter(torch.randn(4, 4), requires_grad=False)
+    kept = []
+
+    def fn(x):
+        out = (x @ weight).tanh().tanh()
+        kept.append(weakref.ref(out))
+        return out
+
+    assert saved_bytes(fn, torch.randn(3, 4)) == 2 * 3 * 4 * 4
+    gc.collect()
+    assert kept[0]() is None
+    assert saved_bytes(fn, torch.randn(3, 4), most=60) == math.inf
+
+
+def test_offloaded_gradients_are_the_same():
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(4, 4, dtype=torch.float64), requires_grad=False)
+
+    def f(x):
+        return ((x @ weight).tanh() @ weight).sin().sum()
+
+    (expected,) = torch.autograd.grad(f(x), x)
+    with offloaded():
+        out = f(x)
+    assert torch.equal(torch.autograd.grad(out, x)[0], expected)

@@ -5,20 +5,31 @@ from __future__ import annotations
 import pytest
 import torch
 from gaussian import noises, rollout
-from mira.sampler.seeds import best_of, stream
+from mira.sampler.seeds import another, best_of, fresh, stream
 
 
 def reward(x0):
     return x0.flatten(1).mean(1)
 
 
+def sampling(r, z, seed):
+    """n -> (x0, noises): of the given noises, and of fresh ones."""
+
+    def sample(n):
+        noises = z if n == 0 else fresh(z, stream(seed, n))
+        return r(noises).x0, noises
+
+    return sample
+
+
 def test_every_image_begins_from_its_own_best_seed():
     r, z = rollout(), noises(batch=6)
-    start = best_of(r, reward, z, 5, seed=3)
-    assert start.rewards.shape == (5, 6) and start.interrupted is None
+    start = best_of(sampling(r, z, 3), reward, 5)
+    assert start.rewards.shape == (5, 6) and start.cut is None
     torch.testing.assert_close(start.rewards[0], reward(r(z).x0))
     assert torch.equal(start.chosen, start.rewards.argmax(0)) and len(set(start.chosen.tolist())) > 1
-    torch.testing.assert_close(reward(r(start.noises).x0), start.rewards.max(0).values)
+    torch.testing.assert_close(r(start.noises).x0, start.x0)
+    torch.testing.assert_close(reward(start.x0), start.rewards.max(0).values)
     kept = start.chosen == 0
     for new, old in zip(start.noises, z, strict=True):
         assert torch.equal(new[kept], old[kept])
@@ -26,11 +37,11 @@ def test_every_image_begins_from_its_own_best_seed():
 
 def test_it_repeats_and_more_seeds_only_add():
     r, z = rollout(), noises(batch=4)
-    a, b, more = (best_of(r, reward, z, n, seed=3) for n in (3, 3, 6))
+    a, b, more = (best_of(sampling(r, z, 3), reward, n) for n in (3, 3, 6))
     assert all(torch.equal(x, y) for x, y in zip(a.noises, b.noises, strict=True))
     assert torch.equal(more.rewards[:3], a.rewards)
-    assert not torch.equal(best_of(r, reward, z, 3, seed=4).rewards[1:], a.rewards[1:])
-    assert torch.equal(best_of(r, reward, z, 1, seed=3).noises[0], z[0])
+    assert not torch.equal(best_of(sampling(r, z, 4), reward, 3).rewards[1:], a.rewards[1:])
+    assert torch.equal(best_of(sampling(r, z, 3), reward, 1).noises[0], z[0])
 
 
 def test_streams_differ():
@@ -43,7 +54,7 @@ def test_a_reward_that_is_not_a_number_is_never_the_best():
         r = reward(x0)
         return torch.where(r > 0, torch.nan, r)
 
-    start = best_of(rollout(), broken, noises(batch=8), 4, seed=0)
+    start = best_of(sampling(rollout(), noises(batch=8), 0), broken, 4)
     picked = start.rewards.gather(0, start.chosen[None])[0]
     assert all(torch.isfinite(p) or not torch.isfinite(start.rewards[:, i]).any() for i, p in enumerate(picked))
 
@@ -52,19 +63,32 @@ class Stop(BaseException):
     pass
 
 
+def full():
+    return torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("problem", [Stop, full])
 @pytest.mark.parametrize("after", [0, 2])
-def test_stopped_it_keeps_what_was_tried(after):
+def test_cut_short_it_keeps_what_was_tried(after, problem):
     calls = []
 
-    def stopping(x0):
+    def failing(x0):
         if len(calls) == after:
-            raise Stop
+            raise problem()
         calls.append(1)
         return reward(x0)
 
+    sample = sampling(rollout(), noises(), 0)
     if not after:
-        with pytest.raises(Stop):
-            best_of(rollout(), stopping, noises(), 5, 0, (Stop,))
+        with pytest.raises(type(problem())):
+            best_of(sample, failing, 5, (Stop,))
         return
-    start = best_of(rollout(), stopping, noises(), 5, 0, (Stop,))
-    assert start.rewards.shape == (2, 2) and isinstance(start.interrupted, Stop)
+    start = best_of(sample, failing, 5, (Stop,))
+    assert start.rewards.shape == (2, 2) and start.cut.memory == (problem is full)
+    assert start.cut.problem.__traceback__ is None  # it would hold the frames, and they every activation
+
+
+def test_seeds_of_neighbours_are_apart():
+    largest = 2**64 - 1
+    seeds = [another(s, n) for s in (0, 1, 2, largest - 1, largest) for n in range(-1, 5)]
+    assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**63 for s in seeds)

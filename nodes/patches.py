@@ -1,0 +1,70 @@
+"""What a graph has put into a model: by name for messages, and what of it no gradient survives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import comfy.hooks
+
+OURS = __package__.rpartition(".")[0]
+
+
+def _names(value, key: str = "") -> Iterator[str]:
+    """Of every function in nested dicts and lists: where it is from, as a person may know it."""
+    if isinstance(value, dict):
+        for k, v in value.items():
+            yield from _names(v, str(k))
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _names(v, key)
+    elif callable(value):
+        function = getattr(value, "__func__", value)
+        module = getattr(function, "__module__", None) or type(value).__module__
+        name = getattr(function, "__qualname__", None) or type(value).__qualname__
+        if not module.startswith((OURS, "comfy.")) or key == "model_function_wrapper":
+            yield f"{module.rpartition('.')[2]} ({name.partition('.')[0]})"
+
+
+def named(model_options: dict) -> str:
+    """`, probably X or Y`, of the patches in a model's options; nothing where there are none."""
+    found = list(dict.fromkeys(_names(model_options)))
+    return f", probably {' or '.join(found[:4])}" if found else ""
+
+
+def why_no_gradient(guider) -> str | None:
+    """None, or what of the guider's conditioning a gradient does not survive.
+
+    Hooks that change weights write over them in place while a trajectory is sampled, which backward does not see.
+    """
+    conds = [c for cs in guider.original_conds.values() for c in cs]
+    groups = [c.get("hooks") for c in conds]
+    weights = [_weight_hooks(group) for group in groups]
+    if not any(weights):
+        return None
+    if any(len(strengths) > 1 for hooks in weights for strengths in hooks.values()):
+        return (
+            "the conditioning has a LoRA hook whose strength changes by keyframes, and its weights are overwritten "
+            "while the gradient still needs them: give it one strength, load the LoRA on the model, or use MIRA Search "
+            "KSampler"
+        )
+    if len({frozenset((id(ref), *s) for ref, s in hooks.items()) for hooks in weights}) > 1:
+        return (
+            "the conditionings have different LoRA hooks, and the weights of one overwrite those of the other while "
+            "the gradient still needs them: give positive and negative the same hooks, load the LoRA on the model, or "
+            "use MIRA Search KSampler"
+        )
+    return None
+
+
+def _weight_hooks(group) -> dict[object, set[float]]:
+    """Hooks on the model's weights, with the strengths that they take."""
+    if group is None:
+        return {}
+    found = {}
+    for hook in group.get_type(comfy.hooks.EnumHookType.Weight):
+        keyframes = hook.hook_keyframe.keyframes
+        strengths = {round(k.strength * hook.strength_model, 6) for k in keyframes} or {hook.strength_model}
+        if any(not math.isclose(s, 0) for s in strengths):
+            found[hook.hook_ref] = strengths
+    return found

@@ -1,0 +1,476 @@
+"""What a graph holds is optimised rightly or refused by name: one process samples, is scored and is differentiated."""
+
+from __future__ import annotations
+
+import comfy.hooks
+import comfy.k_diffusion.sampling
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.samplers
+import pytest
+import torch
+from comfy_extras.nodes_apg import APG
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from mira.nodes import demo, grad, host, probe
+from mira.nodes.checks import prompts_of
+from mira.nodes.initno import MadeNoise
+from mira.nodes.job import cfg_guider
+from mira.rewards.pixel import PixelReward
+from mira.rewards.python_file import PythonReward
+from mira.sampler.optimize import Settings
+from mira.sampler.search import SearchSettings
+from mira.sampler.seeds import another
+
+from bench.pack import mira
+
+nodes = mira("nodes")
+
+
+def as_node(node, **inputs):
+    with torch.inference_mode():
+        return node.execute(**inputs)
+
+
+def rows(done, name="reward", image=0):
+    return [r[name] for r in done.result.trace.of(image)]
+
+
+def run(world, settings=None, work=None, **options):
+    with torch.inference_mode():
+        job = world.job(**options)
+        job.settings = settings or job.settings
+        return host.run(job, work)
+
+
+# -- seeds
+
+
+class RandomNoise:
+    def __init__(self, seed):
+        self.seed = seed
+
+    def generate_noise(self, latent):
+        return comfy.sample.prepare_noise(latent["samples"], self.seed, latent.get("batch_index"))
+
+
+class DisableNoise:
+    seed = 0
+
+    def generate_noise(self, latent):
+        return torch.zeros_like(latent["samples"])
+
+
+def advanced(world, noise, sampler="euler", sigmas=None, latent=None, **changes):
+    node = nodes.MiraOptimizeSamplerAdvanced
+    defaults = {i.id: i.default for i in node.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
+    clone = node.PREPARE_CLASS_CLONE({})
+    inputs = defaults | dict(
+        guider=world.guider(), sampler=comfy.samplers.sampler_object(sampler), sigmas=sigmas, noise=noise,
+        vae=world.vae,
+        latent_image={"samples": torch.zeros(1, 4, 16, 16)} if latent is None else latent, iterations=1,
+        reward=PixelReward("brightness"),
+    )  # fmt: skip
+    with torch.inference_mode():
+        return clone.execute(**(inputs | changes)).args
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
+def test_leftover_noise_gets_no_more_noise(world, sampler):
+    """A base and refiner split: the second half begins from what the first one left."""
+    sigmas = world.sigmas(steps=6, sampler="euler", scheduler="karras")
+    stock, empty = comfy.samplers.sampler_object("euler"), torch.zeros(1, 4, 16, 16)
+    noise = RandomNoise(5).generate_noise({"samples": empty})
+    with torch.inference_mode():
+        first = world.guider().sample(noise, empty, stock, sigmas[:4], seed=5)
+    trace = advanced(world, DisableNoise(), sampler=sampler, sigmas=sigmas[3:], latent={"samples": first}, seeds=3)[2]
+    # A half-finished fox does not change much with what is injected, but for an initial noise on top of it.
+    rewards = trace.settings.get("seed_rewards", [[r["reward"] for r in trace.of(0)]])[0]
+    assert max(rewards) - min(rewards) < 0.1
+    if sampler == "euler":
+        assert "seed_rewards" not in trace.settings
+        assert "neither the noise nor the sampler depends on a seed" in trace.notices[0]
+    else:
+        assert len(set(rewards)) == 3
+
+
+def test_a_noise_that_was_made_is_the_noise_that_is_used(world):
+    made = MadeNoise(7, torch.randn(1, 4, 16, 16))
+    trace = advanced(world, made, sigmas=world.sigmas(steps=3), seeds=4)[2]
+    assert "seed_rewards" not in trace.settings and "the given one was used" in trace.notices[0]
+
+
+def test_another_seed_is_the_hosts_own_sample_of_it(world):
+    """What an image began from can be had from a stock KSampler with the seed that the record names."""
+    for sampler in ("euler", "euler_ancestral", "dpmpp_sde"):
+        trace = advanced(world, RandomNoise(3), sampler=sampler, sigmas=world.sigmas(steps=3), seeds=4)[2]
+        rewards = trace.settings["seed_rewards"][0]
+        for n in range(4):
+            seed = another(3, n) if n else 3
+            with torch.inference_mode():
+                sample = world.guider().sample(
+                    RandomNoise(seed).generate_noise({"samples": torch.zeros(1, 4, 16, 16)}),
+                    torch.zeros(1, 4, 16, 16), comfy.samplers.sampler_object(sampler), world.sigmas(steps=3), seed=seed,
+                )  # fmt: skip
+                stock = PixelReward("brightness").score(host.decode(world.vae, sample), [""]).item()
+            assert rewards[n] == pytest.approx(stock, abs=1e-4)
+        best = max(range(4), key=rewards.__getitem__)
+        assert trace.settings["seeds_begun_from"] == [another(3, best) if best else 3]
+
+
+def test_an_image_out_of_a_batch_is_what_it_was_there(world):
+    sigmas = world.sigmas(steps=3)
+    four = {"samples": torch.zeros(4, 4, 16, 16)}
+    one = {"samples": torch.zeros(1, 4, 16, 16), "batch_index": [2]}
+    a, b = (advanced(world, RandomNoise(1), sigmas=sigmas, latent=latent, seeds=3) for latent in (four, one))
+    assert a[2].settings["seed_rewards"][2] == pytest.approx(b[2].settings["seed_rewards"][0], abs=1e-4)
+    torch.testing.assert_close(a[0]["samples"][2], b[0]["samples"][0], atol=1e-2, rtol=0)
+    fixed = {"samples": torch.zeros(3, 4, 16, 16), "batch_index": [0, 0, 0]}
+    rewards = torch.tensor(
+        advanced(world, RandomNoise(1), sigmas=sigmas, latent=fixed, seeds=3)[2].settings["seed_rewards"]
+    )
+    torch.testing.assert_close(rewards, rewards[:1].expand(3, -1), atol=1e-4, rtol=0)
+
+
+def test_a_search_makes_its_seeds_as_the_host_does(world):
+    done = run(world, SearchSettings(method="best_of_n", particles=3), host.searching, steps=3, sampler="euler")
+    assert len(set(rows(done))) == 3
+    with torch.inference_mode():
+        job = world.job(steps=3, sampler="euler")
+        job.settings, job.initial = SearchSettings(method="best_of_n", particles=3), lambda seed: job.noise
+        same = host.run(job, host.searching)
+    assert len({round(r, 5) for r in rows(same)}) == 1
+
+
+# -- what remembers earlier steps
+
+
+LORA_OF = ("middle_block_1_transformer_blocks_0_attn2_to_v", "middle_block_1_transformer_blocks_0_attn2_to_out_0")
+
+
+def hooked(world, keyframes=(), both=True):
+    """Conditioning with a LoRA as a hook, whose strength may change over the steps."""
+    g, lora = torch.Generator().manual_seed(0), {}
+    for name in LORA_OF:
+        lora |= {
+            f"lora_unet_{name}.lora_up.weight": torch.randn(128, 4, generator=g) * 0.4,
+            f"lora_unet_{name}.lora_down.weight": torch.randn(4, 128, generator=g) * 0.4,
+            f"lora_unet_{name}.alpha": torch.tensor(4.0),
+        }
+    hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=1.0, strength_clip=1.0)
+    if keyframes:
+        group = comfy.hooks.HookKeyframeGroup()
+        for n, (strength, start) in enumerate(keyframes):
+            group.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start, guarantee_steps=int(n == 0)))
+        hooks = hooks.clone()
+        hooks.set_keyframes_on_hooks(hook_kf=group)
+    positive = [[world.positive[0][0], {**world.positive[0][1], "hooks": hooks}]]
+    negative = [[world.negative[0][0], {**world.negative[0][1], "hooks": hooks}]] if both else world.negative
+    return {"positive": positive, "negative": negative}
+
+
+FALLING = ((1.0, 0.0), (0.0, 0.5))
+
+
+def test_a_lora_hook_on_both_sides_is_the_same_in_every_trajectory(world):
+    conds = hooked(world)
+    stock = world.ksampler(sampler="euler", steps=4, **conds)
+    assert not torch.equal(stock, world.ksampler(sampler="euler", steps=4))
+    done = run(world, Settings(iterations=3, lr=0.02), steps=4, sampler="euler", **conds)
+    assert torch.equal(done.plain, stock)
+    reward = PixelReward("brightness").score(host.decode(world.vae, stock.clone()), [""]).item()
+    assert rows(done)[0] == pytest.approx(reward, abs=1e-3) and rows(done)[-1] > rows(done)[0]
+    assert torch.equal(world.ksampler(sampler="euler", steps=4), world.ksampler(sampler="euler", steps=4))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(dict(keyframes=FALLING), "changes by keyframes"), (dict(both=False), "different LoRA hooks")],
+)
+def test_weights_that_change_under_a_gradient_are_refused(world, options, words):
+    with pytest.raises(ValueError, match=words):
+        run(world, steps=3, **hooked(world, **options))
+
+
+def test_without_a_gradient_keyframes_begin_anew_in_every_trajectory(world):
+    conds = hooked(world, keyframes=FALLING)
+    with torch.inference_mode():
+        model = world.model.clone()
+    stock = world.ksampler(model=model, sampler="euler", steps=4, **conds)
+    with torch.inference_mode():
+        job = world.job(model=model, steps=4, sampler="euler", **conds)
+        job.gradient, job.settings = False, SearchSettings(method="best_of_n", particles=3)
+        job.initial = lambda seed: job.noise
+        done = host.run(job, host.searching)
+    assert torch.equal(done.plain, stock)
+    reward = PixelReward("brightness").score(host.decode(world.vae, stock.clone()), [""]).item()
+    assert rows(done) == pytest.approx([reward] * 3, abs=1e-3)
+
+
+@pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
+def test_a_cache_of_steps_is_refused_by_name(world, node):
+    model = as_node(node, model=world.model, reuse_threshold=1.0, start_percent=0.15, end_percent=0.95, verbose=False)
+    with pytest.raises(RuntimeError, match=r"remembers.*easycache"):
+        run(world, model=model.args[0], steps=10, sampler="euler")
+
+
+def test_guidance_with_momentum(world):
+    model = as_node(APG, model=world.model, eta=1.0, norm_threshold=5.0, momentum=-0.5).args[0]
+    done = run(world, model=model, steps=4, sampler="euler", memory="none", beta=0)
+    assert rows(done)[-1] > rows(done)[0]
+    with pytest.raises(RuntimeError, match=r"computed again.*remembers.*nodes_apg.*memory to none"):
+        run(world, model=model, steps=4, sampler="euler", memory="per_step")
+
+
+def forgetful(world, kind=torch.rand):
+    """A model that draws random numbers where nobody asked for any, as token merging and tiling do."""
+    model = world.model.clone()
+
+    def wrapper(apply, args):
+        out = apply(args["input"], args["timestep"], **args["c"])
+        return out * (1 + 0.3 * kind(out.shape[-1], device=out.device))
+
+    model.set_model_unet_function_wrapper(wrapper)
+    return model
+
+
+def test_random_choices_of_a_model_are_the_plain_samples(world):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    done = run(world, model=forgetful(world), steps=3, memory="none", iterations=2)
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    assert torch.equal(done.plain, world.ksampler(model=forgetful(world), steps=3))
+    assert torch.equal(torch.get_rng_state(), after)  # only the plain sample drew
+    for memory in ("per_step", "per_block"):
+        torch.set_rng_state(before)
+        again = run(world, model=forgetful(world), steps=3, memory=memory, iterations=2)
+        torch.testing.assert_close(again.latent, done.latent, atol=1e-4, rtol=1e-4)
+
+
+# -- gradients
+
+
+@pytest.mark.parametrize(
+    "name", ["deis", "ipndm_v", "ipndm", "dpmpp_2m", "lcm", "res_multistep", "gradient_estimation"]
+)
+def test_no_sampler_detaches_its_history(name):
+    class Discrete(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+        pass
+
+    sampler = comfy.samplers.sampler_object(name)
+    with probe._toy(sampler, Discrete(), gradient=True) as (sample, x, _):
+        leaf, noises = x.clone().requires_grad_(), []
+        (gradient,) = torch.autograd.grad(sample(leaf, noises).sum(), leaf)
+        assert probe._gradient_error(sample, x, noises, gradient) < 5e-3
+
+
+def test_a_sampler_with_a_wrong_gradient_is_refused():
+    from mira.nodes.twin import Twins
+
+    def sample_wrong(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for i in range(len(sigmas) - 1):
+            x = x + 0.3 * (x.data - model(x, sigmas[i] * x.new_ones(len(x)), **extra_args))
+        return x
+
+    sample_wrong.__module__ = "elsewhere"
+    assert Twins(lambda draw: draw())(sample_wrong) is not sample_wrong
+    why = probe.why_not_differentiable(
+        comfy.samplers.KSAMPLER(sample_wrong), comfy.model_sampling.ModelSamplingDiscrete()
+    )
+    assert "off by" in why
+
+
+class InPlaceResidual(torch.nn.Module):
+    """What the Flux family does: x += ... on a tensor that backward needs."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, *args, **kwargs):
+        x = self.block(x, *args, **kwargs)
+        y = x.sigmoid()
+        y += 0.1 * y
+        return x + 0.1 * y
+
+
+def with_in_place_residual():
+    with torch.inference_mode():
+        model = demo.load_model()
+    blocks = model.model.diffusion_model.middle_block[1].transformer_blocks
+    blocks[0] = InPlaceResidual(blocks[0])
+    return model
+
+
+def test_regions_are_added_in_place_all_the_same(world):
+    """ComfyUI adds the regions of an image into one tensor through views of it."""
+    left = [[world.positive[0][0], {**world.positive[0][1], "area": (16, 8, 0, 0), "strength": 1.0}]]
+    positive = [*left, *world.encode("a cat on a blue background")]
+    model = with_in_place_residual()
+    done = run(world, model=model, positive=positive, steps=3, iterations=1)
+    stock = PixelReward("brightness").score(host.decode(world.vae, done.plain.clone()), [""]).item()
+    assert rows(done)[0] == pytest.approx(stock, abs=1e-3)
+
+
+@pytest.mark.parametrize("memory", ["per_step", "per_block", "offload"])
+def test_inpainting_has_one_gradient(world, memory):
+    """The part outside the mask is made anew from the initial noise at every step: a gradient of its own."""
+    latent = torch.linspace(-1, 1, 1024).reshape(1, 4, 16, 16)
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[..., 64:] = 1
+    everything, thrifty = (
+        run(world, latent=latent, mask=mask, steps=4, iterations=1, memory=m) for m in ("none", memory)
+    )
+    a, b = (d.result.trace.of(0)[0]["gradient_norm"] for d in (everything, thrifty))
+    assert b == pytest.approx(a, rel=1e-3)
+    torch.testing.assert_close(thrifty.latent, everything.latent, atol=1e-4, rtol=1e-3)
+
+
+def test_guidance_by_attention_is_recomputed_as_it_was(world):
+    """The UNet writes into its options where it is, which the guidance reads: also when a block is recomputed."""
+    model = as_node(PerturbedAttentionGuidance, model=world.model, scale=3.0).args[0]
+    everything, blocks = (run(world, model=model, steps=3, iterations=1, memory=m) for m in ("none", "per_block"))
+    a, b = (d.result.trace.of(0)[0]["gradient_norm"] for d in (everything, blocks))
+    assert b == pytest.approx(a, rel=1e-3)
+
+
+def test_attention_without_a_backward_is_not_used(world, monkeypatch):
+    """Some models call the function that they imported, whatever the options say."""
+
+    def sage(*args, **kwargs):
+        raise AssertionError("a kernel without a backward")
+
+    pytorch = comfy.ldm.modules.attention.attention_pytorch
+    monkeypatch.setattr(comfy.ldm.modules.attention, "optimized_attention", sage)
+    with grad.training():
+        assert comfy.ldm.modules.attention.optimized_attention is pytorch
+    assert comfy.ldm.modules.attention.optimized_attention is sage
+
+
+def test_a_block_that_changes_its_input_is_mended(world):
+    with torch.inference_mode():
+        model = demo.load_model()
+    network = model.model.diffusion_model
+    for layer in network.middle_block:
+        if type(layer).__name__ == "ResBlock":
+            inner = layer._forward
+            layer._forward = lambda x, emb, inner=inner: inner(x.add_(0.1 * x), emb)
+    everything, blocks = (run(world, model=model, steps=3, iterations=1, memory=m) for m in ("none", "per_block"))
+    torch.testing.assert_close(blocks.latent, everything.latent, atol=1e-3, rtol=1e-3)
+
+
+def test_plain_is_drawn_as_the_host_draws(world, monkeypatch):
+    """Before the switch that turns kernels without a backward off: KSampler has them too."""
+    monkeypatch.setattr(comfy.model_management, "in_training", False, raising=False)
+    model, seen = world.model.clone(), []
+
+    def wrapper(apply, args):
+        seen.append((comfy.model_management.in_training, torch.is_inference_mode_enabled()))
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(wrapper)
+    run(world, model=model, steps=3, iterations=1)
+    assert seen[:3] == [(False, True)] * 3 and set(seen[3:]) == {(True, False)}
+    assert comfy.model_management.in_training is False
+
+
+# -- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_latents_of_any_precision(world, dtype):
+    latent = torch.linspace(-1, 1, 1024).reshape(1, 4, 16, 16).to(dtype)
+    done = run(world, Settings(iterations=4, lr=0.02), latent=latent, denoise=0.7)
+    stock = world.ksampler(latent=latent, denoise=0.7)
+    assert torch.equal(done.plain, stock.to(done.plain)) and torch.isfinite(done.latent).all()
+    assert all(b > a for a, b in zip(rows(done), rows(done)[1:], strict=False))
+
+
+def test_a_replaced_noise_sampler_is_looked_up(world, monkeypatch):
+    """Another pack puts its own in the place of ComfyUI's: its noises are optimised like the others'."""
+    original = comfy.k_diffusion.sampling.default_noise_sampler
+
+    def theirs(x, seed=None):
+        inner = original(x, seed=seed)
+        return lambda sigma, sigma_next: 0.9 * inner(sigma, sigma_next)
+
+    monkeypatch.setattr(comfy.k_diffusion.sampling, "default_noise_sampler", theirs)
+    done = run(world, steps=4, iterations=1)
+    assert len(done.result.best_noises) == 4
+    assert torch.equal(done.plain, world.ksampler(steps=4))
+
+
+# -- prompts and rewards
+
+
+def test_every_image_is_scored_against_its_own_prompt(world):
+    a, b = world.encode("a fox"), world.encode("a cat on a blue background")
+    positive = [[torch.cat([a[0][0], b[0][0]]), {**a[0][1]}]]
+    guider = cfg_guider(world.model, positive, world.negative, 5.0)
+    assert prompts_of("a fox\n\n a cat \n", guider, 2) == (["a fox", "a cat"], [])
+    assert prompts_of("a fox\na cat", guider, 4) == (["a fox", "a cat"] * 2, [])
+    prompts, (notice,) = prompts_of("a fox", guider, 2)
+    assert prompts == ["a fox"] * 2 and "2 prompts" in notice
+    one = cfg_guider(world.model, world.positive, world.negative, 5.0)
+    assert prompts_of("a fox\nand a cat", one, 2) == (["a fox\nand a cat"] * 2, [])
+
+
+CONSTANT = """import torch
+FACTS = {"name": "weighted", "typical": (0.0, 1.0)}
+WEIGHTS = torch.tensor([0.2, 0.7, 0.1]).view(1, 3, 1, 1)
+def score(images, prompts):
+    return ((images - 0.1).square() * WEIGHTS).flatten(1).mean(1)
+"""
+NETWORK = """import torch
+FACTS = {"name": "net", "typical": (0.0, 1.0)}
+torch.manual_seed(0)
+NET = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.GELU(), torch.nn.Conv2d(8, 1, 3)).eval()
+MEAN = torch.tensor([0.48, 0.45, 0.40]).view(1, 3, 1, 1)
+def score(images, prompts):
+    return NET((images - MEAN) / MEAN).flatten(1).mean(1)
+"""
+LATER = """import torch
+FACTS = {"name": "text", "typical": (0.0, 1.0)}
+KNOWN = {}
+def score(images, prompts):
+    for p in prompts:
+        KNOWN.setdefault(p, torch.randn(3, generator=torch.Generator().manual_seed(len(p))))
+    return torch.nn.functional.cosine_similarity(images.mean((2, 3)), torch.stack([KNOWN[p] for p in prompts]))
+"""
+
+
+@pytest.mark.parametrize("text", [CONSTANT, NETWORK, NETWORK + "MODULES = [NET]\n", LATER])
+def test_a_reward_file_may_hold_tensors_and_networks(world, tmp_path, text):
+    """Made where the file begins, or while Score Images runs it: both in inference mode."""
+    from mira.nodes.score import score_images
+
+    (tmp_path / "mine.py").write_text(text)
+    with torch.inference_mode():
+        reward = PythonReward(tmp_path / "mine.py")
+        score_images(reward, torch.rand(1, 3, 64, 64), ["a fox"])
+    done = run(world, reward=reward, steps=2, iterations=1, prompt="a fox", beta=0)
+    assert rows(done)[-1] > rows(done)[0]
+
+
+@pytest.mark.parametrize(
+    "text", [CONSTANT + "raise SystemExit('enough')\n", CONSTANT.replace("return", "exit(); return")]
+)
+def test_a_reward_file_cannot_end_the_server(tmp_path, text):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises((ValueError, RuntimeError), match=r"mine.py, line \d+.*SystemExit"):
+        PythonReward(tmp_path / "mine.py").score(torch.rand(1, 3, 4, 4), [""])
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (torch.zeros(1, 128, 128), "black everywhere"),
+        (torch.full((1, 128, 128), float("nan")), "NaN"),
+        (torch.zeros(0, 128, 128), "empty"),
+    ],
+)
+def test_masks_that_cannot_be(world, mask, words):
+    latent = {"samples": torch.zeros(1, 4, 16, 16), "noise_mask": mask}
+    with pytest.raises(ValueError, match=f"MIRA Optimize Sampler.*noise_mask.*{words}|{words} noise_mask"):
+        advanced(world, RandomNoise(1), sigmas=world.sigmas(steps=2), latent=latent)
