@@ -83,6 +83,7 @@ class World:
             reward=reward or PixelReward("brightness"),
             settings=Settings(iterations=iterations, lr=lr, regularizer=regularizer, beta=beta, keep=keep),
             seed=seed + self.apart,
+            initial=lambda seed: comfy.sample.prepare_noise(latent, seed),
             prompts=prompts or [prompt] * len(latent),
             **kwargs,
         )

@@ -59,7 +59,7 @@ def on_its_own(tuned, model):
     memo = {id(getattr(shared, "current_patcher", None)): None}
     patcher.model = copy.deepcopy(shared, memo)
     patcher.backup, patcher.object_patches_backup = {}, {}
-    # A clone that is gone is followed by its parent in ComfyUI's list of what is loaded: this one's has another network.
+    # When a clone is gone, ComfyUI's list of what is loaded goes on with its parent: this one's has another network.
     patcher.parent = None
     return patcher
 

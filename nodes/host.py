@@ -80,7 +80,7 @@ class Job:
     """What to optimise, in ComfyUI's own types. prompts: one per image, for rewards that need them.
 
     node: the node's title, for messages. notices: what the user should know of the inputs. initial: seed -> the initial
-    noise that the graph gives for it. repeatable: the same bits every time, on a GPU too.
+    noise that the graph gives for it; without one, any. repeatable: the same bits every time, on a GPU too.
     """
 
     guider: object
@@ -372,7 +372,11 @@ class _Process:
 
     def initial_of(self, n: int) -> Tensor:
         """z_T of candidate n, as the graph makes it: where it does not depend on a seed, the same."""
-        z = self.job.initial(self.seed_of(n)) if self.job.initial and n else self.job.noise
+        job = self.job
+        if n and job.initial:
+            z = job.initial(self.seed_of(n))
+        else:
+            z = fresh([job.noise], stream(job.seed, n))[0] if n else job.noise
         return normal(z).to(self.sigmas.device, torch.float32)
 
     @property
@@ -451,7 +455,7 @@ class _Process:
 
             return extra_args, call
 
-        self._begin()
+        self.begin()
         return self._sample(noise, source, denoiser)
 
     def differentiable(self, noise: Tensor, source, wrap) -> Tensor:
@@ -459,12 +463,12 @@ class _Process:
             extra_args, call = self._network(model_k, extra_args)
             return extra_args, wrap(call)
 
-        self._begin()
+        self.begin()
         x0 = self._sample(noise, source, denoiser)
         self.compare(x0)
         return x0
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """What follows the steps of a trajectory begins anew: hooks with keyframes."""
         hooks = self.extra_args["model_options"].get("registered_hooks")
         if hooks is None:
@@ -620,40 +624,44 @@ class _Process:
         return max(1, min(settings.particles, fit))
 
     def blocks(self) -> Callable | None:
-        return blocks_checkpointed(self.inner.diffusion_model, lambda: self.place())
+        return blocks_checkpointed(self.inner.diffusion_model, OutOfPlaceAdd)
 
     def check_gradient(self, noise: Tensor) -> None:
         """One denoising step, its gradient against a finite difference, before anything is optimised."""
         job, name = self.job, type(self.inner.diffusion_model).__name__
         patches = named(self.extra_args["model_options"])
         remedy = (
-            "This model cannot be optimised through as it is: use its fp16, bf16 or fp32 weights instead of a "
-            f"quantised file, and bypass nodes that patch it or its attention{patches}. MIRA Search KSampler needs no "
+            "This model cannot be optimised through as it is: bypass nodes that patch it or its attention"
+            f"{patches}; if its weights are quantised, use fp16, bf16 or fp32 ones. MIRA Search KSampler needs no "
             "gradient."
         )
         blocks = self.blocks()
-        plain, thrifty = [nullcontext], [offloaded]
-        if blocks:
-            plain = [blocks] if job.memory not in ("none", "per_step") else [nullcontext, blocks]
-            thrifty = [lambda: _both(offloaded(), blocks())]
-        ways = [*plain, *thrifty]
-        found = cut = None
-        while ways and found is None:
+        ways = [nullcontext, *([blocks] if blocks else []), lambda: _both(offloaded(), (blocks or nullcontext)())]
+        # In-place operations that a checkpoint hides show without one; what a checkpoint breaks, with it only.
+        both = blocks and job.memory in ("per_block", "offload")
+        errors, cut = [], None
+        while ways and len(errors) < (2 if both else 1):
             try:
-                found, cut = attempt((), self._gradient_error, noise, ways[0])
+                error, cut = attempt((), self._gradient_error, noise, ways[0])
             except RuntimeError as problem:
+                said = str(problem).splitlines()[0]
                 if has_no_repeatable_way(problem):
                     raise
-                said = str(problem).splitlines()[0]
+                if "inference tensor" in said.lower():
+                    raise RuntimeError(
+                        f"{job.node}: something in the graph remembers what it saw in the plain sample{patches}. "
+                        f"Bypass it. ({said})"
+                    ) from problem
                 if "inplace operation" not in str(problem) or self.place is OutOfPlaceAdd:
                     raise RuntimeError(f"{job.node}: {name} has no gradient: {said}. {remedy}") from problem
                 self.place = OutOfPlaceAdd
                 continue
-            if cut:
-                ways.pop(0)
-        if found is None:
+            ways.pop(0)
+            if cut is None:
+                errors.append(error)
+        if not errors:
             raise cut.problem
-        wrong, moved = found
+        wrong, moved = map(max, zip(*errors, strict=True))
         if not wrong < (0.5 if self.half else 0.1):
             raise RuntimeError(
                 f"{job.node}: {name} gives no usable gradient: it is off by {wrong:.2g} (relative) against a finite "
@@ -776,12 +784,14 @@ class _Chain:
         return sampling.noise_scaling(process.sigmas[0], z_T, process.latent_image, full)
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        self.process.begin()
         _, extra_args, call = self._on(len(x))
         out = self.process.rollout.predict(call, x, sigma, extra_args)
         return out[0] if isinstance(out, tuple) else out
 
     def segment(self, x: Tensor, i: int, j: int, source, wrap) -> Tensor:
         process = self.process
+        process.begin()  # particles take turns, so what follows the steps finds its place anew
         model_k, extra_args, call = self._on(len(x))
         twin, options = process.twin(source)
         sigmas = process.sigmas[i : j + 1]

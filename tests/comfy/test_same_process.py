@@ -351,11 +351,9 @@ def test_attention_without_a_backward_is_not_used(world, monkeypatch):
 def test_a_block_that_changes_its_input_is_mended(world):
     with torch.inference_mode():
         model = demo.load_model()
-    network = model.model.diffusion_model
-    for layer in network.middle_block:
-        if type(layer).__name__ == "ResBlock":
-            inner = layer._forward
-            layer._forward = lambda x, emb, inner=inner: inner(x.add_(0.1 * x), emb)
+    block = model.model.diffusion_model.middle_block[1].transformer_blocks[0]
+    inner = block.forward
+    block.forward = lambda x, *args, **kwargs: inner(x.add_(0.1 * x), *args, **kwargs)
     everything, blocks = (run(world, model=model, steps=3, iterations=1, memory=m) for m in ("none", "per_block"))
     torch.testing.assert_close(blocks.latent, everything.latent, atol=1e-3, rtol=1e-3)
 
@@ -384,7 +382,7 @@ def test_latents_of_any_precision(world, dtype):
     done = run(world, Settings(iterations=4, lr=0.02), latent=latent, denoise=0.7)
     stock = world.ksampler(latent=latent, denoise=0.7)
     assert torch.equal(done.plain, stock.to(done.plain)) and torch.isfinite(done.latent).all()
-    assert all(b > a for a, b in zip(rows(done), rows(done)[1:], strict=False))
+    assert rows(done)[-1] > rows(done)[0] and not done.result.trace.notices
 
 
 def test_a_replaced_noise_sampler_is_looked_up(world, monkeypatch):
