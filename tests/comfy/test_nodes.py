@@ -9,9 +9,8 @@ import math
 import comfy.samplers
 import pytest
 import torch
-from comfy_api.latest import io
 
-from bench.pack import mira
+from bench.pack import as_node, mira
 from bench.speed import sd15
 
 nodes = mira("nodes")
@@ -45,7 +44,7 @@ REWARDS = {
 
 
 def execute(node, **inputs):
-    clone = node.PREPARE_CLASS_CLONE({io.Hidden.unique_id: "1"})
+    clone = as_node(node)
     with torch.inference_mode():
         return clone.execute(**inputs)
 

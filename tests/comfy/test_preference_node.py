@@ -10,9 +10,8 @@ import time
 import pytest
 import server
 import torch
-from comfy_api.latest import io
 
-from bench.pack import mira
+from bench.pack import as_node, mira
 
 nodes, judges, preference = mira("nodes"), mira("nodes.judges"), mira("nodes.preference")
 PixelReward, JPEG = mira("rewards.pixel").PixelReward, mira("rewards.jpeg").JPEG
@@ -39,7 +38,7 @@ def prefer(world, **changes):
         "latent_image": {"samples": torch.zeros(1, 4, 16, 16)},
         "reward": JPEG(),
     }
-    clone = nodes.MiraDPOPreference.PREPARE_CLASS_CLONE({io.Hidden.unique_id: "1"})
+    clone = as_node(nodes.MiraDPOPreference)
     with torch.inference_mode():
         return clone.execute(**(inputs | changes))
 

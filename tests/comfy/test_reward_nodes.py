@@ -17,10 +17,9 @@ import folder_paths
 import pytest
 import small
 import torch
-from comfy_api.latest import io
 from safetensors.torch import save_file
 
-from bench.pack import ROOT, mira
+from bench.pack import ROOT, as_node, mira
 from tools.comfy import comfyui_folder
 
 nodes, score = mira("nodes"), mira("nodes.score")
@@ -60,7 +59,7 @@ def models(tmp_path_factory):
 
 @torch.inference_mode()
 def execute(node, **inputs):
-    return node.PREPARE_CLASS_CLONE({io.Hidden.unique_id: "1"}).execute(**inputs)
+    return as_node(node).execute(**inputs)
 
 
 def reward_of(node, **inputs):

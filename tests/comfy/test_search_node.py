@@ -5,9 +5,8 @@ from __future__ import annotations
 import comfy.model_management
 import pytest
 import torch
-from comfy_api.latest import io
 
-from bench.pack import mira
+from bench.pack import as_node, mira
 
 decode = mira("nodes.host").decode
 Node = mira("nodes").MiraSearchKSampler
@@ -30,7 +29,7 @@ def run(world, **changes):
         "latent_image": {"samples": torch.zeros(1, 4, 16, 16)},
         "reward": PixelReward("brightness"),
     }
-    clone = Node.PREPARE_CLASS_CLONE({io.Hidden.unique_id: "1"})
+    clone = as_node(Node)
     with torch.inference_mode():
         return clone.execute(**(inputs | changes))
 

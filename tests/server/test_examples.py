@@ -32,10 +32,19 @@ def info(server):
     return asyncio.run(get())
 
 
+def without_unused_outputs(workflow: dict) -> dict:
+    """Newer cores have given SaveImage and PreviewImage an output, which nothing is connected to."""
+    for node in workflow["nodes"]:
+        if node["type"] in ("SaveImage", "PreviewImage"):
+            node["outputs"] = []
+    return workflow
+
+
 def test_every_description_has_its_file_and_thumbnail(info):
     assert set(NAMES) == set(EXAMPLES)
     for name in NAMES:
-        assert json.loads((FOLDER / f"{name}.json").read_text()) == graph(EXAMPLES[name](), info), (
+        saved = json.loads((FOLDER / f"{name}.json").read_text())
+        assert without_unused_outputs(saved) == without_unused_outputs(graph(EXAMPLES[name](), info)), (
             f"{name}.json is out of date: run python -m tools.examples"
         )
         assert (FOLDER / f"{name}.jpg").stat().st_size > 2000

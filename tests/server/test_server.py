@@ -70,7 +70,9 @@ def steps_of(events):
 
 def test_the_pack_loads_without_a_complaint(server):
     log = server.log.read_text()
-    assert "IMPORT FAILED" not in log and "Traceback" not in log
+    # In brackets: of custom nodes. A core may miss a package for nodes of its own, with a traceback of theirs.
+    assert "(IMPORT FAILED)" not in log
+    assert not any("/mira/" in part for part in log.split("Traceback")[1:])
 
 
 def test_all_nodes_are_registered(server):

@@ -1,0 +1,103 @@
+"""Dynamic VRAM, newer cores' default on NVIDIA: weights are moved away while a model runs, before backward used them.
+
+What is differentiated is a copy of the network that stays where it is; the graph's own is left as it was found.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+
+import comfy.model_management
+import comfy.model_patcher
+from torch import nn
+
+# Of a network in dynamic VRAM: a plain patcher of its copy, which lives as long as the network does.
+_STILL: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# What dynamic VRAM writes into a network: how the names begin, and what a class says otherwise.
+_TRACES = ("_v", "_pin", "_prefetch", "_comfy_graph", "dynamic_", "weight_lowvram", "bias_lowvram")
+_CASTS = ("comfy_cast_weights", "comfy_force_cast_weights", "weight_function", "bias_function")
+
+
+def is_dynamic(patcher) -> bool:
+    """Whether it is of dynamic VRAM: ComfyUI's default on NVIDIA since 0.16."""
+    return hasattr(patcher, "is_dynamic") and bool(patcher.is_dynamic())
+
+
+def static(patcher, what: str, own: bool = False):
+    """The same patches on a copy of the network that stays where it is; a patcher that is not dynamic, as it is.
+
+    what: node and input, for the error. own: a copy that nobody else is given. Raises ValueError where none can be had.
+    """
+    if not is_dynamic(patcher) or "disable_dynamic" not in inspect.signature(patcher.clone).parameters:
+        return patcher
+    base = None if own else _STILL.get(patcher.model)
+    if base is None:
+        try:
+            network = _copied(patcher)
+        except (TypeError, ValueError, RuntimeError) as problem:
+            raise ValueError(
+                f"{what} is a {type(patcher.model).__name__} in dynamic VRAM, which moves weights away before a "
+                f"gradient has used them, and it cannot be copied out of it ({str(problem).splitlines()[0]}): start "
+                "ComfyUI with --disable-dynamic-vram"
+            ) from problem
+        base = comfy.model_patcher.ModelPatcher(network, patcher.load_device, patcher.offload_device)
+        if not own:
+            _STILL[patcher.model] = base
+    clone = patcher.clone(disable_dynamic=True, model_override=base.get_clone_model_override())
+    clone.parent = base  # to whom ComfyUI's list of loaded models turns when the clone is gone
+    return clone
+
+
+def _copied(patcher) -> nn.Module:
+    """A copy of a dynamic patcher's network in the precision it runs in; read from its file where that is known."""
+    if getattr(patcher, "cached_patcher_init", None) is not None:
+        network = patcher.clone(disable_dynamic=True).model
+    else:
+        network = _without_traces(patcher)
+    # Dynamic VRAM keeps weights in the file's precision, and casts them as it moves them.
+    for child in network.modules():
+        for name, p in child._parameters.items():
+            dtype = getattr(child, f"{name}_comfy_model_dtype", None)
+            if type(p) is nn.Parameter and p.is_floating_point() and dtype not in (None, p.dtype):
+                child._parameters[name] = nn.Parameter(p.detach().to(dtype), requires_grad=False)
+    return network
+
+
+def _without_traces(patcher) -> nn.Module:
+    """A copy of the network without what dynamic VRAM wrote into it."""
+    comfy.model_management.unload_model_and_clones(patcher)  # else some weights are on the device
+    memo = {}
+    for module in patcher.model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, (int, float, str, type(None))):
+                continue
+            if name.startswith(_TRACES) or name == "current_patcher":
+                memo[id(value)] = None
+            elif name == "model_config":  # answers every name, so that copy.deepcopy takes it for what it is not
+                memo[id(value)] = value
+    network = copy.deepcopy(patcher.model, memo)
+    for module in network.modules():
+        for name in [n for n in vars(module) if n.startswith(_TRACES) or n in _CASTS]:
+            delattr(module, name)
+    return network
+
+
+def with_static_controls(conds: dict[str, list[dict]], what: str) -> dict[str, list[dict]]:
+    """A guider's conditioning, whose ControlNets stay where they are too: see `static`."""
+    done = {}  # the same one stays the same one: conditionings that share it run in one batch
+
+    def of(control):
+        if control is None:
+            return None
+        if id(control) not in done:
+            done[id(control)] = new = copy.copy(control)
+            new.previous_controlnet = of(control.previous_controlnet)
+            patcher = getattr(control, "control_model_wrapped", None)
+            if is_dynamic(patcher):
+                new.control_model_wrapped = static(patcher, f"{what}: the ControlNet")
+                new.control_model = new.control_model_wrapped.model
+        return done[id(control)]
+
+    return {k: [c | {"control": of(c["control"])} if "control" in c else c for c in cs] for k, cs in conds.items()}

@@ -1,0 +1,172 @@
+"""What the pack makes of models in dynamic VRAM, ComfyUI's default on NVIDIA since 0.16."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import sys
+from pathlib import Path
+
+import comfy.controlnet
+import comfy.model_management
+import comfy.ops
+import comfy.sd
+import pytest
+import torch
+from mira.nodes import demo, grad
+from mira.nodes import dynamic as vram
+
+sys.path.insert(0, str(Path(__file__).parent))
+from dynamic import KNOWN, Dynamic, dynamic
+
+pytestmark = pytest.mark.skipif(not KNOWN, reason="this ComfyUI has no dynamic VRAM")
+
+
+@pytest.fixture
+def model():
+    with torch.inference_mode():
+        return dynamic(demo.load_model())
+
+
+@pytest.fixture
+def vae():
+    with torch.inference_mode():
+        vae = demo.load_vae()
+        vae.patcher = dynamic(vae.patcher)
+        return vae
+
+
+def weights(patcher):
+    return {k: (id(p), grad.made_in_inference_mode(p)) for k, p in patcher.model.named_parameters()}
+
+
+def test_the_fake_does_what_dynamic_vram_does(world, model):
+    assert torch.equal(world.ksampler(model=model), world.ksampler())
+    assert isinstance(model.clone(), Dynamic)
+    with pytest.raises(RuntimeError, match="cached_patcher_init is not initialized"):
+        model.clone(disable_dynamic=True)
+    with pytest.raises(TypeError):
+        copy.deepcopy(model.model, {id(model.model.model_config): None})
+    layer = model.model.diffusion_model.time_embed[0]
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.ones(1, layer.in_features, requires_grad=True)
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        assert torch.autograd.grad(layer(x).sum(), x)[0].isnan().all()
+
+
+def test_a_run_is_that_of_plain_models_and_leaves_the_dynamic_ones_alone(world, model, vae):
+    plain = world.optimize(iterations=2)
+    for used in (False, True):
+        if used:
+            world.ksampler(model=model)  # its weights are where dynamic VRAM has them
+            with torch.inference_mode():
+                vae.decode(torch.zeros(1, 4, 16, 16))
+        before = weights(model), weights(vae.patcher)
+        done = world.optimize(model=model, vae=vae, iterations=2)
+        assert torch.equal(done.latent, plain.latent) and torch.equal(done.plain, plain.plain)
+        assert (weights(model), weights(vae.patcher)) == before
+        assert torch.equal(world.ksampler(model=model), plain.plain)
+
+
+def test_a_copy_is_made_once_and_goes_with_its_network(world, model):
+    network = vram.static(model, "here").model
+    assert vram.static(model.clone(), "here").model is network is not model.model
+    assert vram.static(model, "here", own=True).model is not network
+    assert vram.static(vram.static(model, "here"), "here") is not None and len(vram._STILL) >= 1
+    before = len(vram._STILL)
+    del model, network
+    world.ksampler()
+    gc.collect()
+    assert len(vram._STILL) <= before
+
+
+def test_a_file_is_read_again_where_it_is_known(world):
+    calls = []
+
+    def read_again(disable_dynamic):
+        calls.append(disable_dynamic)
+        return demo.load_model()
+
+    with torch.inference_mode():
+        model = dynamic(demo.load_model(), read_again)
+    for _ in range(2):
+        assert torch.equal(world.optimize(model=model, iterations=1).latent, world.optimize(iterations=1).latent)
+    assert calls == [True]
+
+
+def test_a_lora(world, model):
+    name = "middle_block_1_transformer_blocks_0_attn2_to_v"
+    g = torch.Generator().manual_seed(0)
+    lora = {
+        f"lora_unet_{name}.lora_up.weight": torch.randn(128, 4, generator=g) * 0.3,
+        f"lora_unet_{name}.lora_down.weight": torch.randn(4, 128, generator=g) * 0.3,
+        f"lora_unet_{name}.alpha": torch.tensor(4.0),
+    }
+    with torch.inference_mode():
+        moving, still = (comfy.sd.load_lora_for_models(m, None, lora, 1.0, 0)[0] for m in (model, world.model))
+    done, expected = (world.optimize(model=m, iterations=1) for m in (moving, still))
+    assert torch.equal(done.latent, expected.latent)
+    assert not torch.equal(done.plain, world.ksampler())
+    assert torch.equal(world.optimize(model=model, iterations=1).plain, world.ksampler())  # the same copy, unpatched
+
+
+def test_weights_in_the_files_precision(world, vae):
+    """As dynamic VRAM assigns them: the file's float32, where the VAE runs in bfloat16."""
+    network = vae.first_stage_model
+    network.to(torch.bfloat16)
+    comfy.model_management.archive_model_dtypes(network)
+    network.load_state_dict({k: v.float() for k, v in network.state_dict().items()}, assign=True)
+    vae.vae_dtype = torch.bfloat16
+    done = world.optimize(vae=vae, iterations=1)
+    assert {p.dtype for p in vram.static(vae.patcher, "here").model.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(done.latent).all()
+
+
+def test_a_controlnet(world, model):
+    from comfy.cldm.cldm import ControlNet
+
+    config = {k: v for k, v in demo.demo_unet.CONFIG.items() if k not in ("out_channels", "transformer_depth_output")}
+    with torch.inference_mode():
+        torch.manual_seed(1)
+        network = ControlNet(**config, hint_channels=3, dtype=torch.float32, operations=comfy.ops.manual_cast)
+        for p in network.parameters():
+            p.data = torch.randn_like(p) * 0.02
+        results = []
+        for kind in (lambda p: p, dynamic):
+            control = comfy.controlnet.ControlNet(network, load_device=world.model.load_device)
+            control.control_model_wrapped = kind(control.control_model_wrapped)
+            control = control.copy().set_cond_hint(torch.full((1, 3, 128, 128), 0.3), 0.5, (0.0, 1.0))
+            extra = {"control": control, "control_apply_to_uncond": True}
+            results.append([[world.positive[0][0], world.positive[0][1] | extra]])
+    still, moving = results
+    expected = world.optimize(positive=still, iterations=1)
+    done = world.optimize(model=model, positive=moving, iterations=1)
+    assert torch.equal(done.latent, expected.latent)
+    assert not torch.equal(done.plain, world.ksampler())
+
+
+def test_a_model_that_cannot_be_made_to_stay_is_refused_by_name(world, model):
+    refused = pytest.raises(RuntimeError, match=r"BaseModel.*in dynamic VRAM.*--disable-dynamic-vram")
+    with refused, grad.loaded([world.model, model], 0):
+        pass
+
+
+def test_rl_guidance_by_a_lora(world, model):
+    from safetensors.torch import load_file
+
+    from bench.pack import ROOT, mira
+
+    nodes = mira("nodes")
+    with torch.inference_mode():
+        lora = load_file(ROOT / "demo" / "weights" / "bright_lora.safetensors")
+        tuned = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
+        base, guided = (nodes.MiraRLGuidance.execute(model, tuned, w, "constant", 1.0).args[0] for w in (0.0, 1.0))
+    assert torch.equal(world.ksampler(model=base), world.ksampler())
+    torch.testing.assert_close(world.ksampler(model=guided), world.ksampler(model=tuned), atol=1e-4, rtol=1e-4)
+    assert torch.isfinite(world.optimize(model=guided, iterations=1).latent).all()
+
+
+def test_what_cannot_be_copied_is_refused_with_its_place(world, model):
+    model.model.driver = type(model.model.dynamic_vbars[model.load_device])()  # by a name that we do not know
+    with pytest.raises(ValueError, match=r"MIRA: model is a BaseModel in dynamic VRAM.*--disable-dynamic-vram"):
+        world.optimize(model=model, iterations=1)
