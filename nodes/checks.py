@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import comfy.sample
 import torch
 
 from ..rewards.base import Reward
+from .host import samples_of
 from .probe import injects_noise, why_not_differentiable
 from .settings import as_set
 
@@ -121,7 +121,7 @@ def check_latent(node: str, model, latent: dict, vae, sampler, values: dict, gra
     samples = latent["samples"]
     if samples.numel() == 0:
         fail(f"latent_image has shape {tuple(samples.shape)}: the batch is empty; ask for at least one image")
-    fixed = comfy.sample.fix_empty_latent_channels(model, samples)
+    fixed = samples_of(model, latent)
     image = not getattr(fixed, "is_nested", False) and (fixed.ndim == 4 or (fixed.ndim == 5 and fixed.shape[2] == 1))
     if not image:
         fail(

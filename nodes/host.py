@@ -7,6 +7,7 @@ hooks and LoRAs are prepared by ComfyUI exactly as for a plain sample.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import logging
 import time
@@ -41,6 +42,7 @@ from .grad import (
     OutOfPlaceAdd,
     blocks_checkpointed,
     has_no_repeatable_way,
+    leave_inference_mode,
     loaded,
     made_in_inference_mode,
     normal,
@@ -49,7 +51,7 @@ from .grad import (
     training,
     without_tf32,
 )
-from .patches import named, why_no_gradient
+from .patches import named, networks_in, why_no_gradient
 from .twin import StandIn, Twins
 
 log = logging.getLogger("mira")
@@ -63,6 +65,16 @@ def decode(vae, latent: Tensor) -> Tensor:
     zero, half = (vae.process_output(torch.tensor([v])).item() for v in (0.0, 0.5))
     images = vae.first_stage_model.decode(latent.to(vae.device, vae.vae_dtype)).float()
     return images * (2 * (half - zero)) + zero
+
+
+SCALES = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of an empty latent that was made for another model
+
+
+def samples_of(model, latent: dict) -> Tensor:
+    """The latents as the model works on them, as KSampler finds them: an empty one has no channels of its own."""
+    known = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters
+    scales = {name: latent.get(name) for name in SCALES if name in known}
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **scales)
 
 
 def patcher_of(module: nn.Module) -> comfy.model_patcher.ModelPatcher:
@@ -360,6 +372,12 @@ class _Process:
             wrap.conds = normal(wrap.conds)
             for control in controls(wrap.conds):
                 leave_inference_mode_of(control)
+        # Networks that patches bring along, but for the model itself, whose weights `loaded` has seen to.
+        known = {id(m) for m in self.inner.modules()}
+        for network in networks_in(self.extra_args["model_options"]):
+            if id(network) not in known:
+                leave_inference_mode(network)
+                network.requires_grad_(False)
         return process
 
     def signal(self, sigma: Tensor) -> Tensor:

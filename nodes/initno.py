@@ -22,7 +22,7 @@ from ..sampler.initno import Found, Maps, Settings, improve
 from ..sampler.seeds import stream
 from .dynamic import static
 from .grad import blocks_checkpointed, loaded, normal, sdpa, training
-from .host import INTERRUPTS
+from .host import INTERRUPTS, samples_of
 
 NODE = "MIRA InitNO Noise"
 DEFAULT = Settings()
@@ -283,7 +283,7 @@ class MiraInitNONoise(io.ComfyNode):
             raise ValueError(f"{NODE}: words is empty: name the subjects of the prompt, such as: cat, red car")
         if not len(sigmas) or not sigmas[0] > 0:
             raise ValueError(f"{NODE}: sigmas has no step that begins with noise: connect the sampler's own")
-        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        samples = samples_of(model, latent_image)
         if samples.numel() == 0 or samples.ndim != 4:
             raise ValueError(f"{NODE}: latent_image is of shape {tuple(samples.shape)}: give (B, C, H, W), and B not 0")
         if clip is None:

@@ -19,7 +19,7 @@ def cfg_guider(model, positive, negative, cfg: float) -> comfy.samplers.CFGGuide
 
 def ksampler_job(model, positive, negative, latent: dict, vae, seed: int, cfg: float, prompt: str, values, **more):
     """What KSampler would sample; values: the node's widgets by name, more: the rest of the job."""
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    samples = host.samples_of(model, latent)
 
     def initial(seed: int):
         return comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))

@@ -51,7 +51,8 @@ def wrapped(node: str, hidden, done: host.Optimized, live: LiveRun, latent: dict
     samples, kept = memo.taken(done, iterate, node)
     trace = replace(done.result.trace, kept=kept)
     travel(hidden.extra_pnginfo, hidden.unique_id, trace)
-    out, plain = latent.copy(), latent.copy()
+    out = {k: v for k, v in latent.items() if k not in host.SCALES}  # as KSampler's
+    plain = out.copy()
     out["samples"], plain["samples"] = samples, done.plain
     return io.NodeOutput(out, plain, trace, *more, ui=live.output(trace))
 
@@ -60,7 +61,7 @@ def optimized(node, node_id, guider, sampler, sigmas, initial, seed, latent: dic
     """One run: (what came out, what the editor was told)."""
     model = guider.model_patcher
     latent = latent.copy()
-    latent["samples"] = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    latent["samples"] = host.samples_of(model, latent)
     settings = understood(node, values)
     prompts, notices = prompts_of(prompt, guider, len(latent["samples"]))
     live = LiveRun(node_id, settings.iterations, {"drift_metric": settings.drift_metric})
@@ -162,7 +163,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
         sampler = comfy.samplers.sampler_object(values["sampler_name"])
         check(node, model, sampler, latent_image, vae, reward, prompt, values)
         sigmas = schedule(model, values)
-        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        samples = host.samples_of(model, latent_image)
 
         def initial(seed: int):
             return comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
@@ -229,7 +230,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
             raise ValueError(f"{node}: {message}")
         model = guider.model_patcher
         check(node, model, sampler, latent_image, vae, reward, prompt, values)
-        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        samples = host.samples_of(model, latent_image)
 
         def initial(seed: int):
             other = copy.copy(noise)

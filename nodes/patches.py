@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 
 import comfy.hooks
+import torch
+from torch import nn
 
 OURS = __package__.rpartition(".")[0]
 
@@ -30,6 +32,35 @@ def named(model_options: dict) -> str:
     """`, probably X or Y`, of the patches in a model's options; nothing where there are none."""
     found = list(dict.fromkeys(_names(model_options)))
     return f", probably {' or '.join(found[:4])}" if found else ""
+
+
+def networks_in(value, seen: set | None = None, depth: int = 6) -> Iterator[nn.Module]:
+    """Networks that patches bring along (hypernetworks, adapters): in containers, objects and closures."""
+    seen = set() if seen is None else seen
+    if depth < 0 or id(value) in seen or isinstance(value, (str, int, float, type, type(None), torch.Tensor)):
+        return
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        yield value
+        return
+    inner = []
+    if isinstance(value, dict):
+        inner = list(value.values())
+    elif isinstance(value, (list, tuple, set)):
+        inner = list(value)
+    elif callable(value) or type(value).__module__.split(".")[0] not in ("torch", "builtins"):
+        inner = [getattr(value, "__self__", None), *vars(value).values()] if hasattr(value, "__dict__") else []
+        inner += [c.cell_contents for c in getattr(value, "__closure__", None) or () if _filled(c)]
+    for v in inner:
+        yield from networks_in(v, seen, depth - 1)
+
+
+def _filled(cell) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 def why_no_gradient(guider) -> str | None:

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..rewards.base import Reward
+from .grad import without_tf32
 from .host import patcher_of
 from .images import to_core
 from .types import MiraReward
@@ -27,7 +28,8 @@ def score_images(reward: Reward, images: Tensor, prompts: list[str]) -> tuple[Te
     totals, parts = [], {}
     for start in range(0, len(images), CHUNK):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        total, named = reward(images[start : start + CHUNK].to(device), prompts[start : start + CHUNK])
+        with without_tf32():  # as the optimising nodes
+            total, named = reward(images[start : start + CHUNK].to(device), prompts[start : start + CHUNK])
         totals.append(total.float().cpu())
         for name, part in named.items():
             parts.setdefault(name, []).append(part.float().cpu())

@@ -472,3 +472,26 @@ def test_masks_that_cannot_be(world, mask, words):
     latent = {"samples": torch.zeros(1, 4, 16, 16), "noise_mask": mask}
     with pytest.raises(ValueError, match=f"MIRA Optimize Sampler.*noise_mask.*{words}|{words} noise_mask"):
         advanced(world, RandomNoise(1), sigmas=world.sigmas(steps=2), latent=latent)
+
+
+class Hypernetwork:
+    """A patch with weights of its own, as ComfyUI's hypernetwork node makes one."""
+
+    def __init__(self):
+        self.layers = [torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.ReLU(), torch.nn.Linear(128, 128))]
+
+    def __call__(self, q, k, v, extra_options):
+        return q, k + 0.1 * self.layers[0](k), v
+
+    def to(self, device):
+        return self
+
+
+def test_patches_may_bring_networks(world):
+    """Hypernetworks: made in inference mode like everything else."""
+    with torch.inference_mode():
+        model = world.model.clone()
+        model.set_model_attn2_patch(Hypernetwork())
+    done = run(world, Settings(iterations=2, lr=0.02), model=model, steps=3, sampler="euler")
+    assert torch.equal(done.plain, world.ksampler(model=model, steps=3, sampler="euler"))
+    assert rows(done)[-1] > rows(done)[0]
