@@ -32,14 +32,14 @@ SD15 = dict(
 )  # fmt: skip
 
 
-def sd15():
-    """SD1.5's UNet at its full size with random weights, as a ModelPatcher; float32 on a CPU, float16 on a GPU."""
+def sd15(dtype: torch.dtype | None = None):
+    """SD1.5's UNet at its full size with random weights, as a ModelPatcher; dtype: float32 on a CPU, float16 on a GPU."""
     import comfy.model_management as management
     import comfy.model_patcher
 
     device = management.get_torch_device()
     config = demo.DemoSD15(SD15)
-    config.set_inference_dtype(torch.float16 if device.type == "cuda" else torch.float32, None)
+    config.set_inference_dtype(dtype or (torch.float16 if device.type == "cuda" else torch.float32), None)
     torch.manual_seed(0)
     with torch.inference_mode():
         model = config.get_model({}, "", device=device)

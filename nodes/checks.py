@@ -122,8 +122,9 @@ def check_latent(node: str, model, latent: dict, vae, sampler, values: dict, gra
     if samples.numel() == 0:
         fail(f"latent_image has shape {tuple(samples.shape)}: the batch is empty; ask for at least one image")
     fixed = samples_of(model, latent)
-    image = not getattr(fixed, "is_nested", False) and (fixed.ndim == 4 or (fixed.ndim == 5 and fixed.shape[2] == 1))
-    if not image:
+    sides = 2 + getattr(model.get_model_object("latent_format"), "latent_dimensions", 2)
+    frames = fixed.shape[2] if fixed.ndim == 5 else 1
+    if getattr(fixed, "is_nested", False) or fixed.ndim != sides or frames != 1:
         fail(
             f"latent_image has shape {tuple(fixed.shape)} in this model: only images, (B, C, H, W) or of one frame, "
             "can be optimised"

@@ -124,7 +124,7 @@ def training() -> Iterator[None]:
     try:
         if has_switch:
             management.in_training = True
-        with torch.inference_mode(False), torch.enable_grad(), _pytorch_attention():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         if has_switch:
@@ -135,7 +135,7 @@ ATTENTION = ("optimized_attention", "optimized_attention_masked")
 
 
 @contextmanager
-def _pytorch_attention() -> Iterator[None]:
+def pytorch_attention() -> Iterator[None]:
     """PyTorch's attention where a model asks for "the optimised one" and listens to no override (`sdpa`).
 
     Sage and flash have no backward. Some models call the function that they imported, without `transformer_options`.

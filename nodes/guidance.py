@@ -18,7 +18,7 @@ from ..rewards.base import Reward
 from ..sampler.guidance import annealed, blended, preferred, within
 from .checks import needs_gradient, needs_prompt
 from .dynamic import is_dynamic, static, with_static_controls
-from .grad import loaded, normal, sdpa, training
+from .grad import loaded, normal, pytorch_attention, sdpa, training
 from .host import decode, patcher_of
 from .types import MiraReward
 
@@ -204,7 +204,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
             return args["denoised"]
 
         options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", ()), capture]
-        with torch.enable_grad():
+        with torch.enable_grad(), pytorch_attention():
             state = x if x.requires_grad else x.detach().requires_grad_()
             denoised = super().predict_noise(state, timestep, options, seed)
             images = decode(self.vae, self.inner_model.process_latent_out(denoised.float()))

@@ -46,6 +46,7 @@ from .grad import (
     loaded,
     made_in_inference_mode,
     normal,
+    pytorch_attention,
     repeatable,
     sdpa,
     training,
@@ -249,6 +250,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
         with ExitStack() as stack:
             stack.enter_context(process.loaded())
             stack.enter_context(training())
+            stack.enter_context(pytorch_attention())
             if job.repeatable and plain.is_cuda:
                 stack.enter_context(repeatable())
             process = process.outside_inference_mode()
@@ -587,6 +589,8 @@ class _Process:
 
     def score_bytes(self, x: Tensor, most: float) -> float:
         """What decoding and reward of such a latent keep for their backward pass."""
+        if self.job.reward is None:
+            return 0.0  # a judge that nothing flows through
         before, self.redraw = self.redraw, False
         try:
             return saved_bytes(lambda x0: self.score(x0), x, most)

@@ -166,7 +166,7 @@ def made(name: str, dtype=torch.float32):
                 extra |= {"attention_mask": torch.ones(1, length, dtype=torch.long), "num_tokens": length}
             return [[torch.randn(1, length, 48, generator=g), extra]]
 
-        side = 32 if name.startswith("PixArt") else 16  # its positions count from a base of 64 pixels
+        side = 40 if name.startswith("PixArt") else 16  # its positions count in pieces of 64, rounded
         shape = (1, channels, 1, side, side) if frames else (1, channels, side, side)
         return patcher, Vae(channels), {"positive": cond(), "negative": cond()}, torch.zeros(shape)
 

@@ -233,7 +233,7 @@ def test_the_latent_dict_keeps_what_else_it_holds(world):
         ({"sampler_name": "dpm_adaptive"}, "sampler dpm_adaptive cannot be optimised through.*euler_ancestral"),
         ({"latent_image": {"samples": torch.zeros(0, 4, 16, 16)}}, "the batch is empty"),
         ({"latent_image": {"samples": torch.full((1, 4, 16, 16), math.nan)}}, "latent_image holds NaN"),
-        ({"latent_image": {"samples": torch.zeros(1, 4, 1, 16, 16)}}, "only .B, C, H, W. images can be optimised"),
+        ({"latent_image": {"samples": torch.zeros(1, 4, 1, 16, 16)}}, "only images, .B, C, H, W. or of one frame"),
         ({"latent_image": {"samples": torch.ones(1, 16, 8, 8)}}, "16 channels, but model works in 4"),
         ({"reward": "brightness"}, "reward is a str: connect a MIRA reward node"),
     ],

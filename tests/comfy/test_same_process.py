@@ -343,7 +343,7 @@ def test_attention_without_a_backward_is_not_used(world, monkeypatch):
 
     pytorch = comfy.ldm.modules.attention.attention_pytorch
     monkeypatch.setattr(comfy.ldm.modules.attention, "optimized_attention", sage)
-    with grad.training():
+    with grad.pytorch_attention():
         assert comfy.ldm.modules.attention.optimized_attention is pytorch
     assert comfy.ldm.modules.attention.optimized_attention is sage
 

@@ -1,0 +1,514 @@
+"""What the pack does on a GPU: `python dev.py bench gpu --gpu --out DIR`, piece by piece, and again where it stopped.
+
+Every piece runs in a process of its own for less than nine minutes and leaves DIR/PIECE.json; what is there is not run
+again. DIR/gpu.json has them all, and DIR/gpu.md is the page. `--pieces` chooses, `--small` rehearses it with networks
+of the demo's size (on a CPU too, where no card can be made smaller). Nothing needs a network connection: `python dev.py
+bench gpu --pack FOLDER` gathers what a machine without one lacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB = 2**30
+CARDS = (6, 8, 12, 16, 24)  # GB
+RESERVED = 0.6  # GB of a card that others have: the desktop, CUDA itself
+POLICIES = ("none", "per_step", "per_block", "offload")
+MODELS = {"sd15": 512, "sdxl": 1024, "flow": 1024}  # pixels
+SIDES = {"sd15": (512, 768, 1024), "sdxl": (768, 1024, 1280), "flow": (768, 1024)}
+DTYPES = {"sd15": ("fp16", "bf16"), "sdxl": ("fp16",), "flow": ("bf16", "fp8")}
+LIMIT = 540  # seconds of a piece
+
+PIECES = (
+    *(f"tests-{folder}" for folder in ("core", "comfy", "server")),
+    *(f"speed-{model}-{dtype}" for model in MODELS for dtype in DTYPES[model]),
+    *(f"card-{model}-{gb}" for model in MODELS for gb in CARDS),
+    "leaks", "repeat", "scorers",
+)  # fmt: skip
+
+# Of a machine that has PyTorch, transformers and the like already; wheels without their dependencies.
+WHEELS = (
+    "torchsde trampoline alembic mako SQLAlchemy greenlet pydantic pydantic-settings annotated-types typing-inspection "
+    "python-dotenv open_clip_torch ftfy wcwidth timm spandrel simpleeval blake3"
+).split()
+
+
+def device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+# -- the models
+
+
+def full_vae(channels: int, small: bool):
+    """ComfyUI's KL autoencoder at its published size with random weights, in the precision that ComfyUI chooses."""
+    import comfy.sd
+    import torch
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    shape = dict(
+        double_z=True, z_channels=channels, resolution=256, in_channels=3, out_ch=3, ch=128, ch_mult=[1, 2, 4, 4],
+        num_res_blocks=2, attn_resolutions=[], dropout=0.0,
+    )  # fmt: skip
+    from bench.world import demo
+
+    with torch.inference_mode():
+        if small and channels == 4:
+            return demo.load_vae()
+        network = AutoencoderKL(ddconfig=shape, embed_dim=channels)
+        for p in network.parameters():
+            p.fill_(1) if p.ndim == 1 else p.normal_(0, 0.5 / p[0].numel() ** 0.5)
+        weights = dict(network.state_dict())
+        if channels == 16:  # such autoencoders have no quantisation layers
+            weights = {k: v for k, v in weights.items() if "quant_conv" not in k}
+        return comfy.sd.VAE(sd=weights)
+
+
+def flow_transformer(dtype: str, small: bool):
+    """A flow transformer of Z-Image's size: 6 B parameters."""
+    import comfy.model_management as management
+    import comfy.model_patcher
+    import comfy.supported_models as models
+    import torch
+
+    size = dict(dim=256, n_layers=2, n_heads=8, n_kv_heads=8, axes_dims=[8, 12, 12]) if small else dict(
+        dim=3840, n_layers=30, n_heads=30, n_kv_heads=30, axes_dims=[32, 48, 48]
+    )  # fmt: skip
+    options = size | dict(
+        image_model="lumina2", patch_size=2, in_channels=16, n_refiner_layers=2, axes_lens=[1536, 512, 512],
+        cap_feat_dim=2560, qk_norm=True, ffn_dim_multiplier=8.0 / 3.0, rope_theta=256.0, z_image_modulation=True,
+        time_scale=1000.0, pad_tokens_multiple=32,
+    )  # fmt: skip
+    config, device = models.ZImage(options), management.get_torch_device()
+    compute = torch.float32 if device.type == "cpu" else torch.bfloat16
+    stored = torch.float8_e4m3fn if dtype == "fp8" else compute
+    config.set_inference_dtype(stored, compute if dtype == "fp8" else None)
+    with torch.inference_mode():
+        model = config.get_model({}, "", device=device)
+        for p in model.diffusion_model.parameters():
+            p.copy_(
+                torch.ones(()) if p.ndim == 1 else torch.randn(p.shape, device=p.device) * 0.5 / p[0].numel() ** 0.5
+            )
+        return comfy.model_patcher.ModelPatcher(model, device, management.unet_offload_device())
+
+
+def options_of(world, name: str, dtype: str, pixels: int, small: bool) -> dict:
+    """Keyword arguments of `World.optimize`: a model with random weights, its VAE, conditioning, an empty latent."""
+    import torch
+
+    from bench import rigs
+    from bench.speed import sd15
+
+    side = (128 if small else pixels) // 8
+    g = torch.Generator().manual_seed(0)
+    steps = 4 if small else 20
+    shared = {"steps": steps, "cfg": 5.0, "lr": 0.01, "regularizer": "none", "keep": "last"}
+
+    def text(width: int, length: int = 77) -> list:
+        return [[torch.randn(1, length, width, generator=g), {"pooled_output": torch.randn(1, 1280, generator=g)}]]
+
+    if name == "flow":
+        return shared | {
+            "model": flow_transformer(dtype, small), "vae": full_vae(16, small), "sampler": "euler",
+            "latent": torch.zeros(1, 16, side, side), "positive": text(2560), "negative": text(2560),
+        }  # fmt: skip
+    latent = torch.zeros(1, 4, side, side)
+    if small:
+        return shared | {"vae": full_vae(4, small), "latent": latent}
+    with torch.inference_mode():
+        if name == "sd15":
+            model, width = sd15(torch.bfloat16 if dtype == "bf16" else None), 768
+        else:
+            model, width = rigs.random_rig("sdxl", world, rigs.PAPER["sdxl"]).model, 2048
+    vae = full_vae(4, small)
+    return shared | {"model": model, "vae": vae, "latent": latent, "positive": text(width), "negative": text(width)}
+
+
+# -- the pieces; each returns what goes into its file
+
+
+def tests(folder: str) -> dict:
+    report = Path(os.environ["MIRA_PIECE"]).with_suffix(".xml")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        f"tests/{folder}",
+        "-q",
+        f"--junitxml={report}",
+        "-p",
+        "no:cacheprovider",
+    ]
+    subprocess.run([*command, "--numprocesses", "4", "--dist", "loadgroup"], cwd=ROOT, timeout=LIMIT)
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    failed = [
+        c.get("name") for c in suite.iter("testcase") if c.find("failure") is not None or c.find("error") is not None
+    ]
+    report.unlink()
+    return {k: int(suite.get(k)) for k in ("tests", "skipped")} | {"failed": failed}
+
+
+def timed(world, options: dict, iterations: int = 3, **more) -> dict:
+    """Median seconds of an iteration over the plain sample's, and the peak memory of the device."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    done = world.optimize(**(options | more), iterations=iterations)
+    settings, rows = done.result.trace.settings, done.result.trace.rows
+    seconds = statistics.median(r["seconds"] for r in rows[1:iterations])
+    out = {
+        "iteration_over_sample": seconds / settings["sampling_seconds"],
+        "checkpointing": settings["checkpointing"],
+        "repeatable": settings["repeatable"],
+        "notices": done.result.trace.notices,
+        "ended": settings["ended"],
+        "estimate_mb": settings.get("memory_mb"),
+    }
+    if torch.cuda.is_available():  # elsewhere an absolute figure says nothing
+        out |= {"seconds": seconds, "peak_gb": torch.cuda.max_memory_allocated() / GIB}
+    return out
+
+
+def speed(name: str, dtype: str, small: bool) -> dict:
+    import torch
+
+    from bench.world import World
+
+    world = World()
+    options = options_of(world, name, dtype, MODELS[name], small)
+    ways = {
+        **{policy: {"memory": policy, "repeatable": False} for policy in POLICIES},
+        **{f"{policy}, repeatable": {"memory": policy} for policy in ("none", "per_step")},
+        **{f"last 3, {policy}": {"memory": policy, "gradient_steps": 3} for policy in POLICIES[:2]},
+        "auto": {}, "auto, last 3": {"gradient_steps": 3},
+    }  # fmt: skip
+    table, began = {}, time.time()
+    timed(world, options, 1, memory="per_step")  # warm
+    for way, choice in ways.items():
+        if time.time() - began > 0.8 * LIMIT:
+            table[way] = {"not run": "out of time"}
+            continue
+        try:
+            table[way] = timed(world, options, **choice)
+        except torch.OutOfMemoryError as problem:
+            table[way] = {"failed": str(problem).splitlines()[0]}
+        print(name, dtype, way, table[way], flush=True)
+    table["DNO's own loop"] = dno(world, options)
+    return table
+
+
+def dno(world, options: dict) -> dict:
+    """Noise optimisation as its authors run it, every step checkpointed, beside ours in one process."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    from bench.world import PixelReward, host
+
+    seconds, reward = [], PixelReward("brightness")
+
+    def work(process, noises):
+        z = [n.clone().requires_grad_() for n in noises]
+        optimizer = torch.optim.AdamW(z, lr=0.01)
+        for _ in range(3):
+            host.synchronize()
+            start = time.perf_counter()
+            process.expected = None
+
+            def wrap(denoiser):
+                return lambda x, sigma, **kw: checkpoint(lambda x: denoiser(x, sigma, **kw), x, use_reentrant=False)
+
+            rest = iter(z[1:])
+            x0 = process.differentiable(z[0], lambda draw, rest=rest: next(rest), wrap)
+            images = checkpoint(process.render, x0, use_reentrant=False)
+            (-reward.score(images, [""]).sum()).backward()
+            torch.nn.utils.clip_grad_norm_(z, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            host.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return host.optimizing(process, noises)
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with torch.inference_mode():
+            job = world.job(**(options | {"iterations": 0}), memory="none")
+            sampled = host.run(job, work).result.trace.settings["sampling_seconds"]
+    except torch.OutOfMemoryError as problem:
+        return {"failed": str(problem).splitlines()[0]}
+    peak = {"peak_gb": torch.cuda.max_memory_allocated() / GIB} if torch.cuda.is_available() else {}
+    return {"iteration_over_sample": statistics.median(seconds[1:]) / sampled} | peak
+
+
+def make_smaller(gb: float) -> None:
+    """A card of so many GB out of a larger one: for PyTorch's allocator, and for what ComfyUI believes is free."""
+    import comfy.model_management as management
+    import torch
+
+    cap = (gb - RESERVED) * GIB
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.get_device_properties(0).total_memory))
+    original = management.get_free_memory
+
+    def free(dev=None, torch_free_too=False):
+        if dev is not None and getattr(dev, "type", "") == "cpu":
+            return original(dev, torch_free_too)
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        left = cap - torch.cuda.memory_allocated()
+        return (left, unused) if torch_free_too else left
+
+    management.get_free_memory = free
+
+
+def card(name: str, gb: int, small: bool) -> dict:
+    """The largest image that is optimised to its end on a card of `gb` GB, with the last three steps and with all."""
+    import torch
+
+    from bench.pack import with_comfyui
+
+    with_comfyui(sdpa=True)
+    if torch.cuda.is_available():
+        make_smaller(gb)
+    from bench.world import World
+
+    world, table = World(), {}
+    for pixels in SIDES[name][:1] if small else SIDES[name]:
+        options = options_of(world, name, DTYPES[name][0], pixels, small)
+        for gradient, steps in (("last 3", 3), ("all steps", 0)):
+            try:
+                found = timed(world, options, 2, gradient_steps=steps)
+            except (torch.OutOfMemoryError, RuntimeError) as problem:
+                found = {"failed": str(problem).splitlines()[0]}
+            table[f"{pixels} px, {gradient}"] = found
+            print(name, gb, "GB", pixels, gradient, found, flush=True)
+        del options
+    return table
+
+
+def leaks(small: bool) -> dict:
+    import gc
+
+    import torch
+
+    from bench.world import World
+
+    world = World()
+    options = options_of(world, "sd15", "fp16", 512, small)
+    alive, memory = [], []
+    for _ in range(4 if small else 20):
+        world.optimize(**options, iterations=2)
+        gc.collect()
+        alive.append(sum(torch.is_tensor(x) for x in gc.get_objects()))
+        memory.append(torch.cuda.memory_allocated() / GIB if torch.cuda.is_available() else 0.0)
+    return {"live_tensors": alive, "allocated_gb": memory, "flat": len(set(alive[1:])) == 1}
+
+
+def repeat(small: bool) -> dict:
+    import torch
+
+    from bench.world import World
+
+    world, table = World(), {}
+    for name in ("demo", "sd15"):
+        options = {"steps": 8, "batch": 2} if name == "demo" else options_of(world, "sd15", "fp16", 512, small)
+        for policy in POLICIES:
+            for wanted in (False, True):
+                runs, seconds = [], []
+                for _ in range(3):
+                    start = time.perf_counter()
+                    runs.append(world.optimize(**options, iterations=4, memory=policy, repeatable=wanted))
+                    seconds.append(time.perf_counter() - start)
+                a, b = (r.latent for r in runs[1:])
+                row = {"same_bits": torch.equal(a, b), "furthest": (a - b).abs().max().item()}
+                table[f"{name}, {policy}, {'repeatable' if wanted else 'as fast as can be'}"] = row | {
+                    "seconds": min(seconds[1:])
+                }
+    return table
+
+
+def scorers(small: bool) -> dict:
+    if small:
+        return {"not run": "full-size networks only"}
+    out = Path(os.environ["MIRA_PIECE"]).with_suffix(".scorers")
+    subprocess.run([sys.executable, "-m", "bench.rewards", "--json", str(out)], cwd=ROOT, check=True, timeout=LIMIT)
+    found = json.loads(out.read_text())
+    out.unlink()
+    return found
+
+
+def piece(name: str, small: bool) -> dict:
+    kind, *rest = name.split("-")
+    if kind == "tests":
+        return tests(*rest)
+    if kind == "card":
+        return card(rest[0], int(rest[1]), small)
+    from bench.pack import with_comfyui
+
+    with_comfyui(sdpa=True)
+    if kind == "speed":
+        return speed(*rest, small)
+    return {"leaks": leaks, "repeat": repeat, "scorers": scorers}[kind](small)
+
+
+# -- all of them
+
+
+def run_all(out: Path, pieces: list[str], small: bool) -> int:
+    out.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for name in pieces:
+        file = out / f"{name}.json"
+        if file.is_file():
+            print(f"{name}: there already", flush=True)
+            continue
+        print(f"{name} ...", flush=True)
+        command = [sys.executable, "-m", "bench.gpu", "--piece", name, *(["--small"] if small else [])]
+        began = time.time()
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, env=os.environ | {"MIRA_PIECE": str(file)}, timeout=LIMIT + 30
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+        failed += code != 0
+        print(f"{name}: {'done' if code == 0 else f'FAILED ({code})'} in {time.time() - began:.0f} s", flush=True)
+    found = {p: json.loads((out / f"{p}.json").read_text()) for p in PIECES if (out / f"{p}.json").is_file()}
+    result = {"device": device_name(), "small": small, "pieces": found}
+    (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "gpu.md").write_text(page(result))
+    return min(failed, 1)
+
+
+def page(result: dict) -> str:
+    """The tables as Markdown."""
+    pieces, lines = (
+        result["pieces"],
+        ["# On a GPU", "", f"`python dev.py bench gpu --gpu --out DIR` on {result['device']}."],
+    )
+    if result["small"]:
+        lines += [
+            "",
+            "A rehearsal with networks of the demo's size: it shows that the pieces run, and measures nothing.",
+        ]
+    for name, table in pieces.items():
+        lines += ["", f"## {name}", ""]
+        if all(isinstance(row, dict) for row in table.values()):
+            columns = list(
+                dict.fromkeys(k for row in table.values() for k in row if k not in ("notices", "estimate_mb"))
+            )
+            lines += [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+            for way, row in table.items():
+                cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in (row.get(c, "") for c in columns)]
+                lines.append(f"| {way} | {' | '.join(cells)} |")
+        else:
+            lines += [f"- {k}: {v}" for k, v in table.items()]
+    missing = [p for p in PIECES if p not in pieces]
+    if missing:
+        lines += ["", "Not measured yet: " + ", ".join(missing) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def pack(folder: Path) -> None:
+    """ComfyUI's tree without its pictures, and the wheels that a machine with PyTorch lacks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    comfyui = Path(os.environ["MIRA_COMFYUI"])
+    ignored = shutil.ignore_patterns(
+        "*.png", "*.jpg", "*.webp", "*.gif", "__pycache__", "tests*", "output", "models", ".git"
+    )
+    copy = folder / "comfyui"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(comfyui, copy, ignore=ignored)
+    for empty in ("models", "output", "user", "custom_nodes"):
+        (copy / empty).mkdir(exist_ok=True)
+    shutil.make_archive(str(folder / "comfyui"), "xztar", copy)
+    shutil.rmtree(copy)
+    wheels = folder / "wheels"
+    platforms = [f"--platform=manylinux{p}_x86_64" for p in ("_2_28", "_2_17", "2014", "1")]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(wheels),
+    ]
+    subprocess.run([*command, "--python-version", "3.12", "--implementation", "cp", *platforms, *WHEELS], check=True)
+    (folder / "run.sh").write_text(RUN)
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20
+    print(f"{folder}: {size:.0f} MiB. There, in the pack's folder: sh {folder.name}/run.sh OUT [PIECE ...]")
+
+
+RUN = """#!/bin/sh
+# On the machine with the GPU, in the pack's folder: sh FOLDER/run.sh OUT [PIECE ...]
+set -e
+here=$(cd "$(dirname "$0")" && pwd); out=$1; shift
+place=${PLACE:-/tmp/mira-gpu}
+if [ ! -f "$place/ready" ]; then
+    mkdir -p "$place/comfyui"
+    tar -xJf "$here/comfyui.tar.xz" -C "$place/comfyui"
+    python3 -m pip install --quiet --no-index --no-deps --upgrade --target "$place/site" "$here"/wheels/*.whl
+    # A server drops PYTHONPATH.
+    echo "$place/site" > "$(python3 -c 'import site; print(site.getsitepackages()[0])')/mira_gpu.pth"
+    touch "$place/ready"
+fi
+export MIRA_COMFYUI="$place/comfyui" MIRA_GPU=1 PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
+python3 -m bench.gpu --piece smoke
+exec python3 -m bench.gpu --out "$out" ${1:+--pieces "$@"}
+"""
+
+
+def smoke() -> None:
+    """In a minute: everything imports, the device answers, and one small run goes up."""
+    from bench.pack import with_comfyui
+
+    with_comfyui(sdpa=True)
+    from bench.world import World
+
+    rewards = [r["reward"] for r in World().optimize(steps=3, iterations=2, beta=0).result.trace.of(0)]
+    print(f"{device_name()}: reward {rewards[0]:.3f} to {rewards[-1]:.3f}", flush=True)
+    if not rewards[-1] > rewards[0]:
+        raise SystemExit("the smallest run does not raise its reward: nothing else is worth measuring")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument("--pieces", nargs="*", default=list(PIECES), choices=PIECES, metavar="PIECE")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--pack", type=Path, metavar="FOLDER")
+    parser.add_argument("--piece", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if args.pack:
+        pack(args.pack)
+        return 0
+    if args.piece == "smoke":
+        smoke()
+        return 0
+    if args.piece:
+        found = piece(args.piece, args.small)
+        Path(os.environ["MIRA_PIECE"]).write_text(json.dumps(found, indent=1) + "\n")
+        return 0
+    if not args.out:
+        parser.error("say where to: --out DIR, or --pack FOLDER")
+    return run_all(args.out, args.pieces, args.small)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
