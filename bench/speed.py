@@ -33,7 +33,7 @@ SD15 = dict(
 
 
 def sd15(dtype: torch.dtype | None = None):
-    """SD1.5's UNet at its full size with random weights, as a ModelPatcher; dtype: float32 on a CPU, float16 on a GPU."""
+    """SD1.5's UNet at its full size with random weights, as a ModelPatcher; by default float32, float16 on a GPU."""
     import comfy.model_management as management
     import comfy.model_patcher
 

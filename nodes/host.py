@@ -301,7 +301,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
             )
             reset_peak()
             try:
-                if job.gradient:
+                if job.gradient and job.settings.iterations > 0:
                     process.check_gradient(noises[0])
                 return self.work(process, noises)
             except NotTheSame as problem:

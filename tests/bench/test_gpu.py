@@ -1,0 +1,37 @@
+"""The measurements on a GPU, rehearsed with small networks on whatever is here."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from bench import gpu
+
+pytestmark = pytest.mark.skipif(not os.environ.get("MIRA_COMFYUI"), reason="needs a ComfyUI")
+
+
+def test_pieces_run_in_processes_of_their_own_and_are_not_run_again(tmp_path, capfd):
+    assert gpu.run_all(tmp_path, ["leaks", "repeat"], small=True) == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["pieces"]["leaks"]["flat"] and len(found["pieces"]["leaks"]["live_tensors"]) == 4
+    assert all(row["same_bits"] for name, row in found["pieces"]["repeat"].items() if "repeatable" in name)
+    page = (tmp_path / "gpu.md").read_text()
+    assert (
+        "measures nothing" in page and "Not measured yet: tests-core" in page and "| demo, none, repeatable |" in page
+    )
+    capfd.readouterr()
+    assert gpu.run_all(tmp_path, ["leaks"], small=True) == 0
+    assert "leaks: there already" in capfd.readouterr().out
+
+
+def test_a_piece_that_fails_is_said_and_left_for_the_next_time(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("MIRA_COMFYUI", str(tmp_path))
+    assert gpu.run_all(tmp_path / "out", ["leaks"], small=True) == 1
+    assert "leaks: FAILED" in capfd.readouterr().out and not (tmp_path / "out" / "leaks.json").exists()
+
+
+def test_every_piece_has_a_size_that_its_model_is_known_at():
+    assert all(model in gpu.SIDES and model in gpu.DTYPES for model in gpu.MODELS)
+    assert len(set(gpu.PIECES)) == len(gpu.PIECES)
