@@ -113,7 +113,7 @@ def options_of(world, name: str, dtype: str, pixels: int, small: bool) -> dict:
 
     side = (128 if small else pixels) // 8
     g = torch.Generator().manual_seed(0)
-    steps = 4 if small else 20
+    steps = 2 if small else 20
     shared = {"steps": steps, "cfg": 5.0, "lr": 0.01, "regularizer": "none", "keep": "last"}
 
     def text(width: int, length: int = 77) -> list:
@@ -308,7 +308,7 @@ def leaks(small: bool) -> dict:
     world = World()
     options = options_of(world, "sd15", "fp16", 512, small)
     alive, memory = [], []
-    for _ in range(4 if small else 20):
+    for _ in range(3 if small else 20):
         world.optimize(**options, iterations=2)
         gc.collect()
         alive.append(sum(torch.is_tensor(x) for x in gc.get_objects()))
@@ -323,13 +323,19 @@ def repeat(small: bool) -> dict:
 
     world, table = World(), {}
     for name in ("demo",) if small else ("demo", "sd15"):
-        options = {"steps": 8, "batch": 2} if name == "demo" else options_of(world, "sd15", "fp16", 512, small)
+        options = (
+            {"steps": 2 if small else 8, "batch": 2}
+            if name == "demo"
+            else options_of(world, "sd15", "fp16", 512, small)
+        )
         for policy in POLICIES[:1] if small else POLICIES:
             for wanted in (False, True):
                 runs, seconds = [], []
                 for _ in range(3):
                     start = time.perf_counter()
-                    runs.append(world.optimize(**options, iterations=4, memory=policy, repeatable=wanted))
+                    runs.append(
+                        world.optimize(**options, iterations=2 if small else 4, memory=policy, repeatable=wanted)
+                    )
                     seconds.append(time.perf_counter() - start)
                 a, b = (r.latent for r in runs[1:])
                 row = {"same_bits": torch.equal(a, b), "furthest": (a - b).abs().max().item()}
