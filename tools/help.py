@@ -14,7 +14,8 @@ from .comfy import ROOT, Client, Server
 FOLDER = ROOT / "web" / "docs"
 LIMIT = """Good first settings: 20 steps, 12 iterations, learning rate 0.03, `seeds` 4 and a `drift_limit` of 0.02 to 0.1
 in path_kl (it adds up over the steps, so halve it for half the steps). Each image begins from the best of the seeds and
-stays within the limit while its reward goes on rising. For a style try `variables` late or injected, for what the image
+stays within the limit while its reward goes on rising. The other seeds are what KSampler gives for them; the record says
+which one an image began from. For a style try `variables` late or injected, for what the image
 shows early. `method` runs MIRA, DNO, ReNO or InitNO as their authors do."""
 FILES = """Files go into `models/mira_rewards`; nothing is downloaded by itself, and a missing file is named with its
 size and where it is published. fp16 costs less than 2 % of accuracy. Prompts that are too long are cut as the original
@@ -31,7 +32,16 @@ own torch code.
 
 An iteration costs about one and a half plain samples, two to three with the whole gradient (`gradient_steps` 0).
 Ancestral and SDE samplers have noise at every step to optimise; `dpm_fast` and `dpm_adaptive` cannot be optimised
-through. **Cancel** hands back the best image so far with its record.""",
+through. **Cancel** hands back the best image so far with its record.
+
+With `memory` auto it takes the fastest way that fits, and says in the record which, and what it would take; when memory
+runs out all the same, it goes on more thriftily: layers of model, decoder and scorer are computed again instead of
+kept, and at last what is kept waits in the CPU's memory. `repeatable` gives the same bits for the same seed, on a GPU
+too. A batch of several prompts wants their texts one a line.
+
+What cannot be optimised rightly is refused by name before anything is: caches of steps (EasyCache), LoRA hooks that
+change over the steps or differ between positive and negative, and whatever else makes a second sample of the same
+noises another image. Guidance that remembers the last step (APG with momentum) works with `memory` none.""",
     "MiraOptimizeSamplerAdvanced": f"""MIRA Optimize KSampler for any NOISE, GUIDER, SAMPLER and SIGMAS, as
 SamplerCustomAdvanced takes them: perpendicular guidance, split sigmas (the low half, which ends at 0), custom samplers.
 

@@ -377,6 +377,14 @@ def test_how_drift_is_held(values, held):
     assert settings.settings_of(INPUTS | values).hold == held
 
 
+def test_few_steps_take_the_gradient_of_all():
+    """With four of them the last three gained a tenth of what all do (docs/speed.md)."""
+    settings = mira("nodes.settings")
+    for chosen, steps, expected in ((-1, 4, 0), (-1, 9, 0), (-1, 10, 3), (-1, 20, 3), (3, 4, 3), (0, 20, 0)):
+        assert settings.gradient_steps({"gradient_steps": chosen}, steps) == expected
+    assert settings.gradient_steps({"gradient_steps": 3, "method": "mira"}, 20) == 0
+
+
 def test_what_a_new_node_does_is_the_measured_default():
     """The widgets' defaults, taken together, are `DEFAULT`."""
     settings, schema = mira("nodes.settings"), nodes.MiraOptimizeKSampler.GET_SCHEMA()
