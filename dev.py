@@ -7,7 +7,7 @@
     python dev.py test --host 0.33     the tests of the adapter, the nodes and the server on another ComfyUI: one of
                             the known ones, a path, or all, which writes docs/compatibility.md
     python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference, front, paper, gpu,
-                            few-steps, and for paper's images: study (a page for people), judge (a vision-language model)
+                            few-steps; of paper's images: study (a page for people), judge (a vision-language one)
     python dev.py train     retrain the demo model: data, vae, clip, judge, unet, export, taste, lora
 
 Standard library only: it builds its environment (.venv, .cache) at the first run.
