@@ -73,9 +73,18 @@ def leave_inference_mode(module: nn.Module) -> None:
 
 
 def _replace_tensors(thing: object) -> None:
+    """Plain tensors that an object holds, alone or in lists, tuples and dicts: means of a format, cached positions."""
     for name, value in vars(thing).items():
-        if isinstance(value, Tensor) and made_in_inference_mode(value):
-            vars(thing)[name] = value.detach().clone()
+        if name not in ("_parameters", "_buffers", "_modules") and _holds_one(value):
+            vars(thing)[name] = normal(value)
+
+
+def _holds_one(value, depth: int = 2) -> bool:
+    if isinstance(value, Tensor):
+        return made_in_inference_mode(value)
+    if depth and type(value) in (list, tuple, dict):
+        return any(_holds_one(v, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
+    return False
 
 
 @contextmanager
@@ -115,20 +124,24 @@ def loaded(patchers: Sequence, memory: float) -> Iterator[None]:
         yield
 
 
+# ComfyUI's own switches, where it has them: kernels without a backward off, and a backward in fp8 off too, which its
+# training nodes may have left on.
+SWITCHES = {"in_training": True, "training_fp8_bwd": False}
+
+
 @contextmanager
 def training() -> Iterator[None]:
-    """Outside inference mode, with a gradient, and with none of ComfyUI's kernels that have no backward."""
+    """Outside inference mode, with a gradient, and with none of ComfyUI's kernels that have no exact backward."""
     management = comfy.model_management
-    has_switch = hasattr(management, "in_training")  # newer cores
-    before = getattr(management, "in_training", False)
+    before = {name: getattr(management, name) for name in SWITCHES if hasattr(management, name)}
     try:
-        if has_switch:
-            management.in_training = True
+        for name in before:
+            setattr(management, name, SWITCHES[name])
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        if has_switch:
-            management.in_training = before
+        for name, value in before.items():
+            setattr(management, name, value)
 
 
 ATTENTION = ("optimized_attention", "optimized_attention_masked")

@@ -259,9 +259,9 @@ class _WorkingSampler(comfy.samplers.Sampler):
             process.given = process.expected, _ = normal(plain), noises
             result = self._work(process, noises)
         self.iterates = [model_wrap.inner_model.process_latent_out(x.float()) for x in result.iterates]
-        for notice in job.notices:
+        for notice in process.notices:
             log.warning("%s: %s", job.node, notice)
-        result.trace.notices += job.notices
+        result.trace.notices += process.notices
         result.trace.settings |= {
             "checkpointing": process.rollout.memory,
             "repeatable": process.repeatable,
@@ -314,7 +314,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
                     raise
                 said = str(problem).splitlines()[0]
             # Nothing was reported yet: it is met in the first backward pass.
-            log.warning("%s: %s", job.node, said)
+            process.notices.append(f"this run does not repeat to the bit on this device: {said}")
             torch.use_deterministic_algorithms(False)  # until `repeatable` ends
             process.repeatable, process.evaluations = False, 0
 
@@ -342,9 +342,11 @@ class _Process:
         self.layers: dict[nn.Module, Callable | None] = {}  # of the VAE and the reward: how they checkpoint their own
         self.redraw = True  # a reward that draws random numbers draws new ones at every evaluation
         self.repeatable = job.repeatable
+        self.notices = list(job.notices)
         self.given: tuple[Tensor, tuple[Tensor, ...]] = ()  # the plain sample and its noises
         self.expected: Tensor | None = None  # what the first trajectory should give, until it was compared
         self.states: list[tuple] = []  # of the random number generators, before every call of the plain sample
+        self.draws: bool | None = None  # whether a call draws from them; not known before the plain sample is there
         dtype = self.inner.manual_cast_dtype or self.inner.get_dtype()
         # Gradients of a mean over pixels are near float16's smallest numbers.
         scale = 2.0**10 if dtype == torch.float16 else 1.0
@@ -502,9 +504,9 @@ class _Process:
 
     def random(self, n: int) -> AbstractContextManager:
         """Where call n of a trajectory draws what it drew in the plain sample (token merging, tiling)."""
-        if not self.states or n >= len(self.states) or all(same_state(s, self.states[0]) for s in self.states):
-            return nullcontext()  # nothing was drawn
-        return _RandomState(self.states[n])
+        if self.draws is None:
+            self.draws = any(not same_state(s, self.states[0]) for s in self.states)
+        return _RandomState(self.states[n]) if self.draws and n < len(self.states) else nullcontext()
 
     def compare(self, x0: Tensor) -> None:
         """The first trajectory's result with what its noises gave. Raises RuntimeError when it is another image."""

@@ -19,7 +19,10 @@ from mira.nodes import dynamic as vram
 sys.path.insert(0, str(Path(__file__).parent))
 from dynamic import KNOWN, Dynamic, dynamic
 
-pytestmark = pytest.mark.skipif(not KNOWN, reason="this ComfyUI has no dynamic VRAM")
+pytestmark = [
+    pytest.mark.every_host,
+    pytest.mark.skipif(not KNOWN, reason="this ComfyUI has no dynamic VRAM"),
+]
 
 
 @pytest.fixture

@@ -181,6 +181,7 @@ def optimize(world, parts, sampler="euler", **options):
         return host.run(job)
 
 
+@pytest.mark.every_host
 @pytest.mark.parametrize("name", HERE)
 def test_a_family_is_optimised_rightly(world, name, monkeypatch):
     seen = []

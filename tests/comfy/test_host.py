@@ -117,6 +117,7 @@ def test_inpainting_changes_nothing_outside_the_mask(world):
     assert row["latent_distance"] > 0 and row["path_kl"] > 0
 
 
+@pytest.mark.every_host
 def test_two_runs_are_the_same_bits(world):
     a, b = (world.optimize(iterations=3, batch=2) for _ in range(2))
     assert torch.equal(a.latent, b.latent) and torch.equal(a.plain, b.plain)
@@ -212,6 +213,7 @@ def test_area_conditioning(world):
     assert rewards(done)[-1] > rewards(done)[0]
 
 
+@pytest.mark.every_host
 def test_controlnet(world):
     """A ControlNet of the demo UNet's shape with random weights."""
     from comfy.cldm.cldm import ControlNet

@@ -110,7 +110,9 @@ def before(world):
         return Graph(world, demo.load_model(), demo.load_clip(), demo.load_vae()).stock()
 
 
-@pytest.mark.parametrize("ours", OURS)
+@pytest.mark.parametrize(
+    "ours", [pytest.param(o, marks=pytest.mark.every_host if o in ("optimize", "initno") else ()) for o in OURS]
+)
 def test_stock_nodes_behave_after_ours_as_before(world, fresh, before, ours):
     graph = Graph(world, *fresh)
     following = OURS[(OURS.index(ours) + 1) % len(OURS)]

@@ -68,6 +68,7 @@ def optimize(world, **changes):
     return execute(nodes.MiraOptimizeKSampler, **sampler_inputs(world, **changes))
 
 
+@pytest.mark.every_host
 def test_registration():
     """What workflows hold for ever: ids, inputs and outputs, in this order."""
     extension = asyncio.run(nodes.comfy_entrypoint())

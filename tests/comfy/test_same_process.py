@@ -495,3 +495,36 @@ def test_patches_may_bring_networks(world):
     done = run(world, Settings(iterations=2, lr=0.02), model=model, steps=3, sampler="euler")
     assert torch.equal(done.plain, world.ksampler(model=model, steps=3, sampler="euler"))
     assert rows(done)[-1] > rows(done)[0]
+
+
+def test_where_there_is_no_repeatable_way_the_run_goes_on_and_says_so(world):
+    """Some operations of a GPU have none: they are met in the first backward pass."""
+    calls = []
+
+    class Once(PixelReward):
+        def score(self, images, prompts):
+            calls.append(1)
+            if len(calls) == 1:
+                raise RuntimeError("grid_sampler_2d_backward does not have a deterministic implementation, but you set")
+            return super().score(images, prompts)
+
+    done = run(world, reward=Once("brightness"), steps=2, iterations=1)
+    assert done.result.trace.settings["repeatable"] is False
+    assert "does not repeat to the bit" in done.result.trace.notices[-1] and len(rows(done)) == 2
+    assert run(world, steps=2, iterations=1).result.trace.settings["repeatable"] is True
+
+
+def test_what_a_network_cached_in_the_plain_sample_is_no_obstacle(world):
+    """Positions that a model computes once and keeps, in lists and dicts of its own."""
+    with torch.inference_mode():
+        model = demo.load_model()
+    block = model.model.diffusion_model.middle_block[1]
+    inner, block.kept = block.forward, {}
+
+    def forward(x, *args, **kwargs):
+        scale = block.kept.setdefault("scale", [torch.full((1, x.shape[1], 1, 1), 1.1)])[0]
+        return inner(x * scale, *args, **kwargs)
+
+    block.forward = forward
+    done = run(world, Settings(iterations=2, lr=0.02), model=model, steps=3)
+    assert rows(done)[-1] > rows(done)[0]

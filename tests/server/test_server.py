@@ -68,6 +68,7 @@ def steps_of(events):
     return [data for kind, data in events if kind == "mira.step"]
 
 
+@pytest.mark.every_host
 def test_the_pack_loads_without_a_complaint(server):
     log = server.log.read_text()
     # In brackets: of custom nodes. A core may miss a package for nodes of its own, with a traceback of theirs.
@@ -75,6 +76,7 @@ def test_the_pack_loads_without_a_complaint(server):
     assert not any("/mira/" in part for part in log.split("Traceback")[1:])
 
 
+@pytest.mark.every_host
 def test_all_nodes_are_registered(server):
     async def get():
         async with Client(server.url) as client:
@@ -116,6 +118,7 @@ def test_quickstart_raises_the_reward_and_reports_every_iteration(server, quicks
     assert optimized.mean() > plain.mean() + 2
 
 
+@pytest.mark.every_host
 def test_plain_output_is_the_stock_ksampler(server, quickstart):
     prompt = small(quickstart)
     inputs = prompt[find(prompt, OPTIMIZER)]["inputs"]
