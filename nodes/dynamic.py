@@ -32,6 +32,11 @@ def static(patcher, what: str, own: bool = False):
     """
     if not is_dynamic(patcher) or "disable_dynamic" not in inspect.signature(patcher.clone).parameters:
         return patcher
+    if patcher.injections:
+        raise ValueError(
+            f"{what} is in dynamic VRAM and has {' and '.join(patcher.injections)} in its layers, which a copy that stays "
+            "in place would lose: load such a LoRA without bypass, or start ComfyUI with --disable-dynamic-vram"
+        )
     base = None if own else _STILL.get(patcher.model)
     if base is None:
         try:

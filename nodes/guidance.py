@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import comfy.model_management
 import comfy.model_patcher
@@ -15,10 +15,21 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..rewards.base import Reward
+from ..sampler.ending import attempt
 from ..sampler.guidance import annealed, blended, preferred, within
+from ..sampler.memory import offloaded
 from .checks import needs_gradient, needs_prompt
 from .dynamic import is_dynamic, static, with_static_controls
-from .grad import loaded, normal, pytorch_attention, sdpa, training
+from .grad import (
+    OutOfPlaceAdd,
+    blocks_checkpointed,
+    loaded,
+    normal,
+    pytorch_attention,
+    sdpa,
+    training,
+    without_tf32,
+)
 from .host import decode, patcher_of
 from .types import MiraReward
 
@@ -27,6 +38,7 @@ DYMO = "MIRA DyMO Guider"
 log = logging.getLogger("mira")
 SCHEDULES = ("constant", "annealed")
 KEY = "mira_tuned"
+THRIFTIEST = 2
 
 
 def share_of_noise(sampling, sigma: Tensor) -> Tensor:
@@ -161,6 +173,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
         super().__init__(patcher)
         self.reward, self.prompt = reward, prompt
         self.scale, self.start, self.end = scale, start, end
+        self.thrift = 0  # up to THRIFTIEST
 
     def set_conds(self, positive, negative):
         super().set_conds(positive, negative)
@@ -180,6 +193,18 @@ class DyMOGuider(comfy.samplers.CFGGuider):
                 )  # fmt: skip
             finally:
                 self.model_options = options
+
+    @contextmanager
+    def _thrifty(self) -> Iterator[None]:
+        """After running out of memory: layers are computed again, and at last what is kept waits in the CPU's."""
+        with ExitStack() as stack:
+            if self.thrift == THRIFTIEST:
+                stack.enter_context(offloaded())
+            if self.thrift:
+                networks = (self.inner_model.diffusion_model, self.vae.first_stage_model, *self.reward.modules)
+                for blocks in filter(None, (blocks_checkpointed(n, OutOfPlaceAdd) for n in networks)):
+                    stack.enter_context(blocks())
+            yield
 
     @contextmanager
     def without_constants(self) -> Iterator[None]:
@@ -204,18 +229,33 @@ class DyMOGuider(comfy.samplers.CFGGuider):
             return args["denoised"]
 
         options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", ()), capture]
-        with torch.enable_grad(), pytorch_attention():
-            state = x if x.requires_grad else x.detach().requires_grad_()
-            denoised = super().predict_noise(state, timestep, options, seed)
-            images = decode(self.vae, self.inner_model.process_latent_out(denoised.float()))
-            total, _ = self.reward(images, [self.prompt] * len(images))
-            # Under an optimisation of the noises this term counts as a constant. Its length does not count, but in
-            # float16 it would fall below the smallest number, or rise above the largest.
-            for scale in (2.0**10, 2.0**5, 1.0):
-                (gradient,) = torch.autograd.grad(total.sum() * scale, state, retain_graph=True)
-                lengths = gradient.float().flatten(1).norm(dim=1)
-                if torch.isfinite(lengths).all():
-                    break
+
+        def looked():
+            """(the prediction, the gradient of its reward, its length (B,))."""
+            with torch.enable_grad(), pytorch_attention(), self._thrifty():
+                state = x if x.requires_grad else x.detach().requires_grad_()
+                denoised = super(DyMOGuider, self).predict_noise(state, timestep, options, seed)
+                images = decode(self.vae, self.inner_model.process_latent_out(denoised.float()))
+                with without_tf32():
+                    total, _ = self.reward(images, [self.prompt] * len(images))
+                # Under an optimisation of the noises this term counts as a constant. Its length does not count, but in
+                # float16 it would fall below the smallest number, or rise above the largest.
+                for scale in (2.0**10, 2.0**5, 1.0):
+                    (gradient,) = torch.autograd.grad(total.sum() * scale, state, retain_graph=True)
+                    lengths = gradient.float().flatten(1).norm(dim=1)
+                    if torch.isfinite(lengths).all():
+                        break
+            return denoised, gradient, lengths
+
+        while True:
+            result, cut = attempt((), looked)
+            if cut is None:
+                denoised, gradient, lengths = result
+                break
+            if self.thrift == THRIFTIEST:
+                raise cut.problem
+            self.thrift += 1
+            log.warning("%s: %s: goes on keeping less for the gradient", DYMO, cut)
         if not x.requires_grad:
             denoised = denoised.detach()
         name, sigma = self.reward.facts.name, timestep[0].item()

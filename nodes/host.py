@@ -256,7 +256,8 @@ class _WorkingSampler(comfy.samplers.Sampler):
             process = process.outside_inference_mode()
             # Updates of noises in half precision vanish, or become NaN.
             noises = tuple(normal(z).float() for z in noises)
-            process.given = process.expected, _ = normal(plain), noises
+            process.expected = normal(plain)
+            process.given = process.expected, noises
             result = self._work(process, noises)
         self.iterates = [model_wrap.inner_model.process_latent_out(x.float()) for x in result.iterates]
         for notice in process.notices:

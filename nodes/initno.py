@@ -18,7 +18,9 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy_api.latest import io
 from torch import Tensor, nn
 
+from ..sampler.ending import attempt
 from ..sampler.initno import Found, Maps, Settings, improve
+from ..sampler.memory import offloaded
 from ..sampler.seeds import stream
 from .dynamic import static
 from .grad import blocks_checkpointed, loaded, normal, pytorch_attention, sdpa, training
@@ -194,16 +196,25 @@ class _Attending(comfy.samplers.Sampler):
             thrifty = blocks_checkpointed(inner.diffusion_model, nullcontext) or nullcontext
 
             def maps(z: Tensor) -> Maps:
-                with thrifty():
+                with offloaded() if offloading else nullcontext(), thrifty():
                     attend(z)
                 cross, own = listener.heard()
                 cross = cross[:, self.words.kept]
                 return Maps(cross.unflatten(0, (height, width)), own.unflatten(1, (height, width)))
 
-            return improve(
-                maps, noise, self.words.subjects, self.settings, self.generator, on_iteration=self.report,
-                interrupts=INTERRUPTS,
-            )  # fmt: skip
+            def better() -> Found:
+                return improve(
+                    maps, noise, self.words.subjects, self.settings, self.generator, on_iteration=self.report,
+                    interrupts=INTERRUPTS,
+                )  # fmt: skip
+
+            offloading = False
+            found, cut = attempt((), better)
+            if cut:  # before the first update: nothing is lost, and once more with less
+                log.warning("%s: %s: what is kept for the gradient waits in the CPU's memory", NODE, cut)
+                offloading = True
+                found = better()
+            return found
 
 
 class MiraInitNONoise(io.ComfyNode):
@@ -307,7 +318,7 @@ class MiraInitNONoise(io.ComfyNode):
             done = iter(range(b * evaluations + 1, (b + 1) * evaluations + 1))
 
             def report(*_, done=done) -> None:
-                bar.update_absolute(next(done))
+                bar.update_absolute(next(done, bar.current))
 
             attending = _Attending(where, settings, stream(seed, int(numbers[b])), report)
             guider.sample(noise[b : b + 1], samples[b : b + 1], attending, sigmas, disable_pbar=True, seed=seed)

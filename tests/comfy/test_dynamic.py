@@ -173,3 +173,10 @@ def test_what_cannot_be_copied_is_refused_with_its_place(world, model):
     model.model.driver = type(model.model.dynamic_vbars[model.load_device])()  # by a name that we do not know
     with pytest.raises(ValueError, match=r"MIRA: model is a BaseModel in dynamic VRAM.*--disable-dynamic-vram"):
         world.optimize(model=model, iterations=1)
+
+
+def test_what_is_injected_into_layers_is_not_lost_silently(world, model):
+    """A LoRA in bypass mode holds the layers of the very network that moves."""
+    model.set_injections("bypass_lora", [])
+    with pytest.raises(ValueError, match=r"MIRA: model.*has bypass_lora in its layers.*without bypass"):
+        world.optimize(model=model, iterations=1)

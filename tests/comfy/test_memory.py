@@ -250,6 +250,39 @@ def test_out_of_memory_anywhere_goes_on_with_less(world, memory):
         assert torch.isfinite(done.latent).all() and len(done.result.trace.of(0)) == 3
 
 
+def failing_once(world, at):
+    """The demo model, whose call number `at` finds no memory."""
+    model, calls = world.model.clone(), []
+
+    def full(apply, args):
+        calls.append(1)
+        if len(calls) == at:
+            raise torch.OutOfMemoryError("full")
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(full)
+    return model, calls
+
+
+def test_guidance_and_better_noises_go_on_with_less_too(world):
+    model, calls = failing_once(world, 2)
+    with torch.inference_mode():
+        inputs = (world.positive, world.negative, world.vae, PixelReward("brightness"), 5.0, 1.0, 0.0, 1.0)
+        noise, sampler = torch.randn(SMALL.shape, generator=torch.Generator().manual_seed(0)), world.sigmas(steps=3)
+        samples = []
+        for m in (world.model, model):
+            guider = MiraDyMOGuider.execute(m, *inputs).args[0]
+            samples.append(guider.sample(noise, SMALL, comfy.samplers.sampler_object("euler"), sampler, seed=0))
+        assert len(calls) > 3
+        torch.testing.assert_close(samples[1], samples[0], atol=1e-2, rtol=1e-3)
+        model, calls = failing_once(world, 2)
+        made = MiraInitNONoise.execute(
+            model, world.clip, {"samples": torch.zeros(1, 4, 16, 16)}, world.sigmas(steps=2), "a fox and a cat",
+            "fox, cat", 1, 1, 1, 0.2, 0.3,
+        )  # fmt: skip
+    assert len(calls) > 2 and made.args[0].noise.shape == (1, 4, 16, 16)
+
+
 def test_a_run_says_what_it_would_take(world):
     settings = world.optimize(steps=3, iterations=1).result.trace.settings
     assert settings["checkpointing"] == "none"
