@@ -34,8 +34,8 @@ def static(patcher, what: str, own: bool = False):
         return patcher
     if patcher.injections:
         raise ValueError(
-            f"{what} is in dynamic VRAM and has {' and '.join(patcher.injections)} in its layers, which a copy that stays "
-            "in place would lose: load such a LoRA without bypass, or start ComfyUI with --disable-dynamic-vram"
+            f"{what} is in dynamic VRAM and has {' and '.join(patcher.injections)} in its layers, which a copy of it "
+            "would lose: load such a LoRA without bypass, or start ComfyUI with --disable-dynamic-vram"
         )
     base = None if own else _STILL.get(patcher.model)
     if base is None:
