@@ -10,7 +10,7 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import comfy.conds
 import comfy.ldm.modules.attention
@@ -144,6 +144,18 @@ def training() -> Iterator[None]:
             setattr(management, name, value)
 
 
+def differentiable_kernels() -> AbstractContextManager:
+    """Cores with fused kernels, but without a switch for training, let their library be told to use PyTorch's code.
+
+    Of one thread: backward has its own, so it belongs inside what is computed again there.
+    """
+    kernels = getattr(sys.modules.get("comfy.quant_ops"), "ck", None)
+    registry = getattr(kernels, "registry", None)
+    if hasattr(comfy.model_management, "in_training") or not hasattr(registry, "use_backend"):
+        return nullcontext()
+    return registry.use_backend("eager")
+
+
 ATTENTION = ("optimized_attention", "optimized_attention_masked")
 
 
@@ -203,16 +215,33 @@ def has_no_repeatable_way(problem: BaseException) -> bool:
     return isinstance(problem, RuntimeError) and "deterministic" in str(problem)
 
 
-class OutOfPlaceAdd(TorchFunctionMode):
-    """x += y makes a new tensor: in-place residuals (Flux family) overwrite what backward needs.
+# In-place arithmetic, and what gives the same without writing over what backward needs.
+OUT_OF_PLACE = {Tensor.add_: torch.add, Tensor.sub_: torch.sub, Tensor.mul_: torch.mul, Tensor.div_: torch.div}
+
+
+class OutOfPlace(TorchFunctionMode):
+    """x += y, x *= y and so on make a new tensor: residuals of the Flux family, guidance that rescales.
 
     But in ComfyUI's own sampling code, which adds regions of the image into one tensor, and means it.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.add_ and torch.is_grad_enabled() and not _called_by("comfy.samplers"):
-            return torch.add(*args, **(kwargs or {})).to(args[0].dtype)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if torch.is_grad_enabled() and func in OUT_OF_PLACE and not _called_by("comfy.samplers"):
+            return OUT_OF_PLACE[func](*args, **kwargs).to(args[0].dtype)
+        return func(*args, **kwargs)
+
+
+class SlicesToo(OutOfPlace):
+    """And a slice is a copy: x[:, :n] = f(x[:, :n]) writes over what f has saved (FreeU V2)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs)
+        return out.clone() if func is Tensor.__getitem__ and torch.is_grad_enabled() else out
+
+
+# From one to the next where backward finds that something was overwritten.
+PLACES = (nullcontext, OutOfPlace, SlicesToo)
 
 
 def sdpa(_, *args, **kwargs):
@@ -271,7 +300,7 @@ def blocks_checkpointed(root: nn.Module, place: Callable) -> Callable | None:
     def patched() -> Iterator[None]:
         def wrap(forward):
             def inside(*args, **kwargs):
-                with place():
+                with differentiable_kernels(), place():
                     return forward(*args, **kwargs)
 
             def run(*args, **kwargs):

@@ -21,7 +21,7 @@ from ..sampler.memory import offloaded
 from .checks import needs_gradient, needs_prompt
 from .dynamic import is_dynamic, static, with_static_controls
 from .grad import (
-    OutOfPlaceAdd,
+    OutOfPlace,
     blocks_checkpointed,
     loaded,
     normal,
@@ -202,7 +202,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
                 stack.enter_context(offloaded())
             if self.thrift:
                 networks = (self.inner_model.diffusion_model, self.vae.first_stage_model, *self.reward.modules)
-                for blocks in filter(None, (blocks_checkpointed(n, OutOfPlaceAdd) for n in networks)):
+                for blocks in filter(None, (blocks_checkpointed(n, OutOfPlace) for n in networks)):
                     stack.enter_context(blocks())
             yield
 

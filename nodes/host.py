@@ -39,8 +39,10 @@ from ..sampler.selftest import gradient_error
 from ..sampler.statistics import expected, noise_statistics
 from .dynamic import static, with_static_controls
 from .grad import (
-    OutOfPlaceAdd,
+    PLACES,
+    OutOfPlace,
     blocks_checkpointed,
+    differentiable_kernels,
     has_no_repeatable_way,
     leave_inference_mode,
     loaded,
@@ -544,7 +546,7 @@ class _Process:
 
         def call(x, sigma, **kwargs):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            with self.place():
+            with differentiable_kernels(), self.place():
                 out = model_k(x, sigma, **kwargs)
             if self.job.measured != "conditional":
                 return out
@@ -564,7 +566,7 @@ class _Process:
         if self._keep:
             return None
         if module not in self.layers:
-            self.layers[module] = blocks_checkpointed(module, OutOfPlaceAdd)
+            self.layers[module] = blocks_checkpointed(module, OutOfPlace)
         if not (blocks := self.layers[module]):
             return None
         stack = ExitStack()
@@ -650,7 +652,7 @@ class _Process:
         return max(1, min(settings.particles, fit))
 
     def blocks(self) -> Callable | None:
-        return blocks_checkpointed(self.inner.diffusion_model, OutOfPlaceAdd)
+        return blocks_checkpointed(self.inner.diffusion_model, OutOfPlace)
 
     def check_gradient(self, noise: Tensor) -> None:
         """One denoising step, its gradient against a finite difference, before anything is optimised."""
@@ -678,9 +680,9 @@ class _Process:
                         f"{job.node}: something in the graph remembers what it saw in the plain sample{patches}. "
                         f"Bypass it. ({said})"
                     ) from problem
-                if "inplace operation" not in str(problem) or self.place is OutOfPlaceAdd:
+                if "inplace operation" not in str(problem) or self.place is PLACES[-1]:
                     raise RuntimeError(f"{job.node}: {name} has no gradient: {said}. {remedy}") from problem
-                self.place = OutOfPlaceAdd
+                self.place = PLACES[PLACES.index(self.place) + 1]
                 continue
             ways.pop(0)
             if cut is None:

@@ -19,7 +19,7 @@ from ..rewards.networks import ENCODERS, NAMES, clip_image_half, clip_of, name_o
 from ..rewards.preprocess import Preprocessing, crop_torchvision, crop_transformers, pad_longest
 from . import files
 from .dynamic import static
-from .grad import OutOfPlaceAdd
+from .grad import OutOfPlace
 from .types import reward_output
 
 CONNECTED = "the connected clip_vision"
@@ -147,7 +147,7 @@ class MiraLoadAestheticReward(io.ComfyNode):
         network.mira_patcher = patcher  # it is in ComfyUI's memory management already
 
         def encode(pixels):
-            with OutOfPlaceAdd():  # its residuals are in place
+            with OutOfPlace():  # its residuals are in place
                 return network(pixel_values=pixels.float(), intermediate_output=-2)[2]
 
         preprocessing = Preprocessing(

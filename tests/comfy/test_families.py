@@ -218,3 +218,20 @@ def test_a_frame_is_an_image_and_a_video_is_refused(world):
     with pytest.raises(ValueError, match="only images"):
         check_latent("here", model, {"samples": torch.zeros(1, 16, 5, 16, 16)}, vae, sampler, {})
     assert PixelReward("brightness").facts.differentiable
+
+
+@pytest.mark.parametrize("memory", ["none", "per_block"])
+def test_guidance_that_rescales_in_place(world, memory):
+    """Skip layer guidance multiplies its result where it is."""
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT as Node
+
+    model, *rest = made("SD3")
+    options = dict(
+        model=model, double_layers="0", single_layers="", scale=3.0, start_percent=0.0, end_percent=1.0,
+        rescaling_scale=0.5,
+    )  # fmt: skip
+    with torch.inference_mode():
+        patched = Node.execute(**options) if hasattr(Node, "execute") else Node().skip_guidance(**options)
+        patched = (patched.args if hasattr(patched, "args") else patched)[0]
+    rewards = [r["reward"] for r in optimize(world, (patched, *rest), memory=memory).result.trace.of(0)]
+    assert rewards[-1] > rewards[0]

@@ -139,7 +139,7 @@ def test_layers_of_the_scorer_are_checkpointed(models):
     reward = reward_of(getattr(nodes, node), **inputs)
     grad = mira("nodes.grad")
     grad.leave_inference_mode(reward.modules[0])
-    blocks = grad.blocks_checkpointed(reward.modules[0], grad.OutOfPlaceAdd)
+    blocks = grad.blocks_checkpointed(reward.modules[0], grad.OutOfPlace)
 
     def kept(within):
         with within:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import comfy.hooks
 import comfy.k_diffusion.sampling
 import comfy.ldm.modules.attention
@@ -11,6 +15,7 @@ import pytest
 import torch
 from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+from comfy_extras.nodes_freelunch import FreeU_V2
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from mira.nodes import demo, grad, host, probe
 from mira.nodes.checks import prompts_of
@@ -335,6 +340,18 @@ def test_guidance_by_attention_is_recomputed_as_it_was(world):
     assert b == pytest.approx(a, rel=1e-3)
 
 
+@pytest.mark.parametrize("memory", ["none", "per_block"])
+def test_patches_that_write_into_slices(world, memory):
+    model = world.model
+    with torch.inference_mode():
+        node = FreeU_V2.execute if hasattr(FreeU_V2, "execute") else FreeU_V2().patch
+        model = node(model=world.model, b1=1.1, b2=1.2, s1=0.9, s2=0.2)
+        model = (model.args if hasattr(model, "args") else model)[0]
+    done = run(world, Settings(iterations=2, lr=0.02), model=model, steps=3)
+    assert torch.equal(done.plain, world.ksampler(model=model, steps=3))
+    assert rows(done)[-1] > rows(done)[0]
+
+
 def test_attention_without_a_backward_is_not_used(world, monkeypatch):
     """Some models call the function that they imported, whatever the options say."""
 
@@ -528,3 +545,20 @@ def test_what_a_network_cached_in_the_plain_sample_is_no_obstacle(world):
     block.forward = forward
     done = run(world, Settings(iterations=2, lr=0.02), model=model, steps=3)
     assert rows(done)[-1] > rows(done)[0]
+
+
+def test_fused_kernels_give_way_where_there_is_no_switch(world, monkeypatch):
+    """ComfyUI 0.8 to 0.13: their library is told to use PyTorch's own code, in the thread of the backward pass too."""
+    chosen = []
+
+    class Registry:
+        @contextmanager
+        def use_backend(self, name):
+            chosen.append(name)
+            yield
+
+    monkeypatch.delattr(comfy.model_management, "in_training", raising=False)
+    kernels = SimpleNamespace(registry=Registry())
+    monkeypatch.setattr(sys.modules["comfy.quant_ops"], "ck", kernels, raising=False)
+    run(world, steps=2, iterations=1, memory="per_step")
+    assert set(chosen) == {"eager"} and len(chosen) >= 2 * 3
