@@ -70,13 +70,13 @@ def test_nor_does_an_aborted_one(world, sampler, memory, problem):
 
         def wrapper(apply, args):
             calls.append(torch.is_grad_enabled())
-            if len(calls) > 13 and torch.is_grad_enabled():
+            if len(calls) > 27 and torch.is_grad_enabled():
                 calls[:] = []
                 raise problem("here")
             return apply(args["input"], args["timestep"], **args["c"])
 
         model.set_model_unet_function_wrapper(wrapper)
-        done = world.optimize(model=model, sampler=sampler, memory=memory, steps=3, iterations=3, latent=SMALL)
+        done = world.optimize(model=model, sampler=sampler, memory=memory, steps=3, iterations=5, latent=SMALL)
         assert done.result.cut_short or done.result.trace.notices
 
     flat(run)

@@ -155,7 +155,7 @@ def test_gradient_error():
 def test_a_prediction_that_changes_with_the_wish_for_a_gradient():
     x = noises(1)[0]
     assert gradient_error(lambda y: y.sin(), x)[1] == 0
-    moved = gradient_error(lambda y: y * (1.1 if y.requires_grad else 1.0), x)
+    moved = gradient_error(lambda y: y * (1.1 if y.requires_grad else 1.0), x)[1]
     assert moved == pytest.approx(0.1)
     # Seen in what the network says, not in what it is a small part of.
     assert gradient_error(lambda y: y * (1.1 if y.requires_grad else 1.0), x, looked_at=lambda d: d - 0.9 * x)[1] > 0.9
