@@ -51,6 +51,9 @@ HOST_ARCHIVES = {
     "0.33": "comfyui-head.tar.xz",
 }
 NEWEST = "0.33"
+# Two workers of one thread each are faster than one of two.
+WORKERS = ["--numprocesses", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 ON_HOSTS = ["tests/comfy", "tests/server"]  # what depends on ComfyUI, but for the browser's
 
 BENCHES = {
@@ -200,41 +203,47 @@ def host_environment(comfyui: Path) -> Path:
 def test_host(name: str, gpu: bool, extra: list[str]) -> int:
     comfyui = get_host(name)
     python = host_environment(comfyui)
-    where = {"OMP_NUM_THREADS": "1"}
-    workers = ["--numprocesses", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
-    return execute(python, comfyui, ["-m", "pytest", *workers, *(extra or ON_HOSTS)], gpu, where)
+    return execute(python, comfyui, ["-m", "pytest", *WORKERS, *(extra or ON_HOSTS)], gpu, ONE_THREAD)
 
 
 def test_all_hosts(gpu: bool) -> int:
-    """Every known ComfyUI, and a table of what came out."""
-    rows, worst = [], 0
-    for name in [*HOST_ARCHIVES, COMFYUI_VERSION]:
-        report = CACHE / f"report-{name}.xml"
+    """Every known ComfyUI, and a table of what came out, written anew after each."""
+    worst = 0
+    names = sorted([*HOST_ARCHIVES, COMFYUI_VERSION], key=lambda name: [-int(n) for n in name.split(".")])
+    reports = {name: CACHE / f"report-{name}.xml" for name in names}
+    for report in reports.values():
+        report.unlink(missing_ok=True)
+    for name, report in reports.items():
         arguments = [f"--junitxml={report}", *ON_HOSTS]
         if name == COMFYUI_VERSION:
-            code = execute(venv_python(), get_comfyui(), ["-m", "pytest", *arguments], gpu, {"OMP_NUM_THREADS": "1"})
+            code = execute(venv_python(), get_comfyui(), ["-m", "pytest", *WORKERS, *arguments], gpu, ONE_THREAD)
         else:
             code = test_host(name, gpu, arguments)
         worst = worst or code
-        suite = ElementTree.parse(report).getroot().find("testsuite")
-        count = {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
-        failed = [f"`{c.get('name')}`" for c in suite.iter("testcase") if c.find("failure") is not None]
-        bad = count["failures"] + count["errors"]
-        passed = count["tests"] - bad - count["skipped"]
-        rows.append((name, passed, bad, count["skipped"], ", ".join(failed) or "-"))
-    rows.sort(key=lambda row: [int(n) for n in row[0].split(".")])
-    lines = [
-        "# Which ComfyUI",
-        "",
-        f"`python dev.py test --host all`{' --gpu' if gpu else ', on a CPU'}, {date.today().isoformat()}: the tests of "
-        "the adapter, the nodes and the server (`" + "`, `".join(ON_HOSTS) + "`).",
-        "",
-        "| ComfyUI | passed | failed | skipped | what failed |",
-        "|---|---|---|---|---|",
-        *(f"| {' | '.join(map(str, row))} |" for row in rows),
-    ]
-    (ROOT / "docs" / "compatibility.md").write_text("\n".join(lines) + "\n")
+        rows = [row_of(name, report) for name, report in reports.items()]
+        lines = [
+            "# Which ComfyUI",
+            "",
+            f"`python dev.py test --host all{' --gpu' if gpu else ''}`{'' if gpu else ' on a CPU'}, "
+            f"{date.today().isoformat()}: the tests of the adapter, the nodes and the server (`{'`, `'.join(ON_HOSTS)}`).",
+            "",
+            "| ComfyUI | passed | failed | skipped | what failed |",
+            "|---|---|---|---|---|",
+            *(f"| {' | '.join(map(str, row))} |" for row in rows),
+        ]
+        (ROOT / "docs" / "compatibility.md").write_text("\n".join(lines) + "\n")
     return worst
+
+
+def row_of(name: str, report: Path) -> tuple:
+    """(ComfyUI, passed, failed, skipped, the names of what failed) of a pytest report."""
+    if not report.is_file():
+        return (name, "not run", "", "", "")
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    count = {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
+    failed = [f"`{c.get('name')}`" for c in suite.iter("testcase") if {"failure", "error"} & {e.tag for e in c}]
+    bad = count["failures"] + count["errors"]
+    return (name, count["tests"] - bad - count["skipped"], bad, count["skipped"], ", ".join(failed) or "-")
 
 
 def existing_installation(path: Path) -> tuple[Path, Path]:
@@ -328,10 +337,7 @@ def test(python: Path, comfyui: Path, gpu: bool, extra: list[str]) -> int:
         where = {"MIRA_CHROMIUM": get_chromium(), "MIRA_FRONTEND": str(get_frontend(python))}
     if extra:
         return execute(python, comfyui, ["-m", "pytest", *extra], gpu, where)
-    # The whole suite: two workers of one thread each are faster than one of two.
-    workers = ["--numprocesses", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
-    where["OMP_NUM_THREADS"] = "1"
-    if code := execute(python, comfyui, ["-m", "pytest", *workers], gpu, where):
+    if code := execute(python, comfyui, ["-m", "pytest", *WORKERS], gpu, where | ONE_THREAD):
         return code
     if comfyui != CACHE / f"comfyui-{COMFYUI_VERSION}" or not (HOSTS / HOST_ARCHIVES[NEWEST]).is_file():
         return 0  # somebody's own ComfyUI, or no other one at hand

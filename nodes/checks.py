@@ -8,8 +8,8 @@ import torch
 
 from ..rewards.base import Reward
 from .host import samples_of
-from .probe import injects_noise, why_not_differentiable
-from .settings import as_set
+from .probe import begins_anew, injects_noise, why_not_differentiable
+from .settings import as_set, gradient_steps
 
 
 def complain(values: dict) -> str | None:
@@ -69,6 +69,18 @@ def check(node: str, model, sampler, latent: dict, vae, reward: Reward, prompt: 
         raise ValueError(
             f"{node}: variables is {free}, but the sampler injects no noise: use an ancestral or SDE sampler, such as "
             "euler_ancestral, or optimise the initial noise"
+        )
+
+
+def check_reach(node: str, model, sampler, steps: int, values: dict) -> None:
+    """Raise ValueError where the gradient would not come to what is optimised."""
+    free, through = values.get("variables", "trajectory"), gradient_steps(values, steps)
+    if not as_set(values) or free not in ("initial", "early", "initno") or not 0 < through < steps:
+        return
+    if values["gradient_steps"] > 0 and begins_anew(sampler, model.get_model_object("model_sampling")):
+        raise ValueError(
+            f"{node}: variables is {free}, but sampler {values.get('sampler_name') or name_of(sampler)} begins each "
+            f"step anew, and the gradient of the last {through} of {steps} does not come to it: set gradient_steps to 0"
         )
 
 

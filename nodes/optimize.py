@@ -13,10 +13,11 @@ from comfy_api.latest import io
 from ..sampler.optimize import Settings
 from ..sampler.rivals import RIVALS
 from . import host, memo
-from .checks import check, complain, prompts_of, wrong_sigmas
+from .checks import check, check_reach, complain, prompts_of, wrong_sigmas
 from .job import cfg_guider, plain_values
 from .live import LiveRun
 from .monitor import travel
+from .probe import begins_anew
 from .settings import (
     AS_SET,
     gradient_steps,
@@ -82,7 +83,9 @@ def optimized(node, node_id, guider, sampler, sigmas, initial, seed, latent: dic
         notices=notices,
         weighting=values["weighting"],
         measured=values["measured"],
-        gradient_steps=gradient_steps(values, len(sigmas) - 1),
+        gradient_steps=gradient_steps(
+            values, len(sigmas) - 1, begins_anew(sampler, model.get_model_object("model_sampling"))
+        ),
         memory=values["memory"],
         repeatable=values.get("repeatable", True),
         on_iteration=live,
@@ -163,6 +166,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
         sampler = comfy.samplers.sampler_object(values["sampler_name"])
         check(node, model, sampler, latent_image, vae, reward, prompt, values)
         sigmas = schedule(model, values)
+        check_reach(node, model, sampler, len(sigmas) - 1, values)
         samples = host.samples_of(model, latent_image)
 
         def initial(seed: int):
@@ -230,6 +234,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
             raise ValueError(f"{node}: {message}")
         model = guider.model_patcher
         check(node, model, sampler, latent_image, vae, reward, prompt, values)
+        check_reach(node, model, sampler, len(sigmas) - 1, values)
         samples = host.samples_of(model, latent_image)
 
         def initial(seed: int):

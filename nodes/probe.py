@@ -32,6 +32,25 @@ def injects_noise(sampler, model_sampling) -> bool:
         return not torch.equal(run(x, [z + 1 for z in noises], replay=True), out)
 
 
+def begins_anew(sampler, model_sampling) -> bool:
+    """Whether a step of the sampler takes nothing of the noise before it but by way of the network (lcm).
+
+    Where the network counts as a constant (`gradient_steps`), no gradient comes to the noises before it then.
+    """
+    if not isinstance(sampler, comfy.samplers.KSAMPLER):
+        return False
+    with _toy(sampler, model_sampling, gradient=True, constant=True) as (run, x, sigmas):
+        leaf = x.clone().requires_grad_()
+        try:
+            out = run(leaf, [], sigmas=sigmas[:2])
+        except (AttributeError, IndexError, RuntimeError):
+            return False  # it needs more than two noise levels, or more of ComfyUI than the toy has
+        if not out.requires_grad:
+            return True
+        (gradient,) = torch.autograd.grad(out.sum(), leaf)
+        return not gradient.abs().sum() > 0
+
+
 def goes_in_pieces(sampler, model_sampling) -> bool:
     """Whether the sampler's steps one by one give what it gives at once: not where it remembers earlier ones."""
     with _toy(sampler, model_sampling) as (run, x, sigmas):
@@ -47,9 +66,11 @@ def goes_in_pieces(sampler, model_sampling) -> bool:
 
 
 @contextmanager
-def _toy(sampler, model_sampling, gradient: bool = False) -> Iterator[tuple[Callable, Tensor, Tensor]]:
+def _toy(
+    sampler, model_sampling, gradient: bool = False, constant: bool = False
+) -> Iterator[tuple[Callable, Tensor, Tensor]]:
     """(run(x, noises, replay, sigmas), a state to begin from, all sigmas): the sampler's twin on a model of one line,
-    outside ComfyUI's inference mode.
+    outside ComfyUI's inference mode. constant: the model has no gradient.
     """
     with torch.inference_mode(False), torch.set_grad_enabled(gradient):
         model_sampling = copy.deepcopy(model_sampling)
@@ -57,12 +78,13 @@ def _toy(sampler, model_sampling, gradient: bool = False) -> Iterator[tuple[Call
         low, high = float(model_sampling.sigma_min), float(model_sampling.sigma_max)
         schedule = torch.tensor([high, math.sqrt(high * low), low, 0.0])
         start = torch.linspace(-1, 1, 16).reshape(1, 4, 2, 2) * high
-        yield _runner(sampler, model_sampling, schedule), start, schedule
+        yield _runner(sampler, model_sampling, schedule, constant), start, schedule
 
 
-def _runner(sampler, model_sampling, schedule: Tensor) -> Callable:
+def _runner(sampler, model_sampling, schedule: Tensor, constant: bool) -> Callable:
     def toy(x, sigma, **kwargs):
         # Any function that depends on x at every noise level will do.
+        x = x.detach() if constant else x
         denoised = x / (1 + sigma.reshape(-1, 1, 1, 1))
         for post in kwargs.get("model_options", {}).get("sampler_post_cfg_function", ()):
             post({"denoised": denoised, "uncond_denoised": denoised, "cond_denoised": denoised, "model": None})

@@ -304,8 +304,8 @@ def method_inputs() -> list:
             tooltip=(
                 "The gradient goes back through the network of so many of the last steps; the others cost what they "
                 "cost in a plain sample, in time and memory. -1: 3 of them, or all where there are fewer than "
-                f"{FEW_STEPS}. 0: through all, the exact gradient, up to three times as slow. Other methods than "
-                "as_set always use all."
+                f"{FEW_STEPS} or the sampler begins each step anew (lcm). 0: through all, the exact gradient, up to "
+                "three times as slow. Other methods than as_set always use all."
             ),
         ),
         repeatable_input(),
@@ -340,11 +340,14 @@ def settings_of(values: dict, kind: type = Settings):
     return kind(**chosen)
 
 
-def gradient_steps(values: dict, steps: int) -> int:
-    """Through how many of the `steps` the gradient goes, for a node's values; 0: through all."""
+def gradient_steps(values: dict, steps: int, begins_anew: bool = False) -> int:
+    """Through how many of the `steps` the gradient goes, for a node's values; 0: through all.
+
+    begins_anew: of the sampler, see `probe.begins_anew`.
+    """
     chosen = values.get("gradient_steps", 0) if as_set(values) else 0
     if chosen < 0:
-        return GRADIENT_STEPS if steps >= FEW_STEPS else 0
+        return 0 if steps < FEW_STEPS or begins_anew else GRADIENT_STEPS
     return chosen
 
 

@@ -384,6 +384,29 @@ def test_few_steps_take_the_gradient_of_all():
     for chosen, steps, expected in ((-1, 4, 0), (-1, 9, 0), (-1, 10, 3), (-1, 20, 3), (3, 4, 3), (0, 20, 0)):
         assert settings.gradient_steps({"gradient_steps": chosen}, steps) == expected
     assert settings.gradient_steps({"gradient_steps": 3, "method": "mira"}, 20) == 0
+    assert settings.gradient_steps({"gradient_steps": -1}, 20, begins_anew=True) == 0
+
+
+def test_samplers_that_begin_each_step_anew():
+    """By way of the network alone does an early noise reach the image then: the last steps' gradient never finds it."""
+
+    class Discrete(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+        pass
+
+    sampling = Discrete()
+    begins_anew = mira("nodes.probe").begins_anew
+    found = [n for n in comfy.samplers.KSampler.SAMPLERS if begins_anew(comfy.samplers.sampler_object(n), sampling)]
+    assert "lcm" in found and not {"euler", "euler_ancestral", "dpmpp_2m", "dpmpp_sde", "heun"} & set(found)
+
+
+@pytest.mark.parametrize("free", ["initial", "early", "initno"])
+def test_noises_that_the_gradient_does_not_reach_are_named(world, free):
+    with pytest.raises(
+        ValueError, match=f"variables is {free}, but sampler lcm begins each step anew.*gradient_steps to 0"
+    ):
+        optimize(world, sampler_name="lcm", steps=12, variables=free, gradient_steps=3)
+    trace = optimize(world, sampler_name="lcm", steps=3, variables=free, gradient_steps=-1).args[2]
+    assert trace.of(0)[-1]["reward"] > trace.of(0)[0]["reward"]
 
 
 def test_what_a_new_node_does_is_the_measured_default():
