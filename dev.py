@@ -225,7 +225,8 @@ def test_all_hosts(gpu: bool) -> int:
             "# Which ComfyUI",
             "",
             f"`python dev.py test --host all{' --gpu' if gpu else ''}`{'' if gpu else ' on a CPU'}, "
-            f"{date.today().isoformat()}: the tests of the adapter, the nodes and the server (`{'`, `'.join(ON_HOSTS)}`).",
+            f"{date.today().isoformat()}: the tests of the adapter, the nodes and the server "
+            f"(`{'`, `'.join(ON_HOSTS)}`).",
             "",
             "| ComfyUI | passed | failed | skipped | what failed |",
             "|---|---|---|---|---|",
