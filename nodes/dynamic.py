@@ -94,8 +94,11 @@ def with_static_controls(conds: dict[str, list[dict]], what: str) -> dict[str, l
     done = {}  # the same one stays the same one: conditionings that share it run in one batch
 
     def of(control):
-        if control is None:
-            return None
+        chain = control
+        while chain is not None and not is_dynamic(getattr(chain, "control_model_wrapped", None)):
+            chain = getattr(chain, "previous_controlnet", None)
+        if chain is None:  # nothing in it moves: as it is
+            return control
         if id(control) not in done:
             done[id(control)] = new = copy.copy(control)
             new.previous_controlnet = of(control.previous_controlnet)

@@ -62,7 +62,8 @@ def leave_inference_mode(module: nn.Module) -> None:
     for child in module.modules():
         for name, p in child._parameters.items():
             if p is not None and made_in_inference_mode(p):
-                child._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=False)
+                # Not `clone`: there are quantised tensors whose clone is the very same.
+                child._parameters[name] = nn.Parameter(p.detach().to(p.device, copy=True), requires_grad=False)
         for name, b in child._buffers.items():
             if b is not None and made_in_inference_mode(b):
                 child._buffers[name] = b.detach().clone()
@@ -199,15 +200,18 @@ def repeatable() -> Iterator[None]:
 
     It also wants CUBLAS_WORKSPACE_CONFIG in the environment before CUDA starts, which the pack's `__init__` sees to.
     """
-    cudnn = torch.backends.cudnn
+    cudnn, memory = torch.backends.cudnn, torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory  # nothing here reads what it has not written
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     choices = cudnn.deterministic, cudnn.benchmark
     try:
         torch.use_deterministic_algorithms(True)
+        memory.fill_uninitialized_memory = False
         cudnn.deterministic, cudnn.benchmark = True, False
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = fill
         cudnn.deterministic, cudnn.benchmark = choices
 
 
@@ -251,7 +255,10 @@ def sdpa(_, *args, **kwargs):
 
 def _called_by(module: str) -> bool:
     """Whether the code that called torch is of this module."""
-    return sys._getframe(2).f_globals.get("__name__") == module
+    frame = sys._getframe(2)
+    while frame.f_globals is globals():  # modes of ours around one another
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") == module
 
 
 def blocks_of(root: nn.Module) -> list[nn.Module]:
@@ -309,7 +316,17 @@ def blocks_checkpointed(root: nn.Module, place: Callable) -> Callable | None:
                 # A network writes into its options where it is, which guidance by attention reads.
                 args = [copy.copy(a) if type(a) is dict else a for a in args]
                 kwargs = {k: copy.copy(a) if type(a) is dict else a for k, a in kwargs.items()}
-                return checkpoint(inside, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+                # And blocks hand lists on and write into them (Wan's VAE): computed again, they begin as they were.
+                lists = [copy.copy(a) if type(a) is list else None for a in args]
+                done = []
+
+                def once_more(*args, **kwargs):
+                    if done:
+                        args = [a if was is None else copy.copy(was) for a, was in zip(args, lists, strict=True)]
+                    done.append(True)
+                    return inside(*args, **kwargs)
+
+                return checkpoint(once_more, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
             return run
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
+import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
@@ -29,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from ..rewards.base import Reward
 from ..sampler.ending import attempt
 from ..sampler.hybrid import hybrid
-from ..sampler.memory import offloaded, saved_bytes
+from ..sampler.memory import offloaded, out_of_memory, saved_bytes
 from ..sampler.optimize import Result, Score, Settings, optimize
 from ..sampler.preference import PreferenceSettings
 from ..sampler.rollout import NotTheSame, Rollout, difference, draw, per_image
@@ -41,6 +42,7 @@ from .dynamic import static, with_static_controls
 from .grad import (
     PLACES,
     OutOfPlace,
+    SlicesToo,
     blocks_checkpointed,
     differentiable_kernels,
     has_no_repeatable_way,
@@ -59,6 +61,7 @@ from .twin import StandIn, Twins
 
 log = logging.getLogger("mira")
 CPU_BATCH = 16  # images
+SAGE_APART = 0.6  # how far, relative, an image by a coarser attention may be from the same by PyTorch's
 INTERRUPTS = (comfy.model_management.InterruptProcessingException,)
 
 
@@ -167,7 +170,8 @@ def optimizing(process: _Process, noises: tuple[Tensor, ...]) -> Result:
         count = 1
     if count > 1:
         process.redraw = False  # seeds are compared under the same draw
-        start = best_of(process.sample_of, lambda x0: process.score(x0).total, count, INTERRUPTS)
+        start = process.start or best_of(process.sample_of, lambda x0: process.score(x0).total, count, INTERRUPTS)
+        process.start = start  # should the run begin again
         process.redraw, noises, process.expected = True, start.noises, start.x0
         if start.cut and not start.cut.memory:
             settings = replace(settings, iterations=0)
@@ -313,6 +317,8 @@ class _WorkingSampler(comfy.samplers.Sampler):
                     f"{named(process.extra_args['model_options'])}. Set memory to none, or bypass it."
                 ) from problem
             except RuntimeError as problem:
+                if out_of_memory(problem):
+                    raise type(problem)(f"{job.node}: {no_room(process.rollout)}") from None
                 if not (process.repeatable and has_no_repeatable_way(problem)):
                     raise
                 said = str(problem).splitlines()[0]
@@ -320,6 +326,15 @@ class _WorkingSampler(comfy.samplers.Sampler):
             process.notices.append(f"this run does not repeat to the bit on this device: {said}")
             torch.use_deterministic_algorithms(False)  # until `repeatable` ends
             process.repeatable, process.evaluations = False, 0
+
+
+def no_room(rollout: Rollout) -> str:
+    """What a run that does not fit would have taken, and what to change."""
+    said = f"out of memory with {rollout.memory} checkpointing"
+    if e := rollout.estimate:
+        parts = [f"{what} {b / 1e9:.1f} GB" for what, b in (("a step", e.step), ("decoding and reward", e.score))]
+        said += f" (for backward {' and '.join(parts)}, where {e.free / 1e9:.1f} GB were free)"
+    return f"{said}: take a smaller image or batch, gradient_steps 3, or a smaller reward model"
 
 
 def json_number(value: float) -> float | None:
@@ -349,6 +364,11 @@ class _Process:
         self.given: tuple[Tensor, tuple[Tensor, ...]] = ()  # the plain sample and its noises
         self.expected: Tensor | None = None  # what the first trajectory should give, until it was compared
         self.states: list[tuple] = []  # of the random number generators, before every call of the plain sample
+        self.start: Start | None = None  # the best of several seeds, once it is known
+        # Sage's attention is coarser than PyTorch's, and so may be that of another node.
+        name = comfy.ldm.modules.attention.optimized_attention.__name__
+        own = extra_args["model_options"].get("transformer_options", {}).get("optimized_attention_override")
+        self.exact_attention = own is None and "sage" not in name
         self.draws: bool | None = None  # whether a call draws from them; not known before the plain sample is there
         dtype = self.inner.manual_cast_dtype or self.inner.get_dtype()
         # Gradients of a mean over pixels are near float16's smallest numbers.
@@ -517,13 +537,19 @@ class _Process:
         if expected is None:
             return
         off = difference(x0.detach(), expected.to(x0)).max().item()
-        if off > (0.25 if self.half else 0.1):
+        if off <= (0.25 if self.half else 0.1):
+            log.debug("the same noises sampled again: off by %.2g", off)
+        elif off <= SAGE_APART and not self.exact_attention:
+            self.notices.append(
+                "PyTorch's attention, which a gradient needs, gives another image here than the plain sample's (off by "
+                f"{off:.2g}, relative)"
+            )
+        else:
             raise RuntimeError(
                 f"{self.job.node}: sampled again from the same noises, the model gives another image (off by "
                 f"{off:.2g}, relative), so this would be about another process than the one that samples: something "
                 f"in the graph remembers earlier steps{named(self.extra_args['model_options'])}. Bypass it."
             )
-        log.debug("the same noises sampled again: off by %.2g", off)
 
     def _network(self, model_k, extra_args: dict) -> tuple[dict, Callable]:
         """The denoiser with everything in it that has a backward; (guided, conditional) where both are wanted."""
@@ -652,7 +678,10 @@ class _Process:
         return max(1, min(settings.particles, fit))
 
     def blocks(self) -> Callable | None:
-        return blocks_checkpointed(self.inner.diffusion_model, OutOfPlace)
+        # At least out of place: a checkpoint does not see what is written over inside it.
+        return blocks_checkpointed(
+            self.inner.diffusion_model, lambda: (SlicesToo if self.place is SlicesToo else OutOfPlace)()
+        )
 
     def check_gradient(self, noise: Tensor) -> None:
         """One denoising step, its gradient against a finite difference, before anything is optimised."""
@@ -680,7 +709,8 @@ class _Process:
                         f"{job.node}: something in the graph remembers what it saw in the plain sample{patches}. "
                         f"Bypass it. ({said})"
                     ) from problem
-                if "inplace operation" not in str(problem) or self.place is PLACES[-1]:
+                written_over = "inplace operation" in str(problem) or "in-place operation" in str(problem)
+                if not written_over or self.place is PLACES[-1]:
                     raise RuntimeError(f"{job.node}: {name} has no gradient: {said}. {remedy}") from problem
                 self.place = PLACES[PLACES.index(self.place) + 1]
                 continue
@@ -821,9 +851,16 @@ class _Chain:
         process = self.process
         process.begin()  # particles take turns, so what follows the steps finds its place anew
         model_k, extra_args, call = self._on(len(x))
+        numbers = itertools.count(i)
+
+        def drawing(x, sigma, **kwargs):
+            with process.random(next(numbers)):  # exact where a step is one call
+                return call(x, sigma, **kwargs)
+
+        drawing.escapes = call.escapes
         twin, options = process.twin(source)
         sigmas = process.sigmas[i : j + 1]
-        model = StandIn(model_k, wrap(call))
+        model = StandIn(model_k, wrap(drawing))
         return twin(model, x, sigmas, extra_args=extra_args, callback=None, disable=True, **options)
 
 

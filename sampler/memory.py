@@ -10,14 +10,18 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointError
 
 
 def out_of_memory(problem: BaseException) -> bool:
-    """CUDA has an exception of its own; the CPU's and Apple's allocators raise a plain RuntimeError."""
-    if isinstance(problem, getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)):
+    """CUDA has an exception of its own; the CPU's and Apple's allocators, cuBLAS and cuDNN raise a plain RuntimeError.
+
+    A checkpoint whose recomputation differs counts too: a host's own fallback, which took less memory, may be why.
+    """
+    if isinstance(problem, (getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError), CheckpointError)):
         return True
-    words = ("can't allocate memory", "out of memory")
-    return isinstance(problem, RuntimeError) and any(w in str(problem) for w in words)
+    words = ("can't allocate memory", "out of memory", "alloc_failed", "allocation_failed", "cublas_status_not_init")
+    return isinstance(problem, RuntimeError) and any(w in str(problem).lower() for w in words)
 
 
 def give_back() -> None:
@@ -31,8 +35,13 @@ def give_back() -> None:
         torch.cuda.empty_cache()
 
 
-class _Enough(Exception):
-    """More than was asked about."""
+class _Enough(BaseException):
+    """More than was asked about. No Exception: code of the user's, which is measured too, may catch those."""
+
+
+def _is_weight(t: Tensor) -> bool:
+    """A parameter, or a view of one: a linear layer saves its transposed weight."""
+    return isinstance(t if t._base is None else t._base, torch.nn.Parameter)
 
 
 def saved_bytes(fn: Callable[[Tensor], object], x: Tensor, most: float = math.inf) -> float:
@@ -45,19 +54,20 @@ def saved_bytes(fn: Callable[[Tensor], object], x: Tensor, most: float = math.in
     storages: dict[int, torch.UntypedStorage] = {}
     total = 0
 
-    def pack(t: Tensor) -> None:
+    def pack(t: Tensor) -> Tensor:
         nonlocal total
-        if isinstance(t, torch.nn.Parameter):
-            return
+        if _is_weight(t):
+            return t
         storage = t.untyped_storage()
         if storage.data_ptr() not in storages:
             storages[storage.data_ptr()] = storage
             total += storage.nbytes()
             if total > most:
                 raise _Enough
+        return t.detach()  # bare too, and there: guidance may take a gradient of its own inside fn
 
     try:
-        with torch.enable_grad(), saved_tensors_hooks(pack, lambda nothing: nothing):
+        with torch.enable_grad(), saved_tensors_hooks(pack, lambda t: t):
             fn(x.detach().requires_grad_())
     except _Enough:
         return math.inf
@@ -71,10 +81,10 @@ def offloaded() -> AbstractContextManager:
 
     def pack(t: Tensor):
         # Bare tensors, as in `saved_bytes`. torch's own `save_on_cpu` returns a CPU tensor as it is, with its history.
-        return t if isinstance(t, torch.nn.Parameter) else (t.device, t.detach().cpu())
+        return t if _is_weight(t) else (t.device, t.detach().cpu())
 
     def unpack(packed) -> Tensor:
-        if isinstance(packed, torch.nn.Parameter):
+        if isinstance(packed, Tensor):
             return packed
         device, t = packed
         return t.to(device)

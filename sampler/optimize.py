@@ -217,6 +217,7 @@ def optimize(
 
     Raises RuntimeError when the reward has no gradient with respect to the noises.
     """
+    _check_noises(noises, settings)
     variables = Variables(settings.variables, noises)
     batch = len(noises[0])
     state = _State(
@@ -326,6 +327,18 @@ def _not_finite(k: int, evaluation: _Evaluation, active: Tensor) -> list[str]:
     """What the user should know of it, if anything."""
     images = torch.nonzero(~evaluation.finite & active).flatten().tolist()
     return [f"image {b}: reward or gradient not finite at iteration {k}" for b in images]
+
+
+def _check_noises(noises: Sequence[Tensor], settings: Settings) -> None:
+    """Raise ValueError for what has no meaning where the initial noise is zero (leftover noise in the latent)."""
+    if (noises[0].flatten(1) != 0).any(1).all():
+        return
+    if settings.optimizer == "sphere" and settings.variables != "injected":
+        raise ValueError(
+            "optimizer is sphere, which keeps the norm of every noise, but the initial one is zero: use adamw"
+        )
+    if settings.regularizer == "chi" and settings.beta:
+        raise ValueError("regularizer is chi, the density of the initial noise's norm, but that is zero: use another")
 
 
 def _check_reward(reward: Tensor, x0: Tensor) -> None:

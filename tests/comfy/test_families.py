@@ -12,6 +12,7 @@ import comfy.model_patcher
 import comfy.supported_models as models
 import pytest
 import torch
+from comfy.ldm.flux.model import FluxParams
 from mira.nodes import host
 from mira.rewards.pixel import PixelReward
 
@@ -25,6 +26,8 @@ FLUX = dict(
     mlp_ratio=2.0, num_heads=3, depth=1, depth_single_blocks=2, axes_dim=[8, 12, 12], theta=10000, patch_size=2,
     qkv_bias=True, guidance_embed=False,
 )  # fmt: skip
+if "txt_ids_dims" in FluxParams.__dataclass_fields__:  # newer cores
+    FLUX["txt_ids_dims"] = []
 MMDIT = dict(
     in_channels=16, patch_size=2, depth=2, input_size=None, adm_in_channels=32, pos_embed_max_size=32,
     context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 48, "out_features": 128}},

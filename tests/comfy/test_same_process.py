@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import comfy.hooks
@@ -562,3 +562,78 @@ def test_fused_kernels_give_way_where_there_is_no_switch(world, monkeypatch):
     monkeypatch.setattr(sys.modules["comfy.quant_ops"], "ck", kernels, raising=False)
     run(world, steps=2, iterations=1, memory="per_step")
     assert set(chosen) == {"eager"} and len(chosen) >= 2 * 3
+
+
+def guided_by_brightness(world, scale=1.0):
+    with torch.inference_mode():
+        inputs = (world.positive, world.negative, world.vae, PixelReward("brightness"), 5.0, scale, 0.0, 1.0)
+        return nodes.MiraDyMOGuider.execute(world.model, *inputs).args[0]
+
+
+@pytest.mark.parametrize("memory", ["auto", "per_step"])
+def test_guidance_that_takes_a_gradient_of_its_own(world, memory):
+    """Also while it is measured what a step keeps."""
+    with torch.inference_mode():
+        job = world.job(steps=3, iterations=1, memory=memory)
+        job.guider = guided_by_brightness(world)
+        assert len(rows(host.run(job))) == 2
+
+
+def test_a_search_with_random_choices_of_a_model_is_the_plain_samples(world):
+    settings = SearchSettings(method="best_of_n", particles=2)
+    done = run(world, settings, host.searching, model=forgetful(world), steps=3)
+    assert len(rows(done)) == 2
+
+
+def test_regions_are_kept_under_every_way_of_writing_nothing_over():
+    code = compile("out = base.narrow(0, 0, 2)\nout += 1", "samplers", "exec")
+    for place in grad.PLACES[1:]:
+        base = torch.zeros(4, requires_grad=True) * 1
+        with place():
+            exec(code, {"__name__": "comfy.samplers", "base": base})
+        assert base.tolist() == [1, 1, 0, 0]
+
+
+def test_a_slice_that_is_written_inside_a_block_has_its_gradient(world):
+    """A checkpoint does not see what is written over inside it: blocks take the same care as the rest."""
+    with torch.inference_mode():
+        model = world.model.clone()
+
+        def patch(q, k, v, extra_options):
+            q[..., :64] = (q[..., :64] * 2).sigmoid() * q[..., :64].square()
+            return q, k, v
+
+        model.set_model_attn1_patch(patch)
+    norms = [
+        run(world, model=model, steps=3, iterations=1, memory=m, beta=0).result.trace.of(0)[0]["gradient_norm"]
+        for m in ("none", "per_block")
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=2e-4)
+
+
+class Handing(torch.nn.Module):
+    """A block that counts on a list which it hands on, as those of Wan's decoder do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x, at):
+        at[0] += 1
+        return x * (1 + 0.1 * at[0]) + self.layers[0](x)
+
+
+def test_blocks_that_write_into_a_list_begin_as_they_were():
+    network = torch.nn.Sequential(Handing(), Handing())
+    x = torch.randn(1, 3, 4, 4)
+
+    def gradient(within):
+        leaf, at = x.clone().requires_grad_(), [0]
+        with within:
+            out = network[1](network[0](leaf, at), at)
+        return torch.autograd.grad(out.square().sum(), leaf)[0]
+
+    for p in network.parameters():
+        p.requires_grad_(False)
+    expected = gradient(nullcontext())
+    assert torch.equal(gradient(grad.blocks_checkpointed(network, nullcontext)()), expected)

@@ -312,3 +312,11 @@ def test_trace_round_trip_and_csv():
     assert lines[0].startswith("iteration,image,reward") and len(lines) == 1 + 3 * 2
     with pytest.raises(ValueError, match="not a MIRA trace of version 1"):
         Trace.from_dict({"version": 9})
+
+
+@pytest.mark.parametrize(("change", "words"), [({"optimizer": "sphere"}, "sphere"), ({"regularizer": "chi"}, "chi")])
+def test_what_means_nothing_without_an_initial_noise_is_refused(change, words):
+    z = noises()
+    z[0] = torch.zeros_like(z[0])
+    with pytest.raises(ValueError, match=f"is {words}.*zero: use"):
+        optimize(rollout(), mean_reward, z, Settings(iterations=1, beta=1.0, **change))

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from gaussian import ancestral, ddim, denoiser, noises, rollout, schedule
-from mira.sampler.memory import offloaded, saved_bytes
+from mira.sampler.memory import offloaded, out_of_memory, saved_bytes
 from mira.sampler.rollout import NotTheSame, Rollout, draw, mean_square
 from mira.sampler.selftest import gradient_error
 from mira.sampler.surrogates import REGULARIZERS, energies
@@ -249,3 +249,30 @@ def test_offloaded_gradients_are_the_same():
     with offloaded():
         out = f(x)
     assert torch.equal(torch.autograd.grad(out, x)[0], expected)
+
+
+def test_a_linear_layers_weight_is_no_activation():
+    layer = torch.nn.Linear(64, 64, dtype=torch.float64).requires_grad_(False)
+    assert saved_bytes(lambda x: layer(layer(x)), torch.randn(1, 64, dtype=torch.float64)) == 0
+
+
+def test_measuring_stops_even_where_exceptions_are_caught():
+    def careful(x):
+        try:
+            return x.sin().cos().tanh()
+        except Exception as problem:
+            raise RuntimeError("the user's own words") from problem
+
+    assert saved_bytes(careful, torch.randn(100), most=10) == math.inf
+
+
+FULL = (
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED when calling",
+    "CUDNN_STATUS_INTERNAL_ERROR_ALLOCATION_FAILED",
+)
+
+
+@pytest.mark.parametrize("words", FULL)
+def test_what_running_out_of_memory_is_called(words):
+    assert out_of_memory(RuntimeError(words)) and not out_of_memory(RuntimeError("shapes do not match"))
