@@ -10,7 +10,7 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import comfy.conds
 import comfy.ldm.modules.attention
@@ -145,39 +145,42 @@ def training() -> Iterator[None]:
             setattr(management, name, value)
 
 
-def differentiable_kernels() -> AbstractContextManager:
-    """Cores with fused kernels, but without a switch for training, let their library be told to use PyTorch's code.
-
-    Of one thread: backward has its own, so it belongs inside what is computed again there.
-    """
-    kernels = getattr(sys.modules.get("comfy.quant_ops"), "ck", None)
-    registry = getattr(kernels, "registry", None)
-    if hasattr(comfy.model_management, "in_training") or not hasattr(registry, "use_backend"):
-        return nullcontext()
-    return registry.use_backend("eager")
-
-
 ATTENTION = ("optimized_attention", "optimized_attention_masked")
+ROPE = ("apply_rope", "apply_rope1")
 
 
 @contextmanager
-def pytorch_attention() -> Iterator[None]:
-    """PyTorch's attention where a model asks for "the optimised one" and listens to no override (`sdpa`).
+def pytorch_kernels() -> Iterator[None]:
+    """PyTorch's own code where a model asks for "the optimised one" and listens to no option.
 
-    Sage and flash have no backward. Some models call the function that they imported, without `transformer_options`.
+    Of attention: sage and flash have no backward, and some models call the function that they imported, without
+    `transformer_options` (see `sdpa`). Of rotary positions: cores that have fused kernels and no switch for training.
     """
-    pytorch = comfy.ldm.modules.attention.attention_pytorch
     changed = []
     for name, module in list(sys.modules.items()):
         if name.startswith("comfy."):
-            changed += [(vars(module), a, vars(module)[a]) for a in ATTENTION if a in vars(module)]
+            for known, value in list(vars(module).items()):
+                if (other := _pytorch_kernel(known, value)) is not None:
+                    changed.append((vars(module), known, value, other))
     try:
-        for namespace, name, _ in changed:
-            namespace[name] = pytorch
+        for namespace, name, _, other in changed:
+            namespace[name] = other
         yield
     finally:
-        for namespace, name, value in changed:
+        for namespace, name, value, _ in changed:
             namespace[name] = value
+
+
+def _pytorch_kernel(name: str, value) -> Callable | None:
+    """What takes the place of a module's function of this name, or None: it stays."""
+    if name in ATTENTION:
+        return comfy.ldm.modules.attention.attention_pytorch
+    switched = hasattr(comfy.model_management, "in_training")
+    if name in ROPE and not switched and getattr(value, "__module__", "").startswith("comfy_kitchen"):
+        from comfy_kitchen.backends import eager
+
+        return getattr(eager, name)
+    return None
 
 
 @contextmanager
@@ -307,7 +310,7 @@ def blocks_checkpointed(root: nn.Module, place: Callable) -> Callable | None:
     def patched() -> Iterator[None]:
         def wrap(forward):
             def inside(*args, **kwargs):
-                with differentiable_kernels(), place():
+                with place():
                     return forward(*args, **kwargs)
 
             def run(*args, **kwargs):

@@ -25,7 +25,7 @@ from .grad import (
     blocks_checkpointed,
     loaded,
     normal,
-    pytorch_attention,
+    pytorch_kernels,
     sdpa,
     training,
     without_tf32,
@@ -232,7 +232,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
 
         def looked():
             """(the prediction, the gradient of its reward, its length (B,))."""
-            with torch.enable_grad(), pytorch_attention(), self._thrifty():
+            with torch.enable_grad(), pytorch_kernels(), self._thrifty():
                 state = x if x.requires_grad else x.detach().requires_grad_()
                 denoised = super(DyMOGuider, self).predict_noise(state, timestep, options, seed)
                 images = decode(self.vae, self.inner_model.process_latent_out(denoised.float()))

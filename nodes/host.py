@@ -44,13 +44,12 @@ from .grad import (
     OutOfPlace,
     SlicesToo,
     blocks_checkpointed,
-    differentiable_kernels,
     has_no_repeatable_way,
     leave_inference_mode,
     loaded,
     made_in_inference_mode,
     normal,
-    pytorch_attention,
+    pytorch_kernels,
     repeatable,
     sdpa,
     training,
@@ -256,7 +255,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
         with ExitStack() as stack:
             stack.enter_context(process.loaded())
             stack.enter_context(training())
-            stack.enter_context(pytorch_attention())
+            stack.enter_context(pytorch_kernels())
             if job.repeatable and plain.is_cuda:
                 stack.enter_context(repeatable())
             process = process.outside_inference_mode()
@@ -572,7 +571,7 @@ class _Process:
 
         def call(x, sigma, **kwargs):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            with differentiable_kernels(), self.place():
+            with self.place():
                 out = model_k(x, sigma, **kwargs)
             if self.job.measured != "conditional":
                 return out

@@ -23,7 +23,7 @@ from ..sampler.initno import Found, Maps, Settings, improve
 from ..sampler.memory import offloaded
 from ..sampler.seeds import stream
 from .dynamic import static
-from .grad import blocks_checkpointed, loaded, normal, pytorch_attention, sdpa, training
+from .grad import blocks_checkpointed, loaded, normal, pytorch_kernels, sdpa, training
 from .host import INTERRUPTS, samples_of
 
 NODE = "MIRA InitNO Noise"
@@ -156,7 +156,7 @@ class _Attending(comfy.samplers.Sampler):
         inner = model_wrap.inner_model
         patchers = [model_wrap.model_patcher, *model_wrap.loaded_models]
         need = 3 * inner.memory_required([2, *noise.shape[1:]])
-        with loaded(patchers, need), training(), pytorch_attention():
+        with loaded(patchers, need), training(), pytorch_kernels():
             model_wrap.conds = normal(model_wrap.conds)
             self.found = self._improve(
                 model_wrap, normal(sigmas), normal(extra_args), normal(noise), normal(latent_image)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from contextlib import nullcontext
+from types import ModuleType
 
 import comfy.hooks
 import comfy.k_diffusion.sampling
@@ -360,7 +360,7 @@ def test_attention_without_a_backward_is_not_used(world, monkeypatch):
 
     pytorch = comfy.ldm.modules.attention.attention_pytorch
     monkeypatch.setattr(comfy.ldm.modules.attention, "optimized_attention", sage)
-    with grad.pytorch_attention():
+    with grad.pytorch_kernels():
         assert comfy.ldm.modules.attention.optimized_attention is pytorch
     assert comfy.ldm.modules.attention.optimized_attention is sage
 
@@ -547,21 +547,29 @@ def test_what_a_network_cached_in_the_plain_sample_is_no_obstacle(world):
     assert rows(done)[-1] > rows(done)[0]
 
 
-def test_fused_kernels_give_way_where_there_is_no_switch(world, monkeypatch):
-    """ComfyUI 0.8 to 0.13: their library is told to use PyTorch's own code, in the thread of the backward pass too."""
-    chosen = []
+def test_fused_positions_give_way_where_there_is_no_switch(monkeypatch):
+    """ComfyUI 0.8 to 0.13 has kernels for rotary positions without a backward."""
+    eager = ModuleType("comfy_kitchen.backends.eager")
+    eager.apply_rope1 = lambda x, freqs: "differentiable"
+    parents = {"comfy_kitchen": ModuleType("comfy_kitchen"), "comfy_kitchen.backends": ModuleType("backends")}
+    parents["comfy_kitchen.backends"].eager = eager
+    for name, module in {**parents, "comfy_kitchen.backends.eager": eager}.items():
+        monkeypatch.setitem(sys.modules, name, module)
 
-    class Registry:
-        @contextmanager
-        def use_backend(self, name):
-            chosen.append(name)
-            yield
+    def fused(x, freqs):
+        return "fused"
 
-    monkeypatch.delattr(comfy.model_management, "in_training", raising=False)
-    kernels = SimpleNamespace(registry=Registry())
-    monkeypatch.setattr(sys.modules["comfy.quant_ops"], "ck", kernels, raising=False)
-    run(world, steps=2, iterations=1, memory="per_step")
-    assert set(chosen) == {"eager"} and len(chosen) >= 2 * 3
+    fused.__module__ = "comfy_kitchen"
+    host_math = sys.modules["comfy.ldm.flux.math"]
+    monkeypatch.setattr(host_math, "apply_rope1", fused)
+    for switch, expected in ((False, "differentiable"), (True, "fused")):
+        if switch:
+            monkeypatch.setattr(comfy.model_management, "in_training", False, raising=False)
+        else:
+            monkeypatch.delattr(comfy.model_management, "in_training", raising=False)
+        with grad.pytorch_kernels():
+            assert host_math.apply_rope1(None, None) == expected
+        assert host_math.apply_rope1 is fused
 
 
 def guided_by_brightness(world, scale=1.0):
