@@ -67,13 +67,13 @@ def leave_inference_mode(module: nn.Module) -> None:
         for name, b in child._buffers.items():
             if b is not None and made_in_inference_mode(b):
                 child._buffers[name] = b.detach().clone()
-        _replace_tensors(child)
+        replace_tensors(child)
     for part in ("latent_format", "model_sampling"):  # of a diffusion model: these may be no modules
         if hasattr(module, part):
-            _replace_tensors(getattr(module, part))
+            replace_tensors(getattr(module, part))
 
 
-def _replace_tensors(thing: object) -> None:
+def replace_tensors(thing: object) -> None:
     """Plain tensors that an object holds, alone or in lists, tuples and dicts: means of a format, cached positions."""
     for name, value in vars(thing).items():
         if name not in ("_parameters", "_buffers", "_modules") and _holds_one(value):

@@ -47,10 +47,10 @@ from .grad import (
     has_no_repeatable_way,
     leave_inference_mode,
     loaded,
-    made_in_inference_mode,
     normal,
     pytorch_kernels,
     repeatable,
+    replace_tensors,
     sdpa,
     training,
     without_tf32,
@@ -397,7 +397,7 @@ class _Process:
         if hasattr(wrap, "conds"):
             wrap.conds = normal(wrap.conds)
             for control in controls(wrap.conds):
-                leave_inference_mode_of(control)
+                replace_tensors(control)  # the hint that it holds
         # Networks that patches bring along, but for the model itself, whose weights `loaded` has seen to.
         known = {id(m) for m in self.inner.modules()}
         for network in networks_in(self.extra_args["model_options"]):
@@ -776,13 +776,6 @@ def controls(conds: dict) -> list:
             found.append(control)
             control = getattr(control, "previous_controlnet", None)
     return found
-
-
-def leave_inference_mode_of(control) -> None:
-    """The hint that it holds was made in inference mode."""
-    for name, value in vars(control).items():
-        if isinstance(value, Tensor) and made_in_inference_mode(value):
-            setattr(control, name, value.detach().clone())
 
 
 def random_state(device: torch.device) -> tuple:
