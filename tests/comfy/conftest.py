@@ -31,6 +31,30 @@ def half_model(request):
         return comfy.model_patcher.ModelPatcher(model, device, device)
 
 
+class InPlaceResidual(torch.nn.Module):
+    """What the Flux family does: x += ... on a tensor that backward needs."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, *args, **kwargs):
+        x = self.block(x, *args, **kwargs)
+        y = x.sigmoid()
+        y += 0.1 * y
+        return x + 0.1 * y
+
+
+@pytest.fixture
+def in_place_model():
+    """The demo model with such a residual in its middle."""
+    with torch.inference_mode():
+        model = mira("nodes.demo").load_model()
+    blocks = model.model.diffusion_model.middle_block[1].transformer_blocks
+    blocks[0] = InPlaceResidual(blocks[0])
+    return model
+
+
 @pytest.fixture(scope="module", autouse=True)
 def prompt_server():
     """ComfyUI's own, to which nobody listens; and the rewards' folder, as after ComfyUI's start."""

@@ -286,34 +286,11 @@ def test_a_sampler_with_a_wrong_gradient_is_refused():
     assert "off by" in why
 
 
-class InPlaceResidual(torch.nn.Module):
-    """What the Flux family does: x += ... on a tensor that backward needs."""
-
-    def __init__(self, block):
-        super().__init__()
-        self.block = block
-
-    def forward(self, x, *args, **kwargs):
-        x = self.block(x, *args, **kwargs)
-        y = x.sigmoid()
-        y += 0.1 * y
-        return x + 0.1 * y
-
-
-def with_in_place_residual():
-    with torch.inference_mode():
-        model = demo.load_model()
-    blocks = model.model.diffusion_model.middle_block[1].transformer_blocks
-    blocks[0] = InPlaceResidual(blocks[0])
-    return model
-
-
-def test_regions_are_added_in_place_all_the_same(world):
+def test_regions_are_added_in_place_all_the_same(world, in_place_model):
     """ComfyUI adds the regions of an image into one tensor through views of it."""
     left = [[world.positive[0][0], {**world.positive[0][1], "area": (16, 8, 0, 0), "strength": 1.0}]]
     positive = [*left, *world.encode("a cat on a blue background")]
-    model = with_in_place_residual()
-    done = run(world, model=model, positive=positive, steps=3, iterations=1)
+    done = run(world, model=in_place_model, positive=positive, steps=3, iterations=1)
     stock = PixelReward("brightness").score(host.decode(world.vae, done.plain.clone()), [""]).item()
     assert rows(done)[0] == pytest.approx(stock, abs=1e-3)
 
