@@ -9,13 +9,17 @@ bench gpu --pack FOLDER` gathers what a machine without one lacks.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -39,8 +43,51 @@ PIECES = (
 # Of a machine that has PyTorch, transformers and the like already; wheels without their dependencies.
 WHEELS = (
     "torchsde trampoline alembic mako SQLAlchemy greenlet pydantic pydantic-settings annotated-types typing-inspection "
-    "python-dotenv open_clip_torch ftfy wcwidth timm spandrel simpleeval blake3"
+    "python-dotenv open_clip_torch ftfy wcwidth timm spandrel simpleeval blake3 comfy-aimdo==0.4.13"
 ).split()
+PURE_WHEELS = ("comfy-kitchen==0.2.31",)  # its own kernels are 58 MB
+
+# PyAV is 40 MB and nothing here reads a film; the frontend's pages nobody opens.
+STAND_INS = {
+    "av/__init__.py": """
+import importlib.abc, importlib.machinery, sys, types
+
+class _Anything(type):
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls
+
+class Anything(metaclass=_Anything):
+    def __init__(self, *args, **kwargs):
+        pass
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.startswith("av.") else None
+
+    def create_module(self, spec):
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = __getattr__
+        return module
+
+    def exec_module(self, module):
+        pass
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return Anything
+
+__version__ = "16.0.0"
+sys.meta_path.append(_Finder())
+""",
+    "comfyui_frontend_package/__init__.py": '__version__ = "1.58.1"\n',
+    "comfyui_frontend_package/static/index.html": "<html></html>\n",
+    "comfyui_frontend_package-1.58.1.dist-info/METADATA": (
+        "Metadata-Version: 2.1\nName: comfyui-frontend-package\nVersion: 1.58.1\n"
+    ),
+}
 
 
 def device_name() -> str:
@@ -151,11 +198,16 @@ def tests(folder: str) -> dict:
         "-p",
         "no:cacheprovider",
     ]
-    subprocess.run([*command, "--numprocesses", "4", "--dist", "loadgroup"], cwd=ROOT, timeout=LIMIT)
+    workers = str(min(12, os.cpu_count()))
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--numprocesses", workers, "--dist", "loadgroup"], cwd=ROOT, timeout=LIMIT, env=alone)
     suite = ElementTree.parse(report).getroot().find("testsuite")
-    failed = [
-        c.get("name") for c in suite.iter("testcase") if c.find("failure") is not None or c.find("error") is not None
-    ]
+    failed = {
+        f"{c.get('classname')}::{c.get('name')}": problem.get("message", "")[:300]
+        for c in suite.iter("testcase")
+        for problem in (c.find("failure"), c.find("error"))
+        if problem is not None
+    }
     report.unlink()
     return {k: int(suite.get(k)) for k in ("tests", "skipped")} | {"failed": failed}
 
@@ -427,53 +479,61 @@ def page(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def pack(folder: Path) -> None:
-    """ComfyUI's tree without its pictures, and the wheels that a machine with PyTorch lacks."""
+def pack(folder: Path, trees: list[Path]) -> None:
+    """The trees of ComfyUI without their pictures, and the wheels that a machine with PyTorch lacks."""
     folder.mkdir(parents=True, exist_ok=True)
-    comfyui = Path(os.environ["MIRA_COMFYUI"])
-    ignored = shutil.ignore_patterns(
-        "*.png", "*.jpg", "*.webp", "*.gif", "__pycache__", "tests*", "output", "models", ".git"
-    )
-    copy = folder / "comfyui"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(comfyui, copy, ignore=ignored)
-    for empty in ("models", "output", "user", "custom_nodes"):
-        (copy / empty).mkdir(exist_ok=True)
-    shutil.make_archive(str(folder / "comfyui"), "xztar", copy)
-    shutil.rmtree(copy)
+    pictures = shutil.ignore_patterns("*.png", "*.jpg", "*.webp", "*.gif", "__pycache__", "tests*", ".git")
+    empty = ("models", "output", "user", "custom_nodes")
+    for tree in trees:
+        copy = folder / "comfyui"
+        shutil.rmtree(copy, ignore_errors=True)
+        root = str(tree)
+        shutil.copytree(
+            tree, copy, ignore=lambda at, names, root=root: {*pictures(at, names), *(empty if at == root else ())}
+        )
+        for name in empty:
+            (copy / name).mkdir()
+        shutil.make_archive(str(folder / tree.name), "xztar", copy)
+        shutil.rmtree(copy)
     wheels = folder / "wheels"
-    platforms = [f"--platform=manylinux{p}_x86_64" for p in ("_2_28", "_2_17", "2014", "1")]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        str(wheels),
+    download = [
+        *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest"),
+        *(str(wheels), "--python-version", "3.12", "--implementation", "cp"),
     ]
-    subprocess.run([*command, "--python-version", "3.12", "--implementation", "cp", *platforms, *WHEELS], check=True)
-    (folder / "run.sh").write_text(RUN)
+    platforms = [f"--platform=manylinux{p}_x86_64" for p in ("_2_28", "_2_17", "2014", "1")]
+    subprocess.run([*download, *platforms, *WHEELS], check=True)
+    pydantic = zipfile.ZipFile(next(wheels.glob("pydantic-*.whl")))
+    metadata = pydantic.read(next(n for n in pydantic.namelist() if n.endswith("METADATA"))).decode()
+    core = re.search(r"^Requires-Dist: (pydantic-core==[\w.]+)", metadata, re.MULTILINE).group(1)
+    subprocess.run([*download, *platforms, core], check=True)
+    subprocess.run([*download, "--platform=any", *PURE_WHEELS], check=True)
+    with tarfile.open(folder / "stand-ins.tar.xz", "w:xz") as archive:
+        for name, text in STAND_INS.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(text.encode())
+            archive.addfile(entry, io.BytesIO(text.encode()))
+    (folder / "run.sh").write_text(RUN.replace("DEFAULT_HOST", trees[0].name))
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20
     print(f"{folder}: {size:.0f} MiB. There, in the pack's folder: sh {folder.name}/run.sh OUT [PIECE ...]")
 
 
 RUN = """#!/bin/sh
 # On the machine with the GPU, in the pack's folder: sh FOLDER/run.sh OUT [PIECE ...]
+# HOST=comfyui-0.33 takes another of the trees that were packed; MIRA_DYNAMIC=1 has dynamic VRAM there.
 set -e
 here=$(cd "$(dirname "$0")" && pwd); out=$1; shift
 place=${PLACE:-/tmp/mira-gpu}
 if [ ! -f "$place/ready" ]; then
-    mkdir -p "$place/comfyui"
-    tar -xJf "$here/comfyui.tar.xz" -C "$place/comfyui"
+    for tree in "$here"/comfyui-*.tar.xz; do
+        name=$(basename "$tree" .tar.xz); mkdir -p "$place/$name"; tar -xJf "$tree" -C "$place/$name"
+    done
     python3 -m pip install --quiet --no-index --no-deps --upgrade --target "$place/site" "$here"/wheels/*.whl
+    tar -xJf "$here/stand-ins.tar.xz" -C "$place/site"
     # A server drops PYTHONPATH.
     echo "$place/site" > "$(python3 -c 'import site; print(site.getsitepackages()[0])')/mira_gpu.pth"
     touch "$place/ready"
 fi
-export MIRA_COMFYUI="$place/comfyui" MIRA_GPU=1 PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
+export MIRA_COMFYUI="$place/${HOST:-DEFAULT_HOST}" MIRA_GPU=1 PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
 python3 -m bench.gpu --piece smoke
 exec python3 -m bench.gpu --out "$out" ${1:+--pieces "$@"}
 """
@@ -498,11 +558,12 @@ def main() -> int:
     parser.add_argument("--pieces", nargs="*", default=list(PIECES), choices=PIECES, metavar="PIECE")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--pack", type=Path, metavar="FOLDER")
+    parser.add_argument("--tree", type=Path, nargs="*", default=[], help="other ComfyUI trees to pack")
     parser.add_argument("--piece", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if args.pack:
-        pack(args.pack)
+        pack(args.pack, [Path(os.environ["MIRA_COMFYUI"]), *args.tree])
         return 0
     if args.piece == "smoke":
         smoke()

@@ -30,6 +30,7 @@ def bright(world):
 
 def brightness(world, latent):
     with torch.inference_mode():
+        comfy.model_management.load_models_gpu([world.vae.patcher])
         return decode(world.vae, latent).mean().item() * 2 - 1
 
 

@@ -272,7 +272,7 @@ def test_decode_is_comfyuis_without_the_clamp(world):
         expected = world.vae.decode(latent).movedim(-1, 1)
     with torch.no_grad():
         images = host.decode(world.vae, latent)
-    torch.testing.assert_close(images.clamp(0, 1), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(images.clamp(0, 1).to(expected), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_interrupt_stops_within_a_step_and_keeps_the_best(world):

@@ -139,8 +139,8 @@ def test_tensors_beside_the_weights_are_replaced_too(world):
     """Latent formats with a mean of their own (Playground 2.5, EDM), and modules with a plain tensor."""
     with torch.inference_mode():
         model = demo.load_model()
-        model.model.latent_format.mean = torch.zeros(1, 4, 1, 1)
-        model.model.latent_format.std = torch.ones(1, 4, 1, 1)
+        model.model.latent_format.mean = torch.zeros(1, 4, 1, 1, device=model.load_device)
+        model.model.latent_format.std = torch.ones(1, 4, 1, 1, device=model.load_device)
         latent_format = type(model.model.latent_format)
 
         class WithMean(latent_format):

@@ -49,7 +49,7 @@ def listened(world, clip, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         listener = node._Listener(words.tokens)
         listener.positions = 64
         sigma = world.sigmas(steps=6)[:1]
-        x = z * (1 + sigma**2).sqrt()
+        x = (z * (1 + sigma**2).sqrt()).to(world.model.load_device)
         guider = comfy.samplers.CFGGuider(world.model)
         guider.set_conds(clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT)), [])
         guider.set_cfg(1.0)
@@ -57,7 +57,7 @@ def listened(world, clip, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         class Once(comfy.samplers.Sampler):
             def sample(self, model_wrap, sigmas, extra_args, callback, noise, *_):
                 with listener.on(model_wrap.inner_model.diffusion_model):
-                    model_wrap(x, sigma, **extra_args)
+                    model_wrap(x, sigma.to(x), **extra_args)
                 return noise
 
         guider.sample(z, torch.zeros_like(z), Once(), world.sigmas(steps=6), disable_pbar=True, seed=0)

@@ -20,12 +20,8 @@ def run(monkeypatch, *arguments):
     return paper.main()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("paper") / "out"
-
-
-def test_every_kind_of_method_at_the_cost_that_it_says(monkeypatch, folder, capsys):
+def test_every_kind_of_method_at_the_cost_that_it_says(monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "out"
     assert run(monkeypatch, "--out", folder, "--methods", "dno", "fk_steering", "das", "mira_dpo", "dymo", "rlg") == 0
     store = Store(folder, json.loads((folder / "config.json").read_text()))
     rows = [r for r in store.rows() if r.get("k") == -1]
@@ -43,9 +39,6 @@ def test_every_kind_of_method_at_the_cost_that_it_says(monkeypatch, folder, caps
     assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
     assert run(monkeypatch, "--out", folder, "--report", folder / "report") == 0
     assert "| das | 5 |" in (folder / "report" / "paper.md").read_text()
-
-
-def test_other_settings_in_the_same_folder_are_refused(monkeypatch, folder):
     with pytest.raises(Failure, match="results of another configuration"):
         run(monkeypatch, "--out", folder, "--steps", "3")
 

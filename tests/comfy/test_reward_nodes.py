@@ -146,8 +146,8 @@ def test_layers_of_the_scorer_are_checkpointed(models):
             return memory.saved_bytes(lambda x: reward.score(x, ["a fox"]), IMAGE)
 
     whole, layers = kept(nullcontext()), kept(blocks())
-    # Two layers of 50 tokens: what they keep goes, the image and its resizing stay.
-    assert whole - layers > 500_000
+    # Two layers of 50 tokens: what they keep goes (their weights never counted), the image and its resizing stay.
+    assert whole - layers > 200_000
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

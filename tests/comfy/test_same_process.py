@@ -412,7 +412,7 @@ CONSTANT = """import torch
 FACTS = {"name": "weighted", "typical": (0.0, 1.0)}
 WEIGHTS = torch.tensor([0.2, 0.7, 0.1]).view(1, 3, 1, 1)
 def score(images, prompts):
-    return ((images - 0.1).square() * WEIGHTS).flatten(1).mean(1)
+    return ((images - 0.1).square() * WEIGHTS.to(images)).flatten(1).mean(1)
 """
 NETWORK = """import torch
 FACTS = {"name": "net", "typical": (0.0, 1.0)}
@@ -420,7 +420,8 @@ torch.manual_seed(0)
 NET = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.GELU(), torch.nn.Conv2d(8, 1, 3)).eval()
 MEAN = torch.tensor([0.48, 0.45, 0.40]).view(1, 3, 1, 1)
 def score(images, prompts):
-    return NET((images - MEAN) / MEAN).flatten(1).mean(1)
+    mean = MEAN.to(images)
+    return NET.to(images)((images - mean) / mean).flatten(1).mean(1)
 """
 LATER = """import torch
 FACTS = {"name": "text", "typical": (0.0, 1.0)}
@@ -428,7 +429,7 @@ KNOWN = {}
 def score(images, prompts):
     for p in prompts:
         KNOWN.setdefault(p, torch.randn(3, generator=torch.Generator().manual_seed(len(p))))
-    return torch.nn.functional.cosine_similarity(images.mean((2, 3)), torch.stack([KNOWN[p] for p in prompts]))
+    return torch.nn.functional.cosine_similarity(images.mean((2, 3)), torch.stack([KNOWN[p] for p in prompts]).to(images))
 """
 
 
@@ -478,6 +479,7 @@ class Hypernetwork:
         return q, k + 0.1 * self.layers[0](k), v
 
     def to(self, device):
+        self.layers = [layer.to(device) for layer in self.layers]
         return self
 
 
@@ -516,7 +518,7 @@ def test_what_a_network_cached_in_the_plain_sample_is_no_obstacle(world):
     inner, block.kept = block.forward, {}
 
     def forward(x, *args, **kwargs):
-        scale = block.kept.setdefault("scale", [torch.full((1, x.shape[1], 1, 1), 1.1)])[0]
+        scale = block.kept.setdefault("scale", [torch.full((1, x.shape[1], 1, 1), 1.1, device=x.device)])[0]
         return inner(x * scale, *args, **kwargs)
 
     block.forward = forward
