@@ -297,10 +297,103 @@ def blocks_of(root: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(within(root)))
 
 
-def blocks_checkpointed(root: nn.Module, place: Callable) -> Callable | None:
+class _Block(torch.autograd.Function):
+    """What a block gave, and its gradient by computing it again: of a call only `inputs` is kept.
+
+    torch's own checkpoint keeps a record of every tensor inside, which costs more than a small block itself, and does
+    not see what is written over in place.
+    """
+
+    @staticmethod
+    def forward(ctx, given: tuple[Tensor, ...], again: Callable, *inputs: Tensor):
+        ctx.again = again
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        return given if len(given) > 1 else given[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients: Tensor | None):
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+            outputs = zip(_tensors(ctx.again(inputs)), gradients, strict=True)
+            pairs = [(o, g) for o, g in outputs if g is not None and o.requires_grad]
+            if not pairs:
+                return None, None, *(None for _ in inputs)
+            found = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+        return None, None, *found
+
+
+def _tensors(out) -> tuple[Tensor, ...] | None:
+    """What a block returns, as a tuple, or None where it is more than tensors."""
+    out = (out,) if isinstance(out, Tensor) else out
+    return tuple(out) if isinstance(out, (tuple, list)) and all(isinstance(t, Tensor) for t in out) else None
+
+
+def _holds_gradient(value, depth: int = 2) -> bool:
+    """Whether a tensor that carries a gradient is inside a container."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return depth > 0 and any(_holds_gradient(v, depth - 1) for v in inner)
+
+
+def _checkpointed(inside: Callable, args: list, kwargs: dict):
+    """inside(*args, **kwargs), computed again in backward."""
+    carrying = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
+    named = [k for k, a in kwargs.items() if isinstance(a, Tensor) and a.requires_grad]
+    others = [a for a in (*args, *kwargs.values()) if not isinstance(a, Tensor)]
+    # Blocks hand lists on and write into them (Wan's VAE).
+    if any(type(a) is list for a in args) or any(_holds_gradient(a) for a in others):
+        return _checkpointed_by_torch(inside, args, kwargs)
+
+    def again(inputs):
+        given, rest = list(args), dict(kwargs)
+        values = iter(inputs)
+        for i in carrying:
+            given[i] = next(values)
+        for k in named:
+            rest[k] = next(values)
+        return inside(*given, **{k: copy.copy(a) if type(a) is dict else a for k, a in rest.items()})
+
+    inputs = [args[i] for i in carrying] + [kwargs[k] for k in named]
+    if not inputs:
+        return inside(*args, **kwargs)
+    versions = [t._version for t in inputs]
+    # With a gradient wanted, and none to come from what is known: if one does, it comes from elsewhere.
+    out = again([t.detach() for t in inputs])
+    if [t._version for t in inputs] != versions:
+        raise RuntimeError("an inplace operation of a block writes over its input")
+    given = _tensors(out)
+    if given is None or any(t.requires_grad for t in given):
+        return _checkpointed_by_torch(inside, args, kwargs)
+    # An input that is handed on as it is must not be mistaken for one that has the gradient already.
+    given = tuple(t.detach() for t in given)
+    made = _Block.apply(given, again, *inputs)
+    if isinstance(out, Tensor):
+        return made
+    return type(out)(made if isinstance(made, tuple) else (made,))
+
+
+def _checkpointed_by_torch(inside: Callable, args: list, kwargs: dict):
+    """The same for what has more than tensors going in and out, or gradients by other ways."""
+    lists = [copy.copy(a) if type(a) is list else None for a in args]
+    done = []
+
+    def once_more(*args, **kwargs):
+        if done:  # computed again, lists begin as they were
+            args = [a if was is None else copy.copy(was) for a, was in zip(args, lists, strict=True)]
+        done.append(True)
+        return inside(*args, **kwargs)
+
+    return checkpoint(once_more, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def blocks_checkpointed(root: nn.Module, place: Callable, overheard: bool = False) -> Callable | None:
     """A context within which the blocks of `root` checkpoint themselves, or None where it has none.
 
     place: the context of each block's forward; it must be there again when the block is recomputed in backward.
+    overheard: a gradient comes back by more than what the blocks return: by what hooks inside them take out.
     """
     blocks = blocks_of(root)
     if not blocks:
@@ -319,17 +412,7 @@ def blocks_checkpointed(root: nn.Module, place: Callable) -> Callable | None:
                 # A network writes into its options where it is, which guidance by attention reads.
                 args = [copy.copy(a) if type(a) is dict else a for a in args]
                 kwargs = {k: copy.copy(a) if type(a) is dict else a for k, a in kwargs.items()}
-                # And blocks hand lists on and write into them (Wan's VAE): computed again, they begin as they were.
-                lists = [copy.copy(a) if type(a) is list else None for a in args]
-                done = []
-
-                def once_more(*args, **kwargs):
-                    if done:
-                        args = [a if was is None else copy.copy(was) for a, was in zip(args, lists, strict=True)]
-                    done.append(True)
-                    return inside(*args, **kwargs)
-
-                return checkpoint(once_more, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+                return (_checkpointed_by_torch if overheard else _checkpointed)(inside, args, kwargs)
 
             return run
 

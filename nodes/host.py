@@ -42,7 +42,6 @@ from .dynamic import static, with_static_controls
 from .grad import (
     PLACES,
     OutOfPlace,
-    SlicesToo,
     blocks_checkpointed,
     has_no_repeatable_way,
     leave_inference_mode,
@@ -677,10 +676,7 @@ class _Process:
         return max(1, min(settings.particles, fit))
 
     def blocks(self) -> Callable | None:
-        # At least out of place: a checkpoint does not see what is written over inside it.
-        return blocks_checkpointed(
-            self.inner.diffusion_model, lambda: (SlicesToo if self.place is SlicesToo else OutOfPlace)()
-        )
+        return blocks_checkpointed(self.inner.diffusion_model, lambda: self.place())
 
     def check_gradient(self, noise: Tensor) -> None:
         """One denoising step, its gradient against a finite difference, before anything is optimised."""
@@ -693,8 +689,7 @@ class _Process:
         )
         blocks = self.blocks()
         ways = [nullcontext, *([blocks] if blocks else []), lambda: _both(offloaded(), (blocks or nullcontext)())]
-        # In-place operations that a checkpoint hides show without one; what a checkpoint breaks, with it only.
-        both = blocks and job.memory in ("per_block", "offload")
+        both = blocks and job.memory not in ("none", "per_step")  # what a checkpoint breaks shows with it only
         errors, cut = [], None
         while ways and len(errors) < (2 if both else 1):
             try:

@@ -193,7 +193,7 @@ class _Attending(comfy.samplers.Sampler):
                 )
             listener.positions = min(both, key=lambda p: abs(p - SIDE**2))
             height, width = grid(listener.positions, *noise.shape[-2:])
-            thrifty = blocks_checkpointed(inner.diffusion_model, nullcontext) or nullcontext
+            thrifty = blocks_checkpointed(inner.diffusion_model, nullcontext, overheard=True) or nullcontext
 
             def maps(z: Tensor) -> Maps:
                 with offloaded() if offloading else nullcontext(), thrifty():

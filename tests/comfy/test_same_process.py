@@ -429,7 +429,8 @@ KNOWN = {}
 def score(images, prompts):
     for p in prompts:
         KNOWN.setdefault(p, torch.randn(3, generator=torch.Generator().manual_seed(len(p))))
-    return torch.nn.functional.cosine_similarity(images.mean((2, 3)), torch.stack([KNOWN[p] for p in prompts]).to(images))
+    known = torch.stack([KNOWN[p] for p in prompts]).to(images)
+    return torch.nn.functional.cosine_similarity(images.mean((2, 3)), known)
 """
 
 
@@ -624,3 +625,52 @@ def test_blocks_that_write_into_a_list_begin_as_they_were():
         p.requires_grad_(False)
     expected = gradient(nullcontext())
     assert torch.equal(gradient(grad.blocks_checkpointed(network, nullcontext)()), expected)
+
+
+class Steered(torch.nn.Module):
+    """A block that takes in more than its arguments, as one that a patch feeds from elsewhere does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.beside = None
+
+    def forward(self, x, *, scale=None):
+        x = self.layers[0](x) * scale
+        return (x if self.beside is None else x * self.beside), scale * 2
+
+
+def test_a_gradient_that_comes_by_another_way_is_not_lost():
+    network = torch.nn.Sequential(Steered(), Steered()).requires_grad_(False)
+    x, scale, beside = torch.randn(1, 3, 4, 4), torch.tensor(1.5), torch.tensor(0.7)
+
+    def gradients(within):
+        leaves = [t.clone().requires_grad_() for t in (x, scale, beside)]
+        network[1].beside = leaves[2]
+        with within:
+            out, more = network[1](*network[0](leaves[0], scale=leaves[1])[:1], scale=leaves[1])
+        return torch.autograd.grad((out * more).square().sum(), leaves)
+
+    expected = gradients(nullcontext())
+    for a, b in zip(gradients(grad.blocks_checkpointed(network, nullcontext)()), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class WritesOverItsInput(Steered):
+    def forward(self, x):
+        x += self.layers[0](x)
+        return x
+
+
+def test_a_block_that_writes_over_its_input_is_noticed():
+    network = torch.nn.Sequential(WritesOverItsInput(), WritesOverItsInput()).requires_grad_(False)
+    x = torch.randn(1, 3, 4, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="inplace operation"), grad.blocks_checkpointed(network, nullcontext)():
+        network(x * 1)
+    with grad.blocks_checkpointed(network, grad.OutOfPlace)():
+        out = network(x * 1)
+    (found,) = torch.autograd.grad(out.sum(), x)
+    reference = x.detach().clone().requires_grad_()
+    y = reference + network[0].layers[0](reference)
+    (expected,) = torch.autograd.grad((y + network[1].layers[0](y)).sum(), reference)
+    torch.testing.assert_close(found, expected)
