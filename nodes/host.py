@@ -330,7 +330,11 @@ def no_room(rollout: Rollout) -> str:
     """What a run that does not fit would have taken, and what to change."""
     said = f"out of memory with {rollout.memory} checkpointing"
     if e := rollout.estimate:
-        parts = [f"{what} {b / 1e9:.1f} GB" for what, b in (("a step", e.step), ("decoding and reward", e.score))]
+        more = f"more than {0.7 * e.free / 1e9:.1f}"  # where measuring stopped
+        parts = [
+            f"{what} {f'{b / 1e9:.1f}' if b < float('inf') else more} GB"
+            for what, b in (("a step", e.step), ("decoding and reward", e.score))
+        ]
         said += f" (for backward {' and '.join(parts)}, where {e.free / 1e9:.1f} GB were free)"
     return f"{said}: take a smaller image or batch, gradient_steps 3, or a smaller reward model"
 

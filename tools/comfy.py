@@ -112,7 +112,8 @@ class Server:
         command += ["--disable-auto-launch", "--input-directory", self.folder / "input"]
         command += ["--output-directory", self.folder / "output", "--user-directory", self.folder / "user"]
         command += ["--temp-directory", self.folder / "temp"]
-        command += [*pack, *self.arguments] + ([] if os.environ.get("MIRA_GPU") else ["--cpu"])
+        # A GPU gives a stock node's bits again only so.
+        command += [*pack, *self.arguments, "--deterministic" if os.environ.get("MIRA_GPU") else "--cpu"]
         output = self.stack.enter_context(self.log.open("w"))
         # Its working directory keeps `nodes` and the like of this repository off its path.
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 
 import pytest
 import small
@@ -91,7 +92,9 @@ def test_best_of_n(server, reward):
     _, outputs = run(server, graph(reward))
     scores, best = outputs["8"]["mira_scores"], outputs["11"]["mira_scores"]
     assert len(scores) == 3 and len(outputs["10"]["images"]) == 2
-    assert best == pytest.approx(sorted(scores, reverse=True)[:2], rel=1e-4, abs=1e-6)
+    assert best == pytest.approx(
+        sorted(scores, reverse=True)[:2], rel=1e-3 if os.environ.get("MIRA_GPU") else 1e-4, abs=1e-6
+    )
     assert "typical" in outputs["8"]["mira_text"][0]
 
 
