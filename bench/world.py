@@ -11,6 +11,7 @@ import comfy.samplers
 import torch
 
 demo, host = mira("nodes.demo"), mira("nodes.host")
+schedule = mira("nodes.settings").schedule
 PixelReward = mira("rewards.pixel").PixelReward
 Settings = mira("sampler.optimize").Settings
 
@@ -40,10 +41,8 @@ class World:
         return guider
 
     def sigmas(self, model=None, steps=4, sampler="euler_ancestral", scheduler="normal", denoise=1.0):
-        model = model or self.model
-        return comfy.samplers.KSampler(
-            model, steps, model.load_device, sampler, scheduler, denoise, model.model_options
-        ).sigmas
+        values = {"steps": steps, "sampler_name": sampler, "scheduler": scheduler, "denoise": denoise}
+        return schedule(model or self.model, values)
 
     @torch.inference_mode()
     def job(

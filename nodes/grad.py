@@ -347,6 +347,13 @@ def _checkpointed(inside: Callable, args: list, kwargs: dict):
     if any(type(a) is list for a in args) or any(_holds_gradient(a) for a in others):
         return _checkpointed_by_torch(inside, args, kwargs)
 
+    inputs = [args[i] for i in carrying] + [kwargs[k] for k in named]
+    if not inputs:
+        return inside(*args, **kwargs)
+    # What is to be computed again must not hold them, with their history, beside what autograd saves.
+    args = [None if i in carrying else a for i, a in enumerate(args)]
+    kwargs = {k: None if k in named else a for k, a in kwargs.items()}
+
     def again(inputs):
         given, rest = list(args), dict(kwargs)
         values = iter(inputs)
@@ -356,9 +363,6 @@ def _checkpointed(inside: Callable, args: list, kwargs: dict):
             rest[k] = next(values)
         return inside(*given, **{k: copy.copy(a) if type(a) is dict else a for k, a in rest.items()})
 
-    inputs = [args[i] for i in carrying] + [kwargs[k] for k in named]
-    if not inputs:
-        return inside(*args, **kwargs)
     versions = [t._version for t in inputs]
     # With a gradient wanted, and none to come from what is known: if one does, it comes from elsewhere.
     out = again([t.detach() for t in inputs])
@@ -366,7 +370,7 @@ def _checkpointed(inside: Callable, args: list, kwargs: dict):
         raise RuntimeError("an inplace operation of a block writes over its input")
     given = _tensors(out)
     if given is None or any(t.requires_grad for t in given):
-        return _checkpointed_by_torch(inside, args, kwargs)
+        return _checkpointed_by_torch(again, [inputs], {})
     # An input that is handed on as it is must not be mistaken for one that has the gradient already.
     given = tuple(t.detach() for t in given)
     made = _Block.apply(given, again, *inputs)
@@ -375,8 +379,8 @@ def _checkpointed(inside: Callable, args: list, kwargs: dict):
     return type(out)(made if isinstance(made, tuple) else (made,))
 
 
-def _checkpointed_by_torch(inside: Callable, args: list, kwargs: dict):
-    """The same for what has more than tensors going in and out, or gradients by other ways."""
+def _checkpointed_by_torch(inside: Callable, args: list, kwargs: dict, random: bool = False):
+    """The same for what has more than tensors going in and out, gradients by other ways, or draws random numbers."""
     lists = [copy.copy(a) if type(a) is list else None for a in args]
     done = []
 
@@ -386,14 +390,17 @@ def _checkpointed_by_torch(inside: Callable, args: list, kwargs: dict):
         done.append(True)
         return inside(*args, **kwargs)
 
-    return checkpoint(once_more, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return checkpoint(once_more, *args, use_reentrant=False, preserve_rng_state=random, **kwargs)
 
 
-def blocks_checkpointed(root: nn.Module, place: Callable, overheard: bool = False) -> Callable | None:
+def blocks_checkpointed(
+    root: nn.Module, place: Callable, *, overheard: bool = False, random: bool = False
+) -> Callable | None:
     """A context within which the blocks of `root` checkpoint themselves, or None where it has none.
 
     place: the context of each block's forward; it must be there again when the block is recomputed in backward.
     overheard: a gradient comes back by more than what the blocks return: by what hooks inside them take out.
+    random: they may draw random numbers, and draw the same ones again.
     """
     blocks = blocks_of(root)
     if not blocks:
@@ -412,7 +419,9 @@ def blocks_checkpointed(root: nn.Module, place: Callable, overheard: bool = Fals
                 # A network writes into its options where it is, which guidance by attention reads.
                 args = [copy.copy(a) if type(a) is dict else a for a in args]
                 kwargs = {k: copy.copy(a) if type(a) is dict else a for k, a in kwargs.items()}
-                return (_checkpointed_by_torch if overheard else _checkpointed)(inside, args, kwargs)
+                if overheard or random:
+                    return _checkpointed_by_torch(inside, args, kwargs, random)
+                return _checkpointed(inside, args, kwargs)
 
             return run
 

@@ -594,7 +594,13 @@ class _Process:
         if self._keep:
             return None
         if module not in self.layers:
-            self.layers[module] = blocks_checkpointed(module, OutOfPlace)
+
+            def place() -> AbstractContextManager:
+                # One layer of a decoder at full resolution is gigabytes when it is computed again.
+                offload = self.rollout.memory == "offload"
+                return _both(offloaded(), OutOfPlace()) if offload else OutOfPlace()
+
+            self.layers[module] = blocks_checkpointed(module, place)
         if not (blocks := self.layers[module]):
             return None
         stack = ExitStack()
@@ -680,7 +686,7 @@ class _Process:
         return max(1, min(settings.particles, fit))
 
     def blocks(self) -> Callable | None:
-        return blocks_checkpointed(self.inner.diffusion_model, lambda: self.place())
+        return blocks_checkpointed(self.inner.diffusion_model, lambda: self.place(), random=bool(self.draws))
 
     def check_gradient(self, noise: Tensor) -> None:
         """One denoising step, its gradient against a finite difference, before anything is optimised."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import comfy.samplers
 from comfy_api.latest import io
 
@@ -77,7 +79,14 @@ def sampling_inputs(seed: str) -> list:
 
 
 def schedule(model, values: dict):
-    """The sigmas that KSampler would take, (steps + 1,)."""
+    """The sigmas that KSampler would take of a model that is loaded, (steps + 1,).
+
+    A scheduler reads the model's own table, which lies in the CPU's memory until the model was first loaded, and a
+    GPU's exp differs from a CPU's in the last bits: KSampler's first image is another than its second.
+    """
+    sampling = copy.deepcopy(model.get_model_object("model_sampling")).to(model.load_device)
+    model = model.clone()
+    model.add_object_patch("model_sampling", sampling)
     return comfy.samplers.KSampler(
         model,
         steps=values["steps"],

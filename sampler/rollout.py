@@ -19,6 +19,7 @@ from .memory import offloaded, out_of_memory, saved_bytes
 # D(x, sigma): x (B, C, ...), sigma (B,) -> the denoised prediction, or (guided, conditional) predictions. It may have
 # `escapes(kwargs)`: whether anything but its return value carries a gradient out of a call.
 Denoiser = Callable[..., Tensor | tuple[Tensor, Tensor]]
+BLOCKS_ALONE = 0.3  # of the free memory, so that decoding has the rest
 SAME = 0.02  # relative: how far a prediction may be off when it is computed again
 # Returns the next noise; `draw` makes the host's own, which only a first run uses.
 NoiseSource = Callable[[Callable[[], Tensor]], Tensor]
@@ -194,8 +195,8 @@ class Rollout:
         counts as a constant, and only the sampler's own arithmetic carries one. They cost as much as a plain sample's,
         in time and in memory. 0: through all.
     memory: what is kept for backward, one of `POLICIES` from fast to thrifty, or "auto": the fastest that fits.
-        "none": everything. "per_step": only the latents. "per_block": less still inside a step. "offload": as that,
-        and what is kept waits in the CPU's memory.
+        "none": everything. "per_step": only the latents. "per_block": what goes into the model's blocks, of every step
+        where that fits, else of one at a time. "offload": of one, and what is kept waits in the CPU's memory.
     free_bytes: how much memory is left, for "auto".
     score_bytes: x -> how much the score of a latent like x keeps for backward, at most `most`, for "auto".
     blocks: a context inside which the model checkpoints its own blocks, for "per_block" and "offload"; None when it
@@ -238,6 +239,7 @@ class Rollout:
         self.blocks = blocks
         self.random = random
         self.estimate: Estimate | None = None
+        self._blocks_alone: bool | None = None  # not known before the first call
         self._watching = self._watched = False  # the first trajectory's predictions, when they are computed again
         self._calls: list[_Call] = []
         if memory == "per_block" and not blocks:
@@ -303,6 +305,10 @@ class Rollout:
             with within:
                 return call(x)
 
+        if self.memory == "per_block" and self._blocks_do(call, x, within):
+            with within, self.blocks():
+                return call(x)
+
         call.watched = not self._watched
         self._watching = True
 
@@ -325,6 +331,20 @@ class Rollout:
             stack.enter_context(self.blocks())
         return stack
 
+    def _blocks_do(self, call: _Call, x: Tensor, within: AbstractContextManager) -> bool:
+        """Whether what its blocks keep of every step fits, so that no step need be computed again as a whole."""
+        if self._blocks_alone is None:
+            steps = len(self.schedule) - 1
+            room = BLOCKS_ALONE * self.free_bytes() / min(steps, self.gradient_steps or steps)
+            try:
+                with within, self.blocks():
+                    self._blocks_alone = saved_bytes(call, x, room) < room
+            except RuntimeError as problem:
+                if not out_of_memory(problem):
+                    raise
+                self._blocks_alone = False
+        return self._blocks_alone
+
     def _choose(self, denoise: Denoiser, x: Tensor) -> str:
         """Measure what a step and the score keep for their backward pass: the fastest policy that fits in 70 %."""
         free = self.free_bytes()
@@ -344,6 +364,9 @@ class Rollout:
 
     def shrink(self) -> bool:
         """After running out of memory: go to the next thriftier policy. False when there is none."""
+        alone, self._blocks_alone = self._blocks_alone, False  # from here on, a step at a time
+        if self.memory == "per_block" and alone:
+            return True
         rest = self.POLICIES[self.POLICIES.index(self.memory) + 1 :] if self.memory != "auto" else self.POLICIES[-1:]
         rest = [p for p in rest if p != "per_block" or self.blocks]
         self.memory = rest[0] if rest else self.memory

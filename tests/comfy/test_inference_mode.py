@@ -139,13 +139,13 @@ def test_tensors_beside_the_weights_are_replaced_too(world):
     """Latent formats with a mean of their own (Playground 2.5, EDM), and modules with a plain tensor."""
     with torch.inference_mode():
         model = demo.load_model()
-        model.model.latent_format.mean = torch.zeros(1, 4, 1, 1, device=model.load_device)
-        model.model.latent_format.std = torch.ones(1, 4, 1, 1, device=model.load_device)
+        model.model.latent_format.mean = torch.zeros(1, 4, 1, 1)
+        model.model.latent_format.std = torch.ones(1, 4, 1, 1)
         latent_format = type(model.model.latent_format)
 
         class WithMean(latent_format):
             def process_out(self, latent):
-                return super().process_out(latent * self.std + self.mean)
+                return super().process_out(latent * self.std.to(latent) + self.mean.to(latent))
 
         model.model.latent_format.__class__ = WithMean
     done = world.optimize(model=model, steps=2, iterations=1)

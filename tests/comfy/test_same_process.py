@@ -253,6 +253,26 @@ def test_random_choices_of_a_model_are_the_plain_samples(world):
         torch.testing.assert_close(again.latent, done.latent, atol=1e-4, rtol=1e-4)
 
 
+def test_random_choices_inside_a_block_are_drawn_once():
+    class Merging(Steered):
+        def forward(self, x):
+            return self.layers[0](x) * torch.rand(x.shape[-1], device=x.device)
+
+    network = torch.nn.Sequential(Merging(), Merging()).requires_grad_(False)
+    x = torch.randn(1, 3, 4, 4)
+
+    def gradient(within):
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(3)
+        with within:
+            out = network(leaf)
+        torch.manual_seed(4)  # what is drawn between
+        return torch.autograd.grad(out.square().sum(), leaf)[0]
+
+    again = grad.blocks_checkpointed(network, nullcontext, random=True)
+    torch.testing.assert_close(gradient(again()), gradient(nullcontext()))
+
+
 # -- gradients
 
 

@@ -115,6 +115,28 @@ def test_auto_takes_the_fastest_policy_that_fits():
     assert run.memory == "per_step" and run.shrink() and run.memory == "offload"
 
 
+def test_where_the_blocks_inputs_fit_no_step_is_computed_again():
+    D, calls = denoiser(), []
+
+    def counted(x, sigma):
+        calls.append(1)
+        return D(x, sigma)
+
+    def forward_passes(free: float) -> int:
+        calls.clear()
+        run = rollout(memory="per_block", D=counted, free_bytes=lambda: free, blocks=contextlib.nullcontext)
+        run(leaves(noises())).x0.sum().backward()
+        return len(calls)
+
+    steps = len(noises()) - 1
+    plenty, little = forward_passes(1e12), forward_passes(1.0)
+    assert plenty - 1 < little - 1 == 2 * (plenty - 1)  # one more to measure it
+    assert plenty - 1 >= steps
+    run = rollout(memory="per_block", D=D, free_bytes=lambda: 1e12, blocks=contextlib.nullcontext)
+    run(leaves(noises()))
+    assert [run.shrink() for _ in range(3)] == [True, True, False] and run.memory == "offload"
+
+
 def test_conditional_prediction_can_be_measured():
     D = denoiser()
 
