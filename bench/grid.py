@@ -36,6 +36,8 @@ def code_version() -> str:
     digest = hashlib.sha256()
     for name in CODE:
         path = ROOT / name
+        if not path.exists():
+            raise FileNotFoundError(f"{name}, on which results depend, is not there: was it renamed? See bench/grid.py")
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file() and file.suffix in (".py", ".safetensors"):
                 digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())

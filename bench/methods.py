@@ -15,7 +15,7 @@ from bench.pack import ROOT, mira, with_comfyui
 with_comfyui()
 
 Settings = mira("sampler.optimize").Settings
-SearchSettings, STEERING = mira("sampler.search").SearchSettings, mira("sampler.search").STEERING
+SearchSettings, SEARCHES = mira("sampler.search").SearchSettings, mira("sampler.search").METHODS
 PreferenceSettings = mira("sampler.preference").PreferenceSettings
 DEFAULT, GRADIENT_STEPS = mira("nodes.settings").DEFAULT, mira("nodes.settings").GRADIENT_STEPS
 RIVALS = mira("sampler.rivals").RIVALS
@@ -61,7 +61,7 @@ def searching(method: str, cost: Callable[[int], dict], gradient: bool = False) 
     def settings(budget: int, reward: str, lr: float, steps: int):
         return SearchSettings(**{"method": method, "strength": STRENGTH[reward], "lr": lr} | cost(budget))
 
-    return Method(settings, gradient, fewest_steps=2 if method in STEERING else 1)
+    return Method(settings, gradient, fewest_steps=2 if SEARCHES[method].steers else 1)
 
 
 def preferring(gradient: bool = False, **fixed) -> Method:

@@ -51,7 +51,7 @@ def run(world: World, judge, reward: str, name: str, animals: list[str]) -> tupl
         positive=batch_conditioning(world, prompts), steps=STEPS, batch=len(animals), reward=REWARDS[reward](),
         prompts=prompts, seed=SEED, memory="none",
     )  # fmt: skip
-    job = replace(job, settings=settings, gradient=settings.method in node.GRADIENT)
+    job = replace(job, settings=settings, gradient=node.METHODS[settings.method].gradient)
     by_reward = lambda process: judges.RewardJudge(lambda images: process.reward(images)[0])  # noqa: E731
     with torch.inference_mode():
         done = host.run(job, node.preferring(by_reward, SEED, 0))

@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
+from comfy_api.latest import io
 
 from ..rewards.base import Reward
 from .host import samples_of
 from .probe import begins_anew, injects_noise, why_not_differentiable
 from .settings import as_set, gradient_steps
 
+# Why a value below an input's range makes no sense, where it is worth a word.
+TOO_SMALL = {
+    "iterations": "nothing would be optimised (a KSampler gives the plain sample)",
+    "steps": "nothing would be sampled",
+    "beta": "a negative weight would reward drift",
+    "learning_rate": "the noises would not move",
+}
 
-def complain(values: dict) -> str | None:
-    """What is wrong with plain values, or None. A value that is not known yet (a linked input) is None."""
 
-    def below(name, least, why):
-        value = values.get(name)
-        return value is not None and (not math.isfinite(value) or value < least) and f"{name} is {value}: {why}"
+def complain(values: dict, inputs: Sequence[io.Input]) -> str | None:
+    """What is wrong with the plain values of a node's inputs, or None.
 
-    drift = values.get("stop") and "drift" in values["stop"]
-    return (
-        below("iterations", 1, "nothing would be optimised; use 1 or more, or a KSampler for a plain sample")
-        or below("steps", 1, "nothing would be sampled; use 1 or more")
-        or below("beta", 0, "a negative weight would reward drift; use 0 or more")
-        or below("learning_rate", 1e-12, "the noises would not move; use a value above 0, such as 0.01")
-        or below("drift_limit", 0, "use 0 for no limit, or a value above 0")
-        or below("clip_norm", 0, "use 0 for no clipping, or a value above 0")
-        or below("patience", 1, "use 1 or more")
-        or (
-            values.get("denoise") is not None
-            and not 0 < values["denoise"] <= 1
-            and f"denoise is {values['denoise']}: use a value above 0 and up to 1"
-        )
-        or (
-            drift
-            and values.get("drift_limit") == 0
-            and f"stop is {values['stop']} but drift_limit is 0: set a limit above 0"
-        )
-        or None
-    )
+    A value that is not known yet (a linked input) is None. The inputs' own ranges are the only ones: ComfyUI does not
+    look at those of the inputs that a node validates, nor at a linked value.
+    """
+    for known in inputs:
+        low, high, value = getattr(known, "min", None), getattr(known, "max", None), values.get(known.id)
+        if low is None or high is None or not isinstance(value, (int, float)):
+            continue
+        if not low <= value <= high:  # NaN too
+            why = f"{TOO_SMALL[known.id]}; " if value < low and known.id in TOO_SMALL else ""
+            shown = str(value) if len(str(value)) < 25 else f"{str(value)[:20]}..."
+            return f"{known.id} is {shown}: {why}use {low:g} to {high:g}"
+    if "drift" in (values.get("stop") or "") and values.get("drift_limit") == 0:
+        return f"stop is {values['stop']} but drift_limit is 0: set a limit above 0"
+    return None
 
 
 def wrong_sigmas(sigmas: torch.Tensor) -> str | None:
@@ -55,9 +53,11 @@ def wrong_sigmas(sigmas: torch.Tensor) -> str | None:
     return None
 
 
-def check(node: str, model, sampler, latent: dict, vae, reward: Reward, prompt: str, values: dict) -> None:
+def check(
+    node: str, inputs: Sequence[io.Input], model, sampler, latent: dict, vae, reward: Reward, prompt: str, values: dict
+) -> None:
     """Raise ValueError before any sampling starts, saying what is wrong, where, and how to mend it."""
-    if message := complain(values):
+    if message := complain(values, inputs):
         raise ValueError(f"{node}: {message}")
     if not isinstance(reward, Reward):
         raise ValueError(f"{node}: reward is a {type(reward).__name__}: connect a MIRA reward node")

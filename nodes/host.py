@@ -34,7 +34,7 @@ from ..sampler.memory import offloaded, out_of_memory, saved_bytes
 from ..sampler.optimize import Result, Score, Settings, optimize
 from ..sampler.preference import PreferenceSettings
 from ..sampler.rollout import NotTheSame, Rollout, difference, draw, per_image
-from ..sampler.search import SearchSettings, search
+from ..sampler.search import METHODS, SearchSettings, search
 from ..sampler.seeds import Start, another, best_of, fresh, stream
 from ..sampler.selftest import gradient_error
 from ..sampler.statistics import expected, noise_statistics
@@ -220,7 +220,7 @@ def searching(process: _Process, noises: tuple[Tensor, ...]) -> Result:
         interrupts=INTERRUPTS,
         memory=used_bytes,
     )
-    if settings.method == "mira_fk":
+    if METHODS[settings.method].optimizes:
         return hybrid(process.rollout, process.score, noises, settings, others=process.noises_of, **options)
 
     def found(chain: _Chain) -> Result:
@@ -678,7 +678,7 @@ class _Process:
         shape = list(self.job.latent.shape)
         each = self.inner.memory_required([2 * shape[0], *shape[1:]])
         each += self.vae.memory_used_decode(shape, self.vae.vae_dtype)
-        if settings.method == "das":
+        if METHODS[settings.method].gradient:
             each *= 8  # activations are kept for one backward; running out of memory halves what runs at once
         fit = int(0.7 * free_bytes() / each)
         if comfy.model_management.get_torch_device().type == "cpu":

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..rewards.preprocess import picture
 from ..sampler.preference import Verdict, by_score
+from ..sampler.seeds import stream
 from .live import store
 
 ROUTE = "/mira/choice"
@@ -153,7 +154,7 @@ class PersonJudge:
     ):
         self.node, self.prompt, self.client, self.total = node, prompt, client, total
         self.timeout, self.on_timeout = timeout, on_timeout
-        self.order = torch.Generator().manual_seed(seed % 2**63)
+        self.order = stream(seed, -1)
 
     def __call__(self, k: int, candidates: Sequence[Tensor]) -> Verdict:
         best, worst, tie = [], [], []

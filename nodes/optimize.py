@@ -156,7 +156,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
         denoise=None,
         stop=None,
     ):
-        return complain(locals()) or True
+        return complain(locals(), cls.define_schema().inputs) or True
 
     @classmethod
     def execute(
@@ -164,7 +164,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         node = "MIRA Optimize KSampler"
         sampler = comfy.samplers.sampler_object(values["sampler_name"])
-        check(node, model, sampler, latent_image, vae, reward, prompt, values)
+        check(node, cls.define_schema().inputs, model, sampler, latent_image, vae, reward, prompt, values)
         sigmas = schedule(model, values)
         check_reach(node, model, sampler, len(sigmas) - 1, values)
         samples = host.samples_of(model, latent_image)
@@ -225,7 +225,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         patience=None,
         stop=None,
     ):
-        return complain(locals()) or True
+        return complain(locals(), cls.define_schema().inputs) or True
 
     @classmethod
     def execute(cls, noise, guider, sampler, sigmas, latent_image, vae, reward, prompt="", **values) -> io.NodeOutput:
@@ -233,7 +233,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         if message := wrong_sigmas(sigmas):
             raise ValueError(f"{node}: {message}")
         model = guider.model_patcher
-        check(node, model, sampler, latent_image, vae, reward, prompt, values)
+        check(node, cls.define_schema().inputs, model, sampler, latent_image, vae, reward, prompt, values)
         check_reach(node, model, sampler, len(sigmas) - 1, values)
         samples = host.samples_of(model, latent_image)
 

@@ -16,7 +16,6 @@ from ..sampler.candidates import ENERGIES
 from ..sampler.methods import METHODS
 from ..sampler.optimize import Result, Score
 from ..sampler.preference import KEEP, PreferenceSettings, prefer
-from ..sampler.seeds import another
 from . import host, memo
 from .checks import check_latent, complain, needs_prompt
 from .job import ksampler_job, plain_values
@@ -40,7 +39,6 @@ JUDGES = ("reward", "person", "recorded choices")
 # What the measurement in docs/preference.md chose; Algorithm 2 itself is method dpo, keep last_winner, lr 0.01.
 DEFAULT = PreferenceSettings(method="dueling", explore=0.6, keep="incumbent", lr=0.05)
 TAKE_BACK = 3  # choices
-GRADIENT = ("dpo", "hybrid2")
 
 
 def preferring(judge, seed: int, history: int):
@@ -48,7 +46,7 @@ def preferring(judge, seed: int, history: int):
 
     def work(process: host._Process, noises: tuple[Tensor, ...]) -> Result:
         settings: PreferenceSettings = process.settings
-        count = {"dpo": settings.candidates, "best_of_n": 2}.get(settings.method, 1)
+        count = METHODS[settings.method].trajectories(settings.candidates)
         others = [process.noises_of(n, noises) for n in range(1, count)]
 
         def report(k: int, rows: list[dict], candidates: list[Tensor]) -> None:
@@ -61,7 +59,7 @@ def preferring(judge, seed: int, history: int):
             judge(process),
             [noises, *others],
             settings,
-            seed=another(seed, 0),
+            seed=seed,
             history=history,
             on_iteration=report,
             interrupts=host.INTERRUPTS,
@@ -98,7 +96,7 @@ class MiraDPOPreference(io.ComfyNode):
                 ),
                 *sampling_inputs("Makes the first candidate's noises, as KSampler's does, and all others from there."),
                 io.Int.Input(
-                    "iterations", default=DEFAULT.iterations, min=0, max=1000, tooltip="Comparisons, for each image."
+                    "iterations", default=DEFAULT.iterations, min=1, max=1000, tooltip="Comparisons, for each image."
                 ),
                 io.Combo.Input(
                     "method",
@@ -209,7 +207,7 @@ class MiraDPOPreference(io.ComfyNode):
     def validate_inputs(
         cls, iterations=None, steps=None, learning_rate=None, denoise=None, judge=None, method=None, candidates=None
     ):
-        return complain({k: v for k, v in locals().items() if k != "cls"}) or wrong_judge(locals()) or True
+        return complain(locals(), cls.define_schema().inputs) or wrong_judge(locals()) or True
 
     @classmethod
     def execute(
@@ -241,9 +239,9 @@ class MiraDPOPreference(io.ComfyNode):
     def preferred(cls, *, model, positive, negative, latent, vae, reward, seed, cfg, choices, prompt, values):
         """One run: (what came out, what the editor was told)."""
         sampler = comfy.samplers.sampler_object(values["sampler_name"])
-        if message := complain(values) or wrong_judge(values):
+        if message := complain(values, cls.define_schema().inputs) or wrong_judge(values):
             raise ValueError(f"{NODE}: {message}")
-        check_latent(NODE, model, latent, vae, sampler, values, values["method"] in GRADIENT)
+        check_latent(NODE, model, latent, vae, sampler, values, METHODS[values["method"]].gradient)
         judge, context = values["judge"], get_executing_context()
         if judge == "reward":
             if not isinstance(reward, Reward):
@@ -258,7 +256,7 @@ class MiraDPOPreference(io.ComfyNode):
         live = LiveRun(cls.hidden.unique_id, settings.iterations - 1, {"drift_metric": "path_kl"})
         job = ksampler_job(
             model, positive, negative, latent, vae, seed, cfg, prompt, values, node=NODE,
-            reward=reward if judge == "reward" else None, settings=settings, gradient=settings.method in GRADIENT,
+            reward=reward if judge == "reward" else None, settings=settings, gradient=METHODS[settings.method].gradient,
             on_iteration=live,
         )  # fmt: skip
         done = host.run(job, preferring(made, seed, TAKE_BACK if judge == "person" else 0))
@@ -278,9 +276,16 @@ class MiraDPOPreference(io.ComfyNode):
 def wrong_judge(values: dict) -> str | None:
     """What does not go together, or None. A value that is not known yet (a linked input) is None."""
     judge, method, candidates = (values.get(k) for k in ("judge", "method", "candidates"))
-    if judge in ("person", "recorded choices") and method == "hybrid2":
-        return f"method is hybrid2, which needs a reward's numbers, but judge is {judge}: use dpo, dueling or best_of_n"
-    if judge == "person" and method == "dpo" and candidates is not None and candidates != 2:
+    if judge in ("person", "recorded choices") and method in METHODS and METHODS[method].numbers:
+        others = " or ".join(name for name, kind in METHODS.items() if not kind.numbers)
+        return f"method is {method}, which needs a reward's numbers, but judge is {judge}: use {others}"
+    if (
+        judge == "person"
+        and method in METHODS
+        and METHODS[method].several
+        and candidates is not None
+        and candidates != 2
+    ):
         return f"candidates is {candidates}, but a person is shown pairs: use 2"
     return None
 

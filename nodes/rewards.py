@@ -13,6 +13,7 @@ from ..rewards.http import HTTPReward, host_of
 from ..rewards.jpeg import JPEG, QUALITY, JPEGSurrogate
 from ..rewards.pixel import MEASURES, REFERENCE, MatchReference, PixelReward
 from ..rewards.python_file import PythonReward
+from ..sampler.seeds import stream
 from . import files
 from .images import to_core
 from .types import MiraReward, reward_output
@@ -168,7 +169,8 @@ class MiraAugmentReward(io.ComfyNode):
 
     @classmethod
     def execute(cls, reward, crops, smallest, flip, seed) -> io.NodeOutput:
-        return io.NodeOutput(Augmented(reward, crops, smallest, flip, seed))
+        # Stream -2 is the first.
+        return io.NodeOutput(Augmented(reward, crops, smallest, flip, lambda number: stream(seed, number - 2)))
 
 
 class MiraRewardFromPython(io.ComfyNode):

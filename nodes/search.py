@@ -8,7 +8,7 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ..rewards.base import Reward
-from ..sampler.search import METHODS, POTENTIALS, STEERING, SearchSettings
+from ..sampler.search import METHODS, POTENTIALS, SearchSettings
 from ..sampler.surrogates import REGULARIZERS
 from . import host, memo
 from .checks import check_latent, complain, needs_gradient, needs_prompt
@@ -30,7 +30,6 @@ from .types import MiraReward
 log = logging.getLogger("mira")
 NODE = "MIRA Search KSampler"
 DEFAULT = SearchSettings(particles=8)
-GRADIENT = ("das", "mira_fk")
 
 
 def can_steer(method: str, sampler, model_sampling, values: dict) -> None:
@@ -174,7 +173,7 @@ class MiraSearchKSampler(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, steps=None, denoise=None, learning_rate=None, beta=None):
-        return complain({k: v for k, v in locals().items() if k != "cls"}) or True
+        return complain(locals(), cls.define_schema().inputs) or True
 
     @classmethod
     def execute(
@@ -191,34 +190,34 @@ class MiraSearchKSampler(io.ComfyNode):
 
 def searched(node_id, *, model, positive, negative, latent, vae, reward, seed, cfg, prompt, values):
     """One run: (what came out, what the editor was told)."""
-    if message := complain(values):
+    if message := complain(values, MiraSearchKSampler.define_schema().inputs):
         raise ValueError(f"{NODE}: {message}")
     try:
         settings = settings_of(values, SearchSettings)
     except ValueError as problem:
         raise ValueError(f"{NODE}: {problem}") from problem
-    gradient = settings.method in GRADIENT
+    method = METHODS[settings.method]
     if not isinstance(reward, Reward):
         raise ValueError(f"{NODE}: reward is a {type(reward).__name__}: connect a MIRA reward node")
-    if gradient:
+    if method.gradient:
         needs_gradient(NODE, reward, f"a method that needs none than {settings.method}, such as fk_steering")
     needs_prompt(NODE, reward, prompt)
     sampler = comfy.samplers.sampler_object(values["sampler_name"])
-    check_latent(NODE, model, latent, vae, sampler, values, gradient)
-    if settings.method in STEERING:
+    check_latent(NODE, model, latent, vae, sampler, values, method.gradient)
+    if method.steers:
         can_steer(settings.method, sampler, model.get_model_object("model_sampling"), values)
     # Another seed is far from the plain sample by every distance; its score energy need not be.
     live = LiveRun(node_id, settings.rows(values["steps"]), {"drift_metric": "mira_two_sided"})
     job = ksampler_job(
         model, positive, negative, latent, vae, seed, cfg, prompt, values, node=NODE,
-        reward=reward, settings=settings, gradient=gradient, on_iteration=live,
+        reward=reward, settings=settings, gradient=method.gradient, on_iteration=live,
     )  # fmt: skip
     done = host.run(job, host.searching)
     trace = done.result.trace
     for notice in reward.notices(job.prompts):
         log.warning("%s: %s", NODE, notice)
         trace.notices.append(notice)
-    if settings.method in STEERING and kept_no_best(trace):
+    if method.steers and kept_no_best(trace):
         trace.notices.append("the plain sample scored higher than every particle: raise strength or particles")
     trace.settings |= plain_values(values) | {
         "node": NODE,

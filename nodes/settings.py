@@ -46,7 +46,7 @@ def sampling_inputs(seed: str) -> list:
             control_after_generate=True,
             tooltip=seed,
         ),
-        io.Int.Input("steps", default=20, min=0, max=10000, tooltip="Sampling steps of each image."),
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps of each image."),
         io.Float.Input(
             "cfg",
             default=5.0,
@@ -70,7 +70,7 @@ def sampling_inputs(seed: str) -> list:
         io.Float.Input(
             "denoise",
             default=1.0,
-            min=0.0,
+            min=0.01,
             max=1.0,
             step=0.01,
             tooltip="Below 1 the latent image is kept in part (image to image).",
@@ -129,7 +129,7 @@ def settings_inputs() -> list:
         io.Int.Input(
             "iterations",
             default=DEFAULT.iterations,
-            min=0,
+            min=1,
             max=1000,
             tooltip=(
                 "Updates of the noises. Each costs about one and a half plain samples, or two to three with the whole "
@@ -159,7 +159,7 @@ def settings_inputs() -> list:
         io.Float.Input(
             "beta",
             default=DEFAULT.beta,
-            min=-1000.0,
+            min=0.0,
             max=1000.0,
             step=0.01,
             tooltip="The weight of the regularizer against the reward: higher means less reward and less drift.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -77,13 +77,15 @@ class Augmented(Reward):
     """The mean score of random crops and mirror images: patterns that only work at one alignment stop paying.
 
     crops: how many each time. smallest: the least side of a crop, as a share of the image's. Every evaluation of a run
-    draws anew, from (seed, number of the evaluation); all images of a batch share the crops.
+    draws anew, from stream(number of the evaluation); all images of a batch share the crops.
     """
 
-    def __init__(self, reward: Reward, crops: int, smallest: float, flip: bool, seed: int):
+    def __init__(
+        self, reward: Reward, crops: int, smallest: float, flip: bool, stream: Callable[[int], torch.Generator]
+    ):
         if crops < 1 or not 0 < smallest <= 1:
             raise ValueError(f"crops must be 1 or more and the smallest side in (0, 1] (got {crops} and {smallest})")
-        self.reward, self.crops, self.smallest, self.flip, self.seed = reward, crops, smallest, flip, seed
+        self.reward, self.crops, self.smallest, self.flip, self.stream = reward, crops, smallest, flip, stream
         self.facts, self.modules = reward.facts, reward.modules
         self.number = 0
 
@@ -95,7 +97,7 @@ class Augmented(Reward):
         return self.reward.notices(prompts)
 
     def views(self, images: Tensor) -> list[Tensor]:
-        g = torch.Generator().manual_seed((self.seed * 1_000_003 + self.number) % 2**63)
+        g = self.stream(self.number)
         height, width = images.shape[-2:]
         views = []
         for _ in range(self.crops):

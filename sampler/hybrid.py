@@ -71,6 +71,10 @@ def hybrid(
         best_noises = [torch.where(per_image(where, new), new, old) for new, old in zip(z, before, strict=True)]
         on_iteration(k, rows, Score(reward, {}, images))
 
+    def weighed(row: dict) -> float:
+        penalty = 0.0 if settings.regularizer == "none" else row[settings.regularizer]
+        return row["reward"] - settings.beta * penalty
+
     def climb(z: Sequence[Tensor], reference: Path | None, iterations: int):
         """(the last rows, images, latent, noises, why it ended before its time or None)."""
         nonlocal runs
@@ -104,9 +108,7 @@ def hybrid(
             ends.append(end)
             if ended:
                 break
-        objective = torch.tensor(
-            [[r["reward"] - settings.beta * r.get(settings.regularizer, 0.0) for r in rows] for rows, *_ in ends]
-        ).nan_to_num(nan=-math.inf)
+        objective = torch.tensor([list(map(weighed, rows)) for rows, *_ in ends]).nan_to_num(nan=-math.inf)
         index = objective.argmax(0)
         rows = [ends[p][0][b] | {"seconds": time.perf_counter() - started} for b, p in enumerate(index.tolist())]
         winner = [_picked(z, index) for z in zip(*(e[3] for e in ends), strict=True)]

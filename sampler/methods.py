@@ -1,6 +1,7 @@
 """How noises follow preferences: MIRA-DPO (Algorithm 2, arXiv 2510.01549) and its rivals, one class each.
 
 `candidates()` makes what is compared, `learn(found, verdict)` moves the noises and gives the gradient norms, (B,).
+What else is to be known of a method stands on its class, see `Method`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,27 @@ if TYPE_CHECKING:
 SAME = 1e-2  # of the first candidates' distance: below it, candidates have become the same image
 
 
-class Dpo:
+class Method:
+    """gradient: it goes through the model. numbers: it needs how much better, not only which. several: every candidate
+    is a trajectory of its own, with its own reference. incumbent_first: the first candidate is the best so far.
+    """
+
+    gradient = numbers = several = incumbent_first = False
+
+    @staticmethod
+    def trajectories(candidates: int) -> int:
+        """How many trajectories it begins with."""
+        return 1
+
+
+class Dpo(Method):
     """Algorithm 2: the winner and the loser are pushed apart along the energy of their scores."""
+
+    gradient = several = True
+
+    @staticmethod
+    def trajectories(candidates: int) -> int:
+        return candidates
 
     def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]):
         self.run = run
@@ -80,8 +100,10 @@ class Dpo:
                 n.copy_(torch.where(per_image(same & (worst == i), n), fresh, n))
 
 
-class Challenged:
+class Challenged(Method):
     """An incumbent, and a challenger every time, both as (candidate, its reference)."""
+
+    incumbent_first = True
 
     def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]):
         self.run, self.noises = run, list(trajectories[0])
@@ -125,6 +147,10 @@ class Challenged:
 class BestOfN(Challenged):
     """The challenger is another seed: after n comparisons, the best of n + 1."""
 
+    @staticmethod
+    def trajectories(candidates: int) -> int:
+        return 2
+
     def challenge(self) -> list[Tensor]:
         first, self.first = self.first, None
         return first if first is not None else self.run.fresh(self.noises)
@@ -156,8 +182,10 @@ class Dueling(Challenged):
         return torch.zeros(len(won))
 
 
-class Hybrid2:
+class Hybrid2(Method):
     """DNO's estimator for rewards without a gradient (arXiv 2405.18881): probes tell which way in pixel space pays."""
+
+    gradient = numbers = True
 
     def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]):
         self.run = run
@@ -203,4 +231,4 @@ class Hybrid2:
         return size
 
 
-METHODS = {"dpo": Dpo, "dueling": Dueling, "best_of_n": BestOfN, "hybrid2": Hybrid2}
+METHODS: dict[str, type[Method]] = {"dpo": Dpo, "dueling": Dueling, "best_of_n": BestOfN, "hybrid2": Hybrid2}

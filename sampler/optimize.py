@@ -292,20 +292,19 @@ def _evaluated(rollout: Rollout, score, state: _State, settings: Settings, gradi
             if gradient:
                 _check_reward(result.total, path.x0)
             state.reference = path.detach()
-        # The regulariser alone carries a gradient; the others are for the record.
+        # The regulariser alone carries a gradient, where it has a weight; the others are for the record.
         weighed = bool(state.beta.any())
-        penalty = REGULARIZERS[settings.regularizer](path, state.reference) if weighed else None
-        own = state.variables.penalty() if weighed else None
+        with torch.set_grad_enabled(gradient and weighed):
+            penalties = {settings.regularizer: REGULARIZERS[settings.regularizer](path, state.reference)}
+            if (own := state.variables.penalty()) is not None:
+                penalties[settings.variables] = own
         loss = -result.total
-        for part in (penalty, own):
-            if part is not None:
-                loss = loss + state.beta.to(part) * part
+        if weighed:
+            for penalty in penalties.values():
+                loss = loss + state.beta.to(penalty) * penalty
         with torch.no_grad():
             surrogates = {name: f(path, state.reference) for name, f in SURROGATES.items()}
-            if settings.regularizer in ("prno", "chi") and penalty is not None:
-                surrogates[settings.regularizer] = penalty.detach()
-            if own is not None:
-                surrogates["initno"] = own.detach()
+            surrogates |= {name: p.detach() for name, p in penalties.items() if name not in (*surrogates, "none")}
         drift = surrogates[settings.drift_metric]
         if not gradient:
             return _Evaluation(path, result, surrogates, drift, loss)

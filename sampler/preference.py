@@ -19,6 +19,7 @@ from .ending import Interrupts, attempt
 from .methods import METHODS
 from .optimize import OPTIMIZERS, Result
 from .rollout import Rollout, per_image
+from .seeds import stream
 from .surrogates import SURROGATES
 from .trace import Trace
 
@@ -156,7 +157,7 @@ def prefer(
     own reference, and its reward and the loser's where the judge has numbers. `trace.settings["choices"]` repeats the
     run: (iteration, image, best, worst, tie) each.
     """
-    run = Run(rollout, render, settings, torch.Generator().manual_seed(seed))
+    run = Run(rollout, render, settings, stream(seed, 0))
     book = _Book(METHODS[settings.method](run, trajectories), run.generator, history)
     trace = book.trace
 
@@ -178,9 +179,9 @@ def prefer(
         verdict = ask([c.images for c in found])
         winner = pick(found, verdict.best)
         score = None if verdict.scores is None else verdict.scores.gather(1, verdict.best[:, None])[:, 0]
-        book.kept.update(book.k, _better(ask, settings, book.kept, winner, score), winner, score)
+        book.kept.update(book.k, _better(ask, book.method, settings, book.kept, winner, score), winner, score)
         norms = book.method.learn(found, verdict)
-        started_from = references if settings.method == "dpo" else references[:1] * len(found)
+        started_from = references if book.method.several else references[:1] * len(found)
         rows = _rows(book.k, run, found, verdict, started_from, norms, time.perf_counter() - started, memory())
         trace.rows += rows
         book.iterates = [*book.iterates[: book.k], winner.path.x0.cpu()]
@@ -261,15 +262,17 @@ class _Book:
         self.generator.set_state(generator)
 
 
-def _better(ask: Callable, s: PreferenceSettings, kept: _Kept, winner: Candidate, score: Tensor | None) -> Tensor:
+def _better(
+    ask: Callable, method, s: PreferenceSettings, kept: _Kept, winner: Candidate, score: Tensor | None
+) -> Tensor:
     """(B,): where the winner takes the kept image's place."""
     everywhere = torch.ones(len(winner.images), dtype=torch.bool)
     if s.keep == "last_winner" or kept.latent is None:
         return everywhere
     if score is not None:
         return ~(score < kept.score)
-    if s.method in ("dueling", "best_of_n"):
-        return everywhere  # its first candidate is the incumbent already
+    if method.incumbent_first:
+        return everywhere
     asked = ask([kept.images, winner.images])
     return (asked.best == 1) & ~asked.tie
 

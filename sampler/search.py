@@ -26,8 +26,28 @@ from .seeds import stream
 from .surrogates import SURROGATES
 from .trace import Trace
 
-METHODS = ("best_of_n", "zero_order", "fk_steering", "code", "das", "mira_fk")
-STEERING = ("fk_steering", "code", "das")
+
+@dataclass(frozen=True)
+class Method:
+    """What is to be known of a method. gradient: it needs the reward's. steers: it looks at particles that are still
+    noisy, which part by the noise that the sampler injects. looks: so many times per run, if nothing else is said (0:
+    at every step). optimizes: whole trajectories, by `hybrid.hybrid`, and not by `search`.
+    """
+
+    gradient: bool = False
+    steers: bool = False
+    looks: int = 0
+    optimizes: bool = False
+
+
+METHODS = {
+    "best_of_n": Method(),
+    "zero_order": Method(),
+    "fk_steering": Method(steers=True, looks=5),
+    "code": Method(steers=True, looks=20),
+    "das": Method(gradient=True, steers=True),
+    "mira_fk": Method(gradient=True, optimizes=True),
+}
 POTENTIALS = ("max", "difference")
 WORST = -1e9
 
@@ -95,17 +115,17 @@ class SearchSettings:
 
     def looks(self, steps: int) -> list[int]:
         """The steps, of 1 to `steps`, after which FK steering and CoDe look at their particles."""
-        if self.method == "das":
+        looks = METHODS[self.method].looks
+        if not looks:
             return list(range(1, steps + 1))
-        share = 5 if self.method == "fk_steering" else 20
-        every = self.interval or max(1, round(steps / share))
+        every = self.interval or max(1, round(steps / looks))
         return [*range(every, steps, every), steps]
 
     def rows(self, steps: int) -> int:
         """How many rows a run has beyond the plain sample's."""
         if self.method == "best_of_n":
             return self.particles - 1
-        return len(self.looks(steps)) if self.method in STEERING else self.rounds
+        return len(self.looks(steps)) if METHODS[self.method].steers else self.rounds
 
 
 @dataclass
@@ -406,7 +426,7 @@ class _Search:
         better = reward > self.best_reward
         if self.best is None:
             better = torch.ones_like(better)
-        elif self.settings.method in STEERING and whole:
+        elif METHODS[self.settings.method].steers and whole:
             better = reward > WORST
         self.best_reward = torch.where(better, reward, self.best_reward)
         self.kept = torch.where(better, k, self.kept)
@@ -602,9 +622,12 @@ def search(
     `interrupts` after iteration 0, and running out of memory with one particle, end the run with the best so far: a
     steered run then hands back the best prediction of its result.
 
-    Raises ValueError for a steering method when the sampler injects no noise.
+    Raises ValueError for a steering method when the sampler injects no noise, and for one that optimises.
     """
-    if settings.method in STEERING and len(noises) < 2:
+    method = METHODS[settings.method]
+    if method.optimizes:
+        raise ValueError(f"method is {settings.method}, which optimises whole trajectories: call `hybrid`")
+    if method.steers and len(noises) < 2:
         raise ValueError(
             f"method is {settings.method}, whose particles part by the noise that the sampler injects, but here it "
             "injects none: use an ancestral or SDE sampler and more than one step, or best_of_n or zero_order"

@@ -13,12 +13,15 @@ from .rollout import per_image
 
 
 def another(seed: int, number: int) -> int:
-    """A seed for every (seed, number), number -1 or more; far from each other's, however near the given ones are."""
+    """A seed for every (seed, number), number -2 or more; far from each other's, however near the given ones are.
+
+    Any seed will do, ComfyUI's largest too: torch takes no more than 63 bits.
+    """
     return (seed * 1_000_003 + number + 2) % 2**63
 
 
 def stream(seed: int, number: int) -> torch.Generator:
-    """A source of noise of its own for every (seed, number), number -1 or more."""
+    """A source of random numbers of its own for every (seed, number), as `another`."""
     return torch.Generator().manual_seed(another(seed, number))
 
 

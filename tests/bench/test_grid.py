@@ -83,6 +83,9 @@ def test_the_code_version_changes_with_the_code(tmp_path, monkeypatch):
     one = code_version()
     (tmp_path / "x.py").write_text("2")
     assert code_version() != one
+    (tmp_path / "x.py").rename(tmp_path / "y.py")
+    with pytest.raises(FileNotFoundError, match=r"x\.py, on which results depend, is not there"):
+        code_version()
 
 
 def test_serial_runs_all_in_order():

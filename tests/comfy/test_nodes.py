@@ -224,9 +224,12 @@ def test_the_latent_dict_keeps_what_else_it_holds(world):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"iterations": 0}, "iterations is 0.*use 1 or more"),
-        ({"steps": 0}, "steps is 0.*use 1 or more"),
-        ({"beta": -0.5}, "beta is -0.5.*use 0 or more"),
+        ({"iterations": 0}, "iterations is 0.*use 1 to 1000"),
+        ({"steps": 0}, "steps is 0.*use 1 to 10000"),
+        ({"beta": -0.5}, "beta is -0.5.*reward drift; use 0 to 1000"),
+        ({"iterations": 1_000_000}, "iterations is 1000000: use 1 to 1000"),
+        ({"learning_rate": math.inf}, "learning_rate is inf: use 0.0001 to 10"),
+        ({"seeds": 10**39}, "seeds is 10000000000000000000...: use 1 to 1000"),
         ({"beta": math.nan}, "beta is nan"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"denoise": 0.0}, "denoise is 0.0"),
@@ -275,8 +278,24 @@ def test_validation_before_the_queue():
     assert validate(iterations=5, steps=3, beta=0.1) is True
     assert validate(steps=3) is True
     assert "beta is -1" in validate(beta=-1)
-    names = set(inspect.signature(validate).parameters)
-    assert names <= {i.id for i in nodes.MiraOptimizeKSampler.define_schema().inputs}
+
+
+SAMPLERS = ("MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced", "MiraSearchKSampler", "MiraDPOPreference")
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_a_node_validates_keeps_to_the_ranges_that_it_shows(name):
+    """ComfyUI looks at the range of no input that a node validates."""
+    node = getattr(nodes, name)
+    inputs = {i.id: i for i in node.define_schema().inputs}
+    validated = set(inspect.signature(node.validate_inputs).parameters)
+    assert validated <= set(inputs)
+    ranged = [i for i in inputs.values() if i.id in validated and getattr(i, "max", None) is not None]
+    assert len(ranged) > 1
+    for known in ranged:
+        for value in (known.min - 1, known.max + 1, math.nan):
+            assert f"{known.id} is {value}: " in node.validate_inputs(**{known.id: value})
+        assert node.validate_inputs(**{known.id: known.default}) is True
 
 
 def test_combine_rewards():

@@ -11,7 +11,8 @@ from bench.pack import as_node, mira
 decode = mira("nodes.host").decode
 Node = mira("nodes").MiraSearchKSampler
 PixelReward, JPEG = mira("rewards.pixel").PixelReward, mira("rewards.jpeg").JPEG
-METHODS, STEERING = mira("sampler.search").METHODS, mira("sampler.search").STEERING
+METHODS = mira("sampler.search").METHODS
+STEERING = [name for name, method in METHODS.items() if method.steers]
 
 INPUTS = dict(
     seed=1, steps=3, cfg=5.0, sampler_name="euler_ancestral", scheduler="normal", denoise=1.0, method="best_of_n",

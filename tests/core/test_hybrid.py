@@ -8,6 +8,7 @@ import torch
 from mira.sampler.hybrid import hybrid
 from mira.sampler.optimize import Score
 from mira.sampler.search import SearchSettings
+from mira.sampler.surrogates import REGULARIZERS
 
 TARGET = 1.5
 
@@ -95,3 +96,25 @@ def test_a_reward_without_a_gradient_is_said():
 
     with pytest.raises(RuntimeError, match="no gradient"):
         hybrid(gaussian.rollout(), constant, gaussian.noises(), SETTINGS)
+
+
+def test_who_survives_is_weighed_by_the_regulariser_that_was_asked_for(monkeypatch):
+    """One of nobody's list, that likes least what the reward likes most."""
+
+    def lowness(path, reference):
+        return path.x0.flatten(1).mean(1)
+
+    monkeypatch.setitem(REGULARIZERS, "lowness", lowness)
+    seen = []
+
+    def mean(x0):
+        reward = x0.flatten(1).mean(1)
+        seen.append(reward.detach())
+        return Score(reward, {}, x0.detach())
+
+    settings = SearchSettings("mira_fk", particles=3, rounds=1, iterations=1, lr=0.01, regularizer="lowness", beta=2.0)
+    result = hybrid(gaussian.rollout(), mean, gaussian.noises(), settings, seed=1)
+    ends = torch.stack(seen[2::2])  # the plain sample, then two looks at every particle
+    assert len(ends) == 3
+    for image in range(2):
+        assert result.trace.of(image)[-1]["reward"] == pytest.approx(ends[:, image].min().item())

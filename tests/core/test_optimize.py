@@ -8,6 +8,7 @@ from gaussian import ancestral, denoiser, noises, rollout, schedule
 from mira.sampler.keep import Keeper
 from mira.sampler.optimize import Score, Settings, optimize
 from mira.sampler.rollout import Rollout, draw
+from mira.sampler.surrogates import REGULARIZERS
 from mira.sampler.trace import Trace
 
 
@@ -56,6 +57,18 @@ def test_a_batch_of_three_is_three_runs():
 def test_two_runs_are_the_same_bits():
     a, b = (run(Settings(iterations=4, regularizer="prno", beta=0.1)) for _ in range(2))
     assert torch.equal(a.best, b.best)
+
+
+def test_a_regulariser_is_one_function_and_one_line(monkeypatch):
+    """It is in the loss, and in the record, by being in the table alone."""
+
+    def farness(path, reference):
+        return sum((z - z0).abs().flatten(1).mean(1) for z, z0 in zip(path.noises, reference.noises, strict=True))
+
+    monkeypatch.setitem(REGULARIZERS, "farness", farness)
+    free, held = (run(Settings(iterations=4, regularizer="farness", beta=b)).trace.of(0) for b in (0.0, 100.0))
+    assert free[0]["farness"] == held[0]["farness"] == 0
+    assert free[-1]["farness"] > held[-1]["farness"] > 0
 
 
 def test_the_record_has_every_surrogate_and_the_truth():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from mira.rewards.combine import Augmented, WeightedSum, scaled
 from mira.rewards.pixel import MEASURES, MatchReference, PixelReward
+from mira.sampler.seeds import stream
 
 
 def flat(value, size=8):
@@ -94,7 +95,7 @@ def test_scaling():
 
 def test_augmentation_is_seeded_by_run_and_evaluation():
     images = torch.rand(2, 3, 16, 16)
-    reward = Augmented(PixelReward("contrast"), crops=3, smallest=0.5, flip=True, seed=5)
+    reward = Augmented(PixelReward("contrast"), crops=3, smallest=0.5, flip=True, stream=lambda n: stream(5, n))
 
     def run(numbers):
         scores = []
@@ -114,13 +115,13 @@ def test_augmentation_is_seeded_by_run_and_evaluation():
 def test_augmentation_of_the_whole_image_is_the_reward():
     images = torch.rand(2, 3, 16, 16)
     plain = PixelReward("sharpness")
-    same = Augmented(plain, crops=2, smallest=1.0, flip=True, seed=0)
+    same = Augmented(plain, crops=2, smallest=1.0, flip=True, stream=lambda n: stream(0, n))
     torch.testing.assert_close(same(images, ["", ""])[0], plain.score(images, ["", ""]))
     with pytest.raises(ValueError, match="crops must be 1 or more"):
-        Augmented(plain, crops=0, smallest=1.0, flip=True, seed=0)
+        Augmented(plain, crops=0, smallest=1.0, flip=True, stream=lambda n: stream(0, n))
 
 
 def test_gradcheck_augmented():
     images = torch.rand(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    reward = Augmented(PixelReward("contrast"), crops=2, smallest=0.6, flip=True, seed=0)
+    reward = Augmented(PixelReward("contrast"), crops=2, smallest=0.6, flip=True, stream=lambda n: stream(0, n))
     assert torch.autograd.gradcheck(lambda x: reward(x, [""])[0], images)

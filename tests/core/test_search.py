@@ -12,7 +12,6 @@ from mira.sampler.optimize import Score
 from mira.sampler.rollout import Rollout
 from mira.sampler.search import (
     METHODS,
-    STEERING,
     SearchSettings,
     best_of_n_kl,
     effective,
@@ -22,7 +21,8 @@ from mira.sampler.search import (
 )
 
 STEPS = 24
-OWN = [m for m in METHODS if m != "mira_fk"]  # the hybrid has tests of its own
+OWN = [name for name, method in METHODS.items() if not method.optimizes]  # the hybrid has tests of its own
+STEERING = [name for name, method in METHODS.items() if method.steers]
 
 
 def problem(D=None, batch=1, steps=STEPS, seed=0, shape=(1, 1, 1)):
