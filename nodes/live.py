@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections import OrderedDict
 
+import comfy.model_management
 import comfy.utils
 import folder_paths
 from aiohttp import web
@@ -17,6 +19,7 @@ from ..rewards.preprocess import picture
 from ..sampler.optimize import Score
 from ..sampler.trace import Trace, json_row
 
+log = logging.getLogger("mira")
 ROUTE = "/mira/live"
 PREVIEW = 512  # pixels of the longer side of ComfyUI's own preview
 THUMBNAIL = 256  # and of a stored one
@@ -39,6 +42,7 @@ class LiveRun:
     def __init__(self, node: str, iterations: int, settings: dict):
         self.node, self.iterations = node, iterations
         self.name = secrets.token_hex(8)
+        self.notices: list[str] = []  # what could not be reported, once
         self.bar = comfy.utils.ProgressBar(iterations + 1, node_id=node)
         self.server = PromptServer.instance
         context = get_executing_context()
@@ -57,14 +61,29 @@ class LiveRun:
             _runs.popitem(last=False)
 
     def __call__(self, k: int, rows: list[dict], score: Score) -> None:
+        """Nothing that fails here may cost the image, but for the interrupt that a progress bar raises."""
+        try:
+            self._tell(k, [json_row(r) for r in rows], score)
+        except comfy.model_management.InterruptProcessingException:
+            raise
+        except Exception as problem:
+            if not self.notices:
+                self.notices.append(f"the editor was not told of every iteration: {problem}")
+                log.warning("node %s: the editor cannot be told how it goes: %s", self.node, problem, exc_info=True)
+
+    def _tell(self, k: int, rows: list[dict], score: Score) -> None:
+        # A choice that was taken back, or a retry, is reported again.
+        self.run["rows"] = [r for r in self.run["rows"] if r["iteration"] < k] + rows
         shown = picture(score.images[0])
         small = shown.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
-        preview = store(small, f"{self.name}_{k}.jpg", quality=88)
-        rows = [json_row(r) for r in rows]
-        # A choice that was taken back, or a retry, comes again.
-        self.run["rows"] = [r for r in self.run["rows"] if r["iteration"] < k] + rows
-        self.run["previews"][k] = preview
+        preview = None
+        try:
+            preview = self.run["previews"][k] = store(small, f"{self.name}_{k}.jpg", quality=88)
+        except OSError as problem:  # a full disk; chart and progress can do without
+            if not self.notices:
+                self.notices.append(f"previews could not be stored in ComfyUI's temp folder: {problem}")
+                log.warning("node %s: %s", self.node, self.notices[0])
         event = {"node": self.node, "iteration": k, "iterations": self.iterations, "rows": rows, "preview": preview}
         self.server.send_sync("mira.step", event | {"settings": self.run["settings"]}, self.server.client_id)
         self.bar.update_absolute(k + 1, self.iterations + 1, ("JPEG", shown, PREVIEW))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import comfy.model_management
 import folder_paths
@@ -27,6 +29,7 @@ from .plot import COLOURS, Line, Panel, draw
 from .score import score_images
 from .types import MiraReward, MiraTrace
 
+log = logging.getLogger("mira")
 NODE = "Drift Monitor"
 SLOTS = 4
 SIGMAS = 2.0  # of the base model's own spread
@@ -299,11 +302,15 @@ class MiraDriftMonitor(io.ComfyNode):
                 raise ValueError(f"{NODE}: {problem}") from problem
         rows = [measure(run, drift_metric, clip, prompt, base) for run in runs]
         says = [f"{run.label}: {verdict(row, base)}" for run, row in zip(runs, rows, strict=True)]
-        files = write(runs, filename_prefix)
+        try:
+            files = f"written: {', '.join(write(runs, filename_prefix))}"
+        except OSError as problem:  # the plots and the verdict are worth more than their files
+            files = f"not written: {problem}"
+            log.warning("%s: %s", NODE, files)
         notices = [f"{run.label}: {n}" for run in runs for n in run.trace.notices]
         table = text_of(rows, [*at_equal_drift(runs, drift_metric), *notices])
         spoken = "\n".join(says)
-        shown = "\n\n".join([spoken, table, "written: " + ", ".join(files)])
+        shown = "\n\n".join([spoken, table, files])
 
         def column(name: str) -> list[float]:
             return [row.get(name, math.nan) for row in rows]
@@ -315,6 +322,7 @@ class MiraDriftMonitor(io.ComfyNode):
 
 
 SUFFIXES = (".png", ".json", ".csv")
+MOST_BYTES = 100 << 20
 NO_FILE = "put a .png, .json or .csv into the input or output folder"
 
 
@@ -327,6 +335,27 @@ def trace_files() -> list[str]:
             if name.lower().endswith(SUFFIXES):
                 found.append(f"{os.path.normpath(os.path.join(relative, name))} [output]")
     return found
+
+
+def trace_path(file: str) -> str:
+    """The path of one of `trace_files`. Raises ValueError for any other: a workflow comes from strangers."""
+    path = os.path.realpath(folder_paths.get_annotated_filepath(file))
+    folders = (
+        folder_paths.get_input_directory(),
+        folder_paths.get_output_directory(),
+        folder_paths.get_temp_directory(),
+    )
+    if not any(Path(path).is_relative_to(os.path.realpath(folder)) for folder in folders):
+        raise ValueError(f"{file} lies outside of ComfyUI's input, output and temp folders: {NO_FILE}")
+    if not path.lower().endswith(SUFFIXES):
+        raise ValueError(f"{file} is none of {', '.join(SUFFIXES)}: {NO_FILE}")
+    if not os.path.exists(path):
+        raise ValueError(f"{file} is not there: {NO_FILE}, and refresh the nodes (key R)")
+    if not os.path.isfile(path):
+        raise ValueError(f"{file} is no regular file: {NO_FILE}")
+    if os.path.getsize(path) > MOST_BYTES:
+        raise ValueError(f"{file} is larger than {MOST_BYTES >> 20} MiB, which no record is: {NO_FILE}")
+    return path
 
 
 def read_trace(path: str, index: int) -> Trace:
@@ -380,15 +409,25 @@ class MiraLoadTrace(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file=None):
-        if file is not None and not folder_paths.exists_annotated_filepath(file):
-            return f"{file} is not there: {NO_FILE}, and refresh the nodes (key R)"
+        try:
+            if file is not None:
+                trace_path(file)
+        except ValueError as problem:
+            return str(problem)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, file, index):
-        path = folder_paths.get_annotated_filepath(file)
-        return f"{os.path.getmtime(path)}:{os.path.getsize(path)}" if os.path.exists(path) else ""
+        try:
+            path = trace_path(file)
+        except ValueError:
+            return ""
+        return f"{os.path.getmtime(path)}:{os.path.getsize(path)}"
 
     @classmethod
     def execute(cls, file, index) -> io.NodeOutput:
-        return io.NodeOutput(read_trace(folder_paths.get_annotated_filepath(file), index))
+        try:
+            path = trace_path(file)
+        except ValueError as problem:
+            raise ValueError(f"Load MIRA Trace: {problem}") from None
+        return io.NodeOutput(read_trace(path, index))

@@ -50,7 +50,7 @@ def run(node: str, hidden, guider, sampler, sigmas, initial, seed, latent: dict,
 
 def wrapped(node: str, hidden, done: host.Optimized, live: LiveRun, latent: dict, iterate: int, *more):
     samples, kept = memo.taken(done, iterate, node)
-    trace = replace(done.result.trace, kept=kept)
+    trace = replace(done.result.trace, kept=kept, notices=[*done.result.trace.notices, *live.notices])
     travel(hidden.extra_pnginfo, hidden.unique_id, trace)
     out = {k: v for k, v in latent.items() if k not in host.SCALES}  # as KSampler's
     plain = out.copy()

@@ -55,11 +55,23 @@ class Trace:
 
     @classmethod
     def from_dict(cls, data: dict) -> Trace:
+        """Raises ValueError for anything but what `to_dict` makes. Its messages hold nothing of what was found."""
         if not isinstance(data, dict) or data.get("version") != VERSION:
-            found = data.get("version") if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"this is not a MIRA trace of version {VERSION} (found {found!r})")
+            version = data.get("version") if isinstance(data, dict) else None
+            found = f" (found {version})" if isinstance(version, int) else ""
+            raise ValueError(f"this is not a MIRA trace of version {VERSION}{found}")
+        kinds = {"settings": dict, "rows": list, "kept": list, "reasons": list, "notices": list}
+        data = {"notices": []} | data
+        for name, kind in kinds.items():
+            if not isinstance(data.get(name), kind):
+                raise ValueError(f"this MIRA trace is damaged: its {name} are missing, or no {kind.__name__}")
+        if not data["rows"] or not all(map(_is_row, data["rows"])):
+            raise ValueError("this MIRA trace is damaged: a row is not of numbers with an iteration and an image")
         rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in data["rows"]]
-        return cls(data["settings"], rows, data["kept"], data["reasons"], data.get("notices", []))
+        there = {(row["image"], row["iteration"]) for row in rows}
+        if not data["kept"] or any(type(k) is not int or (b, k) not in there for b, k in enumerate(data["kept"])):
+            raise ValueError("this MIRA trace is damaged: the iteration that it kept of an image is not in its rows")
+        return cls(data["settings"], rows, data["kept"], data["reasons"], data["notices"])
 
     @classmethod
     def from_csv(cls, text: str) -> Trace:
@@ -76,12 +88,21 @@ class Trace:
             ]
             images = max(row["image"] for row in rows) + 1
             kept = [max(r["iteration"] for r in rows if r["image"] == b) for b in range(images)]
-        except (ValueError, KeyError) as problem:
-            raise ValueError(f"the CSV is damaged or cut short ({problem})") from problem
+        except (ValueError, KeyError):
+            raise ValueError("the CSV is damaged or cut short: a cell is missing, or is no number") from None
         return cls({}, rows, kept, ["read from a CSV"] * images, ["read from a CSV: the last iteration counts as kept"])
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
+
+
+def _is_row(row) -> bool:
+    """Numbers by name, null for one that is not finite, and an iteration and an image."""
+    return (
+        isinstance(row, dict)
+        and all(type(row.get(k)) is int and row[k] >= 0 for k in ("iteration", "image"))
+        and all(isinstance(k, str) and (v is None or type(v) in (int, float)) for k, v in row.items())
+    )
 
 
 def json_row(row: dict[str, float]) -> dict[str, float | None]:

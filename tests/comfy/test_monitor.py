@@ -98,6 +98,14 @@ def test_files_are_written_and_read_back(runs):
         watch(trace_1=back)
 
 
+def test_an_output_folder_that_cannot_be_written_costs_no_verdict(runs, tmp_path, monkeypatch):
+    (tmp_path / "mira").touch()  # a file in the way
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    out = watch(trace_1=runs["near"].result.trace, filename_prefix="mira/x")
+    assert "not written: " in out.ui["mira_text"][0] and out.args[0].ndim == 4
+
+
 def test_a_png_carries_the_record(world, tmp_path):
     extra = {}
     monitor.travel(extra, "7", world.optimize(steps=2, iterations=2).result.trace)
@@ -140,6 +148,38 @@ def test_a_png_without_a_record():
     with pytest.raises(ValueError, match="it carries no MIRA record"):
         execute(nodes.MiraLoadTrace, file="plain.png", index=0)
     assert "is not there" in nodes.MiraLoadTrace.validate_inputs(file="nothing.png")
+
+
+def test_nothing_outside_comfyuis_folders_is_opened(tmp_path, monkeypatch):
+    folder = tmp_path / "input"
+    (folder / "deep").mkdir(parents=True)
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(folder))
+    outside = tmp_path / "outside.csv"
+    outside.write_text("iteration,image,reward\n0,0,TOPSECRET\n")
+    (folder / "link.csv").symlink_to(outside)
+    os.mkfifo(folder / "pipe.csv")
+    (folder / "large.json").touch()
+    os.truncate(folder / "large.json", monitor.MOST_BYTES + 1)
+    (folder / "inside.csv").write_text(outside.read_text())
+    (folder / "notes.txt").write_text("TOPSECRET")
+    for file, message in {
+        "../outside.csv": "lies outside",
+        str(outside): "lies outside",
+        f"../../{outside.name} [output]": "lies outside",
+        "/dev/zero": "lies outside",
+        "link.csv": "lies outside",
+        "pipe.csv": "no regular file",
+        "deep/../pipe.csv": "no regular file",
+        "large.json": "larger than 100 MiB",
+        "notes.txt": "is none of .png",
+        "inside.csv": "is no number",
+    }.items():
+        if file != "inside.csv":
+            assert message in nodes.MiraLoadTrace.validate_inputs(file=file)
+            assert nodes.MiraLoadTrace.fingerprint_inputs(file, 0) == ""
+        with pytest.raises(ValueError, match=f"Load MIRA Trace: .*{message}") as told:
+            execute(nodes.MiraLoadTrace, file=file, index=0)
+        assert "TOPSECRET" not in str(told.value)
 
 
 def test_bad_input(runs, decode, base):

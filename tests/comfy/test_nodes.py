@@ -5,8 +5,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import shutil
+import subprocess
 
+import comfy.model_management
 import comfy.samplers
+import comfy.utils
+import folder_paths
 import pytest
 import torch
 
@@ -433,3 +438,49 @@ def test_what_a_new_node_does_is_the_measured_default():
     settings, schema = mira("nodes.settings"), nodes.MiraOptimizeKSampler.GET_SCHEMA()
     values = {i.id: getattr(i, "default", None) for i in schema.inputs}
     assert settings.settings_of({k: v for k, v in values.items() if v is not None}) == settings.DEFAULT
+
+
+@pytest.fixture(params=["a file in the way", "a full disk"])
+def no_room(request, tmp_path, monkeypatch):
+    """ComfyUI's temporary folder, in which nothing can be stored."""
+    folder = tmp_path / "temp"
+    folder.mkdir()
+    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(folder))
+    if request.param == "a file in the way":
+        (folder / "mira").touch()
+        yield folder
+        return
+    command = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    (folder / "full").write_bytes(b"x" * 4096)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_an_editor_that_cannot_be_told_costs_no_image(world, no_room, caplog):
+    """Thumbnails of a run that is not new, so that nothing is remembered of it."""
+    out = optimize(world, iterations=2, steps=2, seed=4711)
+    trace = out.args[2]
+    assert len(trace.rows) == 3 and torch.isfinite(out.args[0]["samples"]).all()
+    said = [n for n in trace.notices if "previews could not be stored" in n]
+    assert len(said) == 1 and sum("previews could not" in r.message for r in caplog.records) == 1
+    assert out.ui["mira"][0]["previews"] == {} and len(out.ui["mira"][0]["rows"]) == 3
+
+
+def test_nor_does_a_socket_that_fails(world, monkeypatch, prompt_server):
+    def broken(*_, **__):
+        raise ConnectionResetError("gone")
+
+    monkeypatch.setattr(prompt_server, "send_sync", broken)
+    out = optimize(world, iterations=2, steps=2, seed=4712)
+    assert len(out.args[2].rows) == 3 and any("was not told" in n and "gone" in n for n in out.args[2].notices)
+
+
+def test_but_a_cancel_that_its_progress_bar_raises_still_cancels(world, monkeypatch):
+    def cancelled(*_):
+        raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", cancelled)
+    out = optimize(world, iterations=3, steps=2, seed=4713)
+    assert out.args[2].reasons == ["interrupted at iteration 0"] and len(out.args[2].rows) == 1

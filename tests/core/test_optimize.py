@@ -327,6 +327,27 @@ def test_trace_round_trip_and_csv():
         Trace.from_dict({"version": 9})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": None}, "its settings are missing"),
+        ({"rows": "SECRET"}, "its rows are missing"),
+        ({"rows": []}, "a row is not of numbers"),
+        ({"rows": [{"iteration": 0}]}, "a row is not of numbers"),
+        ({"rows": [{"iteration": 0, "image": 0, "reward": "SECRET"}]}, "a row is not of numbers"),
+        ({"kept": [7, 0]}, "that it kept"),
+        ({"kept": [["SECRET"]]}, "that it kept"),
+        ({"notices": 3}, "its notices are missing"),
+    ],
+)
+def test_a_damaged_trace_is_told_at_the_door_and_not_quoted(change, message):
+    data = run(Settings(iterations=1)).trace.to_dict()
+    assert Trace.from_dict(data).kept
+    with pytest.raises(ValueError, match=f"damaged: .*{message}") as told:
+        Trace.from_dict(data | change)
+    assert "SECRET" not in str(told.value)
+
+
 @pytest.mark.parametrize(("change", "words"), [({"optimizer": "sphere"}, "sphere"), ({"regularizer": "chi"}, "chi")])
 def test_what_means_nothing_without_an_initial_noise_is_refused(change, words):
     z = noises()
