@@ -8,6 +8,8 @@
                             the known ones, a path, or all, which writes docs/compatibility.md
     python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference, front, paper, gpu,
                             few-steps; of paper's images: study (a page for people), judge (a vision-language one)
+    python dev.py docs      make again what is made: help pages, example workflows, their thumbnails, the nodes' pictures;
+                            or some of them: help, examples, thumbnails, pictures
     python dev.py train     retrain the demo model: data, vae, clip, judge, unet, export, taste, lora
 
 Standard library only: it builds its environment (.venv, .cache) at the first run.
@@ -56,6 +58,7 @@ WORKERS = ["--numprocesses", "2", "--dist", "loadgroup", "--no-loadscope-reorder
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 ON_HOSTS = ["tests/comfy", "tests/server"]  # what depends on ComfyUI, but for the browser's
 
+DOCS = ("help", "examples", "thumbnails", "pictures")  # modules of tools/, in the order in which one needs another
 BENCHES = {
     "speed": "bench.speed",
     "surrogates": "bench.surrogates",
@@ -346,9 +349,19 @@ def test(python: Path, comfyui: Path, gpu: bool, extra: list[str]) -> int:
     return test_host(NEWEST, gpu, ["-m", "every_host", *ON_HOSTS])
 
 
+def make_docs(python: Path, comfyui: Path, gpu: bool, wanted: list[str]) -> int:
+    if unknown := [name for name in wanted if name not in DOCS]:
+        raise Failure(f"docs cannot make {', '.join(unknown)}. One or more of: {', '.join(DOCS)}")
+    for name in wanted or DOCS:
+        where = {"MIRA_CHROMIUM": get_chromium()} if name == "pictures" else {}
+        if code := execute(python, comfyui, ["-m", f"tools.{name}"], gpu, where):
+            return code
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["demo", "serve", "test", "bench", "train"])
+    parser.add_argument("command", choices=["demo", "serve", "test", "bench", "docs", "train"])
     parser.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI and its Python")
     parser.add_argument("--host", metavar="VERSION", help="test: on another ComfyUI, a known version, a path, or all")
     parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU")
@@ -363,6 +376,8 @@ def main() -> int:
         return test_all_hosts(gpu) if arguments.host == "all" else test_host(arguments.host, gpu, extra)
     if command == "test":
         return test(python, comfyui, gpu, extra)
+    if command == "docs":
+        return make_docs(python, comfyui, gpu, extra)
     table = BENCHES if command == "bench" else {stage: f"demo.train.{stage}" for stage in STAGES}
     if not extra or extra[0] not in table:
         raise Failure(f"{command} what? One of: {', '.join(table)}")

@@ -1,0 +1,96 @@
+// What the chart draws, from what the server tells: `node --test tests/web`, or with all tests by dev.py.
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import * as series from "../../web/series.js";
+import { textOf } from "../../web/text.js";
+
+const row = (iteration, image = 0, more = {}) => ({ iteration, image, reward: iteration / 10, path_kl: 0.1, seconds: 2, ...more });
+const step = (iteration, more = {}) => ({ iteration, iterations: 10, rows: [row(iteration), row(iteration, 1)], ...more });
+const after = (...events) => events.reduce(series.addStep, series.newRun());
+
+test("steps are added in order, and an iteration that is told again replaces what followed it", () => {
+  const run = after(step(0), step(1), step(2), step(1));
+  assert.deepEqual(run.rows.map((r) => [r.iteration, r.image]), [[0, 0], [0, 1], [1, 0], [1, 1]]);
+  assert.equal(run.iterations, 10);
+  assert.deepEqual(series.images(run), [0, 1]);
+});
+
+test("iteration 0 begins a new run, with previews and settings of its own", () => {
+  const run = after(step(0, { settings: { drift_metric: "mira" }, preview: { filename: "a" } }), step(1, { preview: { filename: "b" } }));
+  assert.deepEqual(Object.keys(run.previews), ["0", "1"]);
+  assert.equal(run.settings.drift_metric, "mira");
+  const again = series.addStep(run, step(0));
+  assert.deepEqual([again.rows.length, again.previews, again.settings], [2, {}, {}]);
+});
+
+test("a step whose preview could not be stored is drawn all the same", () => {
+  const run = after(step(0), step(1, { preview: null }));
+  assert.deepEqual([run.rows.length, run.previews], [4, {}]);
+});
+
+test("bad input is left out, and changes nothing", () => {
+  const run = after(step(0));
+  for (const bad of [null, undefined, {}, { rows: 3 }, { rows: null }]) assert.equal(series.addStep(run, bad), run);
+  assert.equal(after({ ...step(0), rows: [null, 1, {}, { iteration: "0", image: 0 }, row(0)] }).rows.length, 1);
+  for (const bad of [null, {}, { mira: [] }, { mira: [{ rows: 1 }] }]) assert.equal(series.fromOutput(bad), null);
+});
+
+test("a finished run keeps the previews that it saw, unless its record has its own", () => {
+  const before = after(step(0, { preview: { filename: "a" } }));
+  const trace = { rows: [row(0), row(3)], kept: [3], reasons: ["done"], notices: ["n"], settings: {} };
+  const run = series.fromOutput({ mira: [trace] }, before);
+  assert.deepEqual([run.previews, run.iterations, run.done], [before.previews, 3, true]);
+  assert.deepEqual(series.fromOutput({ mira: [{ ...trace, previews: {} }] }, before).previews, {});
+  assert.deepEqual(series.fromOutput({ mira: [{ rows: [row(0)], kept: 7 }] }).kept, []);
+});
+
+test("columns are the measured ones, and the drift is the one that the limit is measured in", () => {
+  const run = after(step(0, { settings: { drift_metric: "score_distance" } }));
+  assert.deepEqual(series.columns(run), ["reward", "path_kl"]);
+  assert.equal(series.driftColumn(run), "path_kl"); // the wanted one is not there
+  run.rows[0].score_distance = 1;
+  assert.equal(series.driftColumn(run), "score_distance");
+  assert.equal(series.driftColumn(series.newRun()), null);
+});
+
+test("what is not finite is a gap", () => {
+  const run = after({ ...step(0), rows: [row(0, 0, { reward: null }), row(1, 0, { reward: NaN }), row(2)] });
+  assert.deepEqual(series.table(run, 0, ["reward", "none"]), [[0, 1, 2], [null, null, 0.2], [null, null, null]]);
+  assert.deepEqual([null, NaN, Infinity, "1", 0].map(series.finite), [null, null, null, null, 0]);
+});
+
+test("time left is by the median of the last iterations of the first image", () => {
+  assert.equal(series.secondsLeft(series.newRun()), null);
+  const run = after(...[9, 1, 1, 1, 1, 100].map((seconds, k) => step(k, { rows: [row(k, 0, { seconds })] })));
+  assert.equal(series.secondsLeft(run), 5);
+  assert.equal(series.secondsLeft({ ...run, done: true }), null);
+});
+
+test("numbers and clocks are short", () => {
+  assert.deepEqual([0, 1.23456, -123456, 0.00001234, null, NaN].map(series.brief), ["0", "1.235", "-1.23e+5", "1.23e-5", "–", "–"]);
+  assert.deepEqual([0, 61.4, 3599, 3661].map(series.clock), ["0:00", "1:01", "59:59", "1:01:01"]);
+});
+
+test("the status line says where it is, and at the end what was kept and why it ended", () => {
+  assert.match(series.status(series.newRun(), 0), /appear here/);
+  assert.equal(series.status(after(step(0), step(4)), 0), "iteration 4 of 10 · reward 0.4 (plain 0) · drift 0.1 · 0:12 left");
+  const done = series.fromOutput({ mira: [{ rows: [row(0), row(1), row(2)], kept: [1], reasons: ["all iterations done"] }] });
+  assert.equal(series.status(done, 0), "kept iteration 1 · reward 0.1 (plain 0) · drift 0.1 · all iterations done");
+});
+
+test("the CSV has every column that any row has, and quotes what needs it", () => {
+  const run = { ...series.newRun(), rows: [row(0), row(1, 0, { "reward.a,b": 'x"y' })] };
+  const lines = series.csv(run).split("\n");
+  assert.equal(lines[0], 'iteration,image,reward,path_kl,seconds,"reward.a,b"');
+  assert.equal(lines[1], "0,0,0,0.1,2,");
+  assert.equal(lines[2], '1,0,0.1,0.1,2,"x""y"');
+});
+
+test("no more rows than a browser bears", () => {
+  const many = Array.from({ length: 20500 }, (_, k) => row(k));
+  assert.equal(series.fromOutput({ mira: [{ rows: many }] }).rows.length, 20000);
+});
+
+test("a node's text is its first string, or nothing", () => {
+  assert.deepEqual([{ mira_text: ["a", "b"] }, { mira_text: "a" }, { mira_text: [3] }, null].map(textOf), ["a", null, null, null]);
+});
