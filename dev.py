@@ -8,8 +8,8 @@
                             the known ones, a path, or all, which writes docs/compatibility.md
     python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference, front, paper, gpu,
                             few-steps; of paper's images: study (a page for people), judge (a vision-language one)
-    python dev.py docs      make again what is made: help pages, example workflows, their thumbnails, the nodes' pictures;
-                            or some of them: help, examples, thumbnails, pictures
+    python dev.py docs      make again what is made, or some of it: help (pages), examples, thumbnails (of them),
+                            pictures (of the nodes)
     python dev.py train     retrain the demo model: data, vae, clip, judge, unet, export, taste, lora
 
 Standard library only: it builds its environment (.venv, .cache) at the first run.

@@ -1,7 +1,7 @@
 """How far the gradient of the last three steps gets against that of all, by the number of sampling steps.
 
 `python dev.py bench few-steps` prints, for three samplers and two rewards on four images, the mean gain of the best
-iterate after five iterations: why a node with few steps takes all of them (`FEW_STEPS` in nodes/settings.py).
+iterate after five iterations: why a node with few steps takes all of them (`FEW_STEPS` in nodes/shared/inputs.py).
 """
 
 from __future__ import annotations

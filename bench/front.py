@@ -166,7 +166,7 @@ def latent_held(make: Callable, how: str, weight: float) -> Callable:
             wanted = wanted - (dot.clamp(max=0) / square).view(-1, 1, 1, 1) * kept
             return replace(out, total=out.total.detach() + ((x0 - x0.detach()) * wanted).flatten(1).sum(1))
 
-        return host.optimize(
+        return mira("sampler.optimize").optimize(
             process.rollout,
             score,
             noises,

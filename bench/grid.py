@@ -21,9 +21,9 @@ from bench.pack import ROOT
 
 # What decides a result: a change of any of these files is another code version.
 CODE = (
-    "sampler", "rewards", "nodes/host.py", "nodes/grad.py", "nodes/twin.py", "nodes/preference.py", "nodes/judges.py",
-    "nodes/settings.py", "nodes/guidance.py", "nodes/job.py", "nodes/demo.py", "nodes/loaders.py", "demo",
-    "bench/methods.py", "bench/paper.py", "bench/rigs.py", "bench/world.py", "bench/model.py",
+    "sampler", "rewards", "nodes/host", "nodes/preference.py", "nodes/editor/judges.py", "nodes/shared/inputs.py",
+    "nodes/guidance.py", "nodes/shared/job.py", "nodes/demo.py", "nodes/loaders.py", "demo", "bench/methods.py",
+    "bench/paper.py", "bench/rigs.py", "bench/world.py", "bench/model.py",
 )  # fmt: skip
 
 

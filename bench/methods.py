@@ -17,9 +17,9 @@ with_comfyui()
 Settings = mira("sampler.optimize").Settings
 SearchSettings, SEARCHES = mira("sampler.search").SearchSettings, mira("sampler.search").METHODS
 PreferenceSettings = mira("sampler.preference").PreferenceSettings
-DEFAULT, GRADIENT_STEPS = mira("nodes.settings").DEFAULT, mira("nodes.settings").GRADIENT_STEPS
+DEFAULT, GRADIENT_STEPS = mira("nodes.shared.inputs").DEFAULT, mira("nodes.shared.inputs").GRADIENT_STEPS
 RIVALS = mira("sampler.rivals").RIVALS
-guidance, cfg_guider = mira("nodes.guidance"), mira("nodes.job").cfg_guider
+guidance, cfg_guider = mira("nodes.guidance"), mira("nodes.shared.job").cfg_guider
 
 # The paper's weights of the penalty (arXiv 2510.01549).
 BETA = {"aesthetic": 0.2, "brightness": 1.0, "darkness": 0.8, "JPEG": 1.0}

@@ -24,7 +24,7 @@ from bench.world import PixelReward, host
 
 place_of, through = mira("rewards.half").place_of, mira("rewards.half").through
 judge_module, vocabulary = mira("demo.judge"), mira("demo.vocabulary")
-preference, judges = mira("nodes.preference"), mira("nodes.judges")
+preference, judges = mira("nodes.preference"), mira("nodes.editor.judges")
 JPEG, JPEGSurrogate = mira("rewards.jpeg").JPEG, mira("rewards.jpeg").JPEGSurrogate
 statistics = mira("sampler.statistics")
 OUT = ROOT / "output" / "paper"

@@ -21,7 +21,7 @@ from bench.pack import ROOT, mira
 from bench.world import World, host
 
 judge_module, vocabulary = mira("demo.judge"), mira("demo.vocabulary")
-node, judges, core = mira("nodes.preference"), mira("nodes.judges"), mira("sampler.preference")
+node, judges, core = mira("nodes.preference"), mira("nodes.editor.judges"), mira("sampler.preference")
 PixelReward, JPEG = mira("rewards.pixel").PixelReward, mira("rewards.jpeg").JPEG
 RAW, OUT = ROOT / "output" / "preference", ROOT / "docs" / "results"
 STEPS, SEED, JUDGED = 6, 0, 40

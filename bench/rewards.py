@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from bench.pack import mira, with_comfyui
 
 with_comfyui(sdpa=True)
-grad, memory = mira("nodes.grad"), mira("sampler.memory")
+grad, memory = mira("nodes.host.grad"), mira("sampler.memory")
 aesthetic, clip, networks = mira("rewards.aesthetic"), mira("rewards.clip"), mira("rewards.networks")
 files, image_reward, jpeg, pixel = (mira(f"rewards.{m}") for m in ("files", "image_reward", "jpeg", "pixel"))
 

@@ -56,7 +56,7 @@ class Rig:
     def use_scorers(self, head: str | None, clip: str) -> None:
         """The published scorers, by their files' names in models/mira_rewards. Raises ValueError for a wrong one."""
         loaders = mira("nodes.loaders")
-        mira("nodes.files").register()
+        mira("nodes.shared.files").register()
         if head:
             self.aesthetic = loaders.MiraLoadAestheticReward.execute(head, clip, "auto").args[0]
         self.clip_score = loaders.MiraLoadCLIPScore.execute(clip, loaders.SAME_FILE, "auto", "auto").args[0]

@@ -11,7 +11,7 @@ import comfy.samplers
 import torch
 
 demo, host = mira("nodes.demo"), mira("nodes.host")
-schedule = mira("nodes.settings").schedule
+schedule = mira("nodes.shared.inputs").schedule
 PixelReward = mira("rewards.pixel").PixelReward
 Settings = mira("sampler.optimize").Settings
 

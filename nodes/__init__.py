@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import files, judges, live
 from .demo import MiraDemoAesthetic, MiraDemoCLIPScore, MiraDemoModel
+from .editor import judges, live
 from .guidance import MiraDyMOGuider, MiraRLGuidance
 from .initno import MiraInitNONoise
 from .loaders import (
@@ -15,9 +15,10 @@ from .loaders import (
     MiraLoadImageReward,
     MiraLoadPickScoreReward,
 )
-from .monitor import MiraDriftMonitor, MiraLoadTrace
+from .monitor import MiraDriftMonitor
 from .optimize import MiraOptimizeKSampler, MiraOptimizeSamplerAdvanced
 from .preference import MiraDPOPreference
+from .record import MiraLoadTrace
 from .rewards import (
     MiraAugmentReward,
     MiraCombineRewards,
@@ -28,6 +29,7 @@ from .rewards import (
 )
 from .score import MiraRankImages, MiraScoreImages
 from .search import MiraSearchKSampler
+from .shared import files
 
 NODES: list[type[io.ComfyNode]] = [
     MiraOptimizeKSampler,

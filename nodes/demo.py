@@ -22,7 +22,7 @@ from ..rewards.aesthetic import Aesthetic, head_of
 from ..rewards.clip import Encoder, Similarity, clip_score
 from ..rewards.preprocess import Preprocessing
 from ..rewards.text import ClipTokens
-from .types import MiraReward
+from .shared.types import MiraReward
 
 TEXT = demo_clip.CONFIG["text_cfg"]
 TEXT_CONFIG = {

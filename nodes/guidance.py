@@ -18,9 +18,9 @@ from ..rewards.base import Reward
 from ..sampler.ending import attempt
 from ..sampler.guidance import annealed, blended, preferred, within
 from ..sampler.memory import offloaded
-from .checks import needs_gradient, needs_prompt
-from .dynamic import is_dynamic, static, with_static_controls
-from .grad import (
+from .host import decode, patcher_of
+from .host.dynamic import is_dynamic, static, with_static_controls
+from .host.grad import (
     OutOfPlace,
     blocks_checkpointed,
     loaded,
@@ -30,8 +30,8 @@ from .grad import (
     training,
     without_tf32,
 )
-from .host import decode, patcher_of
-from .types import MiraReward
+from .shared.checks import needs_gradient, needs_prompt
+from .shared.types import MiraReward
 
 RLG = "MIRA RL Guidance"
 DYMO = "MIRA DyMO Guider"

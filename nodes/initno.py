@@ -22,9 +22,9 @@ from ..sampler.ending import attempt
 from ..sampler.initno import Found, Maps, Settings, improve
 from ..sampler.memory import offloaded
 from ..sampler.seeds import stream
-from .dynamic import static
-from .grad import blocks_checkpointed, loaded, normal, pytorch_kernels, sdpa, training
 from .host import INTERRUPTS, samples_of
+from .host.dynamic import static
+from .host.grad import blocks_checkpointed, loaded, normal, pytorch_kernels, sdpa, training
 
 NODE = "MIRA InitNO Noise"
 DEFAULT = Settings()

@@ -17,10 +17,10 @@ from ..rewards.clip import Encoder, clip_score, hps, pick_score
 from ..rewards.image_reward import image_reward_of
 from ..rewards.networks import ENCODERS, NAMES, clip_image_half, clip_of, name_of, open_clip_layout
 from ..rewards.preprocess import Preprocessing, crop_torchvision, crop_transformers, pad_longest
-from . import files
-from .dynamic import static
-from .grad import OutOfPlace
-from .types import reward_output
+from .host.dynamic import static
+from .host.grad import OutOfPlace
+from .shared import files
+from .shared.types import reward_output
 
 CONNECTED = "the connected clip_vision"
 SAME_FILE = "in the same file"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import replace
 
 import comfy.sample
 import comfy.samplers
@@ -12,13 +11,13 @@ from comfy_api.latest import io
 
 from ..sampler.optimize import Settings
 from ..sampler.rivals import RIVALS
-from . import host, memo
-from .checks import check, check_reach, complain, prompts_of, wrong_sigmas
-from .job import cfg_guider, plain_values
-from .live import LiveRun
-from .monitor import travel
-from .probe import begins_anew
-from .settings import (
+from . import host
+from .editor.live import LiveRun
+from .host.probe import begins_anew
+from .shared import memo
+from .shared.checks import check, check_reach, complain, prompts_of, wrong_sigmas
+from .shared.finish import finish
+from .shared.inputs import (
     AS_SET,
     gradient_steps,
     iterate_input,
@@ -30,7 +29,8 @@ from .settings import (
     settings_of,
     trace_outputs,
 )
-from .types import MiraReward
+from .shared.job import cfg_guider, plain_values
+from .shared.types import MiraReward
 
 log = logging.getLogger("mira")
 
@@ -45,17 +45,7 @@ def run(node: str, hidden, guider, sampler, sigmas, initial, seed, latent: dict,
         before = optimized(node, node_id, guider, sampler, sigmas, initial, seed, latent, vae, reward, prompt, values)
         memo.remember(node_id, inputs, before)
     done, live = before
-    return wrapped(node, hidden, done, live, latent, iterate)
-
-
-def wrapped(node: str, hidden, done: host.Optimized, live: LiveRun, latent: dict, iterate: int, *more):
-    samples, kept = memo.taken(done, iterate, node)
-    trace = replace(done.result.trace, kept=kept, notices=[*done.result.trace.notices, *live.notices])
-    travel(hidden.extra_pnginfo, hidden.unique_id, trace)
-    out = {k: v for k, v in latent.items() if k not in host.SCALES}  # as KSampler's
-    plain = out.copy()
-    out["samples"], plain["samples"] = samples, done.plain
-    return io.NodeOutput(out, plain, trace, *more, ui=live.output(trace))
+    return finish(node, hidden, done, live, latent, iterate)
 
 
 def optimized(node, node_id, guider, sampler, sigmas, initial, seed, latent: dict, vae, reward, prompt, values):

@@ -16,13 +16,13 @@ from ..sampler.candidates import ENERGIES
 from ..sampler.methods import METHODS
 from ..sampler.optimize import Result, Score
 from ..sampler.preference import KEEP, PreferenceSettings, prefer
-from . import host, memo
-from .checks import check_latent, complain, needs_prompt
-from .job import ksampler_job, plain_values
-from .judges import ON_TIMEOUT, PersonJudge, RecordedJudge, RewardJudge, read_choices
-from .live import LiveRun
-from .optimize import wrapped
-from .settings import (
+from . import host
+from .editor.judges import ON_TIMEOUT, PersonJudge, RecordedJudge, RewardJudge, read_choices
+from .editor.live import LiveRun
+from .shared import memo
+from .shared.checks import check_latent, complain, needs_prompt
+from .shared.finish import finish
+from .shared.inputs import (
     iterate_input,
     memory_input,
     prompt_input,
@@ -31,7 +31,8 @@ from .settings import (
     settings_of,
     trace_outputs,
 )
-from .types import MiraReward
+from .shared.job import ksampler_job, plain_values
+from .shared.types import MiraReward
 
 log = logging.getLogger("mira")
 NODE = "MIRA-DPO Preference"
@@ -233,7 +234,7 @@ class MiraDPOPreference(io.ComfyNode):
             memo.remember(cls.hidden.unique_id, inputs, before)
         done, live = before
         record = json.dumps(done.result.trace.settings["choices"])
-        return wrapped(NODE, cls.hidden, done, live, latent_image, iterate, record)
+        return finish(NODE, cls.hidden, done, live, latent_image, iterate, record)
 
     @classmethod
     def preferred(cls, *, model, positive, negative, latent, vae, reward, seed, cfg, choices, prompt, values):

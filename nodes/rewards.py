@@ -14,9 +14,9 @@ from ..rewards.jpeg import JPEG, QUALITY, JPEGSurrogate
 from ..rewards.pixel import MEASURES, REFERENCE, MatchReference, PixelReward
 from ..rewards.python_file import PythonReward
 from ..sampler.seeds import stream
-from . import files
-from .images import to_core
-from .types import MiraReward, reward_output
+from .shared import files
+from .shared.images import to_core
+from .shared.types import MiraReward, reward_output
 
 SLOTS = 4
 NO_SCRIPT = "put a .py file into models/mira_rewards"

@@ -8,10 +8,10 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..rewards.base import Reward
-from .grad import without_tf32
 from .host import patcher_of
-from .images import to_core
-from .types import MiraReward
+from .host.grad import without_tf32
+from .shared.images import to_core
+from .shared.types import MiraReward
 
 CHUNK = 8  # images that a scorer sees at once
 

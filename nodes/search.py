@@ -10,13 +10,13 @@ from comfy_api.latest import io
 from ..rewards.base import Reward
 from ..sampler.search import METHODS, POTENTIALS, SearchSettings
 from ..sampler.surrogates import REGULARIZERS
-from . import host, memo
-from .checks import check_latent, complain, needs_gradient, needs_prompt
-from .job import ksampler_job, plain_values
-from .live import LiveRun
-from .optimize import wrapped
-from .probe import goes_in_pieces, injects_noise
-from .settings import (
+from . import host
+from .editor.live import LiveRun
+from .host.probe import goes_in_pieces, injects_noise
+from .shared import memo
+from .shared.checks import check_latent, complain, needs_gradient, needs_prompt
+from .shared.finish import finish
+from .shared.inputs import (
     iterate_input,
     memory_input,
     prompt_input,
@@ -25,7 +25,8 @@ from .settings import (
     settings_of,
     trace_outputs,
 )
-from .types import MiraReward
+from .shared.job import ksampler_job, plain_values
+from .shared.types import MiraReward
 
 log = logging.getLogger("mira")
 NODE = "MIRA Search KSampler"
@@ -185,7 +186,7 @@ class MiraSearchKSampler(io.ComfyNode):
         if before is None:
             before = searched(cls.hidden.unique_id, **linked, seed=seed, cfg=cfg, prompt=prompt, values=values)
             memo.remember(cls.hidden.unique_id, inputs, before)
-        return wrapped(NODE, cls.hidden, *before, latent_image, iterate)
+        return finish(NODE, cls.hidden, *before, latent_image, iterate)
 
 
 def searched(node_id, *, model, positive, negative, latent, vae, reward, seed, cfg, prompt, values):

@@ -58,7 +58,7 @@ def in_place_model():
 @pytest.fixture(scope="module", autouse=True)
 def prompt_server():
     """ComfyUI's own, to which nobody listens; and the rewards' folder, as after ComfyUI's start."""
-    mira("nodes.files").register()
+    mira("nodes.shared.files").register()
     loop = asyncio.new_event_loop()
     instance = server.PromptServer(loop)
     instance.client_id = None

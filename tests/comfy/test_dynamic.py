@@ -13,8 +13,9 @@ import comfy.ops
 import comfy.sd
 import pytest
 import torch
-from mira.nodes import demo, grad
-from mira.nodes import dynamic as vram
+from mira.nodes import demo
+from mira.nodes.host import dynamic as vram
+from mira.nodes.host import grad
 
 sys.path.insert(0, str(Path(__file__).parent))
 from dynamic import KNOWN, Dynamic, dynamic

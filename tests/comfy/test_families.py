@@ -14,6 +14,7 @@ import pytest
 import torch
 from comfy.ldm.flux.model import FluxParams
 from mira.nodes import host
+from mira.nodes.host import process
 from mira.rewards.pixel import PixelReward
 
 UNET = dict(
@@ -188,8 +189,8 @@ def optimize(world, parts, sampler="euler", **options):
 @pytest.mark.parametrize("name", HERE)
 def test_a_family_is_optimised_rightly(world, name, monkeypatch):
     seen = []
-    original = host.gradient_error
-    monkeypatch.setattr(host, "gradient_error", lambda *a, **k: seen.append(original(*a, **k)) or seen[-1])
+    original = process.gradient_error
+    monkeypatch.setattr(process, "gradient_error", lambda *a, **k: seen.append(original(*a, **k)) or seen[-1])
     parts = made(name)
     done = {memory: optimize(world, parts, memory=memory) for memory in ("none", "per_step", "per_block")}
     assert max(error for error, _ in seen) < 0.05 and max(moved for _, moved in seen) < 1e-3
@@ -212,7 +213,7 @@ def test_in_half_precision(world, name, dtype):
 
 
 def test_a_frame_is_an_image_and_a_video_is_refused(world):
-    from mira.nodes.checks import check_latent
+    from mira.nodes.shared.checks import check_latent
 
     model, vae, _, latent = made("QwenImage")
     sampler = __import__("comfy.samplers").samplers.sampler_object("euler")

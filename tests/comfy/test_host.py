@@ -12,7 +12,8 @@ import comfy.samplers
 import comfy.sd
 import pytest
 import torch
-from mira.nodes import demo, grad, host, probe
+from mira.nodes import demo, host
+from mira.nodes.host import grad, probe
 from mira.rewards.combine import WeightedSum
 from mira.rewards.pixel import PixelReward
 from mira.sampler.rollout import Rollout
@@ -134,7 +135,7 @@ def test_checkpointed_runs_equal_the_unchecked_one(world, memory):
 def test_gradient_of_every_noise_against_finite_differences(world, sampler):
     """Through CFG, UNet, VAE and reward: d reward / d z_t along its own gradient."""
     checked = []
-    original = host._Process.check_gradient
+    original = host.Process.check_gradient
 
     def check(self, noise):
         original(self, noise)
@@ -157,11 +158,11 @@ def test_gradient_of_every_noise_against_finite_differences(world, sampler):
             assert ((up - down) / 2 - slope).abs() < 0.1 * slope.abs()
         checked.append(len(gradients))
 
-    host._Process.check_gradient = check
+    host.Process.check_gradient = check
     try:
         world.optimize(steps=4, iterations=1, sampler=sampler)
     finally:
-        host._Process.check_gradient = original
+        host.Process.check_gradient = original
     assert checked == [4]
 
 

@@ -6,8 +6,9 @@ import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
-from mira.nodes import demo, grad, host
+from mira.nodes import demo, host
 from mira.nodes.guidance import MiraDyMOGuider
+from mira.nodes.host import grad
 from mira.nodes.initno import MiraInitNONoise
 from mira.nodes.preference import preferring
 from mira.nodes.score import score_images

@@ -12,11 +12,13 @@ import psutil
 import pytest
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
-from mira.nodes import demo, grad, host
+from mira.nodes import demo, host
 from mira.nodes.guidance import MiraDyMOGuider, MiraRLGuidance
+from mira.nodes.host import grad
 from mira.nodes.initno import MiraInitNONoise
 from mira.nodes.preference import preferring
 from mira.rewards.pixel import PixelReward
+from mira.sampler.memory import saved_bytes
 from mira.sampler.optimize import Settings
 from mira.sampler.preference import PreferenceSettings, by_score
 from mira.sampler.rollout import Rollout
@@ -210,9 +212,9 @@ def test_what_the_decoder_keeps_for_backward(world, kl_vae):
     def saved(self, noises):
         for policy in Rollout.POLICIES[1:]:
             self.rollout = Rollout(self.differentiable, self.sigmas, memory=policy, blocks=self.blocks())
-            kept[policy] = host.saved_bytes(lambda x: self.score(x).total, torch.zeros(1, 4, 32, 32))
+            kept[policy] = saved_bytes(lambda x: self.score(x).total, torch.zeros(1, 4, 32, 32))
         self.rollout.memory = "none"
-        kept["none"] = host.saved_bytes(lambda x: self.score(x).total, torch.zeros(1, 4, 32, 32))
+        kept["none"] = saved_bytes(lambda x: self.score(x).total, torch.zeros(1, 4, 32, 32))
         self.rollout.memory = "per_step"
         self.redraw, self.expected = True, None
         return host.optimizing(self, noises)

@@ -14,7 +14,8 @@ from PIL import Image, PngImagePlugin
 
 from bench.pack import as_node, mira
 
-nodes, monitor = mira("nodes"), mira("nodes.monitor")
+nodes, monitor, record = mira("nodes"), mira("nodes.monitor"), mira("nodes.record")
+finish = mira("nodes.shared.finish")
 Trace = mira("sampler.trace").Trace
 PixelReward = mira("rewards.pixel").PixelReward
 PROMPT = "generate an image of a fox"
@@ -90,7 +91,7 @@ def test_the_plot_is_an_image(runs):
 def test_files_are_written_and_read_back(runs):
     trace = runs["near"].result.trace
     watch(trace_1=trace, filename_prefix="mira/back")
-    listed = [f for f in monitor.trace_files() if "back" in f]
+    listed = [f for f in record.trace_files() if "back" in f]
     assert {f.split(".")[-1] for f in listed} == {"csv [output]", "json [output]"}
     for file in listed:
         back = execute(nodes.MiraLoadTrace, file=file, index=0).args[0]
@@ -108,7 +109,7 @@ def test_an_output_folder_that_cannot_be_written_costs_no_verdict(runs, tmp_path
 
 def test_a_png_carries_the_record(world, tmp_path):
     extra = {}
-    monitor.travel(extra, "7", world.optimize(steps=2, iterations=2).result.trace)
+    finish.travel(extra, "7", world.optimize(steps=2, iterations=2).result.trace)
     info = PngImagePlugin.PngInfo()
     for key, value in extra.items():  # as ComfyUI's Save Image does
         info.add_text(key, json.dumps(value))
@@ -159,7 +160,7 @@ def test_nothing_outside_comfyuis_folders_is_opened(tmp_path, monkeypatch):
     (folder / "link.csv").symlink_to(outside)
     os.mkfifo(folder / "pipe.csv")
     (folder / "large.json").touch()
-    os.truncate(folder / "large.json", monitor.MOST_BYTES + 1)
+    os.truncate(folder / "large.json", record.MOST_BYTES + 1)
     (folder / "inside.csv").write_text(outside.read_text())
     (folder / "notes.txt").write_text("TOPSECRET")
     for file, message in {

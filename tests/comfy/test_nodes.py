@@ -181,7 +181,7 @@ def test_advanced_equals_the_simple_one(world):
     [([1.0], "has 1 values"), ([14.0, 3.0, 1.0], "ends at 1, not 0"), ([0.0, 1.0, 14.0], "does not descend")],
 )
 def test_sigmas_that_cannot_end_in_an_image_are_refused(world, sigmas, message):
-    settings = [i.id for i in nodes.settings.settings_inputs()]
+    settings = [i.id for i in nodes.shared.inputs.settings_inputs()]
     shared = {k: v for k, v in sampler_inputs(world).items() if k in (*settings, "vae", "reward")}
     with pytest.raises(ValueError, match=message):
         execute(
@@ -320,7 +320,7 @@ def test_combine_rewards():
 @pytest.mark.parametrize("method", list(mira("sampler.rivals").RIVALS))
 def test_a_rival_is_one_choice(world, method):
     out, _, trace = optimize(world, method=method, steps=2, beta=0.5).args[:3]
-    chosen = mira("nodes.settings").settings_of(INPUTS | {"method": method, "beta": 0.5})
+    chosen = mira("nodes.shared.inputs").settings_of(INPUTS | {"method": method, "beta": 0.5})
     assert {k: getattr(chosen, k) for k in mira("sampler.rivals").RIVALS[method]} == mira("sampler.rivals").RIVALS[
         method
     ]
@@ -370,7 +370,7 @@ def test_cancelled_while_seeds_are_compared(world, monkeypatch):
     import comfy.model_management
 
     host, calls = mira("nodes.host"), []
-    real = host._Process.score
+    real = host.Process.score
 
     def cancelling(self, x0):
         calls.append(1)
@@ -378,7 +378,7 @@ def test_cancelled_while_seeds_are_compared(world, monkeypatch):
             comfy.model_management.interrupt_current_processing()
         return real(self, x0)
 
-    monkeypatch.setattr(host._Process, "score", cancelling)
+    monkeypatch.setattr(host.Process, "score", cancelling)
     out, _, trace = optimize(world, seeds=50, iterations=3).args[:3]
     assert trace.reasons == ["interrupted while seeds were compared"]
     assert 1 <= len(trace.settings["seed_rewards"][0]) <= 2 and len(trace.rows) == 1
@@ -398,13 +398,13 @@ def test_cancelled_while_seeds_are_compared(world, monkeypatch):
     ],
 )
 def test_how_drift_is_held(values, held):
-    settings = mira("nodes.settings")
+    settings = mira("nodes.shared.inputs")
     assert settings.settings_of(INPUTS | values).hold == held
 
 
 def test_few_steps_take_the_gradient_of_all():
     """With four of them the last three gained a tenth of what all do (docs/speed.md)."""
-    settings = mira("nodes.settings")
+    settings = mira("nodes.shared.inputs")
     for chosen, steps, expected in ((-1, 4, 0), (-1, 9, 0), (-1, 10, 3), (-1, 20, 3), (3, 4, 3), (0, 20, 0)):
         assert settings.gradient_steps({"gradient_steps": chosen}, steps) == expected
     assert settings.gradient_steps({"gradient_steps": 3, "method": "mira"}, 20) == 0
@@ -418,7 +418,7 @@ def test_samplers_that_begin_each_step_anew():
         pass
 
     sampling = Discrete()
-    begins_anew = mira("nodes.probe").begins_anew
+    begins_anew = mira("nodes.host.probe").begins_anew
     found = [n for n in comfy.samplers.KSampler.SAMPLERS if begins_anew(comfy.samplers.sampler_object(n), sampling)]
     assert "lcm" in found and not {"euler", "euler_ancestral", "dpmpp_2m", "dpmpp_sde", "heun"} & set(found)
 
@@ -435,7 +435,7 @@ def test_noises_that_the_gradient_does_not_reach_are_named(world, free):
 
 def test_what_a_new_node_does_is_the_measured_default():
     """The widgets' defaults, taken together, are `DEFAULT`."""
-    settings, schema = mira("nodes.settings"), nodes.MiraOptimizeKSampler.GET_SCHEMA()
+    settings, schema = mira("nodes.shared.inputs"), nodes.MiraOptimizeKSampler.GET_SCHEMA()
     values = {i.id: getattr(i, "default", None) for i in schema.inputs}
     assert settings.settings_of({k: v for k, v in values.items() if v is not None}) == settings.DEFAULT
 

@@ -13,7 +13,7 @@ import torch
 
 from bench.pack import as_node, mira
 
-nodes, judges, preference = mira("nodes"), mira("nodes.judges"), mira("nodes.preference")
+nodes, judges, preference = mira("nodes"), mira("nodes.editor.judges"), mira("nodes.preference")
 PixelReward, JPEG = mira("rewards.pixel").PixelReward, mira("rewards.jpeg").JPEG
 
 pytestmark = pytest.mark.timeout(120)  # a person who is not there is waited for

@@ -137,7 +137,7 @@ def test_layers_of_the_scorer_are_checkpointed(models):
     memory = mira("sampler.memory")
     node, inputs = LOADERS["clipscore"]
     reward = reward_of(getattr(nodes, node), **inputs)
-    grad = mira("nodes.grad")
+    grad = mira("nodes.host.grad")
     grad.leave_inference_mode(reward.modules[0])
     blocks = grad.blocks_checkpointed(reward.modules[0], grad.OutOfPlace)
 
@@ -360,7 +360,7 @@ def test_starting_comfyui_does_not_import_the_scorers_libraries():
         "import comfy.cli_args; comfy.cli_args.args.cpu = True\n"
         "import utils.extra_config, comfy.sd, comfy.clip_vision, server, folder_paths\n"
         "before = set(sys.modules)\n"
-        "from bench.pack import mira; mira('nodes.files').register(); mira('nodes')\n"
+        "from bench.pack import mira; mira('nodes.shared.files').register(); mira('nodes')\n"
         "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path("/")).stdout

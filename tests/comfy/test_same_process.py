@@ -17,10 +17,11 @@ from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_freelunch import FreeU_V2
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
-from mira.nodes import demo, grad, host, probe
-from mira.nodes.checks import prompts_of
+from mira.nodes import demo, host
+from mira.nodes.host import grad, probe
 from mira.nodes.initno import MadeNoise
-from mira.nodes.job import cfg_guider
+from mira.nodes.shared.checks import prompts_of
+from mira.nodes.shared.job import cfg_guider
 from mira.rewards.pixel import PixelReward
 from mira.rewards.python_file import PythonReward
 from mira.sampler.optimize import Settings
@@ -291,7 +292,7 @@ def test_no_sampler_detaches_its_history(name):
 
 
 def test_a_sampler_with_a_wrong_gradient_is_refused():
-    from mira.nodes.twin import Twins
+    from mira.nodes.host.samplers import Twins
 
     def sample_wrong(model, x, sigmas, extra_args=None, callback=None, disable=None):
         for i in range(len(sigmas) - 1):

@@ -145,14 +145,14 @@ WHOLE = ["sa_solver", "dpmpp_2m_sde", "dpmpp_3m_sde", "res_multistep_ancestral",
 
 @pytest.mark.parametrize("name", [*PIECES, *WHOLE])
 def test_which_samplers_go_in_pieces(world, name):
-    probe = mira("nodes.probe")
+    probe = mira("nodes.host.probe")
     sampler, sampling = comfy.samplers.sampler_object(name), world.model.get_model_object("model_sampling")
     assert probe.injects_noise(sampler, sampling) and probe.goes_in_pieces(sampler, sampling) == (name in PIECES)
 
 
 @pytest.mark.parametrize(("name", "injects"), [("res_multistep", False), ("euler", False), ("dpmpp_2m_sde", True)])
 def test_noise_that_is_drawn_and_not_taken_does_not_count(world, name, injects):
-    probe = mira("nodes.probe")
+    probe = mira("nodes.host.probe")
     sampling = world.model.get_model_object("model_sampling")
     assert probe.injects_noise(comfy.samplers.sampler_object(name), sampling) == injects
 
@@ -163,7 +163,7 @@ def test_deterministic_samplers_search_seeds(world):
 
 
 def test_cancelled_in_the_middle_hands_back_the_best(world, monkeypatch):
-    live = mira("nodes.live").LiveRun
+    live = mira("nodes.editor.live").LiveRun
     original = live.__call__
 
     def cancelling(self, k, rows, score):

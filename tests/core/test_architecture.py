@@ -28,3 +28,20 @@ def test_imports(folder):
             assert name.split(".")[0] not in HOST, f"{path.name} imports {name}"
             other = {"sampler": "rewards", "rewards": "sampler"}.get(folder)
             assert other is None or other not in name.split("."), f"{path.name} imports {name}"
+
+
+FLOORS = {"host": (), "editor": (), "shared": ("host", "editor")}  # what each may import of the others
+
+
+@pytest.mark.parametrize("folder", FLOORS)
+def test_the_rooms_of_nodes_stand_on_one_another(folder):
+    """Nodes import from all of them, none imports a node, and there is no circle."""
+    nodes = {p.stem for p in (ROOT / "nodes").glob("*.py")} - {"__init__"}
+    assert len(nodes) > 8
+    for path in (ROOT / "nodes" / folder).glob("*.py"):
+        for name in imports(path):
+            if not name.startswith("..") or name.startswith("..."):
+                continue
+            room = name[2:].split(".")[0]
+            assert room not in nodes, f"{folder}/{path.name} imports the node {room}"
+            assert not room or room in FLOORS[folder], f"{folder}/{path.name} imports {room}"

@@ -15,9 +15,9 @@ from aiohttp import web
 from server import PromptServer
 from torch import Tensor
 
-from ..rewards.preprocess import picture
-from ..sampler.preference import Verdict, by_score
-from ..sampler.seeds import stream
+from ...rewards.preprocess import picture
+from ...sampler.preference import Verdict, by_score
+from ...sampler.seeds import stream
 from .live import store
 
 ROUTE = "/mira/choice"

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from comfy_api.latest import io
 
-from ..rewards.base import Reward
-from .host import samples_of
-from .probe import begins_anew, injects_noise, why_not_differentiable
-from .settings import as_set, gradient_steps
+from ...rewards.base import Reward
+from ..host import samples_of
+from ..host.probe import begins_anew, injects_noise, why_not_differentiable
+from .inputs import as_set, gradient_steps
 
 # Why a value below an input's range makes no sense, where it is worth a word.
 TOO_SMALL = {

@@ -7,11 +7,11 @@ import copy
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..sampler.optimize import HOLD, KEEP, OPTIMIZERS, STOP, Settings
-from ..sampler.rivals import RIVALS
-from ..sampler.rollout import WEIGHTINGS, Rollout
-from ..sampler.surrogates import REGULARIZERS, SURROGATES
-from ..sampler.variables import VARIABLES
+from ...sampler.optimize import HOLD, KEEP, OPTIMIZERS, STOP, Settings
+from ...sampler.rivals import RIVALS
+from ...sampler.rollout import WEIGHTINGS, Rollout
+from ...sampler.surrogates import REGULARIZERS, SURROGATES
+from ...sampler.variables import VARIABLES
 from .types import MiraTrace
 
 # What the measurement in docs/findings.md chose: a drift that is named and held, while the reward goes on rising.

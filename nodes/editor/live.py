@@ -15,9 +15,9 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from server import PromptServer
 
-from ..rewards.preprocess import picture
-from ..sampler.optimize import Score
-from ..sampler.trace import Trace, json_row
+from ...rewards.preprocess import picture
+from ...sampler.optimize import Score
+from ...sampler.trace import Trace, json_row
 
 log = logging.getLogger("mira")
 ROUTE = "/mira/live"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import comfy.k_diffusion.sampling as k_diffusion
 from torch import Tensor
 
-from ..sampler.rollout import NoiseSource
+from ...sampler.rollout import NoiseSource
 
 
 def _without_no_grad(function: types.FunctionType) -> types.FunctionType:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import folder_paths
 
-from ..rewards.files import SHARD
-from ..rewards.known import Published
+from ...rewards.files import SHARD
+from ...rewards.known import Published
 
 FOLDER = "mira_rewards"
 WEIGHTS = {".safetensors", ".sft", ".pt", ".pth", ".bin"}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .grad import leave_inference_mode
-from .twin import StandIn, Twins
+from .samplers import StandIn, Twins
 
 
 def why_not_differentiable(sampler, model_sampling) -> str | None:

@@ -6,7 +6,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 
-from .host import Optimized
+from ..host import Optimized
 
 PLAIN = (int, float, str, bool, type(None))
 MOST = 2  # runs whose iterates are held

@@ -5,9 +5,9 @@ from __future__ import annotations
 import comfy.sample
 import comfy.samplers
 
-from . import host
+from .. import host
 from .checks import prompts_of
-from .settings import schedule
+from .inputs import schedule
 
 
 def cfg_guider(model, positive, negative, cfg: float) -> comfy.samplers.CFGGuider:

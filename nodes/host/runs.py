@@ -1,0 +1,251 @@
+"""One run inside ComfyUI's sampling: sample, optimise or search, hand back."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ...sampler.hybrid import hybrid
+from ...sampler.memory import out_of_memory
+from ...sampler.optimize import Result, optimize
+from ...sampler.rollout import NotTheSame, Rollout, per_image
+from ...sampler.search import METHODS, SearchSettings, search
+from ...sampler.seeds import Start, best_of
+from ...sampler.statistics import expected, noise_statistics
+from .dynamic import static, with_static_controls
+from .grad import has_no_repeatable_way, normal, pytorch_kernels, repeatable, training
+from .patches import named, why_no_gradient
+from .process import INTERRUPTS, Chain, Job, Process, free_bytes, reset_peak, synchronize, used_bytes
+
+log = logging.getLogger("mira")
+
+
+@dataclass
+class Optimized:
+    """Latents as a KSampler gives them: the kept iterates, the plain sample of the same noise, and every iterate."""
+
+    latent: Tensor
+    plain: Tensor
+    result: Result
+    iterates: list[Tensor]
+
+
+def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None = None) -> Optimized:
+    """Sample, optimise, hand back. The work leaves inference mode, so it must not be awaited around.
+
+    work(process, noises): what to do with the plain sample's noises; the reward's optimisation if not given.
+    """
+    guider = copy.copy(job.guider)
+    guider.model_patcher = static(guider.model_patcher, f"{job.node}: model")
+    guider.original_conds = with_static_controls(guider.original_conds, job.node)
+    if job.gradient and (why := why_no_gradient(guider)):
+        raise ValueError(f"{job.node}: {why}")
+    sampler = _WorkingSampler(job, work or optimizing)
+    # ComfyUI's own part stays in inference mode, as the executor has it: what it makes and moves, its nodes use again.
+    with torch.inference_mode():
+        latent = guider.sample(
+            job.noise,
+            job.latent,
+            sampler,
+            job.sigmas,
+            denoise_mask=job.mask,
+            callback=None,
+            disable_pbar=True,
+            seed=job.seed,
+        )
+    device = comfy.model_management.intermediate_device()
+    return Optimized(latent.to(device), sampler.plain.to(device), sampler.result, sampler.iterates)
+
+
+def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
+    """Follow the gradient of the reward, from the best of the seeds."""
+    settings, start, notices = process.settings, None, []
+    count = settings.seeds
+    if count > 1 and len(noises) == 1 and not process.depends_on_seed:
+        notices = [f"seeds is {count}, but neither the noise nor the sampler depends on a seed: the given one was used"]
+        count = 1
+    if count > 1:
+        process.redraw = False  # seeds are compared under the same draw
+        start = process.start or best_of(process.sample_of, lambda x0: process.score(x0).total, count, INTERRUPTS)
+        process.start = start  # should the run begin again
+        process.redraw, noises, process.expected = True, start.noises, start.x0
+        if start.cut and not start.cut.memory:
+            settings = replace(settings, iterations=0)
+    result = optimize(
+        process.rollout,
+        process.score,
+        noises,
+        settings,
+        on_iteration=process.job.on_iteration,
+        interrupts=INTERRUPTS,
+        memory=used_bytes,
+    )
+    result.trace.notices[:0] = notices
+    if start:
+        chosen = [process.seed_of(n) for n in start.chosen.tolist()]
+        result.trace.settings |= {
+            "seed_rewards": start.rewards.T.tolist(),
+            "seed_chosen": start.chosen.tolist(),
+            "seeds_begun_from": chosen,
+        }
+        result.trace.notices += [began(b, start, seed) for b, seed in enumerate(chosen)]
+        if start.cut:
+            tried = f"after {len(start.rewards)} of {count} seeds"
+            result.trace.notices.append(f"{start.cut} {tried}: the others were not tried")
+            if not start.cut.memory:
+                result.trace.reasons = ["interrupted while seeds were compared"] * len(start.chosen)
+    return result
+
+
+def began(image: int, start: Start, seed: int) -> str:
+    """Which seed an image began from."""
+    rewards, chosen = start.rewards[:, image], int(start.chosen[image])
+    if chosen == 0:
+        return f"image {image} began from the given seed, the best of {len(rewards)} (reward {rewards[0]:.4g})"
+    return (
+        f"image {image} began from seed {seed}, the best of {len(rewards)} (reward {rewards[chosen]:.4g}; the given "
+        f"seed's {rewards[0]:.4g})"
+    )
+
+
+def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
+    """Let the better of several particles survive."""
+    process.redraw = False  # particles are compared under the same draw
+    settings: SearchSettings = process.settings
+    options = dict(
+        seed=process.job.seed,
+        on_iteration=process.job.on_iteration,
+        interrupts=INTERRUPTS,
+        memory=used_bytes,
+    )
+    if METHODS[settings.method].optimizes:
+        return hybrid(process.rollout, process.score, noises, settings, others=process.noises_of, **options)
+
+    def found(chain: Chain) -> Result:
+        most = process.most_particles(settings)
+        return search(
+            chain, process.rollout, process.score, noises, settings, most=most, initial=process.initial_of,
+            on_plain=process.compare, **options,
+        )  # fmt: skip
+
+    return process.within_chain(noises[0], found)
+
+
+class _WorkingSampler(comfy.samplers.Sampler):
+    """Does the whole work where ComfyUI runs one sample. Afterwards: `plain`, `iterates` and `result`."""
+
+    def __init__(self, job: Job, work: Callable):
+        self.job, self.work = job, work
+        self.plain: Tensor | None = None
+        self.result: Result | None = None
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, _=False):
+        job = self.job
+        # First as ComfyUI itself samples, before anything is loaded or switched for the work.
+        process = Process(job, model_wrap, sigmas, extra_args, latent_image, denoise_mask)
+        synchronize()
+        started = time.perf_counter()
+        plain, noises = process.drawn(noise)
+        synchronize()
+        sampling_seconds = time.perf_counter() - started
+        self.plain = model_wrap.inner_model.process_latent_out(plain.float())
+        with ExitStack() as stack:
+            stack.enter_context(process.loaded())
+            stack.enter_context(training())
+            stack.enter_context(pytorch_kernels())
+            if job.repeatable and plain.is_cuda:
+                stack.enter_context(repeatable())
+            process = process.outside_inference_mode()
+            # Updates of noises in half precision vanish, or become NaN.
+            noises = tuple(normal(z).float() for z in noises)
+            process.expected = normal(plain)
+            process.given = process.expected, noises
+            result = self._work(process, noises)
+        self.iterates = [model_wrap.inner_model.process_latent_out(x.float()) for x in result.iterates]
+        for notice in process.notices:
+            log.warning("%s: %s", job.node, notice)
+        result.trace.notices += process.notices
+        result.trace.settings |= {
+            "checkpointing": process.rollout.memory,
+            "repeatable": process.repeatable,
+            "sampling_seconds": sampling_seconds,
+            "ended": result.reason,
+            "noise_statistics": {
+                "plain": noise_statistics(noises),
+                "kept": noise_statistics(result.best_noises),
+                "expected": expected(noises),
+            },
+        }
+        if estimate := process.rollout.estimate:
+            parts = {"step": estimate.step, "decoding_and_reward": estimate.score, "free": estimate.free}
+            result.trace.settings["memory_mb"] = {k: json_number(v / 1e6) for k, v in parts.items()}
+        self.result = result
+        # The replay under PyTorch's attention differs from the plain sample in its last bits.
+        pairs = zip(noises, result.best_noises, strict=True)
+        kept_plain = torch.stack([(z == kept).flatten(1).all(1) for z, kept in pairs]).all(0)
+        return torch.where(per_image(kept_plain, plain), plain, result.best.to(plain))
+
+    def _work(self, process: Process, noises: tuple[Tensor, ...]) -> Result:
+        job = process.job
+        while True:
+            process.rollout = Rollout(
+                process.differentiable,
+                process.sigmas,
+                signal=process.signal,
+                weighting=job.weighting,
+                measured=job.measured,
+                gradient_steps=job.gradient_steps,
+                memory=job.memory,
+                mask=process.mask,
+                free_bytes=free_bytes,
+                score_bytes=process.score_bytes,
+                blocks=process.blocks(),
+                random=process.random,
+            )
+            reset_peak()
+            try:
+                if job.gradient and job.settings.iterations > 0:
+                    process.check_gradient(noises[0])
+                return self.work(process, noises)
+            except NotTheSame as problem:
+                raise RuntimeError(
+                    f"{job.node}: {problem}: something in the graph remembers what it saw before"
+                    f"{named(process.extra_args['model_options'])}. Set memory to none, or bypass it."
+                ) from problem
+            except RuntimeError as problem:
+                if out_of_memory(problem):
+                    raise type(problem)(f"{job.node}: {no_room(process.rollout)}") from None
+                if not (process.repeatable and has_no_repeatable_way(problem)):
+                    raise
+                said = str(problem).splitlines()[0]
+            # Nothing was reported yet: it is met in the first backward pass.
+            process.notices.append(f"this run does not repeat to the bit on this device: {said}")
+            torch.use_deterministic_algorithms(False)  # until `repeatable` ends
+            process.repeatable, process.evaluations = False, 0
+
+
+def no_room(rollout: Rollout) -> str:
+    """What a run that does not fit would have taken, and what to change."""
+    said = f"out of memory with {rollout.memory} checkpointing"
+    if e := rollout.estimate:
+        more = f"more than {0.7 * e.free / 1e9:.1f}"  # where measuring stopped
+        parts = [
+            f"{what} {f'{b / 1e9:.1f}' if b < float('inf') else more} GB"
+            for what, b in (("a step", e.step), ("decoding and reward", e.score))
+        ]
+        said += f" (for backward {' and '.join(parts)}, where {e.free / 1e9:.1f} GB were free)"
+    return f"{said}: take a smaller image or batch, gradient_steps 3, or a smaller reward model"
+
+
+def json_number(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if value < float("inf") else None

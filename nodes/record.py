@@ -1,0 +1,116 @@
+"""The record of an earlier run, as a node."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..sampler.trace import Trace
+from .shared.finish import PNG_KEY
+from .shared.types import MiraTrace
+
+SUFFIXES = (".png", ".json", ".csv")
+MOST_BYTES = 100 << 20
+NO_FILE = "put a .png, .json or .csv into the input or output folder"
+
+
+def trace_files() -> list[str]:
+    found = [f for f in sorted(os.listdir(folder_paths.get_input_directory())) if f.lower().endswith(SUFFIXES)]
+    output = folder_paths.get_output_directory()
+    for folder, _, names in os.walk(output):
+        relative = os.path.relpath(folder, output)
+        for name in sorted(names):
+            if name.lower().endswith(SUFFIXES):
+                found.append(f"{os.path.normpath(os.path.join(relative, name))} [output]")
+    return found
+
+
+def trace_path(file: str) -> str:
+    """The path of one of `trace_files`. Raises ValueError for any other: a workflow comes from strangers."""
+    path = os.path.realpath(folder_paths.get_annotated_filepath(file))
+    folders = (
+        folder_paths.get_input_directory(),
+        folder_paths.get_output_directory(),
+        folder_paths.get_temp_directory(),
+    )
+    if not any(Path(path).is_relative_to(os.path.realpath(folder)) for folder in folders):
+        raise ValueError(f"{file} lies outside of ComfyUI's input, output and temp folders: {NO_FILE}")
+    if not path.lower().endswith(SUFFIXES):
+        raise ValueError(f"{file} is none of {', '.join(SUFFIXES)}: {NO_FILE}")
+    if not os.path.exists(path):
+        raise ValueError(f"{file} is not there: {NO_FILE}, and refresh the nodes (key R)")
+    if not os.path.isfile(path):
+        raise ValueError(f"{file} is no regular file: {NO_FILE}")
+    if os.path.getsize(path) > MOST_BYTES:
+        raise ValueError(f"{file} is larger than {MOST_BYTES >> 20} MiB, which no record is: {NO_FILE}")
+    return path
+
+
+def read_trace(path: str, index: int) -> Trace:
+    """Raises ValueError for a file that holds no trace, a damaged one, or one of another version."""
+    name = os.path.basename(path)
+    try:
+        if name.lower().endswith(".png"):
+            from PIL import Image
+
+            with Image.open(path) as image:
+                image.load()
+                text = image.info.get(PNG_KEY)
+            if text is None:
+                raise ValueError("it carries no MIRA record (it was saved without one, or its metadata was removed)")
+            traces = json.loads(text)
+            if not 0 <= index < len(traces):
+                raise ValueError(f"it carries {len(traces)} record(s), so there is none of index {index}")
+            return Trace.from_dict(list(traces.values())[index])
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        return Trace.from_csv(text) if name.lower().endswith(".csv") else Trace.from_dict(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SyntaxError) as problem:
+        raise ValueError(f"Load MIRA Trace: {name} cannot be read: {problem}") from problem
+
+
+class MiraLoadTrace(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MiraLoadTrace",
+            display_name="Load MIRA Trace",
+            category="MIRA/loaders",
+            description="The record of an earlier run, from a PNG that it saved or the Drift Monitor's JSON or CSV.",
+            inputs=[
+                io.Combo.Input("file", options=trace_files() or [NO_FILE], tooltip="From the input or output folder."),
+                io.Int.Input(
+                    "index", default=0, min=0, max=99, tooltip="Which one, if the workflow of a PNG had several."
+                ),
+            ],
+            outputs=[MiraTrace.Output("trace", display_name="trace")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        try:
+            if file is not None:
+                trace_path(file)
+        except ValueError as problem:
+            return str(problem)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file, index):
+        try:
+            path = trace_path(file)
+        except ValueError:
+            return ""
+        return f"{os.path.getmtime(path)}:{os.path.getsize(path)}"
+
+    @classmethod
+    def execute(cls, file, index) -> io.NodeOutput:
+        try:
+            path = trace_path(file)
+        except ValueError as problem:
+            raise ValueError(f"Load MIRA Trace: {problem}") from None
+        return io.NodeOutput(read_trace(path, index))

@@ -1,0 +1,30 @@
+"""What the sampling nodes hand back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from comfy_api.latest import io
+
+from ...sampler.trace import Trace
+from .. import host
+from ..editor.live import LiveRun
+from . import memo
+
+PNG_KEY = "mira_traces"
+
+
+def travel(extra_pnginfo: dict | None, node: str, trace: Trace) -> None:
+    """Beside the workflow, in every PNG that this run saves from here on."""
+    if extra_pnginfo is not None:
+        extra_pnginfo.setdefault(PNG_KEY, {})[node] = trace.to_dict()
+
+
+def finish(node: str, hidden, done: host.Optimized, live: LiveRun, latent: dict, iterate: int, *more):
+    samples, kept = memo.taken(done, iterate, node)
+    trace = replace(done.result.trace, kept=kept, notices=[*done.result.trace.notices, *live.notices])
+    travel(hidden.extra_pnginfo, hidden.unique_id, trace)
+    out = {k: v for k, v in latent.items() if k not in host.SCALES}  # as KSampler's
+    plain = out.copy()
+    out["samples"], plain["samples"] = samples, done.plain
+    return io.NodeOutput(out, plain, trace, *more, ui=live.output(trace))
