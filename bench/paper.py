@@ -199,7 +199,7 @@ def run_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
         with torch.inference_mode():
             job.guider = chosen.guider(counter.model, *conds, inputs["cfg"], job.vae, optimised)
     if isinstance(settings, PreferenceSettings):
-        job.gradient = settings.method in preference.GRADIENT
+        job.gradient = preference.METHODS[settings.method].gradient
         # Only ranks, or for Hybrid-2 numbers, are asked for: the reward itself, not its estimate.
         job.reward = measured
         by_reward = lambda process: judges.RewardJudge(lambda images: process.reward(images)[0])  # noqa: E731

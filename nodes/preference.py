@@ -45,7 +45,7 @@ TAKE_BACK = 3  # choices
 def preferring(judge, seed: int, history: int):
     """The work of `host.run`: other candidates start from noises of their own."""
 
-    def work(process: host._Process, noises: tuple[Tensor, ...]) -> Result:
+    def work(process: host.Process, noises: tuple[Tensor, ...]) -> Result:
         settings: PreferenceSettings = process.settings
         count = METHODS[settings.method].trajectories(settings.candidates)
         others = [process.noises_of(n, noises) for n in range(1, count)]

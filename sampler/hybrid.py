@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .candidates import towards
 from .ending import Interrupts, attempt
+from .keep import Kept
 from .optimize import Result, Score, Settings, optimize
-from .rollout import Path, Rollout, per_image
+from .rollout import Path, Rollout
 from .search import SearchSettings
 from .seeds import fresh, stream
 from .trace import Trace
@@ -53,22 +54,18 @@ def hybrid(
     reference: Path | None = None  # of the lineage that survived; in the first round every trajectory is its own
     batch, steps = len(noises[0]), len(rollout.schedule) - 1
     trace, iterates = Trace(), []
-    best = best_noises = None
-    best_reward, kept = torch.full((batch,), -math.inf, dtype=torch.double), torch.zeros(batch, dtype=torch.long)
+    kept, best_reward = Kept(), torch.full((batch,), -math.inf, dtype=torch.double)
     runs = 0
 
     def record(k: int, rows: list[dict], latent: Tensor, z: Sequence[Tensor], images: Tensor) -> None:
-        nonlocal best, best_noises, best_reward, kept
+        nonlocal best_reward
         rows = [r | {"iteration": k, "evaluations": runs * steps, "memory_mb": memory() / 1e6} for r in rows]
         trace.rows.extend(rows)
         iterates.append(latent.cpu())
         reward = torch.tensor([r["reward"] for r in rows], dtype=torch.double)
         better = (reward > best_reward) | (k == 0)
-        best_reward, kept = torch.where(better, reward, best_reward), torch.where(better, k, kept)
-        where = better.to(latent.device)
-        best = latent if best is None else torch.where(per_image(where, latent), latent, best)
-        before = best_noises or z
-        best_noises = [torch.where(per_image(where, new), new, old) for new, old in zip(z, before, strict=True)]
+        best_reward = torch.where(better, reward, best_reward)
+        kept.take(k, better, latent, z)
         on_iteration(k, rows, Score(reward, {}, images))
 
     def weighed(row: dict) -> float:
@@ -133,14 +130,16 @@ def hybrid(
         return None
 
     ended, cut = attempt(interrupts, rounds)
-    if cut and best is None:
+    if cut and kept.latent is None:
         raise cut.problem
     if cut:
         ended = f"{cut} after round {trace.rows[-1]['iteration']}"
     reason = ended or "all rounds done"
-    trace.kept, trace.reasons = kept.tolist(), [reason] * batch
+    trace.kept, trace.reasons = kept.iteration.tolist(), [reason] * batch
     trace.settings |= {"evaluations": runs * steps}
-    return Result(best, iterates[-1].to(best), tuple(best_noises), trace, reason, iterates, ended is not None)
+    return Result(
+        kept.latent, iterates[-1].to(kept.latent), tuple(kept.noises), trace, reason, iterates, ended is not None
+    )
 
 
 def _picked(values: Sequence[Tensor], index: Tensor) -> Tensor:

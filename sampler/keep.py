@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,7 +12,33 @@ from torch import Tensor
 from .rollout import per_image
 
 
-class Keeper:
+def chosen(where: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """where (B,), new and old (B, ...): each image's new value, or its old one."""
+    return torch.where(per_image(where.to(old.device), old), new, old)
+
+
+@dataclass
+class Kept:
+    """What comes back: latent (B, C, ...), noises, each (B, C, ...), and of which iteration each image is, (B,)."""
+
+    latent: Tensor | None = None
+    noises: list[Tensor] = field(default_factory=list)
+    iteration: Tensor | None = None
+
+    def take(self, k: int, where: Tensor, latent: Tensor, noises: Sequence[Tensor]) -> None:
+        """Iterate k, for the images of `where`, (B,); the first one for all. Never in place: what was kept before may
+        still be in somebody's hands.
+        """
+        if self.latent is None:
+            self.latent, self.noises = latent.detach().clone(), [z.detach().clone() for z in noises]
+            self.iteration = torch.full((len(latent),), k)
+            return
+        self.latent = chosen(where, latent.detach(), self.latent)
+        self.noises = [chosen(where, new.detach(), old) for new, old in zip(noises, self.noises, strict=True)]
+        self.iteration = torch.where(where.cpu(), k, self.iteration)
+
+
+class Keeper(Kept):
     """Keeps one iterate per image by a stated criterion.
 
     policy: "last" (the newest finite one), "best_reward", or "best_within_drift": the best reward among those whose
@@ -19,9 +46,9 @@ class Keeper:
     """
 
     def __init__(self, policy: str, drift_limit: float):
+        super().__init__()
         self.policy = policy
         self.limit = drift_limit if policy == "best_within_drift" and drift_limit > 0 else math.inf
-        self.latent: Tensor | None = None
 
     def update(
         self, k: int, reward: Tensor, drift: Tensor, latent: Tensor, noises: Sequence[Tensor], active: Tensor
@@ -29,9 +56,7 @@ class Keeper:
         """reward, drift, active: (B,). Images that are not active keep what they have."""
         reward, drift = reward.detach().cpu().double(), drift.detach().cpu().double()
         if self.latent is None:
-            self.latent = latent.clone()
-            self.noises = [z.detach().clone() for z in noises]
-            self.iteration = torch.full((len(reward),), k)
+            self.take(k, active, latent, noises)
             self.reward = reward.nan_to_num(nan=-math.inf)
             self.best, self.first, self.progress = self.reward.clone(), self.reward.clone(), self.iteration.clone()
             return
@@ -40,11 +65,7 @@ class Keeper:
         if self.policy != "last":
             better = better & (reward > self.reward)
         self.reward = torch.where(better, reward, self.reward)
-        self.iteration = torch.where(better, k, self.iteration)
-        where = better.to(latent.device)
-        self.latent = torch.where(per_image(where, latent), latent, self.latent)
-        for kept, z in zip(self.noises, noises, strict=True):
-            kept.copy_(torch.where(per_image(where, kept), z.detach(), kept))
+        self.take(k, better, latent, noises)
         gain = (self.best - self.first).clamp(min=0)
         self.progress = torch.where(finite & (reward > self.best + 1e-3 * gain), k, self.progress)
         self.best = torch.where(finite, torch.maximum(reward, self.best), self.best)

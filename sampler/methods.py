@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .candidates import Candidate, Run, clipped, towards
+from .keep import chosen
 from .optimize import OPTIMIZERS
 from .rollout import Path, mean_square, per_image
 
@@ -128,20 +129,20 @@ class Challenged(Method):
     def take(self, won: Tensor, other: Candidate) -> None:
         """The incumbent where it stood its ground, `other` where it did not."""
 
-        def chosen(a: Tensor, b: Tensor) -> Tensor:
-            return torch.where(per_image(won.to(a.device), a), b, a)
+        def chosen_of(mine: Tensor, its: Tensor) -> Tensor:
+            return chosen(won, its, mine)
 
         mine, its = self.incumbent, other
         path = Path(
-            chosen(mine.path.x0, its.path.x0),
-            tuple(map(chosen, mine.path.noises, its.path.noises)),
-            tuple(map(chosen, mine.path.eps, its.path.eps)),
+            chosen_of(mine.path.x0, its.path.x0),
+            tuple(map(chosen_of, mine.path.noises, its.path.noises)),
+            tuple(map(chosen_of, mine.path.eps, its.path.eps)),
             mine.path.sigmas,
             mine.path.weights,
             mine.path.mask,
         )
-        noises = list(map(chosen, mine.noises, its.noises))
-        self.incumbent = Candidate(noises, path, chosen(mine.images, its.images), chosen(mine.energy, its.energy))
+        noises = list(map(chosen_of, mine.noises, its.noises))
+        self.incumbent = Candidate(noises, path, chosen_of(mine.images, its.images), chosen_of(mine.energy, its.energy))
 
 
 class BestOfN(Challenged):

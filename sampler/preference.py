@@ -9,16 +9,17 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .candidates import ENERGIES, Candidate, Run, pick
 from .ending import Interrupts, attempt
+from .keep import Kept, chosen
 from .methods import METHODS
 from .optimize import OPTIMIZERS, Result
-from .rollout import Rollout, per_image
+from .rollout import Rollout
 from .seeds import stream
 from .surrogates import SURROGATES
 from .trace import Trace
@@ -106,29 +107,17 @@ def by_score(scores: Tensor) -> Verdict:
 
 
 @dataclass
-class _Kept:
-    """The image that comes back, for each of the batch."""
+class _Kept(Kept):
+    """With its images, and its score where the judge has numbers."""
 
-    latent: Tensor | None = None
-    noises: list[Tensor] = field(default_factory=list)
     images: Tensor | None = None
     score: Tensor | None = None
-    iteration: Tensor | None = None
 
     def update(self, k: int, where: Tensor, winner: Candidate, score: Tensor | None) -> None:
-        if self.latent is None:
-            self.latent, self.noises = winner.path.x0.clone(), [n.clone() for n in winner.noises]
+        if self.images is None:
             self.images, self.score = winner.images, score
-            self.iteration = torch.full((len(winner.images),), k)
-            return
-
-        def chosen(a: Tensor, b: Tensor) -> Tensor:
-            return torch.where(per_image(where.to(a.device), a), b, a)
-
-        self.latent = chosen(self.latent, winner.path.x0)  # never in place: earlier states hold the same tensors
-        self.noises = list(map(chosen, self.noises, winner.noises))
-        self.images = chosen(self.images, winner.images)
-        self.iteration = torch.where(where, k, self.iteration)
+        self.take(k, where, winner.path.x0, winner.noises)
+        self.images = chosen(where, winner.images, self.images)
         if score is not None:
             self.score = torch.where(where, score, self.score)
 
@@ -199,7 +188,7 @@ def prefer(
             if book.kept.latent is None:  # nothing was chosen, so the plain sample it is
                 nobody = torch.zeros(len(found[0].images), dtype=torch.long)
                 undecided = Verdict(nobody, nobody, torch.ones_like(nobody, dtype=torch.bool))
-                book.kept.update(0, nobody, found[0], None)
+                book.kept.update(0, nobody == 0, found[0], None)
                 trace.rows += _rows(0, run, found, undecided, [c.path for c in found], None, 0.0, memory())
             reason = "the judge had enough"
             break

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .candidates import towards
 from .ending import Interrupts, attempt
+from .keep import Kept
 from .optimize import Result, Score, Settings
 from .rollout import Denoiser, NoiseSource, Path, Record, Rollout, escapes, per_image
 from .seeds import stream
@@ -239,10 +240,8 @@ class _Search:
         self.choosing = stream(seed, -1)
         self.trace, self.iterates = Trace(), []
         self.reference: Path | None = None
-        self.best: Tensor | None = None
+        self.kept = Kept()
         self.best_reward = torch.full((self.batch,), -math.inf)
-        self.best_noises: list[Tensor] = []
-        self.kept = torch.zeros(self.batch, dtype=torch.long)
         self.calls = self.backwards = 0  # of the denoiser, for each image
         self.started = time.perf_counter()
 
@@ -424,25 +423,19 @@ class _Search:
     def keep(self, k: int, reward: Tensor, latent: Tensor, noises: Sequence[Tensor], whole: bool) -> None:
         """The best image so far. The last population of a steered run replaces what its predictions promised."""
         better = reward > self.best_reward
-        if self.best is None:
+        if self.kept.latent is None:
             better = torch.ones_like(better)
         elif METHODS[self.settings.method].steers and whole:
             better = reward > WORST
         self.best_reward = torch.where(better, reward, self.best_reward)
-        self.kept = torch.where(better, k, self.kept)
-        where = better.to(latent.device)
-        self.best = latent.clone() if self.best is None else torch.where(per_image(where, latent), latent, self.best)
-        if not self.best_noises:
-            self.best_noises = [z.clone() for z in noises]
-        missing = len(self.best_noises) - len(noises)  # not drawn yet
-        for kept, z in zip(self.best_noises, [*noises, *[torch.zeros_like(noises[0])] * missing], strict=True):
-            kept.copy_(torch.where(per_image(where, kept), z, kept))
+        missing = len(self.noises) - len(noises)  # not drawn yet
+        self.kept.take(k, better, latent, [*noises, *[torch.zeros_like(noises[0])] * missing])
 
     # -- the methods
 
     def best_of_n(self) -> tuple[Tensor, Tensor]:
         rewards = [self.best_reward[None]]
-        latents = [self.best[None]]
+        latents = [self.kept.latent[None]]
         k = 1
         while k < self.settings.particles:
             some = range(k, min(k + self.most, self.settings.particles))
@@ -460,7 +453,7 @@ class _Search:
         return torch.cat(latents), torch.cat(rewards) * 0
 
     def zero_order(self) -> tuple[Tensor, Tensor]:
-        pivot, latents = [z[None] for z in self.noises], self.best[None]
+        pivot, latents = [z[None] for z in self.noises], self.kept.latent[None]
         for k in range(1, self.settings.rounds + 1):
             around = [self.fresh(range(self.settings.particles), z[0]) for z in pivot]
             noises = towards([z.expand_as(a) for z, a in zip(pivot, around, strict=True)], around, self.settings.radius)
@@ -639,14 +632,14 @@ def search(
         return getattr(run, settings.method)()
 
     found, cut = attempt(interrupts, whole)
-    if cut and run.best is None:
+    if cut and run.kept.latent is None:
         raise cut.problem
     particles, log_weights = found or (None, None)
     reason = f"{cut} after row {run.trace.rows[-1]['iteration']}" if cut else "all particles done"
     trace = run.trace
-    trace.kept, trace.reasons = run.kept.tolist(), [reason] * run.batch
+    trace.kept, trace.reasons = run.kept.iteration.tolist(), [reason] * run.batch
     trace.settings |= {"evaluations": run.calls, "backwards": run.backwards}
     return SearchResult(
-        run.best, run.iterates[-1].to(run.best), tuple(run.best_noises), trace, reason, run.iterates,
+        run.kept.latent, run.iterates[-1].to(run.kept.latent), tuple(run.kept.noises), trace, reason, run.iterates,
         cut is not None, particles, log_weights,
     )  # fmt: skip

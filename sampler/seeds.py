@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .ending import Cut, Interrupts, attempt
-from .rollout import per_image
+from .keep import chosen
 
 
 def another(seed: int, number: int) -> int:
@@ -65,7 +65,7 @@ def best_of(
     if cut:
         raise cut.problem
     x0, noises, found = best
-    rewards, chosen = [found], torch.zeros(len(x0), dtype=torch.long)
+    rewards, which = [found], torch.zeros(len(x0), dtype=torch.long)
     highest = found.nan_to_num(nan=-torch.inf)
     for n in range(1, count):
         other, cut = attempt(interrupts, tried, n)
@@ -75,10 +75,7 @@ def best_of(
         rewards.append(found)
         found = found.nan_to_num(nan=-torch.inf)
         better = found > highest
-        highest, chosen = torch.where(better, found, highest), torch.where(better, n, chosen)
-
-        def picked(new: Tensor, old: Tensor, better: Tensor = better) -> Tensor:
-            return torch.where(per_image(better.to(old.device), old), new, old)
-
-        x0, noises = picked(its_x0, x0), list(map(picked, its_noises, noises))
-    return Start(x0, noises, torch.stack(rewards), chosen, cut)
+        highest, which = torch.where(better, found, highest), torch.where(better, n, which)
+        x0 = chosen(better, its_x0, x0)
+        noises = [chosen(better, new, old) for new, old in zip(its_noises, noises, strict=True)]
+    return Start(x0, noises, torch.stack(rewards), which, cut)
