@@ -222,7 +222,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         node = "MIRA Optimize Sampler (Advanced)"
         if message := wrong_sigmas(sigmas):
             raise ValueError(f"{node}: {message}")
-        model = guider.model_patcher
+        model = getattr(guider, "model_patcher", guider)  # what is no guider is no model either
         check(node, cls.define_schema().inputs, model, sampler, latent_image, vae, reward, prompt, values)
         check_reach(node, model, sampler, len(sigmas) - 1, values)
         samples = host.samples_of(model, latent_image)

@@ -13,7 +13,7 @@ from .ending import Interrupts, attempt
 from .keep import Keeper
 from .rollout import Path, Rollout, mean_square, per_image
 from .surrogates import REGULARIZERS, SURROGATES
-from .trace import Trace
+from .trace import Trace, rows_of
 from .variables import VARIABLES, Variables
 
 
@@ -376,13 +376,8 @@ def _rows(
         columns["beta"] = state.beta
     if evaluation.norms is not None:
         columns["gradient_norm"] = evaluation.norms
-    values = {name: column.detach().cpu().double().tolist() for name, column in columns.items()}
-    return [
-        {"iteration": k, "image": b}
-        | {name: column[b] for name, column in values.items()}
-        | {"lr": settings.lr * 0.5 ** int(state.halvings[b]), "seconds": seconds, "memory_mb": memory / 1e6}
-        for b in range(len(state.active))
-    ]
+    columns["lr"] = settings.lr * 0.5 ** state.halvings.double()
+    return rows_of(k, columns, seconds=seconds, memory_mb=memory / 1e6)
 
 
 def _stop(state: _State, settings: Settings, k: int, drift: Tensor) -> None:

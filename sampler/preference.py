@@ -22,7 +22,7 @@ from .optimize import OPTIMIZERS, Result
 from .rollout import Rollout
 from .seeds import stream
 from .surrogates import SURROGATES
-from .trace import Trace
+from .trace import Trace, rows_of
 
 KEEP = ("last_winner", "incumbent")
 
@@ -277,10 +277,4 @@ def _rows(k, run, found, verdict, references, norms, seconds, memory) -> list[di
             columns[name] = all_of_them.cpu().gather(1, verdict.best[:, None])[:, 0]
     if norms is not None:
         columns["gradient_norm"] = norms
-    values = {name: column.detach().cpu().double().tolist() for name, column in columns.items()}
-    return [
-        {"iteration": k, "image": b}
-        | {name: column[b] for name, column in values.items()}
-        | {"evaluations": run.evaluations, "seconds": seconds, "memory_mb": memory / 1e6}
-        for b in range(len(verdict.best))
-    ]
+    return rows_of(k, columns, evaluations=run.evaluations, seconds=seconds, memory_mb=memory / 1e6)

@@ -25,7 +25,7 @@ from .optimize import Result, Score, Settings
 from .rollout import Denoiser, NoiseSource, Path, Record, Rollout, escapes, per_image
 from .seeds import stream
 from .surrogates import SURROGATES
-from .trace import Trace
+from .trace import Trace, rows_of
 
 
 @dataclass(frozen=True)
@@ -400,18 +400,10 @@ class _Search:
             columns |= {name: f(path, self.reference) for name, f in SURROGATES.items()}
             columns["noise_norm"] = torch.cat([z.flatten(1) for z in path.noises], 1).square().mean(1).sqrt()
         columns |= more or {}
-        values = {name: c.detach().cpu().double().tolist() for name, c in columns.items()}
-        rows = [
-            {"iteration": k, "image": b}
-            | {name: column[b] for name, column in values.items()}
-            | {
-                "evaluations": self.calls,
-                "backwards": self.backwards,
-                "seconds": time.perf_counter() - self.started,
-                "memory_mb": self.memory() / 1e6,
-            }
-            for b in range(self.batch)
-        ]
+        rows = rows_of(
+            k, columns, evaluations=self.calls, backwards=self.backwards, seconds=time.perf_counter() - self.started,
+            memory_mb=self.memory() / 1e6,
+        )  # fmt: skip
         self.started = time.perf_counter()
         latent = path.x0 if complete else taken(population.x0, best[None])[0]
         self.trace.rows += rows

@@ -8,6 +8,8 @@ import json
 import math
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 VERSION = 1
 
 
@@ -94,6 +96,18 @@ class Trace:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
+
+
+def rows_of(iteration: int, columns: dict[str, Tensor], **of_the_run: float) -> list[dict[str, float]]:
+    """The rows of one iteration, one per image. columns: measurements by name, each (B,); of_the_run: what is the same
+    for all images of the batch.
+    """
+    values = {name: column.detach().cpu().double().tolist() for name, column in columns.items()}
+    images = len(next(iter(values.values())))
+    return [
+        {"iteration": iteration, "image": b} | {name: v[b] for name, v in values.items()} | of_the_run
+        for b in range(images)
+    ]
 
 
 def _is_row(row) -> bool:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
+from comfy import sd1_clip
 from comfy_api.latest import io
 
 from ...rewards.base import Reward
 from ..host import samples_of
 from ..host.probe import begins_anew, injects_noise, why_not_differentiable
 from .inputs import as_set, gradient_steps
+
+NO_WORDS = re.compile(r"\bembedding:\S+|<lora:[^>]*>")
 
 # Why a value below an input's range makes no sense, where it is worth a word.
 TOO_SMALL = {
@@ -35,7 +39,7 @@ def complain(values: dict, inputs: Sequence[io.Input]) -> str | None:
             why = f"{TOO_SMALL[known.id]}; " if value < low and known.id in TOO_SMALL else ""
             shown = str(value) if len(str(value)) < 25 else f"{str(value)[:20]}..."
             return f"{known.id} is {shown}: {why}use {low:g} to {high:g}"
-    if "drift" in (values.get("stop") or "") and values.get("drift_limit") == 0:
+    if "drift" in str(values.get("stop") or "") and values.get("drift_limit") == 0:
         return f"stop is {values['stop']} but drift_limit is 0: set a limit above 0"
     return None
 
@@ -104,24 +108,47 @@ def name_of(sampler) -> str:
     return getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
 
 
+def spoken(prompt: str) -> str:
+    """What a prompt says, without what ComfyUI's tokenizer reads in it (weights in brackets, embeddings) and LoRA tags:
+    to a scorer they would be words.
+    """
+    parts = sd1_clip.token_weights(sd1_clip.escape_important(prompt), 1.0)
+    text = sd1_clip.unescape_important("".join(text for text, _ in parts))
+    return re.sub(r"[ \t]{2,}", " ", NO_WORDS.sub(" ", text)).strip() if NO_WORDS.search(text) else text
+
+
 def prompts_of(prompt: str, guider, count: int) -> tuple[list[str], list[str]]:
     """(the text that each of `count` images is scored against, notices).
 
     Where the conditioning is a batch of several prompts, their texts are given one a line.
     """
-    prompt = prompt or ""
+    given, prompt = prompt or "", spoken(prompt or "")
+    said = [f"the reward reads the prompt without weights, embeddings and LoRA tags: {prompt}"] * (prompt != given)
     batches = [c.get("cross_attn") for c in guider.original_conds.get("positive", ())]
     several = [len(t) for t in batches if torch.is_tensor(t) and len(t) > 1 and not (t == t[:1]).all()]
     lines = [line.strip() for line in prompt.splitlines() if line.strip()]
     if several and len(lines) in (several[0], count):
-        return (lines * count)[:count], []
-    notices = []
+        return (lines * count)[:count], said
+    notices = said
     if several and count > 1 and lines:
         notices = [
+            *said,
             f"the conditioning holds {several[0]} prompts, but all images are scored against the same text: give "
-            f"prompt {several[0]} lines, one for each"
+            f"prompt {several[0]} lines, one for each",
         ]
     return [prompt] * count, notices
+
+
+def check_kinds(node: str, model, vae) -> None:
+    """Raise ValueError for what is no model or no VAE: a literal in the link's place, or a checkpoint without one."""
+    if not hasattr(model, "get_model_object"):
+        raise ValueError(f"{node}: model is a {type(model).__name__}: connect a model loader's MODEL")
+    if vae is None or not hasattr(vae, "decode"):
+        raise ValueError(f"{node}: vae is a {type(vae).__name__}: connect the checkpoint's VAE, or a Load VAE")
+    if getattr(vae, "first_stage_model", None) is None:
+        raise ValueError(
+            f"{node}: vae is empty: the file that it comes from holds no VAE that ComfyUI knows; connect a Load VAE"
+        )
 
 
 def check_latent(node: str, model, latent: dict, vae, sampler, values: dict, gradient: bool = True) -> None:
@@ -130,7 +157,15 @@ def check_latent(node: str, model, latent: dict, vae, sampler, values: dict, gra
     def fail(message: str):
         raise ValueError(f"{node}: {message}")
 
-    samples = latent["samples"]
+    check_kinds(node, model, vae)
+    samples = latent.get("samples") if isinstance(latent, dict) else None
+    if not torch.is_tensor(samples):
+        fail("latent_image holds no latents: connect an Empty Latent Image, or a VAE Encode")
+    if not samples.is_floating_point():
+        fail(f"latent_image is of {samples.dtype}: latents are floating-point numbers; look at the node that made it")
+    numbers = latent.get("batch_index")
+    if numbers is not None and len(numbers) < len(samples):
+        fail(f"latent_image has {len(samples)} images, but its batch_index tells the place of {len(numbers)} only")
     if samples.numel() == 0:
         fail(f"latent_image has shape {tuple(samples.shape)}: the batch is empty; ask for at least one image")
     fixed = samples_of(model, latent)

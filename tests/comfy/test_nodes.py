@@ -244,7 +244,14 @@ def test_the_latent_dict_keeps_what_else_it_holds(world):
         ({"latent_image": {"samples": torch.full((1, 4, 16, 16), math.nan)}}, "latent_image holds NaN"),
         ({"latent_image": {"samples": torch.zeros(1, 4, 1, 16, 16)}}, "only images, .B, C, H, W. or of one frame"),
         ({"latent_image": {"samples": torch.ones(1, 16, 8, 8)}}, "16 channels, but model works in 4"),
+        ({"latent_image": {"samples": None}}, "latent_image holds no latents"),
+        ({"latent_image": {}}, "latent_image holds no latents"),
+        ({"latent_image": {"samples": torch.zeros(1, 4, 16, 16).long()}}, "latent_image is of torch.int64"),
+        ({"latent_image": {"samples": torch.zeros(2, 4, 16, 16), "batch_index": [3]}}, "2 images, but its batch_index"),
         ({"reward": "brightness"}, "reward is a str: connect a MIRA reward node"),
+        ({"vae": None}, "vae is a NoneType: connect the checkpoint's VAE"),
+        ({"vae": 5}, "vae is a int: connect"),
+        ({"model": "sd15"}, "model is a str: connect a model loader's MODEL"),
     ],
 )
 def test_bad_input_is_named_before_any_sampling(world, monkeypatch, changes, message):
@@ -267,6 +274,17 @@ def test_a_reward_without_gradient_and_one_without_its_prompt_are_refused(world)
     score = execute(nodes.MiraDemoCLIPScore).args[0]
     with pytest.raises(ValueError, match="prompt is empty: give it as text"):
         optimize(world, reward=score, prompt="  ")
+
+
+def test_a_checkpoint_without_a_vae_is_told(world):
+    """What Load Checkpoint hands out then: ComfyUI's own class, with nothing in it."""
+    import comfy.sd
+
+    with torch.inference_mode():
+        empty = comfy.sd.VAE(sd={"nothing": torch.zeros(1)})
+    assert empty.first_stage_model is None
+    with pytest.raises(ValueError, match=r"vae is empty: .*connect a Load VAE"):
+        optimize(world, vae=empty)
 
 
 def test_a_vae_of_another_model_is_refused(world):

@@ -429,6 +429,24 @@ def test_every_image_is_scored_against_its_own_prompt(world):
     assert prompts_of("a fox\nand a cat", one, 2) == (["a fox\nand a cat"] * 2, [])
 
 
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("a fox", "a fox"),
+        ("a (red:1.3) fox, ((old))", "a red fox, old"),
+        (r"a fox \(red\)", "a fox (red)"),
+        ("a fox <lora:sketch:0.8> embedding:easy, in snow", "a fox in snow"),
+        ("(embedding:bad:1.2) a fox\nand a cat", "a fox\nand a cat"),
+        ("", ""),
+    ],
+)
+def test_a_scorer_reads_what_the_prompt_says(world, prompt, read):
+    guider = cfg_guider(world.model, world.positive, world.negative, 5.0)
+    prompts, notices = prompts_of(prompt, guider, 2)
+    assert prompts == [read] * 2
+    assert (notices == []) == (prompt == read) and all(read in n for n in notices)
+
+
 CONSTANT = """import torch
 FACTS = {"name": "weighted", "typical": (0.0, 1.0)}
 WEIGHTS = torch.tensor([0.2, 0.7, 0.1]).view(1, 3, 1, 1)
