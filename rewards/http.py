@@ -25,12 +25,15 @@ from torch import Tensor
 from .base import Facts, Reward
 from .preprocess import picture
 
+LARGEST = 3.4e38  # of a score: what float32 holds
 MOST = 1_000_000  # bytes of an answer that are read
 PAUSE = 0.5  # seconds before the second attempt; doubled for every further one
 
 
 def host_of(url: str, allowed: Sequence[str] = ()) -> str:
     """The URL's host. Raises ValueError for one that is not http(s), or neither this machine nor in `allowed`."""
+    if not url.isascii() or any(c.isspace() for c in url):
+        raise ValueError(f"url is {url!r}: give it in ASCII without spaces, with %-codes for any other character")
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"url is {url!r}: give an address such as http://127.0.0.1:8000/score")
@@ -146,11 +149,11 @@ class HTTPReward(Reward):
             raise nonsense(f"with more than {MOST} bytes")
         try:
             scores = json.loads(answer)["scores"]
-        except (ValueError, KeyError, TypeError) as problem:
+        except (ValueError, KeyError, TypeError, RecursionError) as problem:
             raise nonsense(repr(answer[:80].decode(errors="replace"))) from problem
         numbers = isinstance(scores, list) and all(
             isinstance(s, (int, float)) and not isinstance(s, bool) for s in scores
         )
-        if not numbers or len(scores) != count or not all(math.isfinite(s) for s in scores):
-            raise nonsense(f"the scores {str(scores)[:80]}")
+        if not numbers or len(scores) != count or not all(-LARGEST <= s <= LARGEST for s in scores):
+            raise nonsense(f"the scores {repr(scores)[:80] if numbers else type(scores).__name__}")
         return [float(s) for s in scores]

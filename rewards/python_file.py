@@ -51,6 +51,12 @@ def located(problem: BaseException, path: Path) -> str:
     return f"{path.name}, line {lines[-1].lineno} ({lines[-1].line}): {kind}"
 
 
+def _is_range(value) -> bool:
+    """(low, high), two numbers."""
+    numbers = isinstance(value, (tuple, list)) and len(value) == 2
+    return numbers and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+
+
 def facts_of(declared, path: Path) -> Facts:
     fields = {f.name for f in dataclasses.fields(Facts)}
     if not isinstance(declared, dict):
@@ -62,9 +68,7 @@ def facts_of(declared, path: Path) -> Facts:
     facts = Facts(**{**DEFAULTS, **declared})
     if not isinstance(facts.name, str) or not facts.name:
         raise ValueError(f"{path.name}: FACTS['name'] is {facts.name!r}; give it a name")
-    if not (
-        isinstance(facts.typical, (tuple, list)) and len(facts.typical) == 2 and facts.typical[0] < facts.typical[1]
-    ):
+    if not (_is_range(facts.typical) and facts.typical[0] < facts.typical[1]):
         raise ValueError(f"{path.name}: FACTS['typical'] is {facts.typical!r}; give (low, high), low below high")
     return facts
 
@@ -86,9 +90,10 @@ class PythonReward(Reward):
         self.function = getattr(module, "score", None)
         if not callable(self.function):
             raise ValueError(f"{path.name} defines no function score(images, prompts)")
-        self.modules = tuple(getattr(module, "MODULES", ()))
-        if not all(isinstance(m, torch.nn.Module) for m in self.modules):
-            raise ValueError(f"{path.name}: MODULES must hold torch modules only")
+        modules = getattr(module, "MODULES", ())
+        if not isinstance(modules, (tuple, list)) or not all(isinstance(m, torch.nn.Module) for m in modules):
+            raise ValueError(f"{path.name}: MODULES is {modules!r}; it must be a list of torch modules")
+        self.modules = tuple(modules)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         try:

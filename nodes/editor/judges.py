@@ -63,7 +63,7 @@ def read_choices(text: str) -> list[list]:
         if isinstance(data, dict):
             data = data["settings"]["choices"]
         choices = [[int(k), int(b), int(best), int(worst), bool(tie)] for k, b, best, worst, tie in data]
-    except (ValueError, TypeError, KeyError) as problem:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as problem:
         raise ValueError(
             f"choices is not a record of choices ({problem!r}): give the choices output of an earlier run, "
             "[[comparison, image, best, worst, tie], ...]"
@@ -110,15 +110,15 @@ async def list_pending(request: web.Request) -> web.Response:
 async def choose(request: web.Request) -> web.Response:
     """Take one answer, if it is what the run waits for."""
     try:
-        body = await request.json()
-    except ValueError:
+        body = json.loads((await request.read()).decode())  # JSON is UTF-8, whatever charset is claimed
+    except (ValueError, RecursionError):
         return refusal(400, "the body is no JSON")
     if not isinstance(body, dict):
         return refusal(400, "the body is no JSON object")
     prompt, node, token, answer, client = (
         body.get(k) for k in ("prompt_id", "node_id", "token", "choice", "client_id")
     )
-    if answer not in ANSWERS:
+    if not isinstance(answer, str) or answer not in ANSWERS:
         return refusal(400, f"choice is {answer!r}: it must be one of {', '.join(ANSWERS)}")
     with _lock:
         pending = _pending.get(str(node))
@@ -126,7 +126,7 @@ async def choose(request: web.Request) -> web.Response:
             return refusal(409, f"node {node} waits for no choice: it was made already, or the run has ended")
         if prompt != pending.prompt:
             return refusal(409, f"the choice is for run {prompt}, but node {node} waits in run {pending.prompt}")
-        if not isinstance(token, str) or not secrets.compare_digest(token, pending.token):
+        if not isinstance(token, str) or not secrets.compare_digest(token.encode(), pending.token.encode()):
             return refusal(409, "this pair is not the one that is waited for: it was answered already")
         if not may_answer(pending, client):
             return refusal(403, "another client queued this run, and is still connected: choose there")

@@ -80,6 +80,15 @@ def test_methods_without_a_gradient_need_none(world, monkeypatch):
         prefer(world, method="dpo", sampler_name="dpm_fast")
 
 
+def posted(body: bytes) -> tuple[int, dict]:
+    class Request:
+        async def read(self):
+            return body
+
+    response = asyncio.run(judges.choose(Request()))
+    return response.status, json.loads(response.body)
+
+
 class Person:
     """Answers every pair in a thread, as a browser would over HTTP."""
 
@@ -97,12 +106,7 @@ class Person:
         self.thread.join()
 
     def post(self, **body):
-        class Request:
-            async def json(self):
-                return body
-
-        response = asyncio.run(judges.choose(Request()))
-        return response.status, json.loads(response.body)
+        return posted(json.dumps(body).encode())
 
     def loop(self):
         while self.running:
@@ -115,6 +119,32 @@ class Person:
             body = dict(prompt_id=pending.prompt, node_id=pending.node, token=pending.token, client_id=self.client)
             self.replies.append(self.post(**body, choice=answer))
             self.last = body
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"\xff\xfe", 400),
+        (b"[" * 100_000, 400),
+        (b"[]", 400),
+        (b'{"choice": ["left"]}', 400),
+        (b'{"choice": "left", "node_id": "1"}', 409),
+    ],
+)
+def test_what_is_no_answer_is_refused(body, status):
+    assert posted(body)[0] == status
+
+
+def test_a_token_in_any_script_is_only_a_wrong_one():
+    judges._pending["77"] = judges.Pending("p", "77", None, "token", {})
+    try:
+        status, said = posted(
+            json.dumps(dict(prompt_id="p", node_id="77", token="j\u00f8t\u00fcn", choice="left")).encode()
+        )
+        assert status == 409 and "is not the one that is waited for" in said["error"]
+    finally:
+        del judges._pending["77"]
 
 
 def test_a_person_chooses(world):

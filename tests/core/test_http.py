@@ -70,8 +70,13 @@ def test_scores_come_back_and_images_go_out_whole():
 
 
 @pytest.mark.parametrize(
-    "body", ["", "[]", "{}", '{"scores": [1]}', '{"scores": [1, NaN]}', '{"scores": ["a", 1]}', '{"scores": [true, 1]}']
-)
+    "body",
+    [
+        "", "[]", "{}", '{"scores": [1]}', '{"scores": [1, NaN]}', '{"scores": ["a", 1]}', '{"scores": [true, 1]}',
+        '{"scores": [1, 1' + "0" * 400 + "]}", '{"scores": [1, 1' + "0" * 5000 + "]}", "[" * 9000, '{"scores": 7}',
+    ],
+    ids=lambda body: body[:20],
+)  # fmt: skip
 def test_nonsense_is_said_and_not_retried(body):
     with serving(lambda asked, n: (200, body, 0)) as (url, asked):
         with pytest.raises(RuntimeError, match=r"must answer .*2 finite number\(s\)"):
@@ -129,6 +134,18 @@ def test_a_cancel_ends_the_wait():
 
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1/x", "127.0.0.1:80", "", "file:///etc/passwd", "http:///x"])
 def test_what_is_no_address(url):
+    with pytest.raises(ValueError, match="give an address such as"):
+        host_of(url)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1/sc\u00f6re", "http://127.0.0.1/a b", "http://127.0.0.1/\n"])
+def test_an_address_is_in_ascii(url):
+    with pytest.raises(ValueError, match="give it in ASCII"):
+        host_of(url)
+
+
+@pytest.mark.parametrize("url", ["//127.0.0.1/x"])
+def test_what_has_no_scheme(url):
     with pytest.raises(ValueError, match="give an address such as"):
         host_of(url)
 

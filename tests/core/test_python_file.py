@@ -58,7 +58,10 @@ def test_a_black_box_may_answer_with_a_list(tmp_path):
         ('FACTS = {"name": "n", "typical": (1, 0)}', "give .low, high., low below high"),
         ('FACTS = {"name": "", "typical": (0, 1)}', "give it a name"),
         ('FACTS = {"name": "n", "typical": (0, 1)}', "defines no function score"),
-        (GOOD + "MODULES = [3]", "MODULES must hold torch modules"),
+        (GOOD + "MODULES = [3]", "MODULES is .3.; it must be a list of torch modules"),
+        (GOOD + "MODULES = 5", "MODULES is 5; it must be a list"),
+        ('FACTS = {"name": "n", "typical": ("x", None)}', "give .low, high., low below high"),
+        ('FACTS = {"name": "n", "typical": (0, float("nan"))}', "give .low, high., low below high"),
     ],
 )
 def test_a_file_that_does_not_fit(tmp_path, text, message):
