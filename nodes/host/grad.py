@@ -327,7 +327,7 @@ class _Block(torch.autograd.Function):
 def _tensors(out) -> tuple[Tensor, ...] | None:
     """What a block returns, as a tuple, or None where it is more than tensors."""
     out = (out,) if isinstance(out, Tensor) else out
-    return tuple(out) if isinstance(out, (tuple, list)) and all(isinstance(t, Tensor) for t in out) else None
+    return tuple(out) if type(out) in (tuple, list) and all(isinstance(t, Tensor) for t in out) else None
 
 
 def _holds_gradient(value, depth: int = 2) -> bool:

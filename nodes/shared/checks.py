@@ -143,9 +143,9 @@ def check_kinds(node: str, model, vae) -> None:
     """Raise ValueError for what is no model or no VAE: a literal in the link's place, or a checkpoint without one."""
     if not hasattr(model, "get_model_object"):
         raise ValueError(f"{node}: model is a {type(model).__name__}: connect a model loader's MODEL")
-    if vae is None or not hasattr(vae, "decode"):
+    if not hasattr(vae, "first_stage_model"):
         raise ValueError(f"{node}: vae is a {type(vae).__name__}: connect the checkpoint's VAE, or a Load VAE")
-    if getattr(vae, "first_stage_model", None) is None:
+    if vae.first_stage_model is None:
         raise ValueError(
             f"{node}: vae is empty: the file that it comes from holds no VAE that ComfyUI knows; connect a Load VAE"
         )
