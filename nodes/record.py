@@ -31,14 +31,18 @@ def trace_files() -> list[str]:
 
 def trace_path(file: str) -> str:
     """The path of one of `trace_files`. Raises ValueError for any other: a workflow comes from strangers."""
-    path = os.path.realpath(folder_paths.get_annotated_filepath(file))
+    outside = f"{file} lies outside of ComfyUI's input, output and temp folders: {NO_FILE}"
+    try:
+        path = os.path.realpath(folder_paths.get_annotated_filepath(file))
+    except ValueError:  # newer ones look themselves
+        raise ValueError(outside) from None
     folders = (
         folder_paths.get_input_directory(),
         folder_paths.get_output_directory(),
         folder_paths.get_temp_directory(),
     )
     if not any(Path(path).is_relative_to(os.path.realpath(folder)) for folder in folders):
-        raise ValueError(f"{file} lies outside of ComfyUI's input, output and temp folders: {NO_FILE}")
+        raise ValueError(outside)
     if not path.lower().endswith(SUFFIXES):
         raise ValueError(f"{file} is none of {', '.join(SUFFIXES)}: {NO_FILE}")
     if not os.path.exists(path):
