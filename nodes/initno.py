@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import comfy.model_management
-import comfy.sample
 import comfy.samplers
 import comfy.utils
 import torch
@@ -25,6 +24,7 @@ from ..sampler.seeds import stream
 from .host import INTERRUPTS, samples_of
 from .host.dynamic import static
 from .host.grad import blocks_checkpointed, loaded, normal, pytorch_kernels, sdpa, training
+from .shared.job import ksampler_noise
 
 NODE = "MIRA InitNO Noise"
 DEFAULT = Settings()
@@ -306,7 +306,7 @@ class MiraInitNONoise(io.ComfyNode):
             )
         where = locate(clip, prompt, names)
         settings = Settings(rounds, iterations, response, conflict)
-        noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
+        noise = ksampler_noise(samples, latent_image)(seed)
         numbers = latent_image.get("batch_index", range(len(noise)))
         evaluations = settings.evaluations
         bar = comfy.utils.ProgressBar(len(noise) * evaluations)

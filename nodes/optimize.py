@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 
-import comfy.sample
 import comfy.samplers
 from comfy_api.latest import io
 
@@ -29,7 +28,7 @@ from .shared.inputs import (
     settings_of,
     trace_outputs,
 )
-from .shared.job import cfg_guider, plain_values
+from .shared.job import cfg_guider, ksampler_noise, plain_values
 from .shared.types import MiraReward
 
 log = logging.getLogger("mira")
@@ -157,11 +156,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
         check(node, cls.define_schema().inputs, model, sampler, latent_image, vae, reward, prompt, values)
         sigmas = schedule(model, values)
         check_reach(node, model, sampler, len(sigmas) - 1, values)
-        samples = host.samples_of(model, latent_image)
-
-        def initial(seed: int):
-            return comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
-
+        initial = ksampler_noise(host.samples_of(model, latent_image), latent_image)
         return run(
             node,
             cls.hidden,

@@ -67,9 +67,13 @@ class LiveRun:
         except comfy.model_management.InterruptProcessingException:
             raise
         except Exception as problem:
-            if not self.notices:
-                self.notices.append(f"the editor was not told of every iteration: {problem}")
-                log.warning("node %s: the editor cannot be told how it goes: %s", self.node, problem, exc_info=True)
+            self._note(f"the editor was not told of every iteration: {problem}", trace=True)
+
+    def _note(self, notice: str, trace: bool = False) -> None:
+        """Once a run: what cannot be reported now will not be at the next iteration either."""
+        if not self.notices:
+            self.notices.append(notice)
+            log.warning("node %s: %s", self.node, notice, exc_info=trace)
 
     def _tell(self, k: int, rows: list[dict], score: Score) -> None:
         # A choice that was taken back, or a retry, is reported again.
@@ -81,9 +85,7 @@ class LiveRun:
         try:
             preview = self.run["previews"][k] = store(small, f"{self.name}_{k}.jpg", quality=88)
         except OSError as problem:  # a full disk; chart and progress can do without
-            if not self.notices:
-                self.notices.append(f"previews could not be stored in ComfyUI's temp folder: {problem}")
-                log.warning("node %s: %s", self.node, self.notices[0])
+            self._note(f"previews could not be stored in ComfyUI's temp folder: {problem}")
         event = {"node": self.node, "iteration": k, "iterations": self.iterations, "rows": rows, "preview": preview}
         self.server.send_sync("mira.step", event | {"settings": self.run["settings"]}, self.server.client_id)
         self.bar.update_absolute(k + 1, self.iterations + 1, ("JPEG", shown, PREVIEW))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import comfy.sample
 import comfy.samplers
 
@@ -17,13 +19,15 @@ def cfg_guider(model, positive, negative, cfg: float) -> comfy.samplers.CFGGuide
     return guider
 
 
+def ksampler_noise(samples, latent: dict) -> Callable:
+    """seed -> the initial noise that KSampler makes for these latents."""
+    return lambda seed: comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+
+
 def ksampler_job(model, positive, negative, latent: dict, vae, seed: int, cfg: float, prompt: str, values, **more):
     """What KSampler would sample; values: the node's widgets by name, more: the rest of the job."""
     samples = host.samples_of(model, latent)
-
-    def initial(seed: int):
-        return comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-
+    initial = ksampler_noise(samples, latent)
     guider = cfg_guider(model, positive, negative, cfg)
     prompts, notices = prompts_of(prompt, guider, len(samples))
     return host.Job(
