@@ -105,8 +105,9 @@ def memory_input():
         default="auto",
         tooltip=(
             "What is kept for the backward pass. none: everything (fastest); per_step: only the latents; "
-            "per_block: less still inside a step; offload: as that, and in the CPU's memory (slowest); auto: the "
-            "fastest that fits, and thriftier when memory runs out. The record says which, and what it would take."
+            "per_block: what goes into the model's blocks, of every step where that fits, else of one; offload: of "
+            "one, and in the CPU's memory (slowest); auto: the fastest that fits, and thriftier when memory runs out. "
+            "The record says which, and what it would take."
         ),
     )
 
