@@ -192,6 +192,13 @@ app.registerExtension({
     // A node that is not run again says nothing: its last run is asked for.
     api.addEventListener("execution_cached", ({ detail }) => restoreSoon(detail?.nodes));
     api.addEventListener("reconnected", () => restoreSoon());
+    // A page that was loaded again learns who it is from the socket's first word: until then its pair is not shown to it.
+    let known = api.clientId;
+    api.addEventListener("status", () => {
+      if (api.clientId === known) return;
+      known = api.clientId;
+      restoreSoon();
+    });
     document.addEventListener("visibilitychange", () => document.hidden || restoreSoon());
     restoreSoon();
   },

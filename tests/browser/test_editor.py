@@ -221,6 +221,32 @@ def test_the_pair_comes_back_after_a_refresh_and_a_cancel_ends_the_wait(quicksta
 
 
 @ENDS
+def test_the_pair_comes_back_when_the_socket_is_slow(quickstart):
+    """A page that was loaded again does not know its own name before the socket has said it."""
+    editor = quickstart
+    person(editor)
+    editor.queue()
+    wait_for(editor, lambda: "1 of 4" in count(editor), "the first pair")
+    held, open_ = [], []
+
+    def slow(socket):
+        server = socket.connect_to_server()
+        server.on_message(lambda message: socket.send(message) if open_ else held.append((socket, message)))
+        socket.on_message(server.send)
+
+    editor.page.route_web_socket("**/ws*", slow)
+    graph = editor.js("() => app.graph.serialize()")
+    editor.reload()
+    editor.load(graph)
+    editor.page.wait_for_timeout(1500)
+    assert held and count(editor) == ""
+    open_.append(True)
+    for socket, message in held:
+        socket.send(message)
+    wait_for(editor, lambda: "1 of 4" in count(editor), "the pair once the socket has spoken", timeout=15)
+
+
+@ENDS
 def test_every_example_loads_as_it_is_saved(editor):
     """The editor makes the same prompt of it as our own client."""
     info = json.loads(editor.page.request.get(f"{editor.server.url}/object_info").text())
