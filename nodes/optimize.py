@@ -18,10 +18,12 @@ from .shared.checks import check, check_reach, complain, prompts_of, wrong_sigma
 from .shared.finish import finish
 from .shared.inputs import (
     AS_SET,
+    as_set,
     gradient_steps,
     iterate_input,
     method_inputs,
     prompt_input,
+    restart_sigmas,
     sampling_inputs,
     schedule,
     settings_inputs,
@@ -34,33 +36,43 @@ from .shared.types import MiraReward
 log = logging.getLogger("mira")
 
 
-def run(node: str, hidden, guider, sampler, sigmas, initial, seed, latent: dict, vae, reward, prompt, values, identity):
-    """Optimise and wrap: the outputs of both nodes. initial: seed -> the initial noise."""
+def run(
+    node: str, hidden, guider, sampler, sigmas, initial, seed, latent: dict, vae, reward, prompt, values, identity,
+    restart_sigmas=None,
+):  # fmt: skip
+    """Optimise and wrap: the outputs of both nodes. initial, restart_sigmas: see `host.Job`."""
     iterate, node_id = values.pop("iterate", -1), hidden.unique_id
     # Guiders and the like are made anew for every execution: what they are made of tells whether it is the same run.
     inputs = values | {"vae": vae, "reward": reward, "prompt": prompt, "seed": seed} | identity
     before = memo.recall(node_id, inputs)
     if before is None:
-        before = optimized(node, node_id, guider, sampler, sigmas, initial, seed, latent, vae, reward, prompt, values)
+        before = optimized(
+            node, node_id, guider, sampler, sigmas, initial, seed, latent, vae, reward, prompt, values, restart_sigmas
+        )
         memo.remember(node_id, inputs, before)
     done, live = before
     return finish(node, hidden, done, live, latent, iterate)
 
 
-def optimized(node, node_id, guider, sampler, sigmas, initial, seed, latent: dict, vae, reward, prompt, values):
+def optimized(
+    node, node_id, guider, sampler, sigmas, initial, seed, latent: dict, vae, reward, prompt, values, restart_sigmas
+):
     """One run: (what came out, what the editor was told)."""
     model = guider.model_patcher
     latent = latent.copy()
     latent["samples"] = host.samples_of(model, latent)
     settings = understood(node, values)
     prompts, notices = prompts_of(prompt, guider, len(latent["samples"]))
-    live = LiveRun(node_id, settings.iterations, {"drift_metric": settings.drift_metric})
+    if settings.rounds < values.get("rounds", 1) and as_set(values):
+        notices.append(f"rounds is {values['rounds']}, but there were {settings.rounds}: one for every iteration")
+    live = LiveRun(node_id, settings.iterations + settings.rounds - 1, {"drift_metric": settings.drift_metric})
     job = host.Job(
         guider=guider,
         sampler=sampler,
         sigmas=sigmas,
         noise=initial(seed),
         initial=initial,
+        restart_sigmas=restart_sigmas,
         node=node,
         latent=latent["samples"],
         vae=vae,
@@ -171,6 +183,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
             prompt,
             values | {"cfg": cfg},
             {"model": model, "positive": positive, "negative": negative, "latent": latent_image},
+            restart_sigmas(model, values),
         )
 
 

@@ -21,6 +21,7 @@ from .shared.inputs import (
     memory_input,
     prompt_input,
     repeatable_input,
+    restart_denoise_input,
     sampling_inputs,
     settings_of,
     trace_outputs,
@@ -62,7 +63,8 @@ class MiraSearchKSampler(io.ComfyNode):
             category="MIRA/sampling",
             description=(
                 "A KSampler that samples several candidates of every image and lets the better ones survive: "
-                "Best-of-N, zero-order search, FK steering, CoDe, DAS, or several MIRA trajectories side by side."
+                "Best-of-N, zero-order search, restarts, FK steering, CoDe, DAS, or several MIRA trajectories side by "
+                "side."
             ),
             inputs=[
                 io.Model.Input("model"),
@@ -81,7 +83,8 @@ class MiraSearchKSampler(io.ComfyNode):
                         "fk_steering: particles are resampled by their predicted reward while they are sampled. code: "
                         "the best of several continuations, again and again. das: FK's sequential Monte Carlo with "
                         "proposals that follow the gradient. mira_fk: MIRA on several trajectories, of which the "
-                        "best goes on."
+                        "best goes on. restarts: the best seed is noised again and painted anew, several times over, "
+                        "and the better image stays: much reward with the prompt kept, and no gradient."
                     ),
                 ),
                 io.Int.Input(
@@ -89,14 +92,19 @@ class MiraSearchKSampler(io.ComfyNode):
                     default=DEFAULT.particles,
                     min=1,
                     max=1000,
-                    tooltip="Candidates per image: in all (best_of_n), per round (zero_order), or alive at once.",
+                    tooltip=(
+                        "Candidates per image: in all (best_of_n), per round (zero_order, restarts), or alive at once."
+                    ),
                 ),
                 io.Int.Input(
                     "rounds",
                     default=DEFAULT.rounds,
                     min=1,
                     max=1000,
-                    tooltip="Of zero_order, each of `particles` candidates, and of mira_fk, each of `iterations`.",
+                    tooltip=(
+                        "Of zero_order and restarts, each of `particles` candidates, and of mira_fk, each of "
+                        "`iterations`."
+                    ),
                 ),
                 io.Int.Input(
                     "interval",
@@ -167,6 +175,7 @@ class MiraSearchKSampler(io.ComfyNode):
                 prompt_input(),
                 iterate_input(),
                 repeatable_input(),
+                restart_denoise_input("Of restarts: how"),
             ],
             outputs=trace_outputs(),
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
@@ -205,6 +214,11 @@ def searched(node_id, *, model, positive, negative, latent, vae, reward, seed, c
     needs_prompt(NODE, reward, prompt)
     sampler = comfy.samplers.sampler_object(values["sampler_name"])
     check_latent(NODE, model, latent, vae, sampler, values, method.gradient)
+    if method.restarts and values["steps"] < 2:
+        raise ValueError(
+            f"{NODE}: steps is {values['steps']}, but method {settings.method} noises an image to a level in between: "
+            "use 2 or more, or method best_of_n or zero_order"
+        )
     if method.steers:
         can_steer(settings.method, sampler, model.get_model_object("model_sampling"), values)
     # Another seed is far from the plain sample by every distance; its score energy need not be.

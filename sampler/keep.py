@@ -25,16 +25,19 @@ class Kept:
     noises: list[Tensor] = field(default_factory=list)
     iteration: Tensor | None = None
 
-    def take(self, k: int, where: Tensor, latent: Tensor, noises: Sequence[Tensor]) -> None:
-        """Iterate k, for the images of `where`, (B,); the first one for all. Never in place: what was kept before may
-        still be in somebody's hands.
+    def take(self, k: int | Tensor, where: Tensor, latent: Tensor, noises: Sequence[Tensor]) -> None:
+        """Iterate k, or k of each image, for the images of `where`, (B,); the first one for all. Never in place: what
+        was kept before may still be in somebody's hands.
         """
         if self.latent is None:
             self.latent, self.noises = latent.detach().clone(), [z.detach().clone() for z in noises]
-            self.iteration = torch.full((len(latent),), k)
+            self.iteration = torch.as_tensor(k).expand(len(latent)).clone()
             return
         self.latent = chosen(where, latent.detach(), self.latent)
-        self.noises = [chosen(where, new.detach(), old) for new, old in zip(noises, self.noises, strict=True)]
+        if len(noises) != len(self.noises):  # of a stretch with another number of steps: those of the newer one
+            self.noises = [z.detach().clone() for z in noises] if where.any() else self.noises
+        else:
+            self.noises = [chosen(where, new.detach(), old) for new, old in zip(noises, self.noises, strict=True)]
         self.iteration = torch.where(where.cpu(), k, self.iteration)
 
 

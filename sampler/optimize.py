@@ -68,6 +68,8 @@ class Settings:
     hold: keeps the drift at `drift_limit` while the optimisation goes on. "projection": noises that have gone too far
         are drawn back along the straight line to where they began (drift_metric path_kl, whose bound is a ball
         around z0). "dual_ascent": beta rises while the drift is above the limit and falls while it is below.
+    rounds, restart_denoise: the iterations are split into so many rounds, and each but the first begins from a restart
+        of what the one before kept (`restart.in_rounds`, which the host calls), noised to this share of the schedule.
     loss_scale: multiplies the loss in backward and divides the gradients, for networks in float16; it is lowered
         when the gradients overflow.
     """
@@ -86,6 +88,8 @@ class Settings:
     variables: str = "trajectory"
     hold: str = "no"
     seeds: int = 1
+    rounds: int = 1
+    restart_denoise: float = 0.8
     loss_scale: float = 1.0
 
     def __post_init__(self):
@@ -105,6 +109,15 @@ class Settings:
             raise ValueError(f"iterations is {self.iterations}: it cannot be negative")
         if self.seeds < 1:
             raise ValueError(f"seeds is {self.seeds}: use 1 for the given noises, or more")
+        if self.rounds < 1:
+            raise ValueError(f"rounds is {self.rounds}: use 1 for none but the first, or more")
+        if self.rounds > max(1, self.iterations):
+            raise ValueError(
+                f"rounds is {self.rounds} but iterations is {self.iterations}, which are split over the rounds: every "
+                "round needs at least one"
+            )
+        if not 0 < self.restart_denoise <= 1:
+            raise ValueError(f"restart_denoise is {self.restart_denoise}: use a value above 0 and up to 1")
         for name, value in {"lr": self.lr, "loss_scale": self.loss_scale}.items():
             if not value > 0:
                 raise ValueError(f"{name} is {value}: it must be above 0")
@@ -162,6 +175,7 @@ class _State:
     keeper: Keeper
     loss_scale: float
     reference: Path | None = None
+    check_reward: bool = True
     good: list[Tensor] | None = None
     active: Tensor = None
     halvings: Tensor = None
@@ -204,6 +218,7 @@ def optimize(
     settings: Settings,
     *,
     reference: Path | None = None,
+    check_reward: bool = True,
     on_iteration: Callable[[int, list[dict], Score], None] = lambda k, rows, score: None,
     interrupts: Interrupts = (),
     memory: Callable[[], float] = lambda: 0.0,
@@ -211,7 +226,8 @@ def optimize(
     """Optimise `noises` (z_T, ..., z_1), each (B, C, ...), so that score(x0) rises.
 
     Every image of the batch is on its own: loss, clipping, stopping and the kept iterate. Iteration 0 is the
-    unchanged noise, and drift is measured from there unless a `reference` is given.
+    unchanged noise, and drift is measured from there unless a `reference` is given. check_reward: look first whether
+    the reward has a gradient by itself.
     `on_iteration(k, rows, score)` is the only side channel. An exception of `interrupts` after
     iteration 0, running out of memory and values that are not finite end the run with the best so far.
 
@@ -226,6 +242,7 @@ def optimize(
         Keeper(settings.keep, settings.drift_limit),
         settings.loss_scale,
         reference,
+        check_reward,
         active=torch.ones(batch, dtype=torch.bool),
         halvings=torch.zeros(batch, dtype=torch.long),
         beta=torch.full((batch,), max(settings.beta, DUAL_FLOOR * (settings.hold == "dual_ascent"))),
@@ -289,7 +306,7 @@ def _evaluated(rollout: Rollout, score, state: _State, settings: Settings, gradi
         path = rollout(state.variables.noises())
         result = score(path.x0)
         if state.reference is None:
-            if gradient:
+            if gradient and state.check_reward:
                 _check_reward(result.total, path.x0)
             state.reference = path.detach()
         # The regulariser alone carries a gradient, where it has a weight; the others are for the record.

@@ -5,7 +5,7 @@ What a rival does not say (the number of iterations, for all; MIRA's beta, which
 
 from __future__ import annotations
 
-_ALONE = {"seeds": 1, "hold": "no", "stop": "never", "drift_limit": 0.0}
+_ALONE = {"seeds": 1, "rounds": 1, "hold": "no", "stop": "never", "drift_limit": 0.0}
 
 RIVALS: dict[str, dict] = {
     # arXiv 2510.01549, Algorithm 1

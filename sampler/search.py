@@ -32,13 +32,15 @@ from .trace import Trace, rows_of
 class Method:
     """What is to be known of a method. gradient: it needs the reward's. steers: it looks at particles that are still
     noisy, which part by the noise that the sampler injects. looks: so many times per run, if nothing else is said (0:
-    at every step). optimizes: whole trajectories, by `hybrid.hybrid`, and not by `search`.
+    at every step). optimizes: whole trajectories, by `hybrid.hybrid`, restarts: whole images, by
+    `restart.search_by_restarts`, and not by `search`.
     """
 
     gradient: bool = False
     steers: bool = False
     looks: int = 0
     optimizes: bool = False
+    restarts: bool = False
 
 
 METHODS = {
@@ -48,6 +50,7 @@ METHODS = {
     "code": Method(steers=True, looks=20),
     "das": Method(gradient=True, steers=True),
     "mira_fk": Method(gradient=True, optimizes=True),
+    "restarts": Method(restarts=True),
 }
 POTENTIALS = ("max", "difference")
 WORST = -1e9
@@ -79,6 +82,7 @@ class SearchSettings:
     strength: lambda of FK steering, 1 / alpha of DAS: the target is p(x) exp(strength r(x)).
     potential: FK's, "max" over the lineage so far or "difference" of successive rewards.
     ess: resample when the effective sample size falls below this share of the particles.
+    restart_denoise: of restarts, to which share of the schedule an image is noised again.
     radius: how different zero_order's candidates are from their pivot; 1: other seeds.
     tempering: gamma of DAS, whose strength grows as (1 + gamma)^i - 1 over 100 steps, up to 1.
     mira_fk (see `hybrid.py`): `rounds` times `iterations` updates of every particle, with lr, regularizer and beta.
@@ -97,6 +101,7 @@ class SearchSettings:
     lr: float = 0.02
     regularizer: str = "mira"
     beta: float = 0.1
+    restart_denoise: float = 0.8
     loss_scale: float = 1.0
 
     def __post_init__(self):
@@ -111,8 +116,9 @@ class SearchSettings:
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}: use 0 or more")
         Settings(lr=self.lr, regularizer=self.regularizer, beta=self.beta)  # says what is wrong with them
-        if not 0 < self.radius <= 1:
-            raise ValueError(f"radius is {self.radius}: use a value above 0 and up to 1")
+        for name in ("radius", "restart_denoise"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: use a value above 0 and up to 1")
 
     def looks(self, steps: int) -> list[int]:
         """The steps, of 1 to `steps`, after which FK steering and CoDe look at their particles."""
@@ -126,6 +132,8 @@ class SearchSettings:
         """How many rows a run has beyond the plain sample's."""
         if self.method == "best_of_n":
             return self.particles - 1
+        if METHODS[self.method].restarts:
+            return self.rounds + 1
         return len(self.looks(steps)) if METHODS[self.method].steers else self.rounds
 
 
@@ -612,6 +620,8 @@ def search(
     method = METHODS[settings.method]
     if method.optimizes:
         raise ValueError(f"method is {settings.method}, which optimises whole trajectories: call `hybrid`")
+    if method.restarts:
+        raise ValueError(f"method is {settings.method}, which noises whole images: call `search_by_restarts`")
     if method.steers and len(noises) < 2:
         raise ValueError(
             f"method is {settings.method}, whose particles part by the noise that the sampler injects, but here it "

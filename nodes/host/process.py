@@ -31,6 +31,7 @@ from ...sampler.ending import attempt
 from ...sampler.memory import offloaded, saved_bytes
 from ...sampler.optimize import Result, Score, Settings
 from ...sampler.preference import PreferenceSettings
+from ...sampler.restart import Stretch, tail
 from ...sampler.rollout import Rollout, difference, draw
 from ...sampler.search import METHODS, SearchSettings
 from ...sampler.seeds import Start, another, fresh, stream
@@ -53,6 +54,7 @@ from .samplers import StandIn, Twins
 
 log = logging.getLogger("mira")
 CPU_BATCH = 16  # images
+RESTART = 2**20  # the number of the first restart's seed, beyond all candidates'
 SAGE_APART = 0.6  # how far, relative, an image by a coarser attention may be from the same by PyTorch's
 INTERRUPTS = (comfy.model_management.InterruptProcessingException,)
 
@@ -91,6 +93,7 @@ class Job:
 
     node: the node's title, for messages. notices: what the user should know of the inputs. initial: seed -> the initial
     noise that the graph gives for it; without one, any. repeatable: the same bits every time, on a GPU too.
+    restart_sigmas: share of the schedule -> the sigmas of a restart; without one, the tail of `sigmas`.
     """
 
     guider: object
@@ -104,6 +107,7 @@ class Job:
     node: str = "MIRA"
     seed: int = 0
     initial: Callable[[int], Tensor] | None = None
+    restart_sigmas: Callable[[float], Tensor] | None = None
     mask: Tensor | None = None
     prompts: Sequence[str] = ()
     notices: Sequence[str] = ()
@@ -218,6 +222,67 @@ class Process:
     def noises_of(self, n: int, like: Sequence[Tensor]) -> list[Tensor]:
         """z of candidate n, without a sample: the injected noises are drawn here."""
         return [self.initial_of(n), *fresh(like[1:], stream(self.job.seed, n))]
+
+    # -- restarts
+
+    @property
+    def why_no_restart(self) -> str | None:
+        """Why a restart would mean nothing here, in words; None where it does."""
+        if len(self.sigmas) < 3:
+            return "a schedule of one step has no level in between"
+        if self.sigmas[-1] > 0:
+            return "the sigmas end above 0, and what comes out is no image yet"
+        if not self.initial_of(0).any():
+            return "the graph adds no noise of its own (leftover noise in the latent)"
+        return None
+
+    def from_image(self, number: int, x0: Tensor) -> tuple[Process, Tensor, tuple[Tensor, ...]]:
+        """This process from x0 (B, C, ...) on, noised to `restart_denoise` of the schedule: (it, its sample, noises).
+
+        The sample is KSampler's: x0 as the latent, the share as denoise, and the seed `seed_of(RESTART + number)`.
+        """
+        job, level = self.job, self.settings.restart_denoise
+        sigmas = job.restart_sigmas(level) if job.restart_sigmas else tail(self.sigmas, level)
+        process = copy.copy(self)
+        process.sigmas = normal(sigmas).to(self.sigmas)
+        process.latent_image = x0.to(self.latent_image)
+        if self.mask is not None:  # what is not painted stays as it was given
+            process.latent_image = torch.where(self.mask > 0, process.latent_image, self.latent_image)
+        options = self.extra_args["model_options"]
+        options = options | {"transformer_options": options.get("transformer_options", {}) | {"sample_sigmas": sigmas}}
+        process.extra_args = self.extra_args | {"model_options": options, "seed": self.seed_of(RESTART + number)}
+        process.states, process.draws, process.expected = [], None, None
+        if self.depends_on_seed:
+            z = self.initial_of(RESTART + number)
+        else:
+            z = fresh([self.initial_of(0)], stream(job.seed, RESTART + number))[0]
+        with torch.no_grad():
+            x0, noises = draw(process.plain, z.to(job.noise.dtype))
+        return process, x0, tuple(z.float() for z in noises)
+
+    def restarted(self, number: int, x0: Tensor) -> Stretch:
+        """`from_image` as what can be optimised."""
+        process, _, noises = self.from_image(number, x0)
+        process.rollout = process.new_rollout(self.rollout.memory)
+        self.rollout = process.rollout  # whose policy decoding and reward follow
+        return Stretch(process.rollout, noises)
+
+    def new_rollout(self, memory: str) -> Rollout:
+        job = self.job
+        return Rollout(
+            self.differentiable,
+            self.sigmas,
+            signal=self.signal,
+            weighting=job.weighting,
+            measured=job.measured,
+            gradient_steps=job.gradient_steps,
+            memory=memory,
+            mask=self.mask,
+            free_bytes=free_bytes,
+            score_bytes=self.score_bytes,
+            blocks=self.blocks(),
+            random=self.random,
+        )
 
     # --
 

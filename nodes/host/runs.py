@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ...sampler.hybrid import hybrid
 from ...sampler.memory import out_of_memory
-from ...sampler.optimize import Result, optimize
+from ...sampler.optimize import Result
+from ...sampler.restart import Stretch, in_rounds, search_by_restarts
 from ...sampler.rollout import NotTheSame, Rollout, per_image
 from ...sampler.search import METHODS, SearchSettings, search
 from ...sampler.seeds import Start, best_of
@@ -24,7 +25,7 @@ from ...sampler.statistics import expected, noise_statistics
 from .dynamic import static, with_static_controls
 from .grad import has_no_repeatable_way, normal, pytorch_kernels, repeatable, training
 from .patches import named, why_no_gradient
-from .process import INTERRUPTS, Chain, Job, Process, free_bytes, reset_peak, synchronize, used_bytes
+from .process import INTERRUPTS, RESTART, Chain, Job, Process, reset_peak, synchronize, used_bytes
 
 log = logging.getLogger("mira")
 
@@ -79,17 +80,22 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
         process.start = start  # should the run begin again
         process.redraw, noises, process.expected = True, start.noises, start.x0
         if start.cut and not start.cut.memory:
-            settings = replace(settings, iterations=0)
-    result = optimize(
-        process.rollout,
+            settings = replace(settings, iterations=0, rounds=1)
+    if settings.rounds > 1 and (why := process.why_no_restart):
+        notices.append(f"rounds is {settings.rounds}, but was taken as 1: {why}")
+        settings = replace(settings, rounds=1)
+    result = in_rounds(
+        Stretch(process.rollout, noises),
         process.score,
-        noises,
         settings,
+        process.restarted,
         on_iteration=process.job.on_iteration,
         interrupts=INTERRUPTS,
         memory=used_bytes,
     )
     result.trace.notices[:0] = notices
+    if settings.rounds > 1:
+        result.trace.settings["restart_seeds"] = [process.seed_of(RESTART + n) for n in range(1, settings.rounds)]
     if start:
         chosen = [process.seed_of(n) for n in start.chosen.tolist()]
         result.trace.settings |= {
@@ -129,6 +135,18 @@ def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
     )
     if METHODS[settings.method].optimizes:
         return hybrid(process.rollout, process.score, noises, settings, others=process.noises_of, **options)
+
+    if METHODS[settings.method].restarts:
+        if why := process.why_no_restart:
+            raise ValueError(f"{process.job.node}: method is {settings.method}, but nothing can restart here: {why}")
+
+        def sample(number: int, p: int, x0: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+            if number == 0:
+                return process.sample_of(p)
+            return process.from_image((number - 1) * settings.particles + p, x0)[1:]
+
+        del options["seed"]
+        return search_by_restarts(sample, process.score, settings, steps=len(process.sigmas) - 1, **options)
 
     def found(chain: Chain) -> Result:
         most = process.most_particles(settings)
@@ -190,6 +208,8 @@ class _WorkingSampler(comfy.samplers.Sampler):
             result.trace.settings["memory_mb"] = {k: json_number(v / 1e6) for k, v in parts.items()}
         self.result = result
         # The replay under PyTorch's attention differs from the plain sample in its last bits.
+        if len(noises) != len(result.best_noises):  # of a restart in fewer steps
+            return result.best.to(plain)
         pairs = zip(noises, result.best_noises, strict=True)
         kept_plain = torch.stack([(z == kept).flatten(1).all(1) for z, kept in pairs]).all(0)
         return torch.where(per_image(kept_plain, plain), plain, result.best.to(plain))
@@ -197,20 +217,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
     def _work(self, process: Process, noises: tuple[Tensor, ...]) -> Result:
         job = process.job
         while True:
-            process.rollout = Rollout(
-                process.differentiable,
-                process.sigmas,
-                signal=process.signal,
-                weighting=job.weighting,
-                measured=job.measured,
-                gradient_steps=job.gradient_steps,
-                memory=job.memory,
-                mask=process.mask,
-                free_bytes=free_bytes,
-                score_bytes=process.score_bytes,
-                blocks=process.blocks(),
-                random=process.random,
-            )
+            process.rollout = process.new_rollout(job.memory)
             reset_peak()
             try:
                 if job.gradient and job.settings.iterations > 0:

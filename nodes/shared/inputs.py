@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import comfy.samplers
 from comfy_api.latest import io
@@ -26,6 +27,8 @@ DEFAULT = Settings(
     stop="never",
     hold="projection",
     seeds=4,
+    rounds=3,
+    restart_denoise=0.8,
 )
 
 # As much reward at the same adherence as through all of them, for half the passes and less (docs/findings.md).
@@ -96,6 +99,11 @@ def schedule(model, values: dict):
         denoise=values["denoise"],
         model_options=model.model_options,
     ).sigmas
+
+
+def restart_sigmas(model, values: dict) -> Callable:
+    """share of the schedule -> the sigmas that KSampler would take for such a denoise."""
+    return lambda share: schedule(model, values | {"denoise": values["denoise"] * share})
 
 
 def memory_input():
@@ -319,7 +327,35 @@ def method_inputs() -> list:
             ),
         ),
         repeatable_input(),
+        io.Int.Input(
+            "rounds",
+            default=DEFAULT.rounds,
+            min=1,
+            max=1000,
+            optional=True,
+            tooltip=(
+                "The iterations are split into so many rounds. Each but the first noises its image again "
+                "(restart_denoise), lets the model paint it anew, and goes on from there: what the model would not "
+                "have painted goes, and the prompt comes back. 1: no restart. drift_limit is of each round."
+            ),
+        ),
+        restart_denoise_input(),
     ]
+
+
+def restart_denoise_input(how: str = "How"):
+    return io.Float.Input(
+        "restart_denoise",
+        default=DEFAULT.restart_denoise,
+        min=0.01,
+        max=1.0,
+        step=0.01,
+        optional=True,
+        tooltip=(
+            f"{how} far an image is noised again, as KSampler's denoise: high keeps the layout only, low keeps texture "
+            "too, which some rewards live in (0.4 for those)."
+        ),
+    )
 
 
 def trace_outputs() -> list:
@@ -347,6 +383,7 @@ def settings_of(values: dict, kind: type = Settings):
         chosen |= RIVALS[values["method"]]
     if kind is Settings:
         chosen["hold"] = held(chosen)
+        chosen["rounds"] = max(1, min(chosen.get("rounds", 1), chosen["iterations"]))
     return kind(**chosen)
 
 

@@ -9,7 +9,7 @@ import comfy.samplers
 
 from .. import host
 from .checks import prompts_of
-from .inputs import schedule
+from .inputs import restart_sigmas, schedule
 
 
 def cfg_guider(model, positive, negative, cfg: float) -> comfy.samplers.CFGGuider:
@@ -36,6 +36,7 @@ def ksampler_job(model, positive, negative, latent: dict, vae, seed: int, cfg: f
         sigmas=schedule(model, values),
         noise=initial(seed),
         initial=initial,
+        restart_sigmas=restart_sigmas(model, values),
         latent=samples,
         vae=vae,
         seed=seed,

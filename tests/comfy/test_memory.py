@@ -92,6 +92,7 @@ METHODS = {
     "hold": Settings(iterations=2, hold="projection", drift_limit=0.01, drift_metric="path_kl"),
     "initno": Settings(iterations=1, variables="initno", beta=0.1),
     "prno": Settings(iterations=1, regularizer="prno", beta=0.1),
+    "rounds": Settings(iterations=2, rounds=2),
 }
 
 
@@ -106,7 +107,7 @@ def test_nor_any_way_of_optimising(world, settings):
     flat(run)
 
 
-@pytest.mark.parametrize("method", ["best_of_n", "zero_order", "fk_steering", "code", "das", "mira_fk"])
+@pytest.mark.parametrize("method", ["best_of_n", "zero_order", "fk_steering", "code", "das", "mira_fk", "restarts"])
 def test_nor_any_search(world, method):
     def run():
         with torch.inference_mode():

@@ -101,7 +101,7 @@ def test_registration():
     assert [i.id for i in listed["MiraLoadTrace"].inputs] == ["file", "index"]
     assert [i.id for i in listed["MiraScoreImages"].inputs] == ["images", "reward", "prompt"]
     assert [i.id for i in listed["MiraRankImages"].inputs] == ["images", "scores", "top_k"]
-    method = ["method", "variables", "hold", "seeds", "gradient_steps", "repeatable"]
+    method = ["method", "variables", "hold", "seeds", "gradient_steps", "repeatable", "rounds", "restart_denoise"]
     settings = [
         "iterations", "learning_rate", "regularizer", "beta", "keep", "drift_limit", "stop", "patience", "memory",
         "drift_metric", "optimizer", "clip_norm", "weighting", "measured",
@@ -123,6 +123,7 @@ def test_registration():
         "model", "positive", "negative", "latent_image", "vae", "reward", "seed", "steps", "cfg", "sampler_name",
         "scheduler", "denoise", "method", "particles", "rounds", "interval", "strength", "potential", "radius",
         "iterations", "learning_rate", "regularizer", "beta", "memory", "prompt", "iterate", "repeatable",
+        "restart_denoise",
     ]  # fmt: skip
     assert [i.id for i in listed["MiraRLGuidance"].inputs] == ["model", "tuned", "weight", "schedule", "power"]
     assert [i.id for i in listed["MiraDyMOGuider"].inputs] == [

@@ -106,8 +106,8 @@ def test_masked_and_half_denoised(world, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_fewest_steps_and_no_guidance(world, method):
-    # euler_ancestral injects no noise in its last step, so that steering begins at two.
-    trace = run(world, method=method, steps=2 if method in STEERING else 1, cfg=1.0).args[2]
+    # euler_ancestral injects no noise in its last step, so that steering begins at two, where a middle level is too.
+    trace = run(world, method=method, steps=2 if method in (*STEERING, "restarts") else 1, cfg=1.0).args[2]
     assert trace.rows[-1]["evaluations"] > 0
 
 
@@ -118,6 +118,7 @@ def test_fewest_steps_and_no_guidance(world, method):
         ({"sampler_name": "res_multistep", "method": "code"}, "injects none: use euler_ancestral"),
         ({"sampler_name": "sa_solver", "method": "das"}, "would sample otherwise in pieces: use euler_ancestral"),
         ({"steps": 1, "method": "das"}, "between steps: use 2 or more"),
+        ({"steps": 1, "method": "restarts"}, "a level in between: use 2 or more"),
         ({"steps": 0}, "steps is 0"),
         ({"latent_image": {"samples": torch.zeros(0, 4, 16, 16)}}, "the batch is empty"),
         ({"reward": "x"}, "connect a MIRA reward node"),

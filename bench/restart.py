@@ -1,0 +1,262 @@
+"""What restarts do to the front of reward against adherence: `python dev.py bench restart [--steps 16] [--report]`.
+
+Every variant optimises the same animals; the held-out judge and CLIPScore look at every iterate, clamped as a saved
+file is. A path is read at its last passage of a reward, so that a round counts with all that it cost. Rows are kept in
+output/restart/ and not made again; docs/results/restart*.csv hold them and what is read off them (docs/restart.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from bench.front import LR, host, judge_module, rewards
+from bench.grid import Failure, Store
+from bench.methods import DEFAULT, GRADIENT_STEPS
+from bench.model import batch_conditioning, sheet
+from bench.pack import ROOT, mira
+from bench.tables import write
+from bench.world import World, demo
+
+vocabulary, Settings = mira("demo.vocabulary"), mira("sampler.optimize").Settings
+RAW, OUT = ROOT / "output" / "restart", ROOT / "docs" / "results"
+COUNT = 15  # animals in a batch
+RESAMPLES = 1000
+COLUMNS = ("passes", "reward", "adherence", "clip_score")
+HELD = {"hold": "projection", "drift_metric": "path_kl", "drift_limit": 0.05, "keep": "best_within_drift"}
+ROUNDS = {"iterations": 16, "rounds": 4, "lr": 0.04}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """settings: over those of plain optimisation. then: every iterate restarted once from this share of the schedule.
+    seed: added to the study's."""
+
+    settings: dict = field(default_factory=dict)
+    then: float = 0.0
+    seed: int = 0
+
+
+def default(**changes) -> Variant:
+    """The nodes' default, but for `changes`."""
+    return Variant({name: getattr(DEFAULT, name) for name in DEFAULT.__dataclass_fields__} | changes)
+
+
+VARIANTS = {
+    "dno": Variant(),
+    "dno_again": Variant(seed=71),
+    "best_of_4": Variant({"seeds": 4}),
+    "held": Variant(HELD | {"seeds": 4}),  # the default before there were restarts
+    "once_.5": Variant(then=0.5),
+    "once_.65": Variant(then=0.65),
+    "once_.8": Variant(then=0.8),
+    "rounds_.8": Variant(ROUNDS),
+    "rounds_.6": Variant(ROUNDS | {"restart_denoise": 0.6}),
+    "rounds_.4": Variant(ROUNDS | {"restart_denoise": 0.4}),
+    "default": default(),
+    "default_.6": default(restart_denoise=0.6),
+    "default_.4": default(restart_denoise=0.4),
+    **{f"dial_{limit:g}": default(drift_limit=limit) for limit in (0.01, 0.02, 0.05, 0.1, 0.2)},
+    "dial_free": default(drift_limit=0.0, hold="no"),
+}
+
+
+class Observer:
+    """Rows of (iterate, image), with what it had cost by then, in plain samples: a backward pass counts twice."""
+
+    def __init__(self, judge, clip, reward, animals, prompts, steps: int):
+        self.judge, self.clip, self.reward = judge, clip, reward
+        self.animals, self.prompts, self.steps = list(animals), prompts, steps
+        self.passes, self.rows, self.shown, self.round = 0.0, [], [], None
+
+    def __call__(self, k: int, new: list[dict], score) -> None:
+        gradient = 2 * min(GRADIENT_STEPS, self.steps) / self.steps
+        begins = k == 0 or new[0].get("round") != self.round
+        self.round = new[0].get("round")
+        # A round begins with its plain run, without a gradient; the last iterate of a round has no update either, but
+        # which one that is depends on the plan: an iterate is counted with the update that led to it.
+        self.passes += 2 if begins else 1 + gradient
+        self.look(k, score.images, self.passes)
+
+    @torch.no_grad()
+    def look(self, k: int, images: torch.Tensor, passes: float) -> None:
+        images = images.detach().float().clamp(0, 1)
+        found = zip(
+            self.animals,
+            self.reward.score(images, self.prompts).tolist(),
+            judge_module.adherence(self.judge, images, self.animals).tolist(),
+            self.clip.score(images, self.prompts).tolist(),
+            strict=True,
+        )
+        for animal, reward, adherence, clip in found:
+            row = {"iterate": k, "animal": animal, "passes": passes, "reward": reward}
+            self.rows.append(row | {"adherence": adherence, "clip_score": clip})
+        self.shown.append(images)
+
+
+def run(world, judge, clip, name: str, reward: str, part: int, steps: int, seed: int) -> tuple[list[dict], Observer]:
+    variant, real = VARIANTS[name], rewards()[reward]
+    animals = vocabulary.ANIMALS[part * COUNT : (part + 1) * COUNT]
+    prompts = [vocabulary.caption(a, prefix=True) for a in animals]
+    positive = batch_conditioning(world, prompts)
+    observer = Observer(judge, clip, real, animals, prompts, steps)
+    seed = seed + 1000 * part + variant.seed
+    settings = Settings(**{"iterations": 12, "lr": LR, "keep": "last"} | variant.settings)
+    observer.passes = settings.seeds - 1.0
+    job = world.job(
+        positive=positive, steps=steps, batch=len(prompts), prompts=prompts, reward=real, seed=seed, memory="none",
+        gradient_steps=GRADIENT_STEPS, on_iteration=observer,
+        restart_sigmas=lambda share: world.sigmas(steps=steps, denoise=share),
+    )  # fmt: skip
+    job.settings = settings
+    with torch.inference_mode():
+        done = host.run(job)
+    if variant.then:
+        before = [r["passes"] for r in observer.rows[:: len(animals)]]
+        observer.rows, observer.shown = [], []
+        for k, latent in enumerate(done.iterates):
+            latent = world.ksampler(positive=positive, steps=steps, denoise=variant.then, latent=latent, seed=5000 + k)
+            with torch.inference_mode():
+                images = world.vae.decode(latent).movedim(-1, 1).clone()
+            observer.look(k, images, before[k] + 1)
+    kept = done.result.trace.kept
+    images = len(animals)
+    for n, row in enumerate(observer.rows):
+        row["kept"] = int(kept[n % images] == row["iterate"])
+    return observer.rows, observer
+
+
+def path_of(rows: list[dict]) -> tuple[list, torch.Tensor]:
+    """(images, (columns, iterates, images))."""
+    table = {(r["iterate"], r["part"], r["animal"]): r for r in rows}
+    images, iterates = sorted({k[1:] for k in table}), sorted({k[0] for k in table})
+    return images, torch.tensor([[[table[(k, *i)][c] for i in images] for k in iterates] for c in COLUMNS])
+
+
+def at_last_passage(path: torch.Tensor, level: float) -> torch.Tensor | None:
+    """(columns, iterates), means -> (columns,) where the reward last rises through `level`, None if never."""
+    reward = path[1]
+    below = torch.nonzero((reward[:-1] < level) & (reward[1:] >= level)).flatten()
+    if not len(below):
+        return None
+    k = int(below[-1])
+    share = (level - reward[k]) / (reward[k + 1] - reward[k])
+    return path[:, k] * (1 - share) + path[:, k + 1] * share
+
+
+def against(mine: torch.Tensor, plain: torch.Tensor, animals: list[str], level: float) -> dict | None:
+    """At one reward: passes, adherence and CLIPScore less plain optimisation's, with a bootstrap over animals."""
+
+    def once(chosen: list[int]) -> torch.Tensor | None:
+        a, b = at_last_passage(mine[:, :, chosen].mean(2), level), at_last_passage(plain[:, :, chosen].mean(2), level)
+        return None if a is None or b is None else torch.stack([a[0], b[0], b[2], a[2] - b[2], a[3] - b[3]])
+
+    everyone = once(list(range(mine.shape[2])))
+    if everyone is None:
+        return None
+    names = sorted(set(animals))
+    of = {a: [n for n, b in enumerate(animals) if b == a] for a in names}
+    g = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(RESAMPLES):
+        drawn = torch.randint(len(names), (len(names),), generator=g).tolist()
+        if (one := once([n for i in drawn for n in of[names[i]]])) is not None:
+            found.append(one)
+    spread = torch.stack(found).std(0) if len(found) > RESAMPLES // 2 else torch.full((5,), float("nan"))
+    passes, plain_passes, plain_adherence, more, clip = everyone.tolist()
+    return {
+        "level": level, "passes": passes, "plain_passes": plain_passes, "plain_adherence": plain_adherence,
+        "adherence_above": more, "se": spread[3].item(), "clip_above": clip, "clip_se": spread[4].item(),
+    }  # fmt: skip
+
+
+LEVELS = {
+    "brightness": (0.4, 0.5, 0.6, 0.65, 0.72), "darkness": (0.45, 0.52, 0.55), "aesthetic": (5.7, 6.0, 6.2),
+    "JPEG": (-2.0, -1.8, -1.6),
+}  # fmt: skip
+
+
+def report() -> None:
+    runs: dict[tuple, list[dict]] = {}
+    for file in sorted(RAW.glob("*.csv")):
+        name, reward, steps, part, seed = file.stem.split("-")
+        for row in csv.DictReader(file.open()):
+            numbers = {k: v if k == "animal" else float(v) for k, v in row.items()}
+            runs.setdefault((reward, int(steps), name), []).append(numbers | {"part": (part, seed)})
+    rows, ends = [], []
+    for (reward, steps, name), mine in runs.items():
+        if (reward, steps, "dno") not in runs:
+            continue
+        images, a = path_of(mine)
+        others, b = path_of(runs[reward, steps, "dno"])
+        shared = [i for i in images if i in others]
+        a, b = a[:, :, [images.index(i) for i in shared]], b[:, :, [others.index(i) for i in shared]]
+        animals = [i[1] for i in shared]
+        of = {"reward": reward, "steps": steps, "variant": name, "images": len(shared)}
+        kept = [r for r in mine if r["kept"]]
+        mean = {c: sum(r[c] for r in kept) / len(kept) for c in COLUMNS}
+        mean["kept"] = mean.pop("reward")
+        first = a[:, 0].mean(1)
+        end = of | {"start": first[1].item(), "start_adherence": first[2].item()} | mean
+        end["passes"] = a[0].max().item()
+        if found := against(a, b, animals, mean["kept"]):
+            end |= {k: found[k] for k in ("plain_adherence", "adherence_above", "se")}
+        ends.append(end)
+        for level in LEVELS[reward]:
+            if name != "dno" and (found := against(a, b, animals, level)):
+                rows.append(of | found)
+    write(OUT / "restart.csv", rows)
+    write(OUT / "restart_kept.csv", ends)
+    for row in rows:
+        print(row["reward"], row["steps"], row["variant"], row["images"], f"at {row['level']:g}:",
+              f"{row['adherence_above']:+.3f}±{row['se']:.3f} above {row['plain_adherence']:.3f},",
+              f"{row['passes']:.0f} passes ({row['plain_passes']:.0f})")  # fmt: skip
+    for row in ends:
+        more = f"{row['adherence_above']:+.3f}±{row['se']:.3f}" if "se" in row else ""
+        print("kept:", row["reward"], row["steps"], row["variant"], row["images"], f"{row['start']:.3f} -> ",
+              f"{row['kept']:.3f}, passes {row['passes']:.0f}",
+              f"adherence {row['start_adherence']:.3f} -> {row['adherence']:.3f}", more)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--rewards", nargs="*", default=["brightness", "aesthetic"], choices=list(LEVELS))
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--parts", type=int, nargs="*", default=[0], choices=range(3), help="which 15 animals")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--report", action="store_true", help="only make the tables of what is there")
+    args = parser.parse_args()
+    if args.report:
+        return report()
+    Store(RAW, {"animals": COUNT})
+    world, judge, clip = World(), judge_module.load_judge(), demo.demo_clip_score()
+    for seed in args.seeds:
+        for part in args.parts:
+            for name in args.only:
+                for reward in args.rewards:
+                    path = RAW / f"{name}-{reward}-{args.steps}-{part}-{seed}.csv"
+                    if path.is_file():
+                        continue
+                    start = time.perf_counter()
+                    rows, observer = run(world, judge, clip, name, reward, part, args.steps, seed)
+                    shown = observer.shown
+                    sheet(torch.cat(shown[:: max(1, len(shown) // 6)]), COUNT, path.with_suffix(".jpg"))
+                    write(path.with_suffix(".tmp"), rows)
+                    path.with_suffix(".tmp").replace(path)
+                    last = [r for r in rows if r["iterate"] == rows[-1]["iterate"]]
+                    mean = {c: round(sum(r[c] for r in last) / len(last), 3) for c in COLUMNS}
+                    print(path.stem, mean, f"{time.perf_counter() - start:.0f} s", flush=True)
+    report()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Failure as failure:
+        sys.exit(f"bench restart: {failure}")

@@ -1,0 +1,199 @@
+"""Restarts: an image is noised again to a middle level, and the frozen model samples it from there.
+
+Noising is a channel, and sampling back is another, so neither can raise a KL divergence (the data processing
+inequality): of all that this package does, a restart alone lowers the drift of an image whatever the reward was, and
+without an estimate of it. docs/restart.md has the proposition and what it does not say. One restart is SDEdit
+(arXiv 2108.01073) of an optimised image; to go back and forth while sampling is Restart sampling (arXiv 2306.14878)
+and the self-recurrence of universal guidance (arXiv 2302.07121).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .ending import Interrupts, attempt
+from .keep import Kept, chosen
+from .optimize import Result, Score, Settings, optimize
+from .rollout import Rollout, per_image
+from .search import SearchSettings
+from .surrogates import SURROGATES
+from .trace import Trace, rows_of
+
+
+def noised(x0: Tensor, sigma: Tensor, z: Tensor, signal: Callable[[Tensor], Tensor] = torch.ones_like) -> Tensor:
+    """x0, z (B, C, ...) at noise level sigma, () or (B,): signal(sigma) x0 + sigma z, the forward process."""
+    sigma = sigma.to(x0).expand(len(x0))
+    return per_image(signal(sigma), x0) * x0 + per_image(sigma, x0) * z
+
+
+def tail(sigmas: Tensor, denoise: float) -> Tensor:
+    """The last share `denoise` of a schedule, (T + 1,), in as many steps as the whole: what KSampler's denoise does
+    where the scheduler is known. Between two given levels the new ones are geometric, but before a last zero linear.
+    """
+    count = len(sigmas) - 1
+    at = torch.linspace(count * (1 - denoise), count, count + 1, dtype=torch.float64)
+    low = at.floor().clamp(max=count - 1).long()
+    share, ends = at - low, sigmas.detach().cpu().double()
+    a, b = ends[low], ends[low + 1]
+    geometric = (a.clamp(min=1e-12).log() * (1 - share) + b.clamp(min=1e-12).log() * share).exp()
+    out = torch.where((a > 0) & (b > 0), geometric, a * (1 - share) + b * share)
+    out[-1] = ends[-1]
+    return out.to(sigmas)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The sampling process from a level on: rollout, and the noises (z of the level first) of its plain run."""
+
+    rollout: Rollout
+    noises: Sequence[Tensor]
+
+
+def in_rounds(
+    stretch: Stretch,
+    score: Callable[[Tensor], Score],
+    settings: Settings,
+    restart: Callable[[int, Tensor], Stretch],
+    *,
+    on_iteration: Callable[[int, list[dict], Score], None] = lambda k, rows, score: None,
+    interrupts: Interrupts = (),
+    memory: Callable[[], float] = lambda: 0.0,
+) -> Result:
+    """`settings.rounds` times `optimize`, each but the first from a restart of what the one before kept.
+
+    restart: (round from 1 on, x0 (B, C, ...)) -> the stretch that begins with x0 noised again. A round's drift is
+    measured from the plain run of its own stretch. The record goes on over rounds: a round's iteration 0 is its
+    restart, and has a number of its own; rows of several rounds have `round` and `level` (the stretch's first sigma).
+    Of every image the best over all rounds comes back, by the criterion of `settings.keep`. An interrupt and running
+    out of memory end the run with that.
+    """
+    lengths = [len(part) for part in torch.arange(settings.iterations).tensor_split(settings.rounds)]
+    trace, iterates, kept, best = Trace(), [], Kept(), None
+    done = reason = None
+
+    def optimized(number: int, stretch: Stretch) -> Result:
+        first, level = len(iterates), stretch.rollout.schedule[0].item()
+
+        def seen(k: int, rows: list[dict], score: Score) -> None:
+            for row in rows:
+                row["iteration"] = first + k
+                if len(lengths) > 1:
+                    row |= {"round": number + 1, "level": level}
+            on_iteration(first + k, rows, score)
+
+        run = replace(settings, iterations=lengths[number], rounds=1)
+        return optimize(
+            stretch.rollout, score, stretch.noises, run, check_reward=number == 0, on_iteration=seen,
+            interrupts=interrupts, memory=memory,
+        )  # fmt: skip
+
+    for number in range(len(lengths)):
+        if number:
+            stretch, cut = attempt(interrupts, restart, number, done.best)
+            if cut:
+                reason = f"{cut} before round {number + 1}"
+                break
+        first = len(iterates)
+        found, cut = attempt(interrupts, optimized, number, stretch)
+        if cut:
+            if not number:
+                raise cut.problem
+            reason = f"{cut} in round {number + 1}"
+            break
+        done = found
+        rewards = {(row["image"], row["iteration"]): row["reward"] for row in done.trace.rows}
+        its = torch.tensor(done.trace.kept) + first
+        reward = torch.tensor([rewards[b, k] for b, k in enumerate(its.tolist())], dtype=torch.double)
+        better = torch.ones(len(reward), dtype=torch.bool) if best is None else reward > best
+        if settings.keep == "last":
+            better |= reward.isfinite()
+        best = reward if best is None else torch.where(better, reward, best)
+        kept.take(its, better, done.best, done.best_noises)
+        trace.rows += done.trace.rows
+        trace.notices += [n for n in done.trace.notices if n not in trace.notices]
+        iterates += done.iterates
+        if done.cut_short:
+            break
+    trace.kept = kept.iteration.tolist()
+    trace.reasons = [reason] * len(trace.kept) if reason else done.trace.reasons
+    return Result(
+        kept.latent,
+        done.last,
+        tuple(kept.noises),
+        trace,
+        reason or done.reason,
+        iterates,
+        bool(reason or done.cut_short),
+    )
+
+
+@torch.no_grad()
+def search_by_restarts(
+    sample: Callable[[int, int, Tensor | None], tuple[Tensor, Sequence[Tensor]]],
+    score: Callable[[Tensor], Score],
+    settings: SearchSettings,
+    *,
+    steps: int,
+    on_iteration: Callable[[int, list[dict], Score], None] = lambda k, rows, score: None,
+    interrupts: Interrupts = (),
+    memory: Callable[[], float] = lambda: 0.0,
+) -> Result:
+    """The best of `settings.particles` seeds, then `settings.rounds` times the best of as many restarts of it.
+
+    A round without a better image keeps what there was: a search over sampling paths (arXiv 2501.09732), whose noisy
+    states are images noised again. sample: (round, particle, x0 or None) -> (x0 (B, C, ...), its noises); round 0 are
+    seeds, and particle 0 of it is the plain sample. Row 0 of the record is that, row 1 the best seed, and one for
+    every round follows. Ends as `search.search` does. steps: network evaluations of one sample.
+    """
+    trace, iterates, kept = Trace(), [], Kept()
+    best, images, runs, started = None, None, 0, time.perf_counter()
+
+    def tried(number: int, p: int) -> Tensor:
+        """The rewards (B,) of one candidate, which is kept where it is better."""
+        nonlocal best, images, runs
+        x0, noises = sample(number, p, kept.latent if number else None)
+        found = score(x0)
+        reward = found.total.detach().cpu().double().nan_to_num(nan=-math.inf)
+        better = torch.ones(len(reward), dtype=torch.bool) if best is None else reward > best
+        best = reward if best is None else torch.where(better, reward, best)
+        images = found.images if images is None else chosen(better, found.images, images)
+        kept.take(number + 1 if p or number else 0, better, x0, noises)
+        runs += 1
+        return reward
+
+    def report(k: int, tries: list[Tensor]) -> None:
+        nonlocal started
+        blank = torch.full_like(best, math.nan)
+        columns = {"reward": best, "reward_mean": torch.stack(tries).mean(0)}
+        columns |= {name: blank for name in (*SURROGATES, "noise_norm")}
+        seconds, started = time.perf_counter() - started, time.perf_counter()
+        rows = rows_of(k, columns, evaluations=runs * steps, backwards=0, seconds=seconds, memory_mb=memory() / 1e6)
+        trace.rows.extend(rows)
+        iterates.append(kept.latent.cpu())
+        on_iteration(k, rows, Score(best, {}, images))
+
+    def whole() -> None:
+        first = tried(0, 0)
+        report(0, [first])
+        report(1, [first, *(tried(0, p) for p in range(1, settings.particles))])
+        for number in range(1, settings.rounds + 1):
+            report(number + 1, [tried(number, p) for p in range(settings.particles)])
+
+    _, cut = attempt(interrupts, whole)
+    if cut and not trace.rows:
+        raise cut.problem
+    # A candidate that was kept in a round that was cut short has no row of its own: it takes the place of the last.
+    last = trace.rows[-1]["iteration"]
+    if cut and (kept.iteration > last).any():
+        report(last + 1, [best])
+        last += 1
+    reason = f"{cut} after row {last}" if cut else "all rounds done"
+    trace.kept, trace.reasons = kept.iteration.tolist(), [reason] * len(best)
+    trace.settings |= {"evaluations": runs * steps, "backwards": 0}
+    return Result(kept.latent, iterates[-1].to(kept.latent), tuple(kept.noises), trace, reason, iterates, bool(cut))

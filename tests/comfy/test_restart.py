@@ -1,0 +1,168 @@
+"""Rounds of optimising and restarting on a real ComfyUI: a restart is what KSampler's denoise gives."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+
+from bench.pack import as_node, mira
+
+nodes = mira("nodes")
+PixelReward = mira("rewards.pixel").PixelReward
+
+SETTINGS = dict(
+    iterations=2, learning_rate=0.02, regularizer="none", beta=0.0, keep="last", drift_limit=0.0, stop="never",
+    patience=3, memory="auto", drift_metric="path_kl", optimizer="adamw", clip_norm=1.0, weighting="marginal",
+    measured="guided", prompt="",
+)  # fmt: skip
+TWO = dict(iterations=2, rounds=2, restart_denoise=0.6, steps=4)
+
+
+def execute(node, **inputs):
+    with torch.inference_mode():
+        return as_node(node).execute(**inputs)
+
+
+def optimize(world, **changes):
+    inputs = SETTINGS | dict(
+        model=world.model, positive=world.positive, negative=world.negative, vae=world.vae, seed=1, cfg=5.0,
+        sampler_name="euler_ancestral", scheduler="normal", denoise=1.0, reward=PixelReward("brightness"),
+        latent_image={"samples": torch.zeros(1, 4, 16, 16)},
+    )  # fmt: skip
+    return execute(nodes.MiraOptimizeKSampler, **inputs | changes)
+
+
+class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    pass
+
+
+class Noise:
+    """As RandomNoise's."""
+
+    seed, scale = 1, 1.0
+
+    def generate_noise(self, latent):
+        return self.scale * comfy.sample.prepare_noise(latent["samples"], self.seed)
+
+
+class Nothing(Noise):
+    scale = 0.0
+
+
+def advanced(world, noise, **changes):
+    inputs = SETTINGS | dict(
+        noise=noise, guider=world.guider(), sampler=comfy.samplers.sampler_object("euler_ancestral"),
+        sigmas=world.sigmas(steps=4), latent_image={"samples": torch.randn(1, 4, 16, 16)}, vae=world.vae,
+        reward=PixelReward("brightness"), rounds=2,
+    )  # fmt: skip
+    return execute(nodes.MiraOptimizeSamplerAdvanced, **inputs | changes)
+
+
+def rows_of(out):
+    return out.args[2].of(0)
+
+
+@pytest.mark.every_host
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "euler", "dpmpp_2m_sde"])
+def test_a_restart_is_what_a_stock_ksampler_gives(world, sampler):
+    """The recipe: the image of iteration 1 into a KSampler with denoise 0.6 and the seed that the record names."""
+    last = optimize(world, sampler_name=sampler, **TWO, iterate=1)
+    again = optimize(world, sampler_name=sampler, **TWO, iterate=2)
+    (seed,) = again.args[2].settings["restart_seeds"]
+    latent = last.args[0]["samples"]
+    with torch.inference_mode():
+        stock = comfy.sample.sample(
+            world.model, comfy.sample.prepare_noise(latent, seed), 4, 5.0, sampler, "normal", world.positive,
+            world.negative, latent, denoise=0.6, disable_pbar=True, seed=seed,
+        )  # fmt: skip
+    torch.testing.assert_close(again.args[0]["samples"], stock, atol=2e-3, rtol=1e-3)
+    assert [(r["iteration"], r["round"]) for r in rows_of(again)] == [(0, 1), (1, 1), (2, 2), (3, 2)]
+    assert rows_of(again)[2]["path_kl"] == 0 and rows_of(again)[2]["level"] < rows_of(again)[0]["level"]
+
+
+def test_the_same_seed_gives_the_same_bits_and_the_best_of_all_rounds(world):
+    out = optimize(world, **TWO | {"iterations": 4}, keep="best_reward", seed=5)
+    again = optimize(
+        world, **TWO | {"iterations": 4}, keep="best_reward", seed=5, iterate=-1, reward=PixelReward("brightness")
+    )
+    assert torch.equal(out.args[0]["samples"], again.args[0]["samples"])
+    rewards = [r["reward"] for r in rows_of(out)]
+    assert len(rewards) == 6 and out.args[2].kept == [rewards.index(max(rewards))]
+    other = optimize(world, **TWO | {"iterations": 4}, keep="best_reward", seed=6)
+    assert other.args[2].settings["restart_seeds"] != out.args[2].settings["restart_seeds"]
+
+
+def test_a_batch_with_seeds_a_held_drift_and_the_gradient_of_the_last_steps(world):
+    out = optimize(
+        world, latent_image={"samples": torch.zeros(3, 4, 16, 16)}, seeds=2, hold="projection", drift_limit=0.01,
+        drift_metric="path_kl", keep="best_within_drift", gradient_steps=2, **TWO | {"iterations": 6, "rounds": 3},
+    )  # fmt: skip
+    trace = out.args[2]
+    assert out.args[0]["samples"].shape == (3, 4, 16, 16)
+    assert all(r["path_kl"] <= 0.01 for r in trace.rows)
+    assert {r["round"] for r in trace.of(2)} == {1, 2, 3} and len(trace.settings["seeds_begun_from"]) == 3
+
+
+def test_what_a_mask_does_not_cover_stays(world):
+    given = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.5
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[..., :64] = 1
+    out = optimize(world, latent_image={"samples": given, "noise_mask": mask}, **TWO)
+    found = out.args[0]["samples"]
+    torch.testing.assert_close(found[..., 8:], given[..., 8:], atol=1e-5, rtol=1e-4)
+    assert (found - given)[..., :8].abs().mean() > 0.05
+
+
+def test_a_restart_goes_no_further_than_image_to_image_did(world):
+    given = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.5}
+    rows = rows_of(optimize(world, latent_image=given, denoise=0.5, **TWO))
+    whole = world.sigmas(steps=4, denoise=0.5)[0].item()
+    assert rows[0]["level"] == pytest.approx(whole) and rows[2]["level"] < whole
+
+
+@pytest.mark.parametrize("memory", ["per_step", "per_block", "offload"])
+def test_every_memory_policy_gives_the_same(world, memory):
+    plain, thrifty = (optimize(world, **TWO, memory=m).args[0]["samples"] for m in ("none", memory))
+    torch.testing.assert_close(plain, thrifty, atol=1e-4, rtol=1e-3)
+
+
+def test_a_flow_model_restarts_too(world):
+    model = world.model.clone()
+    model.add_object_patch("model_sampling", Flow(model.model.model_config))
+    rows = rows_of(optimize(world, model=model, sampler_name="euler", scheduler="simple", **TWO))
+    assert rows[0]["level"] == pytest.approx(1.0) and 0.3 < rows[2]["level"] < 0.95
+    assert all(torch.isfinite(torch.tensor(r["reward"])) for r in rows)
+
+
+def test_where_a_restart_means_nothing_it_is_left_out_with_a_reason(world):
+    one = optimize(world, **TWO | {"steps": 1}, sampler_name="euler")
+    assert any("rounds is 2, but was taken as 1: a schedule of one step" in n for n in one.args[2].notices)
+    assert "round" not in rows_of(one)[0] and len(rows_of(one)) == 3
+    few = optimize(world, **TWO | {"rounds": 9})
+    assert any("rounds is 9, but there were 2" in n for n in few.args[2].notices)
+    out = advanced(world, Nothing())
+    assert any("adds no noise of its own" in n for n in out.args[2].notices)
+
+
+def test_the_advanced_node_restarts_on_the_tail_of_its_sigmas(world):
+    rows = rows_of(advanced(world, Noise(), restart_denoise=0.5))
+    assert rows[2]["level"] == pytest.approx(world.sigmas(steps=4)[2].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("at", [2, 3])
+def test_cancelled_in_the_second_round(world, monkeypatch, at):
+    live = mira("nodes.editor.live").LiveRun
+
+    def cancel(self, k, rows, score):
+        if k == at:
+            raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(live, "__call__", cancel)
+    out = optimize(world, **TWO, keep="best_reward")
+    rewards = {r["iteration"]: r["reward"] for r in rows_of(out)}
+    assert rewards[out.args[2].kept[0]] == max(rewards.values())
+    assert any("interrupted" in r for r in out.args[2].reasons)
