@@ -106,7 +106,7 @@ class MiraDemoModel(io.ComfyNode):
         return io.Schema(
             node_id="MiraDemoModel",
             display_name="MIRA Demo Model",
-            category="MIRA/loaders",
+            category="MIRA Alignment/loaders",
             description=(
                 "A small SD1.5-style model that ships with the pack: 128 px emoji of 45 animals and 71 other "
                 "subjects, four styles (3d, flat, cartoon, icon), twelve backgrounds. "
@@ -130,8 +130,8 @@ class MiraDemoCLIPScore(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MiraDemoCLIPScore",
-            display_name="Demo CLIPScore",
-            category="MIRA/rewards",
+            display_name="MIRA Demo CLIPScore",
+            category="MIRA Alignment/rewards",
             description=(
                 "100 times the cosine between image and prompt by the demo model's own CLIP. It knows emoji only: "
                 "use it with the MIRA Demo Model. The optimiser needs the prompt as text."
@@ -150,8 +150,8 @@ class MiraDemoAesthetic(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MiraDemoAesthetic",
-            display_name="Demo Aesthetic",
-            category="MIRA/rewards",
+            display_name="MIRA Demo Aesthetic",
+            category="MIRA Alignment/rewards",
             description=(
                 "A taste for the demo model: a small head on its CLIP that likes the 3d style (about 7) and not the "
                 "flat one (about 4). Small enough to be hacked, so that drift can be seen. It knows emoji only."

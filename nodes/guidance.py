@@ -86,7 +86,7 @@ class MiraRLGuidance(io.ComfyNode):
         return io.Schema(
             node_id="MiraRLGuidance",
             display_name=RLG,
-            category="MIRA/guidance",
+            category="MIRA Alignment/guidance",
             description=(
                 "Blends a model with its reward-tuned version (DDPO, Diffusion-DPO, D3PO ..., a checkpoint or a LoRA): "
                 "base + weight * (tuned - base). Constant: Reinforcement Learning Guidance, a dial for the tuning. "
@@ -274,7 +274,7 @@ class MiraDyMOGuider(io.ComfyNode):
         return io.Schema(
             node_id="MiraDyMOGuider",
             display_name=DYMO,
-            category="MIRA/guidance",
+            category="MIRA Alignment/guidance",
             description=(
                 "A CFG guider that leans towards a reward at every step (the preference term of DyMO): nothing is "
                 "optimised, one sample costs about three. For SamplerCustomAdvanced."

@@ -223,7 +223,7 @@ class MiraInitNONoise(io.ComfyNode):
         return io.Schema(
             node_id="MiraInitNONoise",
             display_name=NODE,
-            category="MIRA/sampling",
+            category="MIRA Alignment/sampling",
             description=(
                 "A seed's noise, made better before anything is sampled: to the model's attention every named subject "
                 "of the prompt is there, and in a place of its own (InitNO). For SamplerCustomAdvanced, or to "

@@ -56,7 +56,7 @@ def expect(node: str, name: str, state: dict, wanted: str) -> None:
     size = name_of(state)
     if size != wanted and size in NAMES.values():
         raise weight_files.WrongFile(
-            f"{node}: {name} is a CLIP {size}, but this scorer is a {wanted}; Load CLIPScore Reward takes it"
+            f"{node}: {name} is a CLIP {size}, but this scorer is a {wanted}; MIRA Load CLIPScore Reward takes it"
         )
 
 
@@ -72,14 +72,14 @@ def whole_clip(node: str, path: Path, precision: str, size: str, fit: Callable) 
 
 
 class MiraLoadAestheticReward(io.ComfyNode):
-    NAME = "Load Aesthetic Reward"
+    NAME = "MIRA Load Aesthetic Reward"
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="MiraLoadAestheticReward",
             display_name=cls.NAME,
-            category="MIRA/rewards",
+            category="MIRA Alignment/rewards",
             description=(
                 "The LAION aesthetic predictor v2: from 1 to 10, ordinary images score 4.5 to 6.5. It needs its small "
                 "head and a CLIP ViT-L/14, from a file or from Load CLIP Vision."
@@ -157,7 +157,7 @@ class MiraLoadAestheticReward(io.ComfyNode):
 
 
 class MiraLoadHPSReward(io.ComfyNode):
-    NAME = "Load HPS Reward"
+    NAME = "MIRA Load HPS Reward"
     VERSIONS = ("from the file's name", "v2", "v2.1")
 
     @classmethod
@@ -165,7 +165,7 @@ class MiraLoadHPSReward(io.ComfyNode):
         return io.Schema(
             node_id="MiraLoadHPSReward",
             display_name=cls.NAME,
-            category="MIRA/rewards",
+            category="MIRA Alignment/rewards",
             description="Human Preference Score v2 or v2.1: how much people like an image for its prompt, .2 to .35.",
             inputs=[
                 io.Combo.Input(
@@ -199,14 +199,14 @@ class MiraLoadHPSReward(io.ComfyNode):
 
 
 class MiraLoadPickScoreReward(io.ComfyNode):
-    NAME = "Load PickScore Reward"
+    NAME = "MIRA Load PickScore Reward"
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="MiraLoadPickScoreReward",
             display_name=cls.NAME,
-            category="MIRA/rewards",
+            category="MIRA Alignment/rewards",
             description="PickScore v1: which of two images people pick for a prompt; ordinary images score 18 to 24.",
             inputs=[
                 io.Combo.Input(
@@ -231,14 +231,14 @@ class MiraLoadPickScoreReward(io.ComfyNode):
 
 
 class MiraLoadImageReward(io.ComfyNode):
-    NAME = "Load ImageReward"
+    NAME = "MIRA Load ImageReward"
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="MiraLoadImageReward",
             display_name=cls.NAME,
-            category="MIRA/rewards",
+            category="MIRA Alignment/rewards",
             description="ImageReward v1.0: human preference, standardised; ordinary images score -1 to 1.5.",
             inputs=[
                 io.Combo.Input(
@@ -266,14 +266,14 @@ class MiraLoadImageReward(io.ComfyNode):
 
 
 class MiraLoadCLIPScore(io.ComfyNode):
-    NAME = "Load CLIPScore Reward"
+    NAME = "MIRA Load CLIPScore Reward"
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="MiraLoadCLIPScore",
             display_name=cls.NAME,
-            category="MIRA/rewards",
+            category="MIRA Alignment/rewards",
             description="100 times the cosine between image and prompt, by any CLIP or SigLIP.",
             inputs=[
                 io.Combo.Input(

@@ -1,4 +1,4 @@
-"""The Drift Monitor: reward against drift, of one run or several, and what the numbers say in plain words."""
+"""The MIRA Drift Monitor: reward against drift, of one run or several, and what the numbers say in plain words."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .shared.images import to_core
 from .shared.types import MiraReward, MiraTrace
 
 log = logging.getLogger("mira")
-NODE = "Drift Monitor"
+NODE = "MIRA Drift Monitor"
 SLOTS = 4
 SIGMAS = 2.0  # of the base model's own spread
 
@@ -59,7 +59,7 @@ def run_of(number: int, trace, images: Tensor | None) -> Run:
     if not isinstance(trace, Trace) or not trace.rows:
         found = "an empty trace" if isinstance(trace, Trace) else f"a {type(trace).__name__}"
         raise ValueError(
-            f"{NODE}: trace_{number} is {found}: connect the trace of an optimising node or Load MIRA Trace"
+            f"{NODE}: trace_{number} is {found}: connect the trace of an optimising node or MIRA Load Trace"
         )
     if images is not None:
         images = to_core(images, f"{NODE}: images_{number}")
@@ -69,8 +69,8 @@ def run_of(number: int, trace, images: Tensor | None) -> Run:
                 "connect the images of that run"
             )
     s = trace.settings
-    method = s.get("method") or s.get("regularizer") or "run"
-    beta = f" beta {s['beta']:g}" if s.get("beta") and method != "none" else ""
+    method = s.get("method") or s.get("preset") or s.get("regularizer") or "run"
+    beta = f" beta {s['beta']:g}" if s.get("beta") and s.get("regularizer", "none") != "none" else ""
     means = []
     for k in sorted({r["iteration"] for r in trace.rows}):
         rows = [r for r in trace.rows if r["iteration"] == k]
@@ -240,7 +240,7 @@ class MiraDriftMonitor(io.ComfyNode):
         return io.Schema(
             node_id="MiraDriftMonitor",
             display_name=NODE,
-            category="MIRA/scores",
+            category="MIRA Alignment/scores",
             description=(
                 "Plots reward and drift of one run or several, writes the records to the output folder, and says "
                 "whether an image is still one that the base model would paint. For that it needs plain samples of "

@@ -9,7 +9,6 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ..sampler.optimize import Settings
-from ..sampler.rivals import RIVALS
 from . import host
 from .editor.live import LiveRun
 from .host.probe import begins_anew
@@ -17,68 +16,61 @@ from .shared import memo
 from .shared.checks import check, check_reach, complain, prompts_of, wrong_sigmas
 from .shared.finish import finish
 from .shared.inputs import (
-    AS_SET,
-    as_set,
+    advanced,
+    advanced_inputs,
+    denoise_input,
+    dial_inputs,
     gradient_steps,
-    iterate_input,
-    method_inputs,
     prompt_input,
     restart_sigmas,
     sampling_inputs,
     schedule,
-    settings_inputs,
     settings_of,
     trace_outputs,
 )
 from .shared.job import cfg_guider, ksampler_noise, plain_values
+from .shared.presets import applied
 from .shared.types import MiraReward
 
 log = logging.getLogger("mira")
+# What a prompt by hand may leave out besides what its preset says.
+UNSAID = {"weighting": "marginal", "measured": "guided", "memory": "auto"}
 
 
 def run(
-    node: str, hidden, guider, sampler, sigmas, initial, seed, latent: dict, vae, reward, prompt, values, identity,
-    restart_sigmas=None,
-):  # fmt: skip
-    """Optimise and wrap: the outputs of both nodes. initial, restart_sigmas: see `host.Job`."""
-    iterate, node_id = values.pop("iterate", -1), hidden.unique_id
-    # Guiders and the like are made anew for every execution: what they are made of tells whether it is the same run.
-    inputs = values | {"vae": vae, "reward": reward, "prompt": prompt, "seed": seed} | identity
+    node: str, hidden, values: dict, *, latent: dict, reward, prompt: str, identity: dict, **given
+) -> io.NodeOutput:
+    """Optimise and wrap: the outputs of both nodes. values: the widgets; given: the rest of a `host.Job`.
+
+    identity: what the job's own objects are made of. Guiders and the like are made anew for every execution: what they
+    are made of tells whether it is the same run.
+    """
+    iterate, node_id = values.get("iterate", -1), hidden.unique_id
+    values, overruled = applied({k: v for k, v in values.items() if k != "iterate"})
+    inputs = values | {"vae": given["vae"], "reward": reward, "prompt": prompt, "seed": given["seed"]} | identity
     before = memo.recall(node_id, inputs)
     if before is None:
-        before = optimized(
-            node, node_id, guider, sampler, sigmas, initial, seed, latent, vae, reward, prompt, values, restart_sigmas
-        )
+        before = optimized(node, node_id, values, overruled, latent=latent, reward=reward, prompt=prompt, **given)
         memo.remember(node_id, inputs, before)
-    done, live = before
-    return finish(node, hidden, done, live, latent, iterate)
+    return finish(node, hidden, *before, latent, iterate)
 
 
-def optimized(
-    node, node_id, guider, sampler, sigmas, initial, seed, latent: dict, vae, reward, prompt, values, restart_sigmas
-):
+def optimized(node, node_id, values: dict, overruled: list[str], *, latent: dict, reward, prompt, guider, **given):
     """One run: (what came out, what the editor was told)."""
-    model = guider.model_patcher
-    latent = latent.copy()
-    latent["samples"] = host.samples_of(model, latent)
+    model, sampler, sigmas = guider.model_patcher, given["sampler"], given["sigmas"]
+    samples = host.samples_of(model, latent)
     settings = understood(node, values)
-    prompts, notices = prompts_of(prompt, guider, len(latent["samples"]))
-    if settings.rounds < values.get("rounds", 1) and as_set(values):
+    prompts, notices = prompts_of(prompt, guider, len(samples))
+    if settings.rounds < values.get("rounds", 1):
         notices.append(f"rounds is {values['rounds']}, but there were {settings.rounds}: one for every iteration")
     live = LiveRun(node_id, settings.iterations + settings.rounds - 1, {"drift_metric": settings.drift_metric})
     job = host.Job(
         guider=guider,
-        sampler=sampler,
-        sigmas=sigmas,
-        noise=initial(seed),
-        initial=initial,
-        restart_sigmas=restart_sigmas,
+        noise=given["initial"](given["seed"]),
         node=node,
-        latent=latent["samples"],
-        vae=vae,
+        latent=samples,
         reward=reward,
         settings=settings,
-        seed=seed,
         mask=latent.get("noise_mask"),
         prompts=prompts,
         notices=notices,
@@ -90,18 +82,17 @@ def optimized(
         memory=values["memory"],
         repeatable=values.get("repeatable", True),
         on_iteration=live,
+        **given,
     )
     done = host.run(job)
     trace = done.result.trace
-    if replaced := RIVALS.get(values.get("method", AS_SET)):
-        said = ", ".join(f"{k} {v}" for k, v in replaced.items())
-        trace.notices.append(f"method {values['method']} was run with its authors' settings: {said}")
+    trace.notices += overruled
     for notice in reward.notices(job.prompts):
         log.warning("%s: %s", node, notice)
         trace.notices.append(notice)
     trace.settings |= plain_values(values) | {
         "node": node,
-        "seed": seed,
+        "seed": job.seed,
         "prompt": prompt or "",
         "reward": reward.facts.name,
     }
@@ -122,7 +113,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
         return io.Schema(
             node_id="MiraOptimizeKSampler",
             display_name="MIRA Optimize KSampler",
-            category="MIRA/sampling",
+            category="MIRA Alignment/sampling",
             description=(
                 "A KSampler that optimises its noises so that the image scores higher on a reward, while it stays "
                 "near what the model would paint. Cancel stops it and hands back the best image so far."
@@ -135,10 +126,10 @@ class MiraOptimizeKSampler(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The model's own VAE: the reward looks at decoded images."),
                 MiraReward.Input("reward"),
                 *sampling_inputs("Makes the noises that the optimisation starts from, as KSampler's does."),
-                *settings_inputs(),
+                *dial_inputs(),
                 prompt_input(),
-                iterate_input(),
-                *method_inputs(),
+                *advanced(denoise_input()),
+                *advanced_inputs(),
             ],
             outputs=trace_outputs(),
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
@@ -164,26 +155,26 @@ class MiraOptimizeKSampler(io.ComfyNode):
         cls, model, positive, negative, latent_image, vae, reward, seed, cfg, prompt="", **values
     ) -> io.NodeOutput:
         node = "MIRA Optimize KSampler"
+        values, effective = UNSAID | values, applied(UNSAID | values)[0]
         sampler = comfy.samplers.sampler_object(values["sampler_name"])
-        check(node, cls.define_schema().inputs, model, sampler, latent_image, vae, reward, prompt, values)
+        check(node, cls.define_schema().inputs, model, sampler, latent_image, vae, reward, prompt, values, effective)
         sigmas = schedule(model, values)
-        check_reach(node, model, sampler, len(sigmas) - 1, values)
-        initial = ksampler_noise(host.samples_of(model, latent_image), latent_image)
+        check_reach(node, model, sampler, len(sigmas) - 1, effective)
         return run(
             node,
             cls.hidden,
-            cfg_guider(model, positive, negative, cfg),
-            sampler,
-            sigmas,
-            initial,
-            seed,
-            latent_image,
-            vae,
-            reward,
-            prompt,
             values | {"cfg": cfg},
-            {"model": model, "positive": positive, "negative": negative, "latent": latent_image},
-            restart_sigmas(model, values),
+            latent=latent_image,
+            reward=reward,
+            prompt=prompt,
+            identity={"model": model, "positive": positive, "negative": negative, "latent": latent_image},
+            guider=cfg_guider(model, positive, negative, cfg),
+            sampler=sampler,
+            sigmas=sigmas,
+            restart_sigmas=restart_sigmas(model, values),
+            initial=ksampler_noise(host.samples_of(model, latent_image), latent_image),
+            seed=seed,
+            vae=vae,
         )
 
 
@@ -193,7 +184,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         return io.Schema(
             node_id="MiraOptimizeSamplerAdvanced",
             display_name="MIRA Optimize Sampler (Advanced)",
-            category="MIRA/sampling",
+            category="MIRA Alignment/sampling",
             description="MIRA Optimize KSampler for any NOISE, GUIDER, SAMPLER and SIGMAS, as SamplerCustomAdvanced.",
             inputs=[
                 io.Noise.Input("noise"),
@@ -203,10 +194,9 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
                 io.Latent.Input("latent_image"),
                 io.Vae.Input("vae", tooltip="The model's own VAE: the reward looks at decoded images."),
                 MiraReward.Input("reward"),
-                *settings_inputs(),
+                *dial_inputs(),
                 prompt_input(),
-                iterate_input(),
-                *method_inputs(),
+                *advanced_inputs(),
             ],
             outputs=trace_outputs(),
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
@@ -230,9 +220,10 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         node = "MIRA Optimize Sampler (Advanced)"
         if message := wrong_sigmas(sigmas):
             raise ValueError(f"{node}: {message}")
+        values, effective = UNSAID | values, applied(UNSAID | values)[0]
         model = getattr(guider, "model_patcher", guider)  # what is no guider is no model either
-        check(node, cls.define_schema().inputs, model, sampler, latent_image, vae, reward, prompt, values)
-        check_reach(node, model, sampler, len(sigmas) - 1, values)
+        check(node, cls.define_schema().inputs, model, sampler, latent_image, vae, reward, prompt, values, effective)
+        check_reach(node, model, sampler, len(sigmas) - 1, effective)
         samples = host.samples_of(model, latent_image)
 
         def initial(seed: int):
@@ -244,15 +235,15 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         return run(
             node,
             cls.hidden,
-            guider,
-            sampler,
-            sigmas,
-            initial,
-            noise.seed,
-            latent_image,
-            vae,
-            reward,
-            prompt,
             values,
-            {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent": latent_image},
+            latent=latent_image,
+            reward=reward,
+            prompt=prompt,
+            identity={"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent": latent_image},
+            guider=guider,
+            sampler=sampler,
+            sigmas=sigmas,
+            initial=initial,
+            seed=noise.seed,
+            vae=vae,
         )

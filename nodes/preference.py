@@ -23,6 +23,8 @@ from .shared import memo
 from .shared.checks import check_latent, complain, needs_prompt
 from .shared.finish import finish
 from .shared.inputs import (
+    advanced,
+    denoise_input,
     iterate_input,
     memory_input,
     prompt_input,
@@ -70,13 +72,99 @@ def preferring(judge, seed: int, history: int):
     return work
 
 
+def particulars() -> list[io.Input]:
+    """What most people leave alone."""
+    return advanced(
+        denoise_input(),
+        io.Combo.Input(
+            "method",
+            options=list(METHODS),
+            default=DEFAULT.method,
+            tooltip=(
+                "dpo: the paper's Algorithm 2. dueling: perturb the noises, move towards what is preferred. "
+                "best_of_n: another seed every time, the best stays. hybrid2: DNO's estimator from probes "
+                "(needs a reward's numbers)."
+            ),
+        ),
+        io.Float.Input(
+            "learning_rate",
+            default=DEFAULT.lr,
+            min=0.0001,
+            max=10.0,
+            step=0.001,
+            round=0.0001,
+            tooltip="How far an update of dpo or hybrid2 moves the noises, in units of their deviation.",
+        ),
+        io.Float.Input(
+            "beta",
+            default=DEFAULT.beta,
+            min=0.0,
+            max=1000.0,
+            step=0.01,
+            tooltip="Of dpo's loss: how sharply a preference pushes winner and loser apart.",
+        ),
+        io.Combo.Input(
+            "energy",
+            options=list(ENERGIES),
+            default=DEFAULT.energy,
+            tooltip="What dpo pushes apart. mira: the paper's score energy; its sign reversed; both sides.",
+        ),
+        io.Float.Input(
+            "explore",
+            default=DEFAULT.explore,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            tooltip="How different dueling's challenger (0.6) or hybrid2's probes (0.01) are. 1: another seed.",
+        ),
+        io.Float.Input(
+            "step",
+            default=DEFAULT.step,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            tooltip="How far a win of dueling's challenger moves the noises. 1: all the way, no extra image.",
+        ),
+        io.Combo.Input(
+            "keep",
+            options=list(KEEP),
+            default=DEFAULT.keep,
+            tooltip=(
+                "last_winner: of the last comparison, as in the paper. incumbent: never an image that lost to "
+                "an earlier one (a person is asked about both)."
+            ),
+        ),
+        io.Boolean.Input("skip_ties", default=False, tooltip="Learn nothing from a tie. Else the first wins."),
+        io.Float.Input(
+            "kick",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Fresh noise for the loser when the candidates have become the same image. 0: none.",
+        ),
+        memory_input(),
+        io.Float.Input(
+            "timeout",
+            default=0.0,
+            min=0.0,
+            max=86400.0,
+            step=1.0,
+            tooltip="Seconds that a person has for a pair. 0: as long as it takes.",
+        ),
+        io.Combo.Input("on_timeout", options=list(ON_TIMEOUT), tooltip="stop with the best so far, or count as a tie."),
+        iterate_input(),
+        repeatable_input(),
+    )
+
+
 class MiraDPOPreference(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="MiraDPOPreference",
             display_name=NODE,
-            category="MIRA/sampling",
+            category="MIRA Alignment/sampling",
             description=(
                 "A KSampler that learns from preferences alone: it makes images, asks which is better (a reward "
                 "without a gradient, you, or the choices of an earlier run), and moves its noises accordingly."
@@ -99,16 +187,6 @@ class MiraDPOPreference(io.ComfyNode):
                 io.Int.Input(
                     "iterations", default=DEFAULT.iterations, min=1, max=1000, tooltip="Comparisons, for each image."
                 ),
-                io.Combo.Input(
-                    "method",
-                    options=list(METHODS),
-                    default=DEFAULT.method,
-                    tooltip=(
-                        "dpo: the paper's Algorithm 2. dueling: perturb the noises, move towards what is preferred. "
-                        "best_of_n: another seed every time, the best stays. hybrid2: DNO's estimator from probes "
-                        "(needs a reward's numbers)."
-                    ),
-                ),
                 io.Int.Input(
                     "candidates",
                     default=DEFAULT.candidates,
@@ -116,75 +194,8 @@ class MiraDPOPreference(io.ComfyNode):
                     max=16,
                     tooltip="Images per comparison: dpo's best against its worst, hybrid2's probes and one. Person: 2.",
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=DEFAULT.lr,
-                    min=0.0001,
-                    max=10.0,
-                    step=0.001,
-                    round=0.0001,
-                    tooltip="How far an update of dpo or hybrid2 moves the noises, in units of their deviation.",
-                ),
-                io.Float.Input(
-                    "beta",
-                    default=DEFAULT.beta,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.01,
-                    tooltip="Of dpo's loss: how sharply a preference pushes winner and loser apart.",
-                ),
-                io.Combo.Input(
-                    "energy",
-                    options=list(ENERGIES),
-                    default=DEFAULT.energy,
-                    tooltip="What dpo pushes apart. mira: the paper's score energy; its sign reversed; both sides.",
-                ),
-                io.Float.Input(
-                    "explore",
-                    default=DEFAULT.explore,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How different dueling's challenger (0.6) or hybrid2's probes (0.01) are. 1: another seed.",
-                ),
-                io.Float.Input(
-                    "step",
-                    default=DEFAULT.step,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How far a win of dueling's challenger moves the noises. 1: all the way, no extra image.",
-                ),
-                io.Combo.Input(
-                    "keep",
-                    options=list(KEEP),
-                    default=DEFAULT.keep,
-                    tooltip=(
-                        "last_winner: of the last comparison, as in the paper. incumbent: never an image that lost to "
-                        "an earlier one (a person is asked about both)."
-                    ),
-                ),
-                io.Boolean.Input("skip_ties", default=False, tooltip="Learn nothing from a tie. Else the first wins."),
-                io.Float.Input(
-                    "kick",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Fresh noise for the loser when the candidates have become the same image. 0: none.",
-                ),
-                memory_input(),
-                io.Float.Input(
-                    "timeout",
-                    default=0.0,
-                    min=0.0,
-                    max=86400.0,
-                    step=1.0,
-                    tooltip="Seconds that a person has for a pair. 0: as long as it takes.",
-                ),
-                io.Combo.Input(
-                    "on_timeout", options=list(ON_TIMEOUT), tooltip="stop with the best so far, or count as a tie."
-                ),
+                prompt_input(),
+                *particulars(),
                 MiraReward.Input("reward", optional=True, tooltip="For judge reward. It needs no gradient."),
                 io.String.Input(
                     "choices",
@@ -193,9 +204,6 @@ class MiraDPOPreference(io.ComfyNode):
                     force_input=True,
                     tooltip="For judge recorded choices: the choices output of an earlier run, or its trace as JSON.",
                 ),
-                prompt_input(),
-                iterate_input(),
-                repeatable_input(),
             ],
             outputs=[
                 *trace_outputs(),

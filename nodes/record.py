@@ -74,7 +74,7 @@ def read_trace(path: str, index: int) -> Trace:
             text = file.read()
         return Trace.from_csv(text) if name.lower().endswith(".csv") else Trace.from_dict(json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError, OSError, SyntaxError) as problem:
-        raise ValueError(f"Load MIRA Trace: {name} cannot be read: {problem}") from problem
+        raise ValueError(f"MIRA Load Trace: {name} cannot be read: {problem}") from problem
 
 
 class MiraLoadTrace(io.ComfyNode):
@@ -82,9 +82,9 @@ class MiraLoadTrace(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MiraLoadTrace",
-            display_name="Load MIRA Trace",
-            category="MIRA/loaders",
-            description="The record of an earlier run, from a PNG that it saved or the Drift Monitor's JSON or CSV.",
+            display_name="MIRA Load Trace",
+            category="MIRA Alignment/loaders",
+            description="The record of an earlier run, from a PNG that it saved, or MIRA Drift Monitor's JSON or CSV.",
             inputs=[
                 io.Combo.Input("file", options=trace_files() or [NO_FILE], tooltip="From the input or output folder."),
                 io.Int.Input(
@@ -116,5 +116,5 @@ class MiraLoadTrace(io.ComfyNode):
         try:
             path = trace_path(file)
         except ValueError as problem:
-            raise ValueError(f"Load MIRA Trace: {problem}") from None
+            raise ValueError(f"MIRA Load Trace: {problem}") from None
         return io.NodeOutput(read_trace(path, index))

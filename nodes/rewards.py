@@ -27,8 +27,8 @@ class MiraPixelReward(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MiraPixelReward",
-            display_name="Pixel Reward",
-            category="MIRA/rewards",
+            display_name="MIRA Pixel Reward",
+            category="MIRA Alignment/rewards",
             description="A reward that is a formula of the pixels.",
             inputs=[
                 io.Combo.Input(
@@ -52,9 +52,9 @@ class MiraPixelReward(io.ComfyNode):
             return io.NodeOutput(PixelReward(measure))
         if reference is None:
             raise ValueError(
-                "Pixel Reward: measure is match reference, but reference is not connected; connect an image"
+                "MIRA Pixel Reward: measure is match reference, but reference is not connected; connect an image"
             )
-        return io.NodeOutput(MatchReference(to_core(reference, "Pixel Reward: reference")))
+        return io.NodeOutput(MatchReference(to_core(reference, "MIRA Pixel Reward: reference")))
 
 
 class MiraJPEGReward(io.ComfyNode):
@@ -64,8 +64,8 @@ class MiraJPEGReward(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MiraJPEGReward",
-            display_name="JPEG Reward",
-            category="MIRA/rewards",
+            display_name="MIRA JPEG Reward",
+            category="MIRA Alignment/rewards",
             description="Minus the kilobytes of the image as a JPEG: small files score high.",
             inputs=[
                 io.Combo.Input(
@@ -118,8 +118,8 @@ class MiraCombineRewards(io.ComfyNode):
         )
         return io.Schema(
             node_id="MiraCombineRewards",
-            display_name="Combine Rewards",
-            category="MIRA/rewards",
+            display_name="MIRA Combine Rewards",
+            category="MIRA Alignment/rewards",
             description="A weighted sum of rewards; each part stays in the record, in its own units.",
             inputs=inputs,
             outputs=[reward_output()],
@@ -130,12 +130,12 @@ class MiraCombineRewards(io.ComfyNode):
         used = [i for i in range(1, SLOTS + 1) if inputs.get(f"reward_{i}") is not None]
         weights = [inputs.get(f"weight_{i}", 1.0) for i in used]
         if not any(weights):
-            raise ValueError("Combine Rewards: every weight is 0, so there is nothing to optimise; set one")
+            raise ValueError("MIRA Combine Rewards: every weight is 0, so there is nothing to optimise; set one")
         rewards = [inputs[f"reward_{i}"] for i in used]
         try:
             factors = scaled(rewards, weights, scaling)
         except ValueError as problem:
-            raise ValueError(f"Combine Rewards: {problem}") from problem
+            raise ValueError(f"MIRA Combine Rewards: {problem}") from problem
         return io.NodeOutput(WeightedSum(rewards, factors))
 
 
@@ -144,8 +144,8 @@ class MiraAugmentReward(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MiraAugmentReward",
-            display_name="Augment Reward",
-            category="MIRA/rewards",
+            display_name="MIRA Augment Reward",
+            category="MIRA Alignment/rewards",
             description=(
                 "Scores the mean of random crops and mirror images, so that patterns of pixels that fool a scorer at "
                 "one alignment only stop paying. Costs as many scores as crops."
@@ -174,7 +174,7 @@ class MiraAugmentReward(io.ComfyNode):
 
 
 class MiraRewardFromPython(io.ComfyNode):
-    NAME = "Reward from Python File"
+    NAME = "MIRA Reward from Python File"
 
     @classmethod
     def define_schema(cls):
@@ -182,7 +182,7 @@ class MiraRewardFromPython(io.ComfyNode):
         return io.Schema(
             node_id="MiraRewardFromPython",
             display_name=cls.NAME,
-            category="MIRA/rewards",
+            category="MIRA Alignment/rewards",
             description=(
                 "A reward of your own: a Python file in models/mira_rewards with FACTS and score(images, prompts). "
                 "It runs as any Python on your machine does: use files that you trust."
@@ -223,14 +223,14 @@ def allowed_hosts() -> list[str]:
 
 
 class MiraRewardFromHTTP(io.ComfyNode):
-    NAME = "Reward from HTTP"
+    NAME = "MIRA Reward from HTTP"
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="MiraRewardFromHTTP",
             display_name=cls.NAME,
-            category="MIRA/rewards",
+            category="MIRA Alignment/rewards",
             description=(
                 "A reward that a server of yours computes, as a black box: it gets PNGs and prompts, and answers "
                 "scores. Another machine than this one has to be allowed by the environment variable MIRA_HTTP_HOSTS."

@@ -52,14 +52,14 @@ def table(reward: Reward, total: Tensor, parts: dict[str, Tensor], notices: list
 
 
 class MiraScoreImages(io.ComfyNode):
-    NAME = "Score Images"
+    NAME = "MIRA Score Images"
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="MiraScoreImages",
             display_name=cls.NAME,
-            category="MIRA/scores",
+            category="MIRA Alignment/scores",
             description="The absolute score of every image, with the range that is typical of the reward.",
             inputs=[
                 io.Image.Input("images"),
@@ -106,18 +106,18 @@ class MiraScoreImages(io.ComfyNode):
 
 
 class MiraRankImages(io.ComfyNode):
-    NAME = "Rank Images"
+    NAME = "MIRA Rank Images"
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="MiraRankImages",
             display_name=cls.NAME,
-            category="MIRA/scores",
+            category="MIRA Alignment/scores",
             description="The batch in the order of its scores, the best first, and only the best few if you like.",
             inputs=[
                 io.Image.Input("images"),
-                io.Float.Input("scores", force_input=True, tooltip="From Score Images, one per image."),
+                io.Float.Input("scores", force_input=True, tooltip="From MIRA Score Images, one per image."),
                 io.Int.Input("top_k", default=1, min=1, max=4096, tooltip="How many to keep."),
             ],
             outputs=[

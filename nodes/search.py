@@ -17,6 +17,8 @@ from .shared import memo
 from .shared.checks import check_latent, complain, needs_gradient, needs_prompt
 from .shared.finish import finish
 from .shared.inputs import (
+    advanced,
+    denoise_input,
     iterate_input,
     memory_input,
     prompt_input,
@@ -54,13 +56,89 @@ def can_steer(method: str, sampler, model_sampling, values: dict) -> None:
         )
 
 
+def particulars() -> list[io.Input]:
+    """What most people leave alone."""
+    return advanced(
+        denoise_input(),
+        io.Int.Input(
+            "interval",
+            default=DEFAULT.interval,
+            min=0,
+            max=10000,
+            tooltip=(
+                "Sampling steps between two looks of fk_steering and code. 0: a fifth and a twentieth of the "
+                "steps, as in their papers."
+            ),
+        ),
+        io.Float.Input(
+            "strength",
+            default=DEFAULT.strength,
+            min=0.0,
+            max=1000000.0,
+            step=0.1,
+            tooltip=(
+                "How much a reward of 1 counts against the model: fk_steering and das aim at p(x) "
+                "exp(strength * reward). Small rewards need a large one."
+            ),
+        ),
+        io.Combo.Input(
+            "potential",
+            options=list(POTENTIALS),
+            default=DEFAULT.potential,
+            tooltip="Of fk_steering: the best reward of a lineage so far, or the change since the last look.",
+        ),
+        io.Float.Input(
+            "radius",
+            default=DEFAULT.radius,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            tooltip="How far zero_order's candidates and mira_fk's copies are from the best. 1: other seeds.",
+        ),
+        io.Int.Input(
+            "iterations",
+            default=DEFAULT.iterations,
+            min=1,
+            max=1000,
+            tooltip="Of mira_fk: updates of every trajectory between two rounds.",
+        ),
+        io.Float.Input(
+            "learning_rate",
+            default=DEFAULT.lr,
+            min=0.0001,
+            max=10.0,
+            step=0.001,
+            round=0.0001,
+            tooltip="Of mira_fk: how far an update moves the noises, in units of their standard deviation.",
+        ),
+        io.Combo.Input(
+            "regularizer",
+            options=list(REGULARIZERS),
+            default=DEFAULT.regularizer,
+            tooltip="Of mira_fk: what holds a trajectory near the model, and counts when it is chosen.",
+        ),
+        io.Float.Input(
+            "beta",
+            default=DEFAULT.beta,
+            min=0.0,
+            max=1000.0,
+            step=0.01,
+            tooltip="Of mira_fk: the weight of the regularizer against the reward (0.1 in the paper).",
+        ),
+        memory_input(),
+        iterate_input(),
+        repeatable_input(),
+        restart_denoise_input("Of restarts: how"),
+    )
+
+
 class MiraSearchKSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="MiraSearchKSampler",
             display_name=NODE,
-            category="MIRA/sampling",
+            category="MIRA Alignment/sampling",
             description=(
                 "A KSampler that samples several candidates of every image and lets the better ones survive: "
                 "Best-of-N, zero-order search, restarts, FK steering, CoDe, DAS, or several MIRA trajectories side by "
@@ -106,76 +184,8 @@ class MiraSearchKSampler(io.ComfyNode):
                         "`iterations`."
                     ),
                 ),
-                io.Int.Input(
-                    "interval",
-                    default=DEFAULT.interval,
-                    min=0,
-                    max=10000,
-                    tooltip=(
-                        "Sampling steps between two looks of fk_steering and code. 0: a fifth and a twentieth of the "
-                        "steps, as in their papers."
-                    ),
-                ),
-                io.Float.Input(
-                    "strength",
-                    default=DEFAULT.strength,
-                    min=0.0,
-                    max=1000000.0,
-                    step=0.1,
-                    tooltip=(
-                        "How much a reward of 1 counts against the model: fk_steering and das aim at p(x) "
-                        "exp(strength * reward). Small rewards need a large one."
-                    ),
-                ),
-                io.Combo.Input(
-                    "potential",
-                    options=list(POTENTIALS),
-                    default=DEFAULT.potential,
-                    tooltip="Of fk_steering: the best reward of a lineage so far, or the change since the last look.",
-                ),
-                io.Float.Input(
-                    "radius",
-                    default=DEFAULT.radius,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How far zero_order's candidates and mira_fk's copies are from the best. 1: other seeds.",
-                ),
-                io.Int.Input(
-                    "iterations",
-                    default=DEFAULT.iterations,
-                    min=1,
-                    max=1000,
-                    tooltip="Of mira_fk: updates of every trajectory between two rounds.",
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=DEFAULT.lr,
-                    min=0.0001,
-                    max=10.0,
-                    step=0.001,
-                    round=0.0001,
-                    tooltip="Of mira_fk: how far an update moves the noises, in units of their standard deviation.",
-                ),
-                io.Combo.Input(
-                    "regularizer",
-                    options=list(REGULARIZERS),
-                    default=DEFAULT.regularizer,
-                    tooltip="Of mira_fk: what holds a trajectory near the model, and what counts when it is chosen.",
-                ),
-                io.Float.Input(
-                    "beta",
-                    default=DEFAULT.beta,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.01,
-                    tooltip="Of mira_fk: the weight of the regularizer against the reward (0.1 in the paper).",
-                ),
-                memory_input(),
                 prompt_input(),
-                iterate_input(),
-                repeatable_input(),
-                restart_denoise_input("Of restarts: how"),
+                *particulars(),
             ],
             outputs=trace_outputs(),
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],

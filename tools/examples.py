@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import uuid
 from dataclasses import dataclass, field
 
 from .comfy import ROOT, Client, Server
 from .workflow import widgets
 
 FOLDER = ROOT / "example_workflows"
+REGISTRY_NAME = "mira-alignment"  # as pyproject.toml has it
 COLUMN, GAP, TOP = 420, 40, 60
 FOX = "generate an image of a fox"
 
@@ -81,8 +83,8 @@ def against_dno() -> dict[str, Node]:
         ),
         "dno": Node(
             "MiraOptimizeKSampler", 3, "DNO: plain optimisation to the end", {**OPTIMISED, "reward": "reward.reward"},
-            {**shared, "regularizer": "none", "beta": 0.0, "keep": "last", "stop": "never", "hold": "no", "seeds": 1,
-             "gradient_steps": 0},
+            {**shared, "preset": "custom", "learning_rate": 0.03, "keep": "last", "hold": "no", "drift_limit": 0.0,
+             "seeds": 1, "rounds": 1, "gradient_steps": 0},
         ),
         "base": Node(
             "KSampler", 4, "The base model's own spread", {**SAMPLED, "latent_image": "many.LATENT"},
@@ -260,6 +262,34 @@ EXAMPLES = {
 }
 
 
+NOTES = {
+    "mira_quickstart": (
+        "Press **Run**. The node tries four seeds, makes the best one brighter in three rounds, and draws reward and "
+        "drift as it goes. *Optimized* and *Plain* are saved side by side. Move the slider to look at every step; "
+        "**Take** hands back another one. `drift_limit` says how far the picture may go."
+    ),
+    "mira_against_dno": (
+        "The same picture twice: held near the model, and optimised to the end. Look at the **MIRA Drift Monitor**: "
+        "both are brighter, one is still a fox."
+    ),
+    "mira_dpo_jpeg": (
+        "The reward is the real size of the JPEG file, which no gradient goes through: it only says which of two "
+        "pictures is smaller, and that is enough."
+    ),
+    "mira_choose_by_eye": (
+        "Press **Run**, then click the better of two pictures on the node (or keys 1 and 2), eight times. Escape: good "
+        "enough."
+    ),
+    "mira_combine_rewards": "Two rewards with a weight each; the chart draws every part.",
+    "mira_img2img": "An image is painted on with `denoise` 0.6 (under the advanced inputs) and made more colourful.",
+    "mira_best_of_n": "Stock KSampler, eight pictures; the two that fit the prompt best are saved.",
+    "mira_search_jpeg": "Twelve candidates, of which the ones with smaller files survive while they are painted.",
+    "mira_guidance": "Two ways without iterations: a noise that attends to every word, and a guider that leans.",
+    "mira_sd15_aesthetic": "Needs SD1.5, the aesthetic head and CLIP ViT-L/14; the loader says where each file goes.",
+    "mira_sdxl_hps": "Needs SDXL and HPSv2.1's file. On a 12 GB card leave `memory` as it is, and expect minutes.",
+}
+
+
 def default(spec: list):
     kind, options = spec[0], spec[1] if len(spec) > 1 else {}
     if isinstance(kind, list):
@@ -269,8 +299,11 @@ def default(spec: list):
     return options.get("default", "")
 
 
-def graph(nodes: dict[str, Node], info: dict) -> dict:
-    """The editor's JSON. Raises KeyError for an input or output that a node does not have."""
+def graph(name: str, nodes: dict[str, Node], info: dict, note: str) -> dict:
+    """The editor's JSON; its id is the same every time it is made.
+
+    Raises KeyError for an input or output that a node does not have.
+    """
     ids = {key: number for number, key in enumerate(nodes, 1)}
     made, links, bottoms = [], [], {}
     for key, node in nodes.items():
@@ -286,7 +319,8 @@ def graph(nodes: dict[str, Node], info: dict) -> dict:
             if name in ("seed", "noise_seed"):
                 values.append("fixed")
         slots = [n for n in specs if n not in names or n in node.links]
-        height = node.height or 60 + 26 * (len(values) + max(len(slots), len(of["output"]))) + 40
+        shown = [n for n in names if not (len(specs[n]) > 1 and specs[n][1].get("advanced"))]
+        height = node.height or 60 + 26 * (len(shown) + 1 + max(len(slots), len(of["output"]))) + 40
         if node.kind.startswith(("MiraOptimize", "MiraDPO", "MiraSearch")):
             height += 270
         top = bottoms.get(node.column, TOP)
@@ -308,7 +342,8 @@ def graph(nodes: dict[str, Node], info: dict) -> dict:
                 "outputs": [
                     {"name": n, "type": t, "links": []} for n, t in zip(of["output_name"], of["output"], strict=True)
                 ],
-                "properties": {"Node name for S&R": node.kind},
+                "properties": {"Node name for S&R": node.kind}
+                | ({"cnr_id": REGISTRY_NAME} if node.kind.startswith("Mira") else {"cnr_id": "comfy-core"}),
                 "widgets_values": values,
                 **({"title": node.title} if node.title else {}),
             }
@@ -324,7 +359,25 @@ def graph(nodes: dict[str, Node], info: dict) -> dict:
             links.append([len(links) + 1, origin["id"], slot, target["id"], place, origin["outputs"][slot]["type"]])
             origin["outputs"][slot]["links"].append(len(links))
             target["inputs"][place]["link"] = len(links)
+    if note:
+        made.append(
+            {
+                "id": len(made) + 1,
+                "type": "MarkdownNote",
+                "pos": [40, bottoms[0]],
+                "size": [380, 170],
+                "flags": {},
+                "order": len(made),
+                "mode": 0,
+                "inputs": [],
+                "outputs": [],
+                "title": "What to look at",
+                "properties": {},
+                "widgets_values": [note],
+            }  # fmt: skip
+        )
     return {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{REGISTRY_NAME}/{name}")), "revision": 0,
         "last_node_id": len(made), "last_link_id": len(links), "nodes": made, "links": links, "groups": [],
         "config": {}, "extra": {}, "version": 0.4,
     }  # fmt: skip
@@ -335,7 +388,7 @@ async def write() -> None:
         async with Client(server.url) as client:
             info = await client.get("/object_info")
     for name, nodes in EXAMPLES.items():
-        (FOLDER / f"{name}.json").write_text(json.dumps(graph(nodes(), info), indent=1) + "\n")
+        (FOLDER / f"{name}.json").write_text(json.dumps(graph(name, nodes(), info, NOTES[name]), indent=1) + "\n")
         print(FOLDER / f"{name}.json")
 
 

@@ -25,7 +25,7 @@ cuts them, and the record says so."""
 PAGES = {
     "MiraOptimizeKSampler": f"""A KSampler that optimises its noises, the initial one and every one that the sampler
 injects, so that the image scores higher on a reward, while it stays near what the model would paint. Use it in place of
-KSampler wherever there is a reward with a gradient: all of Pixel Reward, the published scorers, the JPEG estimate, your
+KSampler wherever there is a reward with a gradient: all of MIRA Pixel Reward, the published scorers, the JPEG estimate, your
 own torch code.
 
 {LIMIT}
@@ -66,7 +66,7 @@ For that verdict connect `base_images`, plain samples of 3 to 16 other seeds of 
 than they do, by two standard deviations. Both thresholds are the base model's own spread over seeds. With several
 runs it also compares their rewards where they have drifted equally far. CMMD needs two or more images of a run.""",
     "MiraLoadTrace": """The record of an earlier run: from a PNG that ComfyUI saved after an optimising node (the record
-travels in it beside the workflow), or from the Drift Monitor's JSON or CSV. Connect it to a Drift Monitor to compare
+travels in it beside the workflow), or from the MIRA Drift Monitor's JSON or CSV. Connect it to a MIRA Drift Monitor to compare
 with a new run.""",
     "MiraSearchKSampler": """A KSampler that samples several candidates of every image and lets the better ones
 survive, by any reward, with or without a gradient. `best_of_n` keeps the best of `particles` seeds, and is what every
@@ -146,9 +146,9 @@ Images: it is posted PNGs and prompts and answers scores; docs/examples/reward_s
 vision-language model that you serve becomes a reward this way. Other machines than this one have to be allowed by
 starting ComfyUI with the environment variable MIRA_HTTP_HOSTS, so that no workflow can send images away by itself.""",
     "MiraScoreImages": """The absolute score of every image of a batch, on the node and as outputs, with the range that
-is typical of the reward beside it. Connect `scores` to Rank Images for Best-of-N.""",
+is typical of the reward beside it. Connect `scores` to MIRA Rank Images for Best-of-N.""",
     "MiraRankImages": """The batch in the order of its scores, the best first, and only the best few. With a batch, VAE
-Decode and Score Images it is Best-of-N.""",
+Decode and MIRA Score Images it is Best-of-N.""",
     "MiraDemoModel": """A small text-to-image model that ships with the pack, for trying everything without a download: 128
 px emoji of 45 animals and 71 other subjects, four styles (3d, flat, cartoon, icon), twelve backgrounds. Prompt it as
 "generate an image of a fox" or "a 3d fox on a blue background", with CFG 5 and 20 steps.""",

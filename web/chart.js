@@ -1,6 +1,6 @@
 // The live chart of one run as an element: no side effects beyond it, nothing of ComfyUI.
 import uPlot from "./vendor/uPlot.esm.js";
-import { brief, columns, csv, driftColumn, images, newRun, status, table } from "./series.js";
+import { brief, columns, csv, driftColumn, images, newRun, restarts, status, table } from "./series.js";
 
 const REWARD = "#5b9cf5";
 const DRIFT = "#f0a03c";
@@ -96,12 +96,15 @@ export function createChart({ onTake = null, imageUrl = () => "", saveAs = () =>
     const kept = run.done ? run.kept[image] : null;
     const chosen = Number(slider.value);
     const { ctx } = u;
-    for (const [at, stroke] of [[kept, REWARD], [chosen, colour("--descrip-text") || "#999"]]) {
-      if (!Number.isInteger(at)) continue;
+    const grey = colour("--descrip-text") || "#999";
+    // Before a round's first iteration: what the line does there is the restart.
+    const between = restarts(run, image).map((at) => [at - 0.5, grey, [1, 5]]);
+    for (const [at, stroke, dash] of [...between, [kept, REWARD, []], [chosen, grey, chosen === kept ? [] : [3, 3]]]) {
+      if (!Number.isFinite(at)) continue;
       const x = Math.round(u.valToPos(at, "x", true));
       ctx.save();
       ctx.strokeStyle = stroke;
-      ctx.setLineDash(at === kept ? [] : [3, 3]);
+      ctx.setLineDash(dash);
       ctx.beginPath();
       ctx.moveTo(x, u.bbox.top);
       ctx.lineTo(x, u.bbox.top + u.bbox.height);

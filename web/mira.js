@@ -3,6 +3,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { addStyles, createChart } from "./chart.js";
 import { CSS as CHOICE_CSS, createChooser, validPair } from "./choice.js";
+import { migrated, presetAfter, presetValues } from "./layout.js";
 import { addStep, csv, fromOutput, newRun } from "./series.js";
 import { textElement, textOf } from "./text.js";
 
@@ -10,6 +11,7 @@ const SCORES = "MiraScoreImages";
 const PREFERENCE = "MiraDPOPreference";
 const MONITOR = "MiraDriftMonitor";
 const CHARTED = new Set(["MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced", "MiraSearchKSampler", PREFERENCE]);
+const PRESETS = new Map(); // by a node's class: { presets, dials }
 const VIEW = Symbol("MIRA view"); // on a node, and seen through the proxies that Vue hands out: { chart, chooser, text }
 
 /** The node of an execution id, "12" or "12:5" within subgraphs, or null. */
@@ -54,16 +56,11 @@ function fit(node) {
 
 /** Return iterate k: the run's own seed again, fixed, and `iterate`; everything else is as it was. */
 function take(node, chart, iterate) {
-  const set = (name, value) => {
-    const widget = node.widgets?.find((w) => w.name === name);
-    if (!widget) return;
-    widget.value = value;
-    widget.callback?.(value);
-  };
   const seed = chart.run().settings.seed;
-  if (Number.isSafeInteger(seed)) set("seed", seed);
-  set("control_after_generate", "fixed");
-  set("iterate", iterate);
+  if (Number.isSafeInteger(seed)) setWidget(node, "seed", seed);
+  setWidget(node, "control_after_generate", "fixed");
+  setWidget(node, "iterate", iterate);
+  node.setDirtyCanvas?.(true, true);
   app.queuePrompt(0);
 }
 
@@ -96,6 +93,62 @@ function addCharted(node) {
   });
   chain(node, "onRemoved", () => chart.destroy());
   fit(node);
+}
+
+function setWidget(node, name, value) {
+  const widget = node.widgets?.find((w) => w.name === name);
+  if (widget) widget.value = value;
+}
+
+/** A preset writes its values into the widgets, where they are seen; a change of one of them makes it `custom`. */
+function addPresets(node) {
+  const told = PRESETS.get(node.comfyClass);
+  const preset = node.widgets?.find((w) => w.name === "preset");
+  if (!told || !preset) return;
+  chain(preset, "callback", (value) => {
+    for (const [name, wanted] of Object.entries(presetValues(told, value))) setWidget(node, name, wanted);
+    node.setDirtyCanvas?.(true, true);
+  });
+  for (const widget of node.widgets) {
+    if (widget === preset) continue;
+    chain(widget, "callback", (value) => {
+      preset.value = presetAfter(told, preset.value, widget.name, value);
+    });
+  }
+}
+
+/** Another seed or setting is another run: of that, the iterate that was taken from the last one means nothing. */
+function forgetTaken(node) {
+  for (const widget of node.widgets ?? []) {
+    if (["iterate", "mira_chart"].includes(widget.name)) continue;
+    chain(widget, "callback", () => setWidget(node, "iterate", -1));
+  }
+}
+
+/** Values of a workflow from before presets go where they belong today. */
+function migrate(graph) {
+  for (const node of graph?.nodes ?? []) {
+    const defaults = PRESETS.get(node.type)?.widgets;
+    const values = defaults && migrated(node.type, node.widgets_values, defaults);
+    if (values) node.widgets_values = values;
+  }
+  for (const inner of graph?.definitions?.subgraphs ?? []) migrate(inner);
+}
+
+/** Today's widgets of a node as its class tells them: [{ name, value }]. */
+function widgetsOf({ input, input_order: order }) {
+  const found = [];
+  for (const part of ["required", "optional"]) {
+    for (const name of order?.[part] ?? Object.keys(input?.[part] ?? {})) {
+      const [kind, options = {}] = input[part][name];
+      const combo = Array.isArray(kind) || kind === "COMBO";
+      if (options.forceInput || !(combo || ["INT", "FLOAT", "STRING", "BOOLEAN"].includes(kind))) continue;
+      const first = Array.isArray(kind) ? kind[0] : options.options?.[0];
+      found.push({ name, value: options.default ?? first });
+      if (options.control_after_generate) found.push({ name: "control_after_generate", value: "randomize" });
+    }
+  }
+  return found;
 }
 
 function showRun(node, chart, run) {
@@ -181,6 +234,12 @@ function restoreSoon(cached) {
 
 app.registerExtension({
   name: "MIRA",
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (!CHARTED.has(nodeData.name)) return;
+    const [, told] = nodeData.input?.required?.preset ?? [];
+    PRESETS.set(nodeData.name, { presets: told?.mira_presets, dials: told?.mira_dials, widgets: widgetsOf(nodeData) });
+  },
+  beforeConfigureGraph: (graph) => migrate(graph),
   setup() {
     api.addEventListener("mira.step", ({ detail }) => {
       const node = nodeOf(detail?.node);
@@ -205,6 +264,10 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass === SCORES || node.comfyClass === MONITOR) addScores(node);
     if (CHARTED.has(node.comfyClass) || node.comfyClass === MONITOR) addCharted(node);
+    if (CHARTED.has(node.comfyClass)) {
+      addPresets(node);
+      forgetTaken(node);
+    }
   },
   afterConfigureGraph: () => restoreSoon(),
   getNodeMenuItems(node) {

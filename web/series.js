@@ -1,7 +1,7 @@
 // Pure: from a run's record to what is drawn. No side effects, nothing of ComfyUI, nothing of the page.
 
 /** Columns that are not measurements of an image. */
-const BOOKKEEPING = new Set(["iteration", "image", "lr", "seconds", "memory_mb", "evaluations", "backwards", "preferred"]);
+const BOOKKEEPING = new Set(["iteration", "image", "lr", "seconds", "memory_mb", "evaluations", "backwards", "preferred", "round", "level"]);
 const MOST_ROWS = 20000;
 
 /** A run as the events and the history tell it: settings, rows, kept iterations. Bad input gives an empty run. */
@@ -77,6 +77,12 @@ export function table(run, image, names) {
   return [rows.map((r) => r.iteration), ...names.map((name) => rows.map((r) => finite(r[name])))];
 }
 
+/** The iterations at which the image was noised again and a new round began. */
+export function restarts(run, image) {
+  const rows = run.rows.filter((r) => r.image === image);
+  return rows.filter((r, i) => i > 0 && r.round > rows[i - 1].round).map((r) => r.iteration);
+}
+
 /** Seconds left, by the median of the last iterations, or null while nothing is known. */
 export function secondsLeft(run) {
   if (run.done || run.rows.length === 0) return null;
@@ -112,8 +118,9 @@ export function status(run, image) {
   const row = kept ?? last;
   const drift = driftColumn(run);
   const parts = [kept ? `kept iteration ${row.iteration}` : `iteration ${last.iteration} of ${run.iterations}`];
+  if (finite(row.round) !== null) parts.push(`round ${row.round}`);
   if (finite(row.reward) !== null) {
-    parts.push(`reward ${brief(row.reward)} (plain ${brief(rows[0].reward)})`);
+    parts.push(`reward ${brief(row.reward)} (start ${brief(rows[0].reward)})`);
   }
   if (drift) parts.push(`drift ${brief(row[drift])}`);
   const left = secondsLeft(run);

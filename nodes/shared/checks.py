@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ...rewards.base import Reward
 from ..host import samples_of
 from ..host.probe import begins_anew, injects_noise, why_not_differentiable
-from .inputs import as_set, gradient_steps
+from .inputs import gradient_steps
 
 NO_WORDS = re.compile(r"\bembedding:\S+|<lora:[^>]*>")
 
@@ -58,9 +58,13 @@ def wrong_sigmas(sigmas: torch.Tensor) -> str | None:
 
 
 def check(
-    node: str, inputs: Sequence[io.Input], model, sampler, latent: dict, vae, reward: Reward, prompt: str, values: dict
-) -> None:
-    """Raise ValueError before any sampling starts, saying what is wrong, where, and how to mend it."""
+    node: str, inputs: Sequence[io.Input], model, sampler, latent: dict, vae, reward: Reward, prompt: str, values: dict,
+    effective: dict,
+) -> None:  # fmt: skip
+    """Raise ValueError before any sampling starts, saying what is wrong, where, and how to mend it.
+
+    values: the node's widgets; effective: the same with its preset in them.
+    """
     if message := complain(values, inputs):
         raise ValueError(f"{node}: {message}")
     if not isinstance(reward, Reward):
@@ -68,7 +72,7 @@ def check(
     needs_gradient(node, reward, "MIRA-DPO Preference or MIRA Search KSampler, which only rank images by it")
     needs_prompt(node, reward, prompt)
     check_latent(node, model, latent, vae, sampler, values)
-    free = values.get("variables") if as_set(values) else None
+    free = effective.get("variables")
     if free in ("injected", "late") and not injects_noise(sampler, model.get_model_object("model_sampling")):
         raise ValueError(
             f"{node}: variables is {free}, but the sampler injects no noise: use an ancestral or SDE sampler, such as "
@@ -79,7 +83,7 @@ def check(
 def check_reach(node: str, model, sampler, steps: int, values: dict) -> None:
     """Raise ValueError where the gradient would not come to what is optimised."""
     free, through = values.get("variables", "trajectory"), gradient_steps(values, steps)
-    if not as_set(values) or free not in ("initial", "early", "initno") or not 0 < through < steps:
+    if free not in ("initial", "early", "initno") or not 0 < through < steps:
         return
     if values["gradient_steps"] > 0 and begins_anew(sampler, model.get_model_object("model_sampling")):
         raise ValueError(

@@ -9,33 +9,17 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ...sampler.optimize import HOLD, KEEP, OPTIMIZERS, STOP, Settings
-from ...sampler.rivals import RIVALS
 from ...sampler.rollout import WEIGHTINGS, Rollout
 from ...sampler.surrogates import REGULARIZERS, SURROGATES
 from ...sampler.variables import VARIABLES
+from .presets import CUSTOM, DEFAULT, PRESETS, SUGGESTED, WORDS
 from .types import MiraTrace
-
-# What the measurement in docs/findings.md chose: a drift that is named and held, while the reward goes on rising.
-DEFAULT = Settings(
-    iterations=12,
-    lr=0.03,
-    regularizer="none",
-    beta=1.0,
-    drift_metric="path_kl",
-    drift_limit=0.05,
-    keep="best_within_drift",
-    stop="never",
-    hold="projection",
-    seeds=4,
-    rounds=3,
-    restart_denoise=0.8,
-)
 
 # As much reward at the same adherence as through all of them, for half the passes and less (docs/findings.md).
 GRADIENT_STEPS = 3
 # With fewer steps than these the last three are not enough: an image is decided in all of them (docs/speed.md).
 FEW_STEPS = 10
-AS_SET, AUTO = "as_set", "auto"
+AUTO = "auto"
 
 
 def sampling_inputs(seed: str) -> list:
@@ -70,14 +54,6 @@ def sampling_inputs(seed: str) -> list:
             options=comfy.samplers.KSampler.SCHEDULERS,
             tooltip="How the noise levels are spread over the steps.",
         ),
-        io.Float.Input(
-            "denoise",
-            default=1.0,
-            min=0.01,
-            max=1.0,
-            step=0.01,
-            tooltip="Below 1 the latent image is kept in part (image to image).",
-        ),
     ]
 
 
@@ -96,14 +72,33 @@ def schedule(model, values: dict):
         device=model.load_device,
         sampler=values["sampler_name"],
         scheduler=values["scheduler"],
-        denoise=values["denoise"],
+        denoise=values.get("denoise", 1.0),
         model_options=model.model_options,
     ).sigmas
 
 
 def restart_sigmas(model, values: dict) -> Callable:
     """share of the schedule -> the sigmas that KSampler would take for such a denoise."""
-    return lambda share: schedule(model, values | {"denoise": values["denoise"] * share})
+    return lambda share: schedule(model, values | {"denoise": values.get("denoise", 1.0) * share})
+
+
+def advanced(*inputs: io.Input) -> list[io.Input]:
+    """Hidden until somebody asks for them. By the dictionary, as the oldest core here has no argument for it."""
+    for one in inputs:
+        one.extra_dict = (one.extra_dict or {}) | {"advanced": True}
+    return list(inputs)
+
+
+def denoise_input():
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.01,
+        max=1.0,
+        step=0.01,
+        tooltip="Below 1 the latent image is kept in part (image to image).",
+        optional=True,
+    )
 
 
 def memory_input():
@@ -111,6 +106,7 @@ def memory_input():
         "memory",
         options=["auto", *Rollout.POLICIES],
         default="auto",
+        optional=True,
         tooltip=(
             "What is kept for the backward pass. none: everything (fastest); per_step: only the latents; "
             "per_block: what goes into the model's blocks, of every step where that fits, else of one; offload: of "
@@ -132,9 +128,17 @@ def repeatable_input():
     )
 
 
-def settings_inputs() -> list:
-    """In the order in which a node shows them."""
+def dial_inputs() -> list:
+    """What a person turns."""
+    preset = io.Combo.Input(
+        "preset",
+        options=[*PRESETS, CUSTOM],
+        default="balanced",
+        tooltip=f"Sets the advanced inputs together. {'; '.join(f'{k}: {v}' for k, v in WORDS.items())}.",
+    )
+    preset.extra_dict = {"mira_presets": PRESETS, "mira_dials": SUGGESTED}  # for the editor
     return [
+        preset,
         io.Int.Input(
             "iterations",
             default=DEFAULT.iterations,
@@ -143,43 +147,6 @@ def settings_inputs() -> list:
             tooltip=(
                 "Updates of the noises. Each costs about one and a half plain samples, or two to three with the whole "
                 "gradient (gradient_steps 0)."
-            ),
-        ),
-        io.Float.Input(
-            "learning_rate",
-            default=DEFAULT.lr,
-            min=0.0001,
-            max=10.0,
-            step=0.001,
-            round=0.0001,
-            tooltip="How far an update moves the noises, in units of their standard deviation. The paper uses 0.01.",
-        ),
-        io.Combo.Input(
-            "regularizer",
-            options=list(REGULARIZERS),
-            default=DEFAULT.regularizer,
-            tooltip=(
-                "What holds the image near the model. mira: the paper's loss; mira_two_sided: its score energy, held "
-                "from both sides; score_distance: the distance of the scores; path_kl: the distance of the noises; "
-                "latent_distance: the distance of the result; prno: DNO's; chi: ReNO's; none: plain noise "
-                "optimisation."
-            ),
-        ),
-        io.Float.Input(
-            "beta",
-            default=DEFAULT.beta,
-            min=0.0,
-            max=1000.0,
-            step=0.01,
-            tooltip="The weight of the regularizer against the reward: higher means less reward and less drift.",
-        ),
-        io.Combo.Input(
-            "keep",
-            options=list(KEEP),
-            default=DEFAULT.keep,
-            tooltip=(
-                "Which image comes back: the best reward among those within the drift limit, the best reward, "
-                "or the last one (as in the paper). Each image of a batch on its own."
             ),
         ),
         io.Float.Input(
@@ -194,25 +161,58 @@ def settings_inputs() -> list:
                 "model 0.05 of path_kl kept about 90 % of the prompt adherence. 0: no limit."
             ),
         ),
-        io.Combo.Input(
-            "stop",
-            options=list(STOP),
-            default=DEFAULT.stop,
-            tooltip="When to leave an image alone: never, on a plateau of its reward, past the drift limit, or either.",
-        ),
+    ]
+
+
+def advanced_inputs() -> list:
+    """What a preset sets, and what it leaves. Optional ones stand behind all others, whatever the order here."""
+    return advanced(
         io.Int.Input(
-            "patience",
-            default=DEFAULT.patience,
+            "seeds",
+            default=DEFAULT.seeds,
             min=1,
             max=1000,
-            tooltip="How many iterations without progress make a plateau.",
+            optional=True,
+            tooltip=(
+                "So many seeds are sampled, and each image begins from its best one: more reward for less drift, at "
+                "one plain sample each. 1: the given seed, whose image is then changed."
+            ),
         ),
-        memory_input(),
-        io.Combo.Input(
-            "drift_metric",
-            options=list(SURROGATES),
-            default=DEFAULT.drift_metric,
-            tooltip="What the drift limit is measured in.",
+        io.Int.Input(
+            "rounds",
+            default=DEFAULT.rounds,
+            min=1,
+            max=1000,
+            optional=True,
+            tooltip=(
+                "The iterations are split into so many rounds. Each but the first noises its image again "
+                "(restart_denoise), lets the model paint it anew, and goes on from there: what the model would not "
+                "have painted goes, and the prompt comes back. 1: no restart. drift_limit is of each round."
+            ),
+        ),
+        restart_denoise_input(),
+        io.Int.Input(
+            "gradient_steps",
+            default=-1,
+            min=-1,
+            max=10000,
+            optional=True,
+            tooltip=(
+                "The gradient goes back through the network of so many of the last steps; the others cost what they "
+                "cost in a plain sample, in time and memory. -1: 3 of them, or all where there are fewer than "
+                f"{FEW_STEPS} or the sampler begins each step anew (lcm). 0: through all, the exact gradient, up to "
+                "three times as slow. Other methods than as_set always use all."
+            ),
+        ),
+        io.Float.Input(
+            "learning_rate",
+            default=DEFAULT.lr,
+            min=0.0001,
+            max=10.0,
+            step=0.001,
+            round=0.0001,
+            tooltip="How far an update moves the noises, in units of their standard deviation. The paper uses 0.01.",
+            optional=True,
         ),
         io.Combo.Input(
             "optimizer",
@@ -220,6 +220,7 @@ def settings_inputs() -> list:
             default=DEFAULT.optimizer,
             tooltip="adamw is the paper's; sgd (with Nesterov momentum 0.9) needs a larger learning rate; "
             "sphere: adam that keeps the norm of every noise.",
+            optional=True,
         ),
         io.Float.Input(
             "clip_norm",
@@ -228,20 +229,100 @@ def settings_inputs() -> list:
             max=1000.0,
             step=0.01,
             tooltip="The largest gradient norm of one image. 0: no clipping.",
+            optional=True,
+        ),
+        io.Combo.Input(
+            "regularizer",
+            options=list(REGULARIZERS),
+            default=DEFAULT.regularizer,
+            tooltip=(
+                "What holds the image near the model. mira: the paper's loss; mira_two_sided: its score energy, held "
+                "from both sides; score_distance: the distance of the scores; path_kl: the distance of the noises; "
+                "latent_distance: the distance of the result; prno: DNO's; chi: ReNO's; none: plain noise "
+                "optimisation."
+            ),
+            optional=True,
+        ),
+        io.Float.Input(
+            "beta",
+            default=DEFAULT.beta,
+            min=0.0,
+            max=1000.0,
+            step=0.01,
+            tooltip="The weight of the regularizer against the reward: higher means less reward and less drift.",
+            optional=True,
         ),
         io.Combo.Input(
             "weighting",
             options=list(WEIGHTINGS),
             default="marginal",
             tooltip="The weights of the score energy over steps: 1 - abar (marginal) or DDIM's transition variance.",
+            optional=True,
         ),
         io.Combo.Input(
             "measured",
             options=["guided", "conditional"],
             default="guided",
             tooltip="Which prediction the surrogates look at: the one that samples (with CFG), or the conditional one.",
+            optional=True,
         ),
-    ]
+        io.Combo.Input(
+            "drift_metric",
+            options=list(SURROGATES),
+            default=DEFAULT.drift_metric,
+            tooltip="What the drift limit is measured in.",
+            optional=True,
+        ),
+        io.Combo.Input(
+            "hold",
+            options=[AUTO, *HOLD],
+            default=AUTO,
+            optional=True,
+            tooltip=(
+                "Keeps the drift at drift_limit while the optimisation goes on. projection: draws the noises back "
+                "(for drift_metric path_kl); dual_ascent: raises and lowers beta; no: see stop and keep. auto: "
+                "projection where it applies and stop does not look at drift. Nothing is held when drift_limit is 0."
+            ),
+        ),
+        io.Combo.Input(
+            "keep",
+            options=list(KEEP),
+            default=DEFAULT.keep,
+            tooltip=(
+                "Which image comes back: the best reward among those within the drift limit, the best reward, "
+                "or the last one (as in the paper). Each image of a batch on its own."
+            ),
+            optional=True,
+        ),
+        io.Combo.Input(
+            "stop",
+            options=list(STOP),
+            default=DEFAULT.stop,
+            tooltip="When to leave an image alone: never, on a plateau of its reward, past the drift limit, or either.",
+            optional=True,
+        ),
+        io.Int.Input(
+            "patience",
+            default=DEFAULT.patience,
+            min=1,
+            max=1000,
+            tooltip="How many iterations without progress make a plateau.",
+            optional=True,
+        ),
+        io.Combo.Input(
+            "variables",
+            options=list(VARIABLES),
+            default=DEFAULT.variables,
+            optional=True,
+            tooltip=(
+                "What is optimised: the whole trajectory of noises, the initial one, the injected ones, the first or "
+                "second half of all; initno: a mean and a deviation of the initial noise."
+            ),
+        ),
+        memory_input(),
+        repeatable_input(),
+        iterate_input(),
+    )
 
 
 def prompt_input():
@@ -259,88 +340,13 @@ def iterate_input():
         "iterate",
         default=-1,
         min=-1,
-        max=1000,
+        max=2000,
         optional=True,
         tooltip=(
             "Which iteration's image comes back: -1, the one that `keep` chooses. Changing it alone does not run the "
             "optimisation again."
         ),
     )
-
-
-def method_inputs() -> list:
-    """Behind all others: workflows save the values of widgets by their place."""
-    return [
-        io.Combo.Input(
-            "method",
-            options=[AS_SET, *RIVALS],
-            default=AS_SET,
-            optional=True,
-            tooltip=(
-                "as_set: what the other inputs say. mira, dno, dno_prno, reno, initno: what the authors of that method "
-                "use, in place of learning_rate, regularizer, keep, stop and so on; the record lists what was replaced."
-            ),
-        ),
-        io.Combo.Input(
-            "variables",
-            options=list(VARIABLES),
-            default=DEFAULT.variables,
-            optional=True,
-            tooltip=(
-                "What is optimised: the whole trajectory of noises, the initial one, the injected ones, the first or "
-                "second half of all; initno: a mean and a deviation of the initial noise."
-            ),
-        ),
-        io.Combo.Input(
-            "hold",
-            options=[AUTO, *HOLD],
-            default=AUTO,
-            optional=True,
-            tooltip=(
-                "Keeps the drift at drift_limit while the optimisation goes on. projection: draws the noises back "
-                "(for drift_metric path_kl); dual_ascent: raises and lowers beta; no: see stop and keep. auto: "
-                "projection where it applies and stop does not look at drift. Nothing is held when drift_limit is 0."
-            ),
-        ),
-        io.Int.Input(
-            "seeds",
-            default=DEFAULT.seeds,
-            min=1,
-            max=1000,
-            optional=True,
-            tooltip=(
-                "So many seeds are sampled, and each image begins from its best one: more reward for less drift, at "
-                "one plain sample each. 1: the given seed, whose image is then changed."
-            ),
-        ),
-        io.Int.Input(
-            "gradient_steps",
-            default=-1,
-            min=-1,
-            max=10000,
-            optional=True,
-            tooltip=(
-                "The gradient goes back through the network of so many of the last steps; the others cost what they "
-                "cost in a plain sample, in time and memory. -1: 3 of them, or all where there are fewer than "
-                f"{FEW_STEPS} or the sampler begins each step anew (lcm). 0: through all, the exact gradient, up to "
-                "three times as slow. Other methods than as_set always use all."
-            ),
-        ),
-        repeatable_input(),
-        io.Int.Input(
-            "rounds",
-            default=DEFAULT.rounds,
-            min=1,
-            max=1000,
-            optional=True,
-            tooltip=(
-                "The iterations are split into so many rounds. Each but the first noises its image again "
-                "(restart_denoise), lets the model paint it anew, and goes on from there: what the model would not "
-                "have painted goes, and the prompt comes back. 1: no restart. drift_limit is of each round."
-            ),
-        ),
-        restart_denoise_input(),
-    ]
 
 
 def restart_denoise_input(how: str = "How"):
@@ -370,17 +376,10 @@ def trace_outputs() -> list:
     ]
 
 
-def as_set(values: dict) -> bool:
-    """Whether the node's own inputs say how it runs, and not another author's method."""
-    return values.get("method", AS_SET) == AS_SET
-
-
 def settings_of(values: dict, kind: type = Settings):
     """The `kind` of settings, `Settings` or `PreferenceSettings`, that a node's values say."""
     names = set(kind.__dataclass_fields__)
     chosen = {k: v for k, v in values.items() if k in names} | {"lr": values["learning_rate"]}
-    if not as_set(values) and kind is Settings:
-        chosen |= RIVALS[values["method"]]
     if kind is Settings:
         chosen["hold"] = held(chosen)
         chosen["rounds"] = max(1, min(chosen.get("rounds", 1), chosen["iterations"]))
@@ -392,7 +391,7 @@ def gradient_steps(values: dict, steps: int, begins_anew: bool = False) -> int:
 
     begins_anew: of the sampler, see `probe.begins_anew`.
     """
-    chosen = values.get("gradient_steps", 0) if as_set(values) else 0
+    chosen = values.get("gradient_steps", 0)
     if chosen < 0:
         return 0 if steps < FEW_STEPS or begins_anew else GRADIENT_STEPS
     return chosen

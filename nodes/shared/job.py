@@ -43,7 +43,7 @@ def ksampler_job(model, positive, negative, latent: dict, vae, seed: int, cfg: f
         mask=latent.get("noise_mask"),
         prompts=prompts,
         notices=notices,
-        memory=values["memory"],
+        memory=values.get("memory", "auto"),
         repeatable=values.get("repeatable", True),
         **more,
     )

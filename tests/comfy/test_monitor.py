@@ -139,7 +139,7 @@ def put(name, content):
     ],
 )
 def test_damaged_files(name, content, message):
-    with pytest.raises(ValueError, match=f"Load MIRA Trace: .*{message}"):
+    with pytest.raises(ValueError, match=f"MIRA Load Trace: .*{message}"):
         execute(nodes.MiraLoadTrace, file=put(name, content), index=0)
 
 
@@ -178,7 +178,7 @@ def test_nothing_outside_comfyuis_folders_is_opened(tmp_path, monkeypatch):
         if file != "inside.csv":
             assert message in nodes.MiraLoadTrace.validate_inputs(file=file)
             assert nodes.MiraLoadTrace.fingerprint_inputs(file, 0) == ""
-        with pytest.raises(ValueError, match=f"Load MIRA Trace: .*{message}") as told:
+        with pytest.raises(ValueError, match=f"MIRA Load Trace: .*{message}") as told:
             execute(nodes.MiraLoadTrace, file=file, index=0)
         assert "TOPSECRET" not in str(told.value)
 

@@ -18,7 +18,7 @@ import torch
 from bench.pack import as_node, mira
 from bench.speed import sd15
 
-nodes = mira("nodes")
+nodes, checks = mira("nodes"), mira("nodes.shared.checks")
 PixelReward = mira("rewards.pixel").PixelReward
 
 INPUTS = dict(
@@ -101,29 +101,31 @@ def test_registration():
     assert [i.id for i in listed["MiraLoadTrace"].inputs] == ["file", "index"]
     assert [i.id for i in listed["MiraScoreImages"].inputs] == ["images", "reward", "prompt"]
     assert [i.id for i in listed["MiraRankImages"].inputs] == ["images", "scores", "top_k"]
-    method = ["method", "variables", "hold", "seeds", "gradient_steps", "repeatable", "rounds", "restart_denoise"]
-    settings = [
-        "iterations", "learning_rate", "regularizer", "beta", "keep", "drift_limit", "stop", "patience", "memory",
-        "drift_metric", "optimizer", "clip_norm", "weighting", "measured",
+    advanced = [
+        "seeds", "rounds", "restart_denoise", "gradient_steps", "learning_rate", "optimizer", "clip_norm",
+        "regularizer", "beta", "weighting", "measured", "drift_metric", "hold", "keep", "stop", "patience",
+        "variables", "memory", "repeatable", "iterate",
+    ]  # fmt: skip
+    sampling = [
+        "model", "positive", "negative", "latent_image", "vae", "reward", "seed", "steps", "cfg", "sampler_name",
+        "scheduler",
     ]  # fmt: skip
     assert [i.id for i in listed["MiraOptimizeKSampler"].inputs] == [
-        "model", "positive", "negative", "latent_image", "vae", "reward", "seed", "steps", "cfg", "sampler_name",
-        "scheduler", "denoise", *settings, "prompt", "iterate", *method,
+        *sampling, "preset", "iterations", "drift_limit", "prompt", "denoise", *advanced,
     ]  # fmt: skip
     assert [i.id for i in listed["MiraDPOPreference"].inputs] == [
         "model", "positive", "negative", "latent_image", "vae", "judge", "seed", "steps", "cfg", "sampler_name",
-        "scheduler", "denoise", "iterations", "method", "candidates", "learning_rate", "beta", "energy", "explore",
-        "step", "keep", "skip_ties", "kick", "memory", "timeout", "on_timeout", "reward", "choices", "prompt",
-        "iterate", "repeatable",
+        "scheduler", "iterations", "candidates", "prompt", "denoise", "method", "learning_rate", "beta", "energy",
+        "explore", "step", "keep", "skip_ties", "kick", "memory", "timeout", "on_timeout", "iterate", "repeatable",
+        "reward", "choices",
     ]  # fmt: skip
     assert [i.id for i in listed["MiraOptimizeSamplerAdvanced"].inputs] == [
-        "noise", "guider", "sampler", "sigmas", "latent_image", "vae", "reward", *settings, "prompt", "iterate", *method
+        "noise", "guider", "sampler", "sigmas", "latent_image", "vae", "reward", "preset", "iterations", "drift_limit",
+        "prompt", *advanced,
     ]  # fmt: skip
     assert [i.id for i in listed["MiraSearchKSampler"].inputs] == [
-        "model", "positive", "negative", "latent_image", "vae", "reward", "seed", "steps", "cfg", "sampler_name",
-        "scheduler", "denoise", "method", "particles", "rounds", "interval", "strength", "potential", "radius",
-        "iterations", "learning_rate", "regularizer", "beta", "memory", "prompt", "iterate", "repeatable",
-        "restart_denoise",
+        *sampling, "method", "particles", "rounds", "prompt", "denoise", "interval", "strength", "potential", "radius",
+        "iterations", "learning_rate", "regularizer", "beta", "memory", "iterate", "repeatable", "restart_denoise",
     ]  # fmt: skip
     assert [i.id for i in listed["MiraRLGuidance"].inputs] == ["model", "tuned", "weight", "schedule", "power"]
     assert [i.id for i in listed["MiraDyMOGuider"].inputs] == [
@@ -336,14 +338,61 @@ def test_combine_rewards():
         execute(nodes.MiraCombineRewards, **weighted, scaling="ReNO")
 
 
+BIG = ("MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced", "MiraSearchKSampler", "MiraDPOPreference")
+
+
+@pytest.mark.every_host
+@pytest.mark.parametrize("name", BIG)
+def test_a_big_node_shows_eight_widgets(name):
+    """Besides the prompt's box; the others are there for whoever asks."""
+    inputs = getattr(nodes, name).INPUT_TYPES()
+    shown = [
+        k
+        for part in inputs.values()
+        for k, (kind, *more) in part.items()
+        if (isinstance(kind, list) or kind in ("INT", "FLOAT", "BOOLEAN", "COMBO"))
+        and not (more and more[0].get("advanced"))
+    ]
+    assert 3 <= len(shown) <= 8, shown
+
+
+PRESETS = mira("nodes.shared.presets")
+
+
+def test_presets_speak_of_inputs_that_there_are_within_their_ranges():
+    inputs = {i.id: i for i in nodes.MiraOptimizeKSampler.define_schema().inputs}
+    assert PRESETS.PRESETS.keys() | {"custom"} == PRESETS.WORDS.keys() == set(inputs["preset"].options)
+    for name, chosen in PRESETS.PRESETS.items():
+        assert not checks.complain(chosen | PRESETS.SUGGESTED[name], list(inputs.values())), name
+        assert chosen.keys() <= inputs.keys() and "gradient_steps" in chosen
+    settings = mira("nodes.shared.inputs")
+    dials = {"iterations": 12, "drift_limit": 0.05}
+    assert settings.settings_of(PRESETS.PRESETS["balanced"] | dials) == settings.DEFAULT
+
+
+def test_a_preset_says_what_it_took_and_the_record_has_what_ran(world):
+    given = dict(preset="fast", steps=2, iterations=2, drift_limit=0.02, learning_rate=0.02)
+    trace = optimize(world, **given).args[2]
+    said = next(n for n in trace.notices if n.startswith("preset fast took"))
+    assert "learning_rate 0.04 for 0.02" in said and "drift_limit" not in said
+    assert trace.settings["learning_rate"] == 0.04 and trace.settings["preset"] == "fast"
+    assert trace.settings["rounds"] == 2 and len(trace.settings["seeds_begun_from"]) == 1
+    alone = {k: v for k, v in INPUTS.items() if k in ("seed", "steps", "cfg", "sampler_name", "scheduler")}
+    links = sampler_inputs(world)
+    links = {k: links[k] for k in ("model", "positive", "negative", "vae", "latent_image", "reward")}
+    same = execute(nodes.MiraOptimizeKSampler, **links, **alone, preset="fast", iterations=2, drift_limit=0.02)
+    assert not any("preset" in n for n in same.args[2].notices)
+    assert same.args[2].of(0)[-1]["reward"] == trace.of(0)[-1]["reward"]
+
+
 @pytest.mark.parametrize("method", list(mira("sampler.rivals").RIVALS))
 def test_a_rival_is_one_choice(world, method):
-    out, _, trace = optimize(world, method=method, steps=2, beta=0.5).args[:3]
-    chosen = mira("nodes.shared.inputs").settings_of(INPUTS | {"method": method, "beta": 0.5})
+    out, _, trace = optimize(world, preset=method, steps=2, beta=0.5).args[:3]
+    chosen = mira("nodes.shared.inputs").settings_of(PRESETS.applied(INPUTS | {"preset": method, "beta": 0.5})[0])
     assert {k: getattr(chosen, k) for k in mira("sampler.rivals").RIVALS[method]} == mira("sampler.rivals").RIVALS[
         method
     ]
-    assert any(f"method {method} was run with its authors' settings" in n for n in trace.notices)
+    assert any(f"preset {method} took" in n for n in trace.notices)
     # ReNO and InitNO leave the injected noises alone; the others move them.
     assert trace.rows[-1]["path_kl"] > 0
     assert torch.isfinite(out["samples"]).all()
@@ -426,7 +475,7 @@ def test_few_steps_take_the_gradient_of_all():
     settings = mira("nodes.shared.inputs")
     for chosen, steps, expected in ((-1, 4, 0), (-1, 9, 0), (-1, 10, 3), (-1, 20, 3), (3, 4, 3), (0, 20, 0)):
         assert settings.gradient_steps({"gradient_steps": chosen}, steps) == expected
-    assert settings.gradient_steps({"gradient_steps": 3, "method": "mira"}, 20) == 0
+    assert settings.gradient_steps(PRESETS.applied({"gradient_steps": 3, "preset": "mira"})[0], 20) == 0
     assert settings.gradient_steps({"gradient_steps": -1}, 20, begins_anew=True) == 0
 
 

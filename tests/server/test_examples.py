@@ -8,7 +8,7 @@ import json
 import pytest
 
 from tools.comfy import ROOT, Client, Server
-from tools.examples import EXAMPLES, graph
+from tools.examples import EXAMPLES, NOTES, graph
 from tools.help import PAGES, page
 from tools.workflow import find, to_prompt
 
@@ -44,7 +44,7 @@ def test_every_description_has_its_file_and_thumbnail(info):
     assert set(NAMES) == set(EXAMPLES)
     for name in NAMES:
         saved = json.loads((FOLDER / f"{name}.json").read_text())
-        assert without_unused_outputs(saved) == without_unused_outputs(graph(EXAMPLES[name](), info)), (
+        assert without_unused_outputs(saved) == without_unused_outputs(graph(name, EXAMPLES[name](), info, NOTES[name])), (
             f"{name}.json is out of date: run python -m tools.examples"
         )
         assert (FOLDER / f"{name}.jpg").stat().st_size > 2000

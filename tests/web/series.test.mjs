@@ -73,9 +73,9 @@ test("numbers and clocks are short", () => {
 
 test("the status line says where it is, and at the end what was kept and why it ended", () => {
   assert.match(series.status(series.newRun(), 0), /appear here/);
-  assert.equal(series.status(after(step(0), step(4)), 0), "iteration 4 of 10 · reward 0.4 (plain 0) · drift 0.1 · 0:12 left");
+  assert.equal(series.status(after(step(0), step(4)), 0), "iteration 4 of 10 · reward 0.4 (start 0) · drift 0.1 · 0:12 left");
   const done = series.fromOutput({ mira: [{ rows: [row(0), row(1), row(2)], kept: [1], reasons: ["all iterations done"] }] });
-  assert.equal(series.status(done, 0), "kept iteration 1 · reward 0.1 (plain 0) · drift 0.1 · all iterations done");
+  assert.equal(series.status(done, 0), "kept iteration 1 · reward 0.1 (start 0) · drift 0.1 · all iterations done");
 });
 
 test("the CSV has every column that any row has, and quotes what needs it", () => {
@@ -93,4 +93,13 @@ test("no more rows than a browser bears", () => {
 
 test("a node's text is its first string, or nothing", () => {
   assert.deepEqual([{ mira_text: ["a", "b"] }, { mira_text: "a" }, { mira_text: [3] }, null].map(textOf), ["a", null, null, null]);
+});
+
+test("rounds are told, and where each but the first begins", () => {
+  const of = (iteration, round) => row(iteration, 0, { round, level: 14 / round });
+  const run = after({ iteration: 0, iterations: 4, rows: [of(0, 1)] }, { iteration: 1, iterations: 4, rows: [of(1, 1)] }, { iteration: 2, iterations: 4, rows: [of(2, 2)] });
+  assert.deepEqual(series.restarts(run, 0), [2]);
+  assert.deepEqual(series.restarts(after(step(0), step(1)), 0), []);
+  assert.match(series.status(run, 0), /iteration 2 of 4 · round 2 · reward/);
+  assert.ok(!series.columns(run).includes("round"));
 });

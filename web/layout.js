@@ -1,0 +1,52 @@
+// Pure: where the values of a node's widgets belong. No side effects, nothing of ComfyUI.
+
+const SAMPLING = ["seed", "control_after_generate", "steps", "cfg", "sampler_name", "scheduler"];
+const SETTINGS = [
+  "iterations", "learning_rate", "regularizer", "beta", "keep", "drift_limit", "stop", "patience", "memory",
+  "drift_metric", "optimizer", "clip_norm", "weighting", "measured", "prompt", "iterate", "method", "variables", "hold",
+  "seeds", "gradient_steps", "repeatable",
+];
+
+/** A workflow saves the values of widgets by their place. These were the places before presets. */
+const BEFORE = {
+  MiraOptimizeKSampler: [...SAMPLING, "denoise", ...SETTINGS],
+  MiraOptimizeSamplerAdvanced: SETTINGS,
+  MiraSearchKSampler: [
+    ...SAMPLING, "denoise", "method", "particles", "rounds", "interval", "strength", "potential", "radius", "iterations",
+    "learning_rate", "regularizer", "beta", "memory", "prompt", "iterate", "repeatable",
+  ],
+  MiraDPOPreference: [
+    "judge", ...SAMPLING, "denoise", "iterations", "method", "candidates", "learning_rate", "beta", "energy", "explore",
+    "step", "keep", "skip_ties", "kick", "memory", "timeout", "on_timeout", "prompt", "iterate", "repeatable",
+  ],
+};
+
+/** Whether these values were saved before presets: where there are names now, there were numbers. */
+function isBefore(kind, values) {
+  const at = { MiraOptimizeKSampler: 6, MiraOptimizeSamplerAdvanced: 0, MiraSearchKSampler: 6, MiraDPOPreference: 12 }[kind];
+  return at !== undefined && typeof values[at] === "number";
+}
+
+/** widgets: [{ name, value }] in today's order, with their defaults. Returns today's values, or null where they are so. */
+export function migrated(kind, values, widgets) {
+  if (!(kind in BEFORE) || !Array.isArray(values) || !isBefore(kind, values)) return null;
+  const known = Object.fromEntries(BEFORE[kind].slice(0, values.length).map((name, i) => [name, values[i]]));
+  if (kind.startsWith("MiraOptimize")) {
+    known.preset = known.method === undefined || known.method === "as_set" ? "custom" : known.method;
+    known.rounds = 1; // there were no restarts
+    known.seeds ??= 1;
+    known.gradient_steps ??= 0;
+  }
+  return widgets.map(({ name, value }) => known[name] ?? value);
+}
+
+/** The dials and inputs that a preset sets: { name: value }, of `{ presets, dials }` as the server tells them. */
+export function presetValues({ presets, dials }, preset) {
+  return { ...(presets?.[preset] ?? {}), ...(dials?.[preset] ?? {}) };
+}
+
+/** The preset after `name` was set to `value`: what departs from it is the user's own. */
+export function presetAfter({ presets }, preset, name, value) {
+  const wanted = presets?.[preset];
+  return wanted && name in wanted && wanted[name] !== value ? "custom" : preset;
+}
