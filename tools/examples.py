@@ -299,7 +299,7 @@ def default(spec: list):
     return options.get("default", "")
 
 
-def graph(name: str, nodes: dict[str, Node], info: dict, note: str) -> dict:
+def graph(title: str, nodes: dict[str, Node], info: dict, note: str) -> dict:
     """The editor's JSON; its id is the same every time it is made.
 
     Raises KeyError for an input or output that a node does not have.
@@ -374,10 +374,10 @@ def graph(name: str, nodes: dict[str, Node], info: dict, note: str) -> dict:
                 "title": "What to look at",
                 "properties": {},
                 "widgets_values": [note],
-            }  # fmt: skip
+            }
         )
     return {
-        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{REGISTRY_NAME}/{name}")), "revision": 0,
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{REGISTRY_NAME}/{title}")), "revision": 0,
         "last_node_id": len(made), "last_link_id": len(links), "nodes": made, "links": links, "groups": [],
         "config": {}, "extra": {}, "version": 0.4,
     }  # fmt: skip

@@ -12,11 +12,16 @@ import asyncio
 from .comfy import ROOT, Client, Server
 
 FOLDER = ROOT / "web" / "docs"
-LIMIT = """Good first settings: 20 steps, 12 iterations, learning rate 0.03, `seeds` 4 and a `drift_limit` of 0.02 to 0.1
-in path_kl (it adds up over the steps, so halve it for half the steps). Each image begins from the best of the seeds and
-stays within the limit while its reward goes on rising. The other seeds are what KSampler gives for them; the record says
-which one an image began from. For a style try `variables` late or injected, for what the image
-shows early. `method` runs MIRA, DNO, ReNO or InitNO as their authors do."""
+LIMIT = """What matters: `preset`, `iterations` and `drift_limit`. **balanced** tries four seeds, begins from the best
+one, and optimises it in three rounds; between two rounds the image is noised again and painted anew by the model, which
+takes away what the model would not have painted and keeps most of the reward. `drift_limit` is how far an image may go
+in each round: 0.02 stays close, 0.1 goes far (it adds up over the steps, so halve it for half the steps). More
+`iterations` go further too. A preset writes its values into the advanced inputs, where you see them; change one, and the
+preset is `custom`. For a reward that lives in texture, such as a style, lower `restart_denoise` to 0.4, or try
+`variables` late or injected. The presets mira, dno, dno_prno, reno and initno run those methods as their authors do.
+
+To see a restart without this node: put a stock KSampler behind it, `latent_image` from `optimized`, the same prompts and
+steps, `denoise` 0.8 and another seed."""
 FILES = """Files go into `models/mira_rewards`; nothing is downloaded by itself, and a missing file is named with its
 size and where it is published. fp16 costs less than 2 % of accuracy. Prompts that are too long are cut as the original
 cuts them, and the record says so."""
@@ -73,7 +78,9 @@ survive, by any reward, with or without a gradient. `best_of_n` keeps the best o
 other method has to beat; `zero_order` climbs: `rounds` times it keeps the best of `particles` noises around the best so
 far. `fk_steering` and `code` look at the predicted images while they are sampled: FK resamples particles in proportion to
 exp(strength * reward), CoDe goes on from the best. `das` is FK's Monte Carlo with proposals that follow the reward's
-gradient. `mira_fk` runs MIRA on several trajectories and goes on from the best one.
+gradient. `mira_fk` runs MIRA on several trajectories and goes on from the best one. `restarts` noises the best image
+again (`restart_denoise`) and lets the model paint it anew, `particles` times in each of `rounds`; the better image
+stays, and what the model would not paint never comes in.
 
 Steering needs a sampler that injects noise (an ancestral or SDE one), by which copies part. `strength` belongs to the
 reward's scale: around 10 over what an image can gain. Particles run together as far as memory goes. Cancel hands back

@@ -25,6 +25,12 @@ function nodeOf(id) {
   return node;
 }
 
+/** Whether a run is of this node: another workflow may have the same ids. What the server does not know fits. */
+function isOf(node, { workflow, kind }) {
+  const open = (app.rootGraph ?? app.graph)?.id;
+  return Boolean(node) && (!kind || kind === node.comfyClass) && (!workflow || !open || workflow === open);
+}
+
 function imageUrl({ filename, subfolder, type }) {
   return api.apiURL(`/view?${new URLSearchParams({ filename, subfolder: subfolder ?? "", type: type ?? "temp" })}`);
 }
@@ -49,6 +55,8 @@ function addDom(node, name, element, height) {
 }
 
 function fit(node) {
+  // Vue lays a node out by what is in it; a height of ours, of widgets that it hides, would only stretch it.
+  if (window.LiteGraph?.vueNodesMode) return;
   const wanted = node.computeSize();
   node.setSize([Math.max(node.size[0], wanted[0], 380), Math.max(node.size[1], wanted[1])]);
   node.setDirtyCanvas?.(true, true);
@@ -87,7 +95,7 @@ function addCharted(node) {
   });
   node[VIEW] = view;
   chain(node, "onExecuted", (output) => {
-    const run = fromOutput(output, chart.run());
+    const run = isOf(node, output?.mira?.[0] ?? {}) && fromOutput(output, chart.run());
     if (run) showRun(node, chart, run);
     view.chooser?.hide();
   });
@@ -215,13 +223,13 @@ async function restore(cached = []) {
     const output = app.nodeOutputs?.[node.id];
     if (!view || !output) continue;
     view.text?.(output);
-    const run = view.chart && fromOutput(output);
+    const run = view.chart && isOf(node, output.mira?.[0] ?? {}) && fromOutput(output);
     if (run && view.chart.run().rows.length === 0) showRun(node, view.chart, run);
   }
   const [live, waiting] = await Promise.all([get("/mira/live", { nodes: cached.join() }), get("/mira/choice")]);
   for (const known of live.runs ?? []) {
     const node = nodeOf(known.node);
-    const chart = node?.[VIEW]?.chart;
+    const chart = isOf(node, known) ? node[VIEW]?.chart : null;
     if (!chart || chart.run().rows.length >= known.rows.length) continue;
     showRun(node, chart, fromOutput(known.output) ?? { ...newRun(), ...known, done: false });
   }
@@ -243,7 +251,7 @@ app.registerExtension({
   setup() {
     api.addEventListener("mira.step", ({ detail }) => {
       const node = nodeOf(detail?.node);
-      const chart = node?.[VIEW]?.chart;
+      const chart = isOf(node, detail) ? node[VIEW]?.chart : null;
       if (chart) showRun(node, chart, addStep(chart.run(), detail));
     });
     api.addEventListener("mira.choice", ({ detail }) => showPair(detail));
@@ -265,6 +273,8 @@ app.registerExtension({
     if (node.comfyClass === SCORES || node.comfyClass === MONITOR) addScores(node);
     if (CHARTED.has(node.comfyClass) || node.comfyClass === MONITOR) addCharted(node);
     if (CHARTED.has(node.comfyClass)) {
+      // The oldest frontends tell it to Vue only, and the canvas looks at the widget itself.
+      for (const widget of node.widgets ?? []) if (widget.options?.advanced) widget.advanced = true;
       addPresets(node);
       forgetTaken(node);
     }

@@ -36,6 +36,17 @@ def store(image: Image.Image, name: str, **options) -> dict:
     return {"filename": name, "subfolder": "mira", "type": "temp"}
 
 
+def running(node: str) -> tuple[str | None, str | None]:
+    """(the id of the workflow that is being run, the class of its node): another one may have the same node ids."""
+    queue = getattr(PromptServer.instance, "prompt_queue", None)
+    item = next(iter(queue.currently_running.values()), None) if queue else None
+    if item is None:
+        return None, None
+    prompt, extra = item[2], item[3]
+    workflow = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
+    return workflow.get("id"), prompt.get(node, {}).get("class_type")
+
+
 class LiveRun:
     """Progress bar, preview, stored thumbnails and an event per iteration, to the client that asked for the run."""
 
@@ -46,8 +57,11 @@ class LiveRun:
         self.bar = comfy.utils.ProgressBar(iterations + 1, node_id=node)
         self.server = PromptServer.instance
         context = get_executing_context()
+        workflow, kind = running(node)
         self.run = {
             "node": node,
+            "workflow": workflow,
+            "kind": kind,
             "prompt_id": context.prompt_id if context else None,
             "client": self.server.client_id,
             "iterations": iterations,
@@ -86,13 +100,15 @@ class LiveRun:
             preview = self.run["previews"][k] = store(small, f"{self.name}_{k}.jpg", quality=88)
         except OSError as problem:  # a full disk; chart and progress can do without
             self._note(f"previews could not be stored in ComfyUI's temp folder: {problem}")
-        event = {"node": self.node, "iteration": k, "iterations": self.iterations, "rows": rows, "preview": preview}
+        event = {name: self.run[name] for name in ("node", "workflow", "kind", "iterations")}
+        event |= {"iteration": k, "rows": rows, "preview": preview}
         self.server.send_sync("mira.step", event | {"settings": self.run["settings"]}, self.server.client_id)
         self.bar.update_absolute(k + 1, self.iterations + 1, ("JPEG", shown, PREVIEW))
 
     def output(self, trace: Trace) -> dict:
         """The node's `ui` output, from which history and a reloaded page draw the same chart."""
-        self.run["output"] = {"mira": [trace.to_dict() | {"previews": dict(self.run["previews"])}]}
+        of = {name: self.run[name] for name in ("workflow", "kind")}
+        self.run["output"] = {"mira": [trace.to_dict() | of | {"previews": dict(self.run["previews"])}]}
         return self.run["output"]
 
 

@@ -157,8 +157,8 @@ def dial_inputs() -> list:
             step=0.01,
             round=0.0001,
             tooltip=(
-                "The largest drift (by drift_metric): `hold` keeps to it, `keep` and `stop` look at it. On the demo "
-                "model 0.05 of path_kl kept about 90 % of the prompt adherence. 0: no limit."
+                "How far an image may go, in each round: 0.02 stays close to what the model paints, 0.1 goes far. More "
+                "reward, and less of the prompt, the higher it is. 0: no limit."
             ),
         ),
     ]
@@ -201,7 +201,7 @@ def advanced_inputs() -> list:
                 "The gradient goes back through the network of so many of the last steps; the others cost what they "
                 "cost in a plain sample, in time and memory. -1: 3 of them, or all where there are fewer than "
                 f"{FEW_STEPS} or the sampler begins each step anew (lcm). 0: through all, the exact gradient, up to "
-                "three times as slow. Other methods than as_set always use all."
+                "three times as slow."
             ),
         ),
         io.Float.Input(

@@ -16,7 +16,7 @@ from tools.workflow import to_prompt
 QUICKSTART = json.loads((ROOT / "example_workflows" / "mira_quickstart.json").read_text())
 OPTIMIZER, PREFERENCE = "MiraOptimizeKSampler", "MiraDPOPreference"
 STATUS = ".mira-status"
-FAST = dict(steps=3, iterations=5, stop="never", keep="last", drift_limit=0.0)
+FAST = dict(preset="custom", steps=3, iterations=5, seeds=1, rounds=1, stop="never", keep="last", drift_limit=0.0)
 
 
 def rows(editor, kind=OPTIMIZER):
@@ -112,6 +112,27 @@ def test_a_run_that_is_cached_shows_its_record(quickstart):
     editor.load(graph)
     editor.queue()
     wait_for(editor, lambda: "kept iteration 5" in editor.page.inner_text(STATUS), "the record of the cached run")
+
+
+@ENDS
+def test_another_workflow_shows_no_record_of_this_one(quickstart):
+    """Node ids are the same in many workflows, and a Take there would start a run of another picture."""
+    editor = quickstart
+    editor.set(OPTIMIZER, iterations=1)
+    editor.queue()
+    wait_for(editor, lambda: "kept iteration 1" in editor.page.inner_text(STATUS), "end")
+    other = json.loads((ROOT / "example_workflows" / "mira_combine_rewards.json").read_text())
+    node = next(n for n in QUICKSTART["nodes"] if n["type"] == OPTIMIZER)
+    mine = next(n for n in other["nodes"] if n["type"] == OPTIMIZER)
+    old, mine["id"] = mine["id"], node["id"]
+    for n in other["nodes"]:
+        if n is not mine and n["id"] == node["id"]:
+            n["id"] = old
+    for link in other["links"]:
+        link[1], link[3] = ({old: node["id"], node["id"]: old}.get(i, i) for i in (link[1], link[3]))
+    editor.load(other)
+    editor.page.wait_for_timeout(1500)
+    assert rows(editor) == 0 and "appear here" in editor.page.inner_text(STATUS)
 
 
 @ENDS
@@ -256,6 +277,64 @@ def test_every_example_loads_as_it_is_saved(editor):
         prompt = {k: {"class_type": n["class_type"], "inputs": n["inputs"]} for k, n in editor.prompt().items()}
         assert prompt == to_prompt(workflow, info), path.name
     assert editor.errors == []
+
+
+def widget(editor, kind, name, value=None):
+    """The widget's value; set as a person does, where one is given."""
+    return editor.js(
+        """([kind, name, value]) => {
+            const node = app.graph.nodes.find(n => n.comfyClass === kind);
+            const widget = node.widgets.find(w => w.name === name);
+            if (value !== null) { widget.value = value; widget.callback?.(value, app.canvas, node); }
+            return widget.value;
+        }""",
+        [kind, name, value],
+    )
+
+
+@ENDS
+def test_a_preset_writes_its_values_and_a_change_makes_it_custom(editor):
+    editor.load(QUICKSTART)
+    assert widget(editor, OPTIMIZER, "preset") == "balanced" and widget(editor, OPTIMIZER, "rounds") == 3
+    widget(editor, OPTIMIZER, "preset", "dno")
+    assert [widget(editor, OPTIMIZER, n) for n in ("learning_rate", "rounds", "seeds", "hold")] == [0.01, 1, 1, "no"]
+    widget(editor, OPTIMIZER, "preset", "fast")
+    assert [widget(editor, OPTIMIZER, n) for n in ("iterations", "rounds", "learning_rate")] == [6, 2, 0.04]
+    widget(editor, OPTIMIZER, "iterations", 8)
+    assert widget(editor, OPTIMIZER, "preset") == "fast"
+    widget(editor, OPTIMIZER, "iterate", 3)
+    widget(editor, OPTIMIZER, "learning_rate", 0.05)
+    assert widget(editor, OPTIMIZER, "preset") == "custom"
+    assert widget(editor, OPTIMIZER, "iterate") == -1  # of another run than the one that is asked for now
+    editor.look_at(OPTIMIZER)
+    editor.shot("preset")
+
+
+BEFORE = ROOT / "tests" / "browser" / "before_presets"
+
+
+@ENDS
+@pytest.mark.parametrize("name", ["mira_quickstart", "mira_dpo_jpeg", "mira_search_jpeg", "mira_against_dno"])
+def test_a_workflow_from_before_presets_finds_its_values(editor, name):
+    """Widgets' values are saved by their place, which were others: every one is where it belongs."""
+    workflow = json.loads((BEFORE / f"{name}.json").read_text())
+    editor.load(workflow)
+    prompt = editor.prompt()
+    expected = {
+        "mira_quickstart": dict(seed=3, steps=20, cfg=5.0, scheduler="normal", denoise=1.0, iterations=15, beta=1.0,
+                                learning_rate=0.03, drift_limit=0.05, seeds=4, gradient_steps=-1, hold="auto",
+                                preset="custom", rounds=1, optimizer="adamw", memory="auto", repeatable=True),
+        "mira_dpo_jpeg": dict(judge="reward", steps=12, denoise=1.0, method="dueling", candidates=2, explore=0.6,
+                              keep="incumbent", on_timeout="stop", energy="mira", skip_ties=False),
+        "mira_search_jpeg": dict(seed=3, steps=12, method="fk_steering", particles=12, strength=3.0, denoise=1.0,
+                                 potential="max", regularizer="mira", restart_denoise=0.8),
+        "mira_against_dno": dict(iterations=12, steps=12, preset="custom", rounds=1),
+    }[name]  # fmt: skip
+    nodes = [n["inputs"] for n in prompt.values() if n["class_type"] in (OPTIMIZER, PREFERENCE, "MiraSearchKSampler")]
+    assert nodes and all({k: inputs[k] for k in expected} == expected for inputs in nodes)
+    again = editor.js("() => app.graph.serialize()")
+    editor.load(again)  # what is saved now is of today, and stays
+    assert editor.prompt() == prompt
 
 
 @ENDS

@@ -44,9 +44,9 @@ def test_every_description_has_its_file_and_thumbnail(info):
     assert set(NAMES) == set(EXAMPLES)
     for name in NAMES:
         saved = json.loads((FOLDER / f"{name}.json").read_text())
-        assert without_unused_outputs(saved) == without_unused_outputs(graph(name, EXAMPLES[name](), info, NOTES[name])), (
-            f"{name}.json is out of date: run python -m tools.examples"
-        )
+        assert without_unused_outputs(saved) == without_unused_outputs(
+            graph(name, EXAMPLES[name](), info, NOTES[name])
+        ), f"{name}.json is out of date: run python -m tools.examples"
         assert (FOLDER / f"{name}.jpg").stat().st_size > 2000
 
 
