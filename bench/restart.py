@@ -23,6 +23,7 @@ from bench.pack import ROOT, mira
 from bench.tables import write
 from bench.world import World, demo
 
+presets, settings_of = mira("nodes.shared.presets"), mira("nodes.shared.inputs").settings_of
 vocabulary, Settings = mira("demo.vocabulary"), mira("sampler.optimize").Settings
 RAW, OUT = ROOT / "output" / "restart", ROOT / "docs" / "results"
 COUNT = 15  # animals in a batch
@@ -47,6 +48,12 @@ def default(**changes) -> Variant:
     return Variant({name: getattr(DEFAULT, name) for name in DEFAULT.__dataclass_fields__} | changes)
 
 
+def preset(name: str) -> Variant:
+    """A preset of the nodes', with the dials that the editor sets with it."""
+    values = presets.PRESETS[name] | presets.SUGGESTED[name]
+    return Variant({k: getattr(settings_of(values), k) for k in Settings.__dataclass_fields__})
+
+
 VARIANTS = {
     "dno": Variant(),
     "dno_again": Variant(seed=71),
@@ -63,6 +70,8 @@ VARIANTS = {
     "default_.4": default(restart_denoise=0.4),
     **{f"dial_{limit:g}": default(drift_limit=limit) for limit in (0.01, 0.02, 0.05, 0.1, 0.2)},
     "dial_free": default(drift_limit=0.0, hold="no"),
+    "fast": preset("fast"),
+    "strong": preset("strong"),
 }
 
 
@@ -81,10 +90,11 @@ class Observer:
         # A round begins with its plain run, without a gradient; the last iterate of a round has no update either, but
         # which one that is depends on the plan: an iterate is counted with the update that led to it.
         self.passes += 2 if begins else 1 + gradient
-        self.look(k, score.images, self.passes)
+        surrogates = {a: {c: row[c] for c in ("path_kl", "mira")} for a, row in zip(self.animals, new, strict=True)}
+        self.look(k, score.images, self.passes, surrogates)
 
     @torch.no_grad()
-    def look(self, k: int, images: torch.Tensor, passes: float) -> None:
+    def look(self, k: int, images: torch.Tensor, passes: float, measured: dict[str, dict]) -> None:
         images = images.detach().float().clamp(0, 1)
         found = zip(
             self.animals,
@@ -94,7 +104,7 @@ class Observer:
             strict=True,
         )
         for animal, reward, adherence, clip in found:
-            row = {"iterate": k, "animal": animal, "passes": passes, "reward": reward}
+            row = {"iterate": k, "animal": animal, "passes": passes, "reward": reward, **measured[animal]}
             self.rows.append(row | {"adherence": adherence, "clip_score": clip})
         self.shown.append(images)
 
@@ -123,7 +133,7 @@ def run(world, judge, clip, name: str, reward: str, part: int, steps: int, seed:
             latent = world.ksampler(positive=positive, steps=steps, denoise=variant.then, latent=latent, seed=5000 + k)
             with torch.inference_mode():
                 images = world.vae.decode(latent).movedim(-1, 1).clone()
-            observer.look(k, images, before[k] + 1)
+            observer.look(k, images, before[k] + 1, {a: {} for a in animals})
     kept = done.result.trace.kept
     images = len(animals)
     for n, row in enumerate(observer.rows):

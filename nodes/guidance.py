@@ -31,7 +31,7 @@ from .host.grad import (
     without_tf32,
 )
 from .shared.checks import needs_gradient, needs_prompt
-from .shared.types import MiraReward
+from .shared.types import MiraReward, aliases
 
 RLG = "MIRA RL Guidance"
 DYMO = "MIRA DyMO Guider"
@@ -85,6 +85,7 @@ class MiraRLGuidance(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MiraRLGuidance",
+            **aliases("guidance", "lora blend"),
             display_name=RLG,
             category="MIRA Alignment/guidance",
             description=(
@@ -273,6 +274,7 @@ class MiraDyMOGuider(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MiraDyMOGuider",
+            **aliases("guidance", "reward guidance"),
             display_name=DYMO,
             category="MIRA Alignment/guidance",
             description=(

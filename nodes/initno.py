@@ -25,6 +25,7 @@ from .host import INTERRUPTS, samples_of
 from .host.dynamic import static
 from .host.grad import blocks_checkpointed, loaded, normal, pytorch_kernels, sdpa, training
 from .shared.job import ksampler_noise
+from .shared.types import aliases
 
 NODE = "MIRA InitNO Noise"
 DEFAULT = Settings()
@@ -222,6 +223,7 @@ class MiraInitNONoise(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MiraInitNONoise",
+            **aliases("noise", "attend and excite", "missing subject"),
             display_name=NODE,
             category="MIRA Alignment/sampling",
             description=(

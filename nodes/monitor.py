@@ -25,7 +25,7 @@ from .editor.plot import COLOURS, Line, Panel, draw
 from .host import patcher_of
 from .score import score_images
 from .shared.images import to_core
-from .shared.types import MiraReward, MiraTrace
+from .shared.types import MiraReward, MiraTrace, aliases
 
 log = logging.getLogger("mira")
 NODE = "MIRA Drift Monitor"
@@ -239,6 +239,7 @@ class MiraDriftMonitor(io.ComfyNode):
             )
         return io.Schema(
             node_id="MiraDriftMonitor",
+            **aliases("drift", "hacking", "chart", "compare runs"),
             display_name=NODE,
             category="MIRA Alignment/scores",
             description=(

@@ -30,7 +30,7 @@ from .shared.inputs import (
 )
 from .shared.job import cfg_guider, ksampler_noise, plain_values
 from .shared.presets import applied
-from .shared.types import MiraReward
+from .shared.types import MiraReward, aliases
 
 log = logging.getLogger("mira")
 # What a prompt by hand may leave out besides what its preset says.
@@ -63,7 +63,8 @@ def optimized(node, node_id, values: dict, overruled: list[str], *, latent: dict
     prompts, notices = prompts_of(prompt, guider, len(samples))
     if settings.rounds < values.get("rounds", 1):
         notices.append(f"rounds is {values['rounds']}, but there were {settings.rounds}: one for every iteration")
-    live = LiveRun(node_id, settings.iterations + settings.rounds - 1, {"drift_metric": settings.drift_metric})
+    told = {"drift_metric": settings.drift_metric, "drift_limit": settings.drift_limit}
+    live = LiveRun(node_id, settings.iterations + settings.rounds - 1, told)
     job = host.Job(
         guider=guider,
         noise=given["initial"](given["seed"]),
@@ -112,6 +113,17 @@ class MiraOptimizeKSampler(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MiraOptimizeKSampler",
+            **aliases(
+                "align",
+                "alignment",
+                "improve",
+                "beautiful",
+                "better image",
+                "reward",
+                "optimise",
+                "optimize",
+                "ksampler",
+            ),
             display_name="MIRA Optimize KSampler",
             category="MIRA Alignment/sampling",
             description=(
@@ -183,6 +195,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MiraOptimizeSamplerAdvanced",
+            **aliases("align", "reward", "optimise", "optimize", "custom sampler"),
             display_name="MIRA Optimize Sampler (Advanced)",
             category="MIRA Alignment/sampling",
             description="MIRA Optimize KSampler for any NOISE, GUIDER, SAMPLER and SIGMAS, as SamplerCustomAdvanced.",

@@ -34,7 +34,7 @@ from .shared.inputs import (
     trace_outputs,
 )
 from .shared.job import ksampler_job, plain_values
-from .shared.types import MiraReward
+from .shared.types import MiraReward, aliases
 
 log = logging.getLogger("mira")
 NODE = "MIRA-DPO Preference"
@@ -163,6 +163,7 @@ class MiraDPOPreference(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MiraDPOPreference",
+            **aliases("choose", "preference", "compare", "a or b", "human feedback", "dpo"),
             display_name=NODE,
             category="MIRA Alignment/sampling",
             description=(

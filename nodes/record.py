@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -15,18 +16,23 @@ from .shared.types import MiraTrace
 
 SUFFIXES = (".png", ".json", ".csv")
 MOST_BYTES = 100 << 20
+MOST_LISTED = 300
 NO_FILE = "put a .png, .json or .csv into the input or output folder"
 
 
 def trace_files() -> list[str]:
+    """The files of the input folder, and the newest ones of the output folder: all of somebody's images would make up
+    most of what ComfyUI tells of its nodes. Any other is given by its name.
+    """
     found = [f for f in sorted(os.listdir(folder_paths.get_input_directory())) if f.lower().endswith(SUFFIXES)]
-    output = folder_paths.get_output_directory()
+    output, made = folder_paths.get_output_directory(), []
     for folder, _, names in os.walk(output):
-        relative = os.path.relpath(folder, output)
-        for name in sorted(names):
+        for name in names:
             if name.lower().endswith(SUFFIXES):
-                found.append(f"{os.path.normpath(os.path.join(relative, name))} [output]")
-    return found
+                path = os.path.join(folder, name)
+                with contextlib.suppress(OSError):  # it went meanwhile
+                    made.append((os.path.getmtime(path), os.path.normpath(os.path.relpath(path, output))))
+    return found + [f"{name} [output]" for _, name in sorted(made, reverse=True)[:MOST_LISTED]]
 
 
 def trace_path(file: str) -> str:

@@ -16,7 +16,7 @@ from ..rewards.python_file import PythonReward
 from ..sampler.seeds import stream
 from .shared import files
 from .shared.images import to_core
-from .shared.types import MiraReward, reward_output
+from .shared.types import MiraReward, aliases, reward_output
 
 SLOTS = 4
 NO_SCRIPT = "put a .py file into models/mira_rewards"
@@ -27,6 +27,7 @@ class MiraPixelReward(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MiraPixelReward",
+            **aliases("brightness", "darkness", "contrast", "colour", "color", "sharpness"),
             display_name="MIRA Pixel Reward",
             category="MIRA Alignment/rewards",
             description="A reward that is a formula of the pixels.",

@@ -11,7 +11,7 @@ from ..rewards.base import Reward
 from .host import patcher_of
 from .host.grad import without_tf32
 from .shared.images import to_core
-from .shared.types import MiraReward
+from .shared.types import MiraReward, aliases
 
 CHUNK = 8  # images that a scorer sees at once
 
@@ -58,6 +58,7 @@ class MiraScoreImages(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MiraScoreImages",
+            **aliases("score", "rate", "aesthetic score", "evaluate"),
             display_name=cls.NAME,
             category="MIRA Alignment/scores",
             description="The absolute score of every image, with the range that is typical of the reward.",
@@ -112,6 +113,7 @@ class MiraRankImages(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MiraRankImages",
+            **aliases("best of n", "sort images", "pick best"),
             display_name=cls.NAME,
             category="MIRA Alignment/scores",
             description="The batch in the order of its scores, the best first, and only the best few if you like.",

@@ -29,7 +29,7 @@ from .shared.inputs import (
     trace_outputs,
 )
 from .shared.job import ksampler_job, plain_values
-from .shared.types import MiraReward
+from .shared.types import MiraReward, aliases
 
 log = logging.getLogger("mira")
 NODE = "MIRA Search KSampler"
@@ -137,6 +137,7 @@ class MiraSearchKSampler(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MiraSearchKSampler",
+            **aliases("best of n", "search", "seeds", "particles", "improve", "align"),
             display_name=NODE,
             category="MIRA Alignment/sampling",
             description=(

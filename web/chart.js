@@ -2,8 +2,10 @@
 import uPlot from "./vendor/uPlot.esm.js";
 import { brief, columns, csv, driftColumn, images, newRun, restarts, status, table } from "./series.js";
 
-const REWARD = "#5b9cf5";
-const DRIFT = "#f0a03c";
+// On a dark and on a light ground; both have a contrast of 4.5 to 1 and more there.
+const REWARD = "var(--mira-reward)";
+const DRIFT = "var(--mira-drift)";
+const INK = { dark: ["#5b9cf5", "#f0a03c"], light: ["#1d5fbf", "#a04a00"] };
 const PART_DASHES = [[4, 3], [1, 3], [8, 4], [2, 2]];
 const HEIGHT = 150;
 
@@ -85,6 +87,16 @@ export function createChart({ onTake = null, imageUrl = () => "", saveAs = () =>
     return getComputedStyle(inner).getPropertyValue(name).trim();
   }
 
+  const reward = () => colour("--mira-reward");
+  const drifted = () => colour("--mira-drift");
+
+  function ink() {
+    const [r, g, b] = (getComputedStyle(plot).backgroundColor.match(/[\d.]+/g) ?? [0, 0, 0]).map(Number);
+    const [one, other] = INK[0.299 * r + 0.587 * g + 0.114 * b > 140 ? "light" : "dark"];
+    inner.style.setProperty("--mira-reward", one);
+    inner.style.setProperty("--mira-drift", other);
+  }
+
   function names() {
     const drift = driftColumn(run);
     const all = columns(run);
@@ -99,7 +111,7 @@ export function createChart({ onTake = null, imageUrl = () => "", saveAs = () =>
     const grey = colour("--descrip-text") || "#999";
     // Before a round's first iteration: what the line does there is the restart.
     const between = restarts(run, image).map((at) => [at - 0.5, grey, [1, 5]]);
-    for (const [at, stroke, dash] of [...between, [kept, REWARD, []], [chosen, grey, chosen === kept ? [] : [3, 3]]]) {
+    for (const [at, stroke, dash] of [...between, [kept, reward(), []], [chosen, grey, chosen === kept ? [] : [3, 3]]]) {
       if (!Number.isFinite(at)) continue;
       const x = Math.round(u.valToPos(at, "x", true));
       ctx.save();
@@ -111,6 +123,19 @@ export function createChart({ onTake = null, imageUrl = () => "", saveAs = () =>
       ctx.stroke();
       ctx.restore();
     }
+    const limit = run.settings.drift_limit;
+    if (!(limit > 0) || driftColumn(run) !== run.settings.drift_metric) return;
+    const y = Math.round(u.valToPos(limit, "drift", true));
+    if (y < u.bbox.top || y > u.bbox.top + u.bbox.height) return;
+    ctx.save();
+    ctx.strokeStyle = drifted();
+    ctx.setLineDash([6, 4]);
+    ctx.globalAlpha = 0.6;
+    ctx.beginPath();
+    ctx.moveTo(u.bbox.left, y);
+    ctx.lineTo(u.bbox.left + u.bbox.width, y);
+    ctx.stroke();
+    ctx.restore();
   }
 
   function build({ drift, rewards, list }) {
@@ -119,10 +144,10 @@ export function createChart({ onTake = null, imageUrl = () => "", saveAs = () =>
     const grid = { stroke: () => colour("--border-color") || "#444", width: 0.5 };
     const axis = { stroke: () => colour("--fg-color") || "#ddd", grid, ticks: grid, font: "11px Inter, Arial, sans-serif", size: 46 };
     const series = rewards.map((name, i) => ({
-      label: name, scale: "reward", stroke: REWARD, width: name === "reward" ? 2 : 1,
+      label: name, scale: "reward", stroke: reward, width: name === "reward" ? 2 : 1,
       dash: name === "reward" ? undefined : PART_DASHES[(i - 1) % PART_DASHES.length], points: { size: 4 },
     }));
-    if (drift) series.push({ label: drift, scale: "drift", stroke: DRIFT, width: 2, points: { size: 4 } });
+    if (drift) series.push({ label: drift, scale: "drift", stroke: drifted, width: 2, points: { size: 4 } });
     chart = new uPlot(
       {
         width: Math.max(plot.clientWidth, 120), height: HEIGHT, legend: { show: false },
@@ -130,8 +155,8 @@ export function createChart({ onTake = null, imageUrl = () => "", saveAs = () =>
         scales: { x: { time: false }, reward: {}, drift: {} },
         axes: [
           { ...axis, size: 26, incrs: [1, 2, 5, 10, 20, 50, 100, 200] },
-          ...(rewards.length ? [{ ...axis, scale: "reward", stroke: REWARD }] : []),
-          ...(drift ? [{ ...axis, scale: "drift", side: 1, stroke: DRIFT, grid: { show: false } }] : []),
+          ...(rewards.length ? [{ ...axis, scale: "reward", stroke: reward }] : []),
+          ...(drift ? [{ ...axis, scale: "drift", side: 1, stroke: drifted, grid: { show: false } }] : []),
         ],
         series: [{ label: "iteration" }, ...series],
         hooks: { draw: [mark], setCursor: [(u) => showValues(u.cursor.idx)] },
@@ -170,6 +195,7 @@ export function createChart({ onTake = null, imageUrl = () => "", saveAs = () =>
 
   function draw() {
     frame = 0;
+    ink();
     const all = images(run);
     if (!all.includes(image)) image = all[0] ?? 0;
     which.hidden = all.length < 2;
@@ -206,7 +232,10 @@ export function createChart({ onTake = null, imageUrl = () => "", saveAs = () =>
   });
   resized.observe(plot);
   // A theme is a set of variables on the page's root.
-  const themed = new MutationObserver(() => chart?.redraw(false));
+  const themed = new MutationObserver(() => {
+    ink();
+    chart?.redraw(false);
+  });
   themed.observe(document.documentElement, { attributeFilter: ["style", "class"] });
   slider.addEventListener("input", showIterate);
   which.addEventListener("change", () => {

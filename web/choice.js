@@ -22,6 +22,11 @@ export function validPair(data) {
   return whole && isRef(data.left) && isRef(data.right) ? data : null;
 }
 
+/** Whether text is being written into this element. */
+export function isWriting(element) {
+  return Boolean(element) && (element.isContentEditable === true || /^(INPUT|TEXTAREA|SELECT)$/.test(element.tagName ?? ""));
+}
+
 /** The answer that a key stands for, or null. Keys with a modifier belong to others. */
 export function answerOf(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return null;
@@ -115,7 +120,8 @@ export function createChooser({ imageUrl, onAnswer }) {
       const of = next.batch > 1 ? `, image ${next.image + 1} of ${next.batch}` : "";
       count.textContent = `Which is better? ${next.iteration + 1} of ${next.iterations}${of}`;
       box.hidden = false;
-      box.focus({ preventScroll: true });
+      // Keys choose at once, but never those of somebody who is writing.
+      if (!isWriting(document.activeElement)) box.focus({ preventScroll: true });
     },
   };
 }

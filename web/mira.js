@@ -254,6 +254,14 @@ app.registerExtension({
       const chart = isOf(node, detail) ? node[VIEW]?.chart : null;
       if (chart) showRun(node, chart, addStep(chart.run(), detail));
     });
+    // A run that begins shows nothing of the last one, and says what it does until its first image is there.
+    api.addEventListener("executing", ({ detail }) => {
+      const node = nodeOf(detail?.node ?? detail);
+      const chart = CHARTED.has(node?.comfyClass) ? node[VIEW]?.chart : null;
+      if (!chart) return;
+      const seeds = node.widgets?.find((w) => w.name === "seeds")?.value ?? 1;
+      chart.set({ ...newRun(), waiting: seeds > 1 ? `Trying ${seeds} seeds ...` : "Sampling the first image ..." });
+    });
     api.addEventListener("mira.choice", ({ detail }) => showPair(detail));
     api.addEventListener("mira.chosen", ({ detail }) => nodeOf(detail?.node)?.[VIEW]?.chooser?.hide(detail.token));
     // A node that is not run again says nothing: its last run is asked for.

@@ -112,7 +112,7 @@ export function brief(value) {
 /** One line of what has happened so far. */
 export function status(run, image) {
   const rows = run.rows.filter((r) => r.image === image);
-  if (rows.length === 0) return "Reward and drift appear here while the node runs.";
+  if (rows.length === 0) return run.waiting ?? "Reward and drift appear here while the node runs.";
   const last = rows[rows.length - 1];
   const kept = run.done ? rows.find((r) => r.iteration === run.kept[image]) : null;
   const row = kept ?? last;

@@ -88,6 +88,18 @@ def test_the_plot_is_an_image(runs):
     Image.fromarray((plot[0].numpy() * 255).astype(np.uint8)).save("output/screenshots/monitor.png")
 
 
+def test_only_the_newest_files_are_listed_and_any_can_be_named(tmp_path, monkeypatch):
+    """`/object_info` is asked for whenever a page is loaded."""
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    (tmp_path / "day").mkdir()
+    for n in range(record.MOST_LISTED + 20):
+        (tmp_path / "day" / f"{n:04}.png").touch()
+        os.utime(tmp_path / "day" / f"{n:04}.png", (n, n))
+    listed = [f for f in record.trace_files() if f.endswith("[output]")]
+    assert len(listed) == record.MOST_LISTED and listed[0] == f"day/{record.MOST_LISTED + 19:04}.png [output]"
+    assert record.trace_path("day/0000.png [output]") == str(tmp_path / "day" / "0000.png")
+
+
 def test_files_are_written_and_read_back(runs):
     trace = runs["near"].result.trace
     watch(trace_1=trace, filename_prefix="mira/back")

@@ -2,6 +2,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import * as series from "../../web/series.js";
+import { isWriting } from "../../web/choice.js";
+import * as layout from "../../web/layout.js";
 import { textOf } from "../../web/text.js";
 
 const row = (iteration, image = 0, more = {}) => ({ iteration, image, reward: iteration / 10, path_kl: 0.1, seconds: 2, ...more });
@@ -102,4 +104,34 @@ test("rounds are told, and where each but the first begins", () => {
   assert.deepEqual(series.restarts(after(step(0), step(1)), 0), []);
   assert.match(series.status(run, 0), /iteration 2 of 4 · round 2 · reward/);
   assert.ok(!series.columns(run).includes("round"));
+});
+
+test("a run that has begun says what it does before its first image", () => {
+  assert.equal(series.status({ ...series.newRun(), waiting: "Trying 4 seeds ..." }, 0), "Trying 4 seeds ...");
+});
+
+test("keys of somebody who is writing choose nothing", () => {
+  for (const tagName of ["INPUT", "TEXTAREA", "SELECT"]) assert.ok(isWriting({ tagName }));
+  assert.ok(isWriting({ tagName: "DIV", isContentEditable: true }));
+  for (const other of [null, undefined, { tagName: "BODY" }, { tagName: "CANVAS" }]) assert.ok(!isWriting(other));
+});
+
+const told = { presets: { fast: { rounds: 2, seeds: 2 } }, dials: { fast: { iterations: 6 } } };
+
+test("a preset sets its inputs and dials, and a change of an input is the user's own", () => {
+  assert.deepEqual(layout.presetValues(told, "fast"), { rounds: 2, seeds: 2, iterations: 6 });
+  assert.deepEqual(layout.presetValues(told, "custom"), {});
+  assert.equal(layout.presetAfter(told, "fast", "rounds", 3), "custom");
+  assert.equal(layout.presetAfter(told, "fast", "rounds", 2), "fast");
+  assert.equal(layout.presetAfter(told, "fast", "iterations", 50), "fast");
+  assert.equal(layout.presetAfter(told, "custom", "rounds", 2), "custom");
+});
+
+test("values from before presets go where they belong, and today's stay", () => {
+  const today = ["preset", "iterations", "drift_limit", "prompt", "rounds", "learning_rate"].map((name) => ({ name, value: `its ${name}` }));
+  const old = [30, 0.01, "none", 1, "last", 0.1];
+  assert.deepEqual(layout.migrated("MiraOptimizeSamplerAdvanced", old, today), ["custom", 30, 0.1, "its prompt", 1, 0.01]);
+  assert.equal(layout.migrated("MiraOptimizeSamplerAdvanced", ["fast", 30], today), null);
+  for (const bad of [null, undefined, {}, []]) assert.equal(layout.migrated("MiraOptimizeSamplerAdvanced", bad, today), null);
+  assert.equal(layout.migrated("KSampler", [1, 2], today), null);
 });
