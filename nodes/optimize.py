@@ -46,13 +46,14 @@ def run(
     are made of tells whether it is the same run.
     """
     iterate, node_id = values.get("iterate", -1), hidden.unique_id
-    values, overruled = applied({k: v for k, v in values.items() if k != "iterate"})
-    inputs = values | {"vae": given["vae"], "reward": reward, "prompt": prompt, "seed": given["seed"]} | identity
-    before = memo.recall(node_id, inputs)
-    if before is None:
-        before = optimized(node, node_id, values, overruled, latent=latent, reward=reward, prompt=prompt, **given)
-        memo.remember(node_id, inputs, before)
-    return finish(node, hidden, *before, latent, iterate)
+    asked = {k: v for k, v in values.items() if k != "iterate"}
+    values, overruled = applied(asked)
+    inputs = asked | {"vae": given["vae"], "reward": reward, "prompt": prompt, "seed": given["seed"]} | identity
+
+    def work():
+        return optimized(node, node_id, values, overruled, latent=latent, reward=reward, prompt=prompt, **given)
+
+    return finish(node, hidden, *memo.of(node_id, inputs, iterate, work), latent, iterate)
 
 
 def optimized(node, node_id, values: dict, overruled: list[str], *, latent: dict, reward, prompt, guider, **given):
@@ -163,6 +164,10 @@ class MiraOptimizeKSampler(io.ComfyNode):
         return complain(locals(), cls.define_schema().inputs) or True
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        return memo.cuts(inputs)
+
+    @classmethod
     def execute(
         cls, model, positive, negative, latent_image, vae, reward, seed, cfg, prompt="", **values
     ) -> io.NodeOutput:
@@ -227,6 +232,10 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         stop=None,
     ):
         return complain(locals(), cls.define_schema().inputs) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        return memo.cuts(inputs)
 
     @classmethod
     def execute(cls, noise, guider, sampler, sigmas, latent_image, vae, reward, prompt="", **values) -> io.NodeOutput:

@@ -220,6 +220,10 @@ class MiraDPOPreference(io.ComfyNode):
         return complain(locals(), cls.define_schema().inputs) or wrong_judge(locals()) or True
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        return memo.cuts(inputs)
+
+    @classmethod
     def execute(
         cls,
         model,
@@ -237,11 +241,11 @@ class MiraDPOPreference(io.ComfyNode):
     ) -> io.NodeOutput:
         linked = dict(model=model, positive=positive, negative=negative, latent=latent_image, vae=vae, reward=reward)
         inputs = values | linked | dict(seed=seed, cfg=cfg, choices=choices, prompt=prompt)
-        before = memo.recall(cls.hidden.unique_id, inputs)
-        if before is None:
-            before = cls.preferred(**linked, seed=seed, cfg=cfg, choices=choices, prompt=prompt, values=values)
-            memo.remember(cls.hidden.unique_id, inputs, before)
-        done, live = before
+
+        def work():
+            return cls.preferred(**linked, seed=seed, cfg=cfg, choices=choices, prompt=prompt, values=values)
+
+        done, live = memo.of(cls.hidden.unique_id, inputs, iterate, work)
         record = json.dumps(done.result.trace.settings["choices"])
         return finish(NODE, cls.hidden, done, live, latent_image, iterate, record)
 

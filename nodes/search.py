@@ -197,16 +197,21 @@ class MiraSearchKSampler(io.ComfyNode):
         return complain(locals(), cls.define_schema().inputs) or True
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        return memo.cuts(inputs)
+
+    @classmethod
     def execute(
         cls, model, positive, negative, latent_image, vae, reward, seed, cfg, prompt="", iterate=-1, **values
     ) -> io.NodeOutput:
         linked = dict(model=model, positive=positive, negative=negative, latent=latent_image, vae=vae, reward=reward)
         inputs = values | linked | dict(seed=seed, cfg=cfg, prompt=prompt)
-        before = memo.recall(cls.hidden.unique_id, inputs)
-        if before is None:
-            before = searched(cls.hidden.unique_id, **linked, seed=seed, cfg=cfg, prompt=prompt, values=values)
-            memo.remember(cls.hidden.unique_id, inputs, before)
-        return finish(NODE, cls.hidden, *before, latent_image, iterate)
+        node_id = cls.hidden.unique_id
+
+        def work():
+            return searched(node_id, **linked, seed=seed, cfg=cfg, prompt=prompt, values=values)
+
+        return finish(NODE, cls.hidden, *memo.of(node_id, inputs, iterate, work), latent_image, iterate)
 
 
 def searched(node_id, *, model, positive, negative, latent, vae, reward, seed, cfg, prompt, values):

@@ -21,8 +21,8 @@ def travel(extra_pnginfo: dict | None, node: str, trace: Trace) -> None:
 
 
 def finish(node: str, hidden, done: host.Optimized, live: LiveRun, latent: dict, iterate: int, *more):
-    samples, kept = memo.taken(done, iterate, node)
-    trace = replace(done.result.trace, kept=kept, notices=[*done.result.trace.notices, *live.notices])
+    samples, kept, notices = memo.taken(done, iterate, node)
+    trace = replace(done.result.trace, kept=kept, notices=[*done.result.trace.notices, *live.notices, *notices])
     travel(hidden.extra_pnginfo, hidden.unique_id, trace)
     out = {k: v for k, v in latent.items() if k not in host.SCALES}  # as KSampler's
     plain = out.copy()

@@ -10,8 +10,10 @@ from ..host import Optimized
 
 PLAIN = (int, float, str, bool, type(None))
 MOST = 2  # runs whose iterates are held
+MOST_CUTS = 64
 
-_runs: OrderedDict[str, tuple[dict, object]] = OrderedDict()
+_runs: OrderedDict[str, tuple[dict, tuple, int]] = OrderedDict()  # by node: inputs, the run, the iterate last asked for
+_cuts: list[dict] = []  # the widgets of runs that were cut short
 
 
 def _held(value) -> Callable:
@@ -32,27 +34,50 @@ def _same(a: dict, b: dict) -> bool:
     return all(x is y or (isinstance(x, PLAIN) and isinstance(y, PLAIN) and x == y) for x, y in pairs)
 
 
-def recall(node: str, inputs: dict):
-    """What was remembered of a run of these very inputs, or None."""
+def of(node: str, inputs: dict, iterate: int, run: Callable[[], tuple[Optimized, object]]):
+    """What `run` gave for these very inputs when they were asked for before, or gives now.
+
+    A run that was cut short is repeated when it is asked for again as it was: who queues it again wants its end.
+    """
     before = _runs.get(node)
-    return before[1] if before and _same(before[0], inputs) else None
-
-
-def remember(node: str, inputs: dict, run) -> None:
-    _runs[node] = ({k: _held(v) for k, v in inputs.items()}, run)
+    if before and _same(before[0], inputs):
+        known, done, last = before
+        if not (done[0].result.cut_short and iterate == last):
+            _runs[node] = known, done, iterate
+            return done
+    done = run()
+    _runs[node] = {k: _held(v) for k, v in inputs.items()}, done, iterate
     _runs.move_to_end(node)
     while len(_runs) > MOST:
         _runs.popitem(last=False)
+    if done[0].result.cut_short:
+        _cuts.append({k: v for k, v in inputs.items() if isinstance(v, PLAIN)})
+        del _cuts[:-MOST_CUTS]
+    return done
+
+
+def cuts(inputs: dict) -> int:
+    """How many runs of these widgets were cut short; links, which ComfyUI does not know yet when it asks, fit any.
+
+    As a node's fingerprint it takes a cancelled run out of ComfyUI's own cache.
+    """
+    given = {k: v for k, v in inputs.items() if isinstance(v, PLAIN) and v is not None and k != "iterate"}
+    return sum(all(cut.get(k, v) == v for k, v in given.items()) for cut in _cuts)
 
 
 def taken(done: Optimized, iterate: int, node: str):
-    """(latent, kept iterations): the kept ones for -1, else that iterate of every image. Raises ValueError."""
-    trace = done.result.trace
+    """(latent, kept iterations, notices): the kept ones for -1, else that iterate of every image. Raises ValueError
+    for one that the run never had; of a run that was cut short before it, the kept ones.
+    """
+    trace, count = done.result.trace, len(done.iterates)
     if iterate < 0:
-        return done.latent, trace.kept
-    if iterate >= len(done.iterates):
+        return done.latent, trace.kept, []
+    if iterate >= count and done.result.cut_short:
+        notice = f"iterate is {iterate}, but the run was cut short at {count - 1}: this is its best so far"
+        return done.latent, trace.kept, [notice]
+    if iterate >= count:
         raise ValueError(
-            f"{node}: iterate is {iterate}, but the run ended at iteration {len(done.iterates) - 1}: use that, or -1 "
+            f"{node}: iterate is {iterate}, but the run ended at iteration {count - 1}: use that, or -1 "
             "for the one that `keep` chooses"
         )
-    return done.iterates[iterate], [iterate] * len(trace.kept)
+    return done.iterates[iterate], [iterate] * len(trace.kept), []

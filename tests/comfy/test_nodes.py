@@ -223,6 +223,30 @@ def test_another_iterate_is_taken_without_running_again(world, monkeypatch):
         execute(nodes.MiraOptimizeKSampler, **(inputs | {"seed": 78}), iterate=1)
 
 
+def test_a_cancelled_run_is_run_again_when_it_is_queued_again(world, monkeypatch):
+    """Else ComfyUI's cache would hand the half of it back for ever. To take one of its iterates runs nothing."""
+    memo, cancel = mira("nodes.shared.memo"), [2]
+
+    def told(self, k, rows, score):
+        if cancel and k == cancel[0]:
+            raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(mira("nodes.editor.live").LiveRun, "__call__", told)
+    inputs = sampler_inputs(world, seed=4242, iterations=3)
+    asked = {k: v for k, v in inputs.items() if isinstance(v, (int, float, str))}
+    before = memo.cuts(asked)
+    first = execute(nodes.MiraOptimizeKSampler, **inputs)
+    assert len(first.args[2].rows) == 3 and memo.cuts(asked) == before + 1
+    assert memo.cuts(asked | {"seed": None}) == before + 1 and memo.cuts(asked | {"seed": 1}) == before
+    cancel.clear()
+    one = execute(nodes.MiraOptimizeKSampler, **inputs, iterate=1)
+    assert one.args[2].kept == [1] and len(one.args[2].rows) == 3  # of the cancelled run
+    beyond = execute(nodes.MiraOptimizeKSampler, **inputs, iterate=3)
+    assert any("was cut short at 2: this is its best so far" in n for n in beyond.args[2].notices)
+    again = execute(nodes.MiraOptimizeKSampler, **inputs, iterate=3)
+    assert len(again.args[2].rows) == 4 and memo.cuts(asked) == before + 1
+
+
 def test_the_latent_dict_keeps_what_else_it_holds(world):
     mask = torch.ones(1, 128, 128)
     out = optimize(world, latent_image={"samples": torch.zeros(1, 4, 16, 16), "noise_mask": mask, "batch_index": [0]})

@@ -30,7 +30,8 @@ def quickstart(server):
         async with Client(server.url) as client:
             return to_prompt(QUICKSTART, await client.get("/object_info"))
 
-    return asyncio.run(get())
+    # One round, so that an iteration is a row.
+    return changed(asyncio.run(get()), preset="custom", rounds=1)
 
 
 def changed(prompt, kind=OPTIMIZER, **inputs):
@@ -193,6 +194,25 @@ def test_cancel_hands_back_the_best_so_far(server, quickstart):
     assert record["kept"][0] > 0 and image.shape == (128, 128, 3)
     # The server is free again.
     assert len(steps_of(run(server, small(quickstart, seed=6))[0])) == 4
+
+
+def test_what_was_cancelled_runs_when_it_is_queued_again(server, quickstart):
+    prompt = changed(quickstart, steps=3, iterations=6, seed=15, seeds=1, stop="never")
+
+    async def go():
+        async with Client(server.url) as client:
+            prompt_id = await client.submit(prompt)
+            seen = 0
+            async for kind, _ in client.events(prompt_id):
+                seen += kind == "mira.step"
+                if kind == "mira.step" and seen == 2:
+                    await client.interrupt()
+            again = [e async for e in client.events(await client.submit(prompt))]
+            cached = [e async for e in client.events(await client.submit(prompt))]
+            return seen, len(steps_of(again)), len(steps_of(cached))
+
+    cancelled, again, cached = asyncio.run(go())
+    assert cancelled < 7 and again == 7 and cached == 0
 
 
 def test_a_client_that_comes_back_goes_on_listening(server, quickstart):
