@@ -46,7 +46,8 @@ HOLD = ("no", "projection", "dual_ascent")
 # Of dual ascent: beta grows or shrinks by at most this factor per iteration, and starts from at least this.
 DUAL_STEP, DUAL_FLOOR = 2.0, 1e-3
 KEEP = ("best_within_drift", "best_reward", "last")
-STOP = ("never", "plateau", "drift", "plateau_or_drift")
+STOP = ("never", "plateau", "drift", "plateau_or_drift", "plateau_at_limit")
+HELD_GAIN = 0.02  # of its gain so far: what an image that stands at its limit gains at least, or it is left alone
 MAX_HALVINGS = 3
 LOSS_SCALE_STEP = 16  # by how much a loss scale falls when gradients overflow
 
@@ -61,7 +62,9 @@ class Settings:
     drift_metric, drift_limit: what "drift" means to `keep` and `stop`, and its bound; 0 is no bound.
     keep: which iterate comes back: "last" (Algorithm 1), "best_reward", or "best_within_drift".
     stop: when an image is left alone: when its best reward has not risen by 0.1 % of its gain for `patience`
-        iterations ("plateau"), when its drift has passed the limit ("drift"), or either.
+        iterations ("plateau"), when its drift has passed the limit ("drift"), or either; when its drift is held at the
+        limit and an iteration gains less than `HELD_GAIN` of what it gained so far
+        ("plateau_at_limit").
     variables: what is optimised, one of `VARIABLES`: the whole trajectory (MIRA, DNO), the initial noise (ReNO), ...
     seeds: how many seeds are sampled to begin from the best one of each image (`seeds.best_of`, which the host calls);
         1: the given noises.
@@ -181,6 +184,8 @@ class _State:
     halvings: Tensor = None
     beta: Tensor = None
     reasons: list[str | None] = field(default_factory=list)
+    first: Tensor | None = None  # the rewards of the first iterate and of the last one, for `stop`
+    last: Tensor | None = None
 
     @property
     def z(self) -> list[Tensor]:
@@ -281,7 +286,7 @@ def optimize(
             continue
         trace.notices += _not_finite(k, evaluation, state.active)
         if k < settings.iterations:
-            _stop(state, settings, k, evaluation.drift.cpu())
+            _stop(state, settings, k, evaluation.drift.cpu(), evaluation.score.total.detach().cpu().double())
             _step(state, evaluation, settings)
             _hold(state, settings, evaluation.drift.cpu())
             if not state.active.any():
@@ -397,11 +402,17 @@ def _rows(
     return rows_of(k, columns, seconds=seconds, memory_mb=memory / 1e6)
 
 
-def _stop(state: _State, settings: Settings, k: int, drift: Tensor) -> None:
+def _stop(state: _State, settings: Settings, k: int, drift: Tensor, reward: Tensor) -> None:
     if "plateau" in settings.stop:
         state.end(
             state.keeper.since_progress(k) >= settings.patience, f"no progress for {settings.patience} iterations"
         )
+    if settings.stop == "plateau_at_limit" and settings.hold != "no":
+        first = reward if state.first is None else state.first
+        gained, gain = reward - (first if state.last is None else state.last), reward - first
+        at_limit = drift >= 0.98 * settings.drift_limit
+        state.end(at_limit & (gained < HELD_GAIN * gain.clamp(min=0)), "held at its limit, where it gains no more")
+        state.first, state.last = first, reward
     if "drift" in settings.stop:
         state.end(drift > settings.drift_limit, f"{settings.drift_metric} passed {settings.drift_limit:g}")
 

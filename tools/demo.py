@@ -27,7 +27,9 @@ async def optimise(client: Client, prompt: dict, label: str) -> tuple[dict, dict
     node = find(prompt, OPTIMIZER)
     drift = prompt[node]["inputs"]["drift_metric"]
     prompt_id = await client.submit(prompt)
-    with tqdm(total=prompt[node]["inputs"]["iterations"] + 1, desc=label, unit="it") as bar:
+    with tqdm(
+        total=prompt[node]["inputs"]["iterations"] + prompt[node]["inputs"]["rounds"], desc=label, unit="it"
+    ) as bar:
         async for kind, data in client.events(prompt_id):
             if kind == "mira.step":
                 row = data["rows"][0]
@@ -109,8 +111,8 @@ async def demo() -> dict:
             text = prompt[inputs["prompt"][0]]["inputs"]["value"]
             plain = copy.deepcopy(prompt)
             plain[find(prompt, OPTIMIZER)]["inputs"] |= {
-                "regularizer": "none", "keep": "last", "stop": "never", "hold": "no", "seeds": 1,
-                "gradient_steps": 0,
+                "preset": "custom", "learning_rate": 0.03, "keep": "last", "stop": "never", "hold": "no",
+                "drift_limit": 0.0, "seeds": 1, "rounds": 1, "gradient_steps": 0,
             }  # fmt: skip
             mira, images = await optimise(client, prompt, "MIRA")
             dno, contrast = await optimise(client, plain, "DNO ")

@@ -298,7 +298,10 @@ def advanced_inputs() -> list:
             "stop",
             options=list(STOP),
             default=DEFAULT.stop,
-            tooltip="When to leave an image alone: never, on a plateau of its reward, past the drift limit, or either.",
+            tooltip=(
+                "When to leave an image alone, in each round: never, on a plateau of its reward, past the drift limit, "
+                "or either; plateau_at_limit: when its drift is held at the limit and it gains no more."
+            ),
             optional=True,
         ),
         io.Int.Input(

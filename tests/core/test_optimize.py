@@ -182,6 +182,20 @@ def test_stop_on_drift_leaves_each_image_at_its_own_time():
     assert len(set(moved[stopped:])) == 1
 
 
+def test_stop_where_a_held_image_gains_no_more():
+    """On the ball the optimum is its rim's nearest point: what comes after it is only time."""
+    held = dict(iterations=60, lr=0.1, hold="projection", drift_metric="path_kl", drift_limit=0.02, keep="best_reward")
+    whole, early = run(Settings(**held)), run(Settings(**held, stop="plateau_at_limit"))
+    last = [early.trace.of(b)[-1]["iteration"] for b in range(2)]
+    assert max(last) < 30 and all("gains no more" in r for r in early.trace.reasons)
+    for b in range(2):
+        (start, best), (_, reached) = early.trace.summary(b), whole.trace.summary(b)
+        assert best["path_kl"] == pytest.approx(0.02, rel=1e-2)
+        assert best["reward"] - start["reward"] > 0.9 * (reached["reward"] - start["reward"])
+    free = run(Settings(iterations=6, lr=0.1, stop="plateau_at_limit"))
+    assert free.reason == "all iterations done"
+
+
 def test_stop_on_a_plateau():
     def score(x0):
         r = x0.flatten(1).mean(1).clamp(max=0.3) + 1e-9 * x0.flatten(1).mean(1)
