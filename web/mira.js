@@ -62,6 +62,19 @@ function fit(node) {
   node.setDirtyCanvas?.(true, true);
 }
 
+/**
+ * The canvas hides an advanced widget by a flag of its own, which the oldest frontends set for Vue only, and leaves its
+ * place empty: it takes none while it is hidden.
+ */
+function foldAdvanced(node) {
+  for (const widget of node.widgets ?? []) {
+    if (!widget.options?.advanced) continue;
+    widget.advanced = true;
+    widget.computeSize = (width) => (node.showAdvanced ? [width ?? 0, window.LiteGraph.NODE_WIDGET_HEIGHT] : [0, -4]);
+  }
+  node.setSize([node.size[0], node.computeSize()[1]]);
+}
+
 /** Return iterate k: the run's own seed again, fixed, and `iterate`; everything else is as it was. */
 function take(node, chart, iterate) {
   const seed = chart.run().settings.seed;
@@ -279,10 +292,9 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (node.comfyClass === SCORES || node.comfyClass === MONITOR) addScores(node);
+    if (CHARTED.has(node.comfyClass)) foldAdvanced(node);
     if (CHARTED.has(node.comfyClass) || node.comfyClass === MONITOR) addCharted(node);
     if (CHARTED.has(node.comfyClass)) {
-      // The oldest frontends tell it to Vue only, and the canvas looks at the widget itself.
-      for (const widget of node.widgets ?? []) if (widget.options?.advanced) widget.advanced = true;
       addPresets(node);
       forgetTaken(node);
     }

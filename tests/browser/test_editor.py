@@ -292,6 +292,28 @@ def widget(editor, kind, name, value=None):
     )
 
 
+def test_a_new_node_is_as_small_as_what_it_shows(editor):
+    """Hidden widgets leave no gap, on the canvas either."""
+    height = editor.js(
+        f"""() => {{
+            app.graph.clear();
+            const node = LiteGraph.createNode('{OPTIMIZER}');
+            app.graph.add(node);
+            node.pos = [300, 150];
+            return node.size[1];
+        }}"""
+    )
+    editor.look_at(OPTIMIZER)
+    editor.shot("new")
+    shown = editor.page.locator(STATUS).bounding_box()
+    # The first Vue renderer has no folding: it shows them all.
+    assert height < 720 and (shown["y"] < 650 or editor.label == "1.32.9_vue")
+    editor.js("() => { const n = app.graph.nodes[0]; n.toggleAdvanced?.() ?? (n.showAdvanced = true); }")
+    editor.page.wait_for_timeout(700)
+    editor.shot("new_advanced")
+    assert editor.errors == []
+
+
 @ENDS
 def test_a_preset_writes_its_values_and_a_change_makes_it_custom(editor):
     editor.load(QUICKSTART)
