@@ -319,7 +319,8 @@ def graph(title: str, nodes: dict[str, Node], info: dict, note: str) -> dict:
             if name in ("seed", "noise_seed"):
                 values.append("fixed")
         slots = [n for n in specs if n not in names or n in node.links]
-        shown = [n for n in names if not (len(specs[n]) > 1 and specs[n][1].get("advanced"))]
+        mine = node.kind.startswith("Mira")  # the stock nodes' differ between cores
+        shown = [n for n in names if not (mine and len(specs[n]) > 1 and specs[n][1].get("advanced"))]
         height = node.height or 60 + 26 * (len(shown) + 1 + max(len(slots), len(of["output"]))) + 40
         if node.kind.startswith(("MiraOptimize", "MiraDPO", "MiraSearch")):
             height += 270

@@ -162,6 +162,7 @@ def test_a_refresh_in_the_middle(quickstart):
     editor.shot("refreshed")
 
 
+@ENDS
 def test_another_iterate_is_taken(quickstart):
     editor = quickstart
     editor.queue()
@@ -199,6 +200,7 @@ def count(editor):
     return editor.page.inner_text(".mira-more span") if editor.page.is_visible(".mira-choice") else ""
 
 
+@ENDS
 def test_choosing_by_click_and_by_key(quickstart):
     editor = quickstart
     person(editor)
@@ -221,6 +223,7 @@ def test_choosing_by_click_and_by_key(quickstart):
     assert editor.errors == []
 
 
+@ENDS
 def test_the_pair_comes_back_after_a_refresh_and_a_cancel_ends_the_wait(quickstart):
     editor = quickstart
     person(editor)
