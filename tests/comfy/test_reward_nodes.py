@@ -299,6 +299,8 @@ def test_ranking_is_by_score_and_stable():
     ("images", "message"),
     [
         (torch.rand(1, 8, 8, 1), "has 1 channel.* .greyscale."),
+        (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "is of torch.uint8: ComfyUI's images are floats"),
+        (torch.full((1, 8, 8, 3), 255.0), "has values from 255 to 255, where ComfyUI's images go from 0 to 1"),
         (torch.rand(1, 8, 8, 4), "has 4 channel.* .RGB with transparency."),
         (torch.rand(0, 8, 8, 3), "there is no image in it"),
         (torch.rand(8, 8, 3), "connect an IMAGE"),
