@@ -6,7 +6,7 @@
     python dev.py test      every test, and the quick ones on the newest ComfyUI (--no-browser: all but the browser's)
     python dev.py test --host 0.33     the tests of the adapter, the nodes and the server on another ComfyUI: one of
                             the known ones, a path, or all, which writes docs/compatibility.md
-    python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference, front, paper, gpu,
+    python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference, front, restart, paper, gpu,
                             few-steps; of paper's images: study (a page for people), judge (a vision-language one)
     python dev.py docs      make again what is made, or some of it: help (pages), examples, thumbnails (of them),
                             pictures (of the nodes)
@@ -67,6 +67,7 @@ BENCHES = {
     "rewards": "bench.rewards",
     "preference": "bench.preference",
     "front": "bench.front",
+    "restart": "bench.restart",
     "gpu": "bench.gpu",
     "few-steps": "bench.few_steps",
     "paper": "bench.paper",

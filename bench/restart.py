@@ -159,11 +159,17 @@ def at_last_passage(path: torch.Tensor, level: float) -> torch.Tensor | None:
     return path[:, k] * (1 - share) + path[:, k + 1] * share
 
 
-def against(mine: torch.Tensor, plain: torch.Tensor, animals: list[str], level: float) -> dict | None:
-    """At one reward: passes, adherence and CLIPScore less plain optimisation's, with a bootstrap over animals."""
+def against(mine: torch.Tensor, plain: torch.Tensor, animals: list[str], level: float | None) -> dict | None:
+    """At one reward: passes, adherence and CLIPScore less plain optimisation's, with a bootstrap over animals.
+
+    level None: at the reward of `mine`'s end.
+    """
 
     def once(chosen: list[int]) -> torch.Tensor | None:
-        a, b = at_last_passage(mine[:, :, chosen].mean(2), level), at_last_passage(plain[:, :, chosen].mean(2), level)
+        path = mine[:, :, chosen].mean(2)
+        at = path[1, -1].item() if level is None else level
+        a = path[:, -1] if level is None else at_last_passage(path, at)
+        b = at_last_passage(plain[:, :, chosen].mean(2), at)
         return None if a is None or b is None else torch.stack([a[0], b[0], b[2], a[2] - b[2], a[3] - b[3]])
 
     everyone = once(list(range(mine.shape[2])))
@@ -191,13 +197,29 @@ LEVELS = {
 }  # fmt: skip
 
 
-def report() -> None:
-    runs: dict[tuple, list[dict]] = {}
+def gather() -> None:
+    """The rows of all runs that are here, in place of the same ones of docs/results/restart_rows.csv."""
+    path, kept, new = OUT / "restart_rows.csv", [], []
     for file in sorted(RAW.glob("*.csv")):
-        name, reward, steps, part, seed = file.stem.split("-")
+        of = dict(zip(("variant", "optimised", "steps", "part", "seed"), file.stem.split("-"), strict=True))
         for row in csv.DictReader(file.open()):
-            numbers = {k: v if k == "animal" else float(v) for k, v in row.items()}
-            runs.setdefault((reward, int(steps), name), []).append(numbers | {"part": (part, seed)})
+            new.append(of | {k: v if k == "animal" else f"{float(v):.5g}" for k, v in row.items() if v != ""})
+    here = {tuple(r[k] for k in ("variant", "optimised", "steps", "part", "seed")) for r in new}
+    if path.is_file():
+        known = csv.DictReader(path.open())
+        kept = [r for r in known if tuple(r[k] for k in ("variant", "optimised", "steps", "part", "seed")) not in here]
+    if new:
+        write(path, kept + new)
+
+
+def report() -> None:
+    """From the rows that stand in docs/results."""
+    gather()
+    runs: dict[tuple, list[dict]] = {}
+    for row in csv.DictReader((OUT / "restart_rows.csv").open()):
+        of = (row["optimised"], int(row["steps"]), row["variant"])
+        numbers = {k: float(row[k]) for k in ("iterate", "kept", *COLUMNS)}
+        runs.setdefault(of, []).append(numbers | {"animal": row["animal"], "part": (row["part"], row["seed"])})
     rows, ends = [], []
     for (reward, steps, name), mine in runs.items():
         if (reward, steps, "dno") not in runs:
@@ -214,8 +236,10 @@ def report() -> None:
         first = a[:, 0].mean(1)
         end = of | {"start": first[1].item(), "start_adherence": first[2].item()} | mean
         end["passes"] = a[0].max().item()
-        if found := against(a, b, animals, mean["kept"]):
-            end |= {k: found[k] for k in ("plain_adherence", "adherence_above", "se")}
+        back = {(r["part"], r["animal"]): r for r in kept}
+        chosen = torch.tensor([[back[i][c] for i in shared] for c in COLUMNS])
+        if found := against(chosen[:, None], b, animals, None):
+            end |= {k: found[k] for k in ("plain_adherence", "plain_passes", "adherence_above", "se")}
         ends.append(end)
         for level in LEVELS[reward]:
             if name != "dno" and (found := against(a, b, animals, level)):
