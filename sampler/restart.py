@@ -75,7 +75,7 @@ def in_rounds(
     """
     lengths = [len(part) for part in torch.arange(settings.iterations).tensor_split(settings.rounds)]
     trace, iterates, kept, best = Trace(), [], Kept(), None
-    done = reason = None
+    done = reason = base = None
 
     def optimized(number: int, stretch: Stretch) -> Result:
         first, level = len(iterates), stretch.rollout.schedule[0].item()
@@ -95,7 +95,7 @@ def in_rounds(
 
     for number in range(len(lengths)):
         if number:
-            stretch, cut = attempt(interrupts, restart, number, done.best)
+            stretch, cut = attempt(interrupts, restart, number, base)
             if cut:
                 reason = f"{cut} before round {number + 1}"
                 break
@@ -110,11 +110,11 @@ def in_rounds(
         rewards = {(row["image"], row["iteration"]): row["reward"] for row in done.trace.rows}
         its = torch.tensor(done.trace.kept) + first
         reward = torch.tensor([rewards[b, k] for b, k in enumerate(its.tolist())], dtype=torch.double)
-        better = torch.ones(len(reward), dtype=torch.bool) if best is None else reward > best
-        if settings.keep == "last":
-            better |= reward.isfinite()
+        finite, reward = reward.isfinite(), reward.nan_to_num(nan=-math.inf)
+        better = finite if best is None or settings.keep == "last" else reward > best
         best = reward if best is None else torch.where(better, reward, best)
         kept.take(its, better, done.best, done.best_noises)
+        base = chosen(finite, done.best, kept.latent)  # what is no image is no beginning either
         trace.rows += done.trace.rows
         trace.notices += [n for n in done.trace.notices if n not in trace.notices]
         iterates += done.iterates

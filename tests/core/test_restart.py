@@ -217,6 +217,21 @@ def test_a_restart_that_fails_costs_nothing(problem):
     assert {r["round"] for r in result.trace.rows} == {1, 2} and torch.isfinite(result.best).all()
 
 
+def test_a_round_that_is_not_finite_is_no_beginning_of_the_next():
+    begun = []
+
+    def restart(number, x0):
+        begun.append(x0.clone())
+        return stretch(number, torch.full_like(x0, math.nan) if number == 1 else x0)
+
+    result = in_rounds(first(), score, SETTINGS, restart)
+    assert torch.equal(begun[0], begun[1]) and torch.isfinite(result.best).all()
+    assert {r["round"] for r in result.trace.rows} == {1, 2, 3}
+    assert all(math.isfinite(result.trace.summary(b)[1]["reward"]) for b in range(2))
+    last = in_rounds(first(), score, Settings(iterations=4, rounds=2, lr=0.1, keep="last"), restart)
+    assert torch.isfinite(last.best).all()
+
+
 def test_a_reward_that_is_full_in_a_later_round_ends_nothing():
     """Where the reward has no gradient left there is nothing to gain, which is no error once there is an image."""
 
