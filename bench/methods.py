@@ -51,8 +51,11 @@ def optimising(gradient_steps: int = 0, **fixed) -> Method:
         seeds = min(chosen.get("seeds", 1), max(1, budget // 4))
         left = budget - (seeds if seeds > 1 else 0)  # each seed is a run forward
         cost = 1 + 2 * min(gradient_steps or steps, steps) / steps
-        iterations = max(1, int((left - 1) / cost))
-        return Settings(**{"iterations": iterations, "lr": lr, "keep": "last"} | chosen | {"seeds": seeds})
+        rounds = min(chosen.get("rounds", 1), max(1, int(left / 6)))
+        left -= 2 * (rounds - 1)  # a restart is sampled, and sampled again as its round's first iterate
+        iterations = max(rounds, int((left - 1) / cost))
+        plan = {"seeds": seeds, "rounds": rounds}
+        return Settings(**{"iterations": iterations, "lr": lr, "keep": "last"} | chosen | plan)
 
     return Method(settings, gradient_steps=gradient_steps)
 
@@ -111,7 +114,8 @@ METHODS: dict[str, Method] = {
     "default": optimising(
         regularizer=DEFAULT.regularizer, beta=DEFAULT.beta, drift_metric=DEFAULT.drift_metric,
         drift_limit=DEFAULT.drift_limit, keep=DEFAULT.keep, stop=DEFAULT.stop, hold=DEFAULT.hold,
-        seeds=DEFAULT.seeds, gradient_steps=GRADIENT_STEPS,
+        seeds=DEFAULT.seeds, rounds=DEFAULT.rounds, restart_denoise=DEFAULT.restart_denoise,
+        gradient_steps=GRADIENT_STEPS,
     ),
     "projection": optimising(drift_metric="path_kl", drift_limit=0.05, hold="projection"),
     "reno": optimising(**RIVALS["reno"]),

@@ -66,7 +66,7 @@ def test_no_method_asks_for_more_than_the_budget(budget):
         s = method.settings(budget, "brightness", 0.01, 8)
         if method.guider:
             cost = s.particles * {"dymo": 3, "rlg": 2, "aig": 2}[name]
-        elif hasattr(s, "rounds"):
+        elif hasattr(s, "particles"):
             cost = {
                 "best_of_n": s.particles, "zero_order": 1 + s.rounds * s.particles, "fk_steering": 1 + s.particles,
                 "code": 1 + s.particles, "das": 1 + 3 * s.particles,
@@ -76,7 +76,7 @@ def test_no_method_asks_for_more_than_the_budget(budget):
             cost = {"dpo": 6 * s.iterations, "dueling": 1 + s.iterations, "hybrid2": 8 * s.iterations}[s.method]
         else:
             an_iteration = 1 + 2 * (method.gradient_steps or 8) / 8
-            cost = (s.seeds if s.seeds > 1 else 0) + an_iteration * s.iterations + 1
+            cost = (s.seeds if s.seeds > 1 else 0) + an_iteration * s.iterations + 1 + 2 * (s.rounds - 1)
         assert budget / 3 < cost <= budget, name
 
 
