@@ -75,7 +75,7 @@ def advanced(world, noise, sampler="euler", sigmas=None, latent=None, **changes)
         guider=world.guider(), sampler=comfy.samplers.sampler_object(sampler), sigmas=sigmas, noise=noise,
         vae=world.vae,
         latent_image={"samples": torch.zeros(1, 4, 16, 16)} if latent is None else latent, iterations=1,
-        reward=PixelReward("brightness"),
+        reward=PixelReward("brightness"), preset="custom",
     )  # fmt: skip
     with torch.inference_mode():
         return clone.execute(**(inputs | changes)).args

@@ -148,9 +148,9 @@ def test_what_the_record_says_of_a_long_prompt(server):
     prompt["5"] = node(
         "MiraOptimizeKSampler", model=["1", 0], positive=["2", 0], negative=["3", 0], latent_image=["4", 0],
         vae=["1", 2], reward=["7", 0], seed=1, steps=2, cfg=5.0, sampler_name="euler", scheduler="normal", denoise=1.0,
-        iterations=1, learning_rate=0.02, regularizer="none", beta=0.0, keep="last", drift_limit=0.0, stop="never",
-        patience=3, memory="auto", drift_metric="path_kl", optimizer="adamw", clip_norm=1.0, weighting="marginal",
-        measured="guided", prompt=small.LONG,
+        preset="custom", iterations=1, learning_rate=0.02, regularizer="none", beta=0.0, keep="last",
+        drift_limit=0.0, stop="never", patience=3, memory="auto", drift_metric="path_kl", optimizer="adamw",
+        clip_norm=1.0, weighting="marginal", measured="guided", prompt=small.LONG,
     )  # fmt: skip
     prompt["6"] = node("VAEDecode", samples=["5", 0], vae=["1", 2])
     prompt["9"] = node("PreviewImage", images=["6", 0])
