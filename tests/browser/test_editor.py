@@ -323,6 +323,7 @@ def test_a_preset_writes_its_values_and_a_change_makes_it_custom(editor):
     assert widget(editor, OPTIMIZER, "preset") == "balanced" and widget(editor, OPTIMIZER, "rounds") == 3
     widget(editor, OPTIMIZER, "preset", "dno")
     assert [widget(editor, OPTIMIZER, n) for n in ("learning_rate", "rounds", "seeds", "hold")] == [0.01, 1, 1, "no"]
+    assert widget(editor, OPTIMIZER, "drift_limit") == 0
     widget(editor, OPTIMIZER, "preset", "fast")
     assert [widget(editor, OPTIMIZER, n) for n in ("iterations", "rounds", "learning_rate")] == [6, 2, 0.04]
     widget(editor, OPTIMIZER, "iterations", 8)

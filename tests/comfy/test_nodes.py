@@ -388,6 +388,7 @@ def test_presets_speak_of_inputs_that_there_are_within_their_ranges():
     assert PRESETS.PRESETS.keys() | {"custom"} == PRESETS.WORDS.keys() == set(inputs["preset"].options)
     for name, chosen in PRESETS.PRESETS.items():
         assert not checks.complain(chosen | PRESETS.SUGGESTED[name], list(inputs.values())), name
+        assert not chosen.keys() & PRESETS.SUGGESTED[name].keys(), name  # or a dial would show what does not run
         assert chosen.keys() <= inputs.keys() and "gradient_steps" in chosen
     settings = mira("nodes.shared.inputs")
     dials = {"iterations": 12, "drift_limit": 0.05}
