@@ -1,0 +1,66 @@
+"""What the registry would publish: the pack without what `.comfyignore` leaves out, as a custom node of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.pack import ROOT
+
+LOADS = """
+import asyncio, importlib.util, os, sys
+sys.path.insert(0, os.environ["MIRA_COMFYUI"])
+sys.argv = ["main.py", "--cpu"]
+import comfy.cli_args, utils.extra_config
+comfy.cli_args.args.cpu = True
+import server
+server.PromptServer(asyncio.new_event_loop())
+folder = os.environ["ARCHIVE"]
+spec = importlib.util.spec_from_file_location("published", f"{folder}/__init__.py", submodule_search_locations=[folder])
+pack = sys.modules["published"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pack)
+nodes = asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())
+model = importlib.import_module("published.nodes.demo").load_model()
+print(len(nodes), type(model.model).__name__)
+"""
+
+
+def published() -> list[Path]:
+    """The files that are left, relative to the pack."""
+    lines = [*(ROOT / ".comfyignore").read_text().splitlines(), *(ROOT / ".gitignore").read_text().splitlines()]
+    ignored = [line for line in lines if line and not line.startswith("#")] + [".git/"]
+    folders = {i.rstrip("/") for i in ignored if i.endswith("/")}
+    found = []
+    for folder, inner, names in os.walk(ROOT):
+        here = Path(folder).relative_to(ROOT)
+        inner[:] = [n for n in inner if n not in folders and (here / n).as_posix() not in folders]
+        found += [here / n for n in names if (here / n).as_posix() not in ignored and not n.endswith(".pyc")]
+    return found
+
+
+def test_the_published_archive_is_a_whole_pack(tmp_path):
+    size = 0
+    for file in published():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes((ROOT / file).read_bytes())
+        size += (ROOT / file).stat().st_size
+    assert not (tmp_path / "tests").exists() and not (tmp_path / "bench").exists()
+    # The demo's weights are most of it: a newcomer's first picture needs no download.
+    weights = sum(f.stat().st_size for f in (tmp_path / "demo" / "weights").iterdir())
+    assert size - weights < 5_000_000
+    run = subprocess.run(
+        [sys.executable, "-c", LOADS], env=os.environ | {"ARCHIVE": str(tmp_path)}, capture_output=True, text=True,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split()[-2:][0] == "25", run.stdout
+
+
+def test_the_registry_finds_its_name_in_every_place():
+    from tools.examples import REGISTRY_NAME
+
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'name = "{REGISTRY_NAME}"' in text and f'PublisherId = "{REGISTRY_NAME}"' in text
+    assert "[[tool.comfy.Models]]" in text and "requires-comfyui" in text
