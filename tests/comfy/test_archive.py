@@ -30,12 +30,13 @@ print(len(nodes), type(model.model).__name__)
 def published() -> list[Path]:
     """The files that are left, relative to the pack."""
     lines = [*(ROOT / ".comfyignore").read_text().splitlines(), *(ROOT / ".gitignore").read_text().splitlines()]
-    ignored = [line for line in lines if line and not line.startswith("#")] + [".git/"]
+    ignored = [line for line in lines if line and not line.startswith("#")]
     folders = {i.rstrip("/") for i in ignored if i.endswith("/")}
     found = []
     for folder, inner, names in os.walk(ROOT):
         here = Path(folder).relative_to(ROOT)
-        inner[:] = [n for n in inner if n not in folders and (here / n).as_posix() not in folders]
+        # Hidden ones are git's, and caches of tools.
+        inner[:] = [n for n in inner if not (n[0] == "." or n in folders or (here / n).as_posix() in folders)]
         found += [here / n for n in names if (here / n).as_posix() not in ignored and not n.endswith(".pyc")]
     return found
 
