@@ -38,20 +38,21 @@ UNSAID = {"weighting": "marginal", "measured": "guided", "memory": "auto"}
 
 
 def run(
-    node: str, hidden, values: dict, *, latent: dict, reward, prompt: str, identity: dict, **given
-) -> io.NodeOutput:
-    """Optimise and wrap: the outputs of both nodes. values: the widgets; given: the rest of a `host.Job`.
+    node: str, hidden, values: dict, effective: dict, overruled: list[str], *, latent: dict, reward, prompt: str,
+    identity: dict, **given,
+) -> io.NodeOutput:  # fmt: skip
+    """Optimise and wrap: the outputs of both nodes. values: the widgets; effective, overruled: see
+    `presets.applied`; given: the rest of a `host.Job`.
 
     identity: what the job's own objects are made of. Guiders and the like are made anew for every execution: what they
     are made of tells whether it is the same run.
     """
     iterate, node_id = values.get("iterate", -1), hidden.unique_id
-    asked = {k: v for k, v in values.items() if k != "iterate"}
-    values, overruled = applied(asked)
+    asked, effective = ({k: v for k, v in of.items() if k != "iterate"} for of in (values, effective))
     inputs = asked | {"vae": given["vae"], "reward": reward, "prompt": prompt, "seed": given["seed"]} | identity
 
     def work():
-        return optimized(node, node_id, values, overruled, latent=latent, reward=reward, prompt=prompt, **given)
+        return optimized(node, node_id, effective, overruled, latent=latent, reward=reward, prompt=prompt, **given)
 
     return finish(node, hidden, *memo.of(node_id, inputs, iterate, work), latent, iterate)
 
@@ -172,7 +173,8 @@ class MiraOptimizeKSampler(io.ComfyNode):
         cls, model, positive, negative, latent_image, vae, reward, seed, cfg, prompt="", **values
     ) -> io.NodeOutput:
         node = "MIRA Optimize KSampler"
-        values, effective = UNSAID | values, applied(UNSAID | values)[0]
+        values = UNSAID | values
+        effective, overruled = applied(values)
         sampler = comfy.samplers.sampler_object(values["sampler_name"])
         check(node, cls.define_schema().inputs, model, sampler, latent_image, vae, reward, prompt, values, effective)
         sigmas = schedule(model, values)
@@ -181,6 +183,8 @@ class MiraOptimizeKSampler(io.ComfyNode):
             node,
             cls.hidden,
             values | {"cfg": cfg},
+            effective | {"cfg": cfg},
+            overruled,
             latent=latent_image,
             reward=reward,
             prompt=prompt,
@@ -242,7 +246,8 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         node = "MIRA Optimize Sampler (Advanced)"
         if message := wrong_sigmas(sigmas):
             raise ValueError(f"{node}: {message}")
-        values, effective = UNSAID | values, applied(UNSAID | values)[0]
+        values = UNSAID | values
+        effective, overruled = applied(values)
         model = getattr(guider, "model_patcher", guider)  # what is no guider is no model either
         check(node, cls.define_schema().inputs, model, sampler, latent_image, vae, reward, prompt, values, effective)
         check_reach(node, model, sampler, len(sigmas) - 1, effective)
@@ -258,6 +263,8 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
             node,
             cls.hidden,
             values,
+            effective,
+            overruled,
             latent=latent_image,
             reward=reward,
             prompt=prompt,

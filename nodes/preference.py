@@ -24,8 +24,10 @@ from .shared.checks import check_latent, complain, needs_prompt
 from .shared.finish import finish
 from .shared.inputs import (
     advanced,
+    beta_input,
     denoise_input,
     iterate_input,
+    learning_rate_input,
     memory_input,
     prompt_input,
     repeatable_input,
@@ -86,23 +88,10 @@ def particulars() -> list[io.Input]:
                 "(needs a reward's numbers)."
             ),
         ),
-        io.Float.Input(
-            "learning_rate",
-            default=DEFAULT.lr,
-            min=0.0001,
-            max=10.0,
-            step=0.001,
-            round=0.0001,
-            tooltip="How far an update of dpo or hybrid2 moves the noises, in units of their deviation.",
+        learning_rate_input(
+            DEFAULT.lr, "How far an update of dpo or hybrid2 moves the noises, in units of their deviation."
         ),
-        io.Float.Input(
-            "beta",
-            default=DEFAULT.beta,
-            min=0.0,
-            max=1000.0,
-            step=0.01,
-            tooltip="Of dpo's loss: how sharply a preference pushes winner and loser apart.",
-        ),
+        beta_input(DEFAULT.beta, "Of dpo's loss: how sharply a preference pushes winner and loser apart."),
         io.Combo.Input(
             "energy",
             options=list(ENERGIES),

@@ -18,8 +18,10 @@ from .shared.checks import check_latent, complain, needs_gradient, needs_prompt
 from .shared.finish import finish
 from .shared.inputs import (
     advanced,
+    beta_input,
     denoise_input,
     iterate_input,
+    learning_rate_input,
     memory_input,
     prompt_input,
     repeatable_input,
@@ -102,14 +104,8 @@ def particulars() -> list[io.Input]:
             max=1000,
             tooltip="Of mira_fk: updates of every trajectory between two rounds.",
         ),
-        io.Float.Input(
-            "learning_rate",
-            default=DEFAULT.lr,
-            min=0.0001,
-            max=10.0,
-            step=0.001,
-            round=0.0001,
-            tooltip="Of mira_fk: how far an update moves the noises, in units of their standard deviation.",
+        learning_rate_input(
+            DEFAULT.lr, "Of mira_fk: how far an update moves the noises, in units of their standard deviation."
         ),
         io.Combo.Input(
             "regularizer",
@@ -117,14 +113,7 @@ def particulars() -> list[io.Input]:
             default=DEFAULT.regularizer,
             tooltip="Of mira_fk: what holds a trajectory near the model, and counts when it is chosen.",
         ),
-        io.Float.Input(
-            "beta",
-            default=DEFAULT.beta,
-            min=0.0,
-            max=1000.0,
-            step=0.01,
-            tooltip="Of mira_fk: the weight of the regularizer against the reward (0.1 in the paper).",
-        ),
+        beta_input(DEFAULT.beta, "Of mira_fk: the weight of the regularizer against the reward (0.1 in the paper)."),
         memory_input(),
         iterate_input(),
         repeatable_input(),

@@ -7,6 +7,7 @@ hooks and LoRAs are prepared by ComfyUI exactly as for a plain sample.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import logging
@@ -203,7 +204,7 @@ class Process:
             z = fresh([job.noise], stream(job.seed, n))[0] if n else job.noise
         return normal(z).to(self.sigmas.device, torch.float32)
 
-    @property
+    @functools.cached_property
     def depends_on_seed(self) -> bool:
         return not torch.equal(self.initial_of(1), self.initial_of(0))
 
@@ -236,13 +237,18 @@ class Process:
             return "the graph adds no noise of its own (leftover noise in the latent)"
         return None
 
+    @functools.cached_property
+    def restart_schedule(self) -> Tensor:
+        """The sigmas of every restart of this run."""
+        job, level = self.job, self.settings.restart_denoise
+        return job.restart_sigmas(level) if job.restart_sigmas else tail(self.sigmas, level)
+
     def from_image(self, number: int, x0: Tensor) -> tuple[Process, Tensor, tuple[Tensor, ...]]:
         """This process from x0 (B, C, ...) on, noised to `restart_denoise` of the schedule: (it, its sample, noises).
 
         The sample is KSampler's: x0 as the latent, the share as denoise, and the seed `seed_of(RESTART + number)`.
         """
-        job, level = self.job, self.settings.restart_denoise
-        sigmas = job.restart_sigmas(level) if job.restart_sigmas else tail(self.sigmas, level)
+        job, sigmas = self.job, self.restart_schedule
         process = copy.copy(self)
         process.sigmas = normal(sigmas).to(self.sigmas)
         process.latent_image = x0.to(self.latent_image)

@@ -204,14 +204,9 @@ def advanced_inputs() -> list:
                 "three times as slow."
             ),
         ),
-        io.Float.Input(
-            "learning_rate",
-            default=DEFAULT.lr,
-            min=0.0001,
-            max=10.0,
-            step=0.001,
-            round=0.0001,
-            tooltip="How far an update moves the noises, in units of their standard deviation. The paper uses 0.01.",
+        learning_rate_input(
+            DEFAULT.lr,
+            "How far an update moves the noises, in units of their standard deviation. The paper uses 0.01.",
             optional=True,
         ),
         io.Combo.Input(
@@ -243,13 +238,9 @@ def advanced_inputs() -> list:
             ),
             optional=True,
         ),
-        io.Float.Input(
-            "beta",
-            default=DEFAULT.beta,
-            min=0.0,
-            max=1000.0,
-            step=0.01,
-            tooltip="The weight of the regularizer against the reward: higher means less reward and less drift.",
+        beta_input(
+            DEFAULT.beta,
+            "The weight of the regularizer against the reward: higher means less reward and less drift.",
             optional=True,
         ),
         io.Combo.Input(
@@ -350,6 +341,23 @@ def iterate_input():
             "optimisation again."
         ),
     )
+
+
+def learning_rate_input(default: float, tooltip: str, optional: bool = False):
+    return io.Float.Input(
+        "learning_rate",
+        default=default,
+        min=0.0001,
+        max=10.0,
+        step=0.001,
+        round=0.0001,
+        tooltip=tooltip,
+        optional=optional,
+    )
+
+
+def beta_input(default: float, tooltip: str, optional: bool = False):
+    return io.Float.Input("beta", default=default, min=0.0, max=1000.0, step=0.01, tooltip=tooltip, optional=optional)
 
 
 def restart_denoise_input(how: str = "How"):
