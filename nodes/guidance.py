@@ -30,7 +30,7 @@ from .host.grad import (
     training,
     without_tf32,
 )
-from .shared.checks import needs_gradient, needs_prompt
+from .shared.checks import needs, needs_gradient
 from .shared.types import MiraReward, aliases
 
 RLG = "MIRA RL Guidance"
@@ -181,6 +181,8 @@ class DyMOGuider(comfy.samplers.CFGGuider):
         self.original_conds = with_static_controls(self.original_conds, DYMO)
 
     def inner_sample(self, noise, latent_image, device, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+        if why := self.reward.unfit(len(noise)):
+            raise ValueError(f"{DYMO}: reward {self.reward.facts.name!r}: {why}")
         # ComfyUI has loaded the model in inference mode, where nothing has a gradient; from here on it would want one.
         need = self.inner_model.memory_required([2 * noise.shape[0], *noise.shape[1:]])
         patchers = [self.model_patcher, *self.loaded_models, *self.networks]
@@ -328,7 +330,7 @@ class MiraDyMOGuider(io.ComfyNode):
         if not isinstance(reward, Reward):
             raise ValueError(f"{DYMO}: reward is a {type(reward).__name__}: connect a MIRA reward node")
         needs_gradient(DYMO, reward, "MIRA Search KSampler, which needs no gradient")
-        needs_prompt(DYMO, reward, prompt)
+        needs(DYMO, reward, prompt, None)
         if start_percent > end_percent:
             raise ValueError(f"{DYMO}: start_percent {start_percent} lies after end_percent {end_percent}: swap them")
         channels = model.get_model_object("latent_format").latent_channels

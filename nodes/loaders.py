@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..rewards.clip import Encoder, clip_score, hps, pick_score
 from ..rewards.image_reward import image_reward_of
 from ..rewards.networks import ENCODERS, NAMES, clip_image_half, clip_of, name_of, open_clip_layout
 from ..rewards.preprocess import Preprocessing, crop_torchvision, crop_transformers, pad_longest
+from ..sampler.memory import out_of_memory
 from .host.dynamic import static
 from .host.grad import OutOfPlace
 from .shared import files
@@ -45,6 +47,32 @@ def dtype_of(precision: str) -> torch.dtype:
     return torch.float16 if management.should_use_fp16(management.get_torch_device()) else torch.float32
 
 
+@contextmanager
+def opening(node: str, path: Path) -> Iterator[None]:
+    """Whatever a file's tensors make a network's builder stumble over is a WrongFile, which names node and file."""
+    try:
+        yield
+    except weight_files.WrongFile as problem:
+        if str(problem).startswith(node):
+            raise
+        raise weight_files.WrongFile(f"{node}: {problem}") from problem
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        RuntimeError,
+    ) as problem:
+        if out_of_memory(problem):
+            raise
+        raise weight_files.WrongFile(
+            f"{node}: {path.name} lacks weights of the network that it is said to hold, or has them in other shapes "
+            f"({type(problem).__name__}: {str(problem)[:120]}): download it again, or use another file"
+        ) from problem
+
+
 def path_of(node: str, name: str, published: known.Published, *stock: str) -> Path:
     if message := files.missing(name, published, *stock):
         raise ValueError(f"{node}: {message}")
@@ -61,12 +89,13 @@ def expect(node: str, name: str, state: dict, wanted: str) -> None:
 
 
 def whole_clip(node: str, path: Path, precision: str, size: str, fit: Callable) -> Encoder:
-    state = weight_files.read(path)
-    kind = weight_files.require(state, (weight_files.OPEN_CLIP, weight_files.HF_CLIP), path.name, node)
-    if kind is not weight_files.OPEN_CLIP:
-        state = open_clip_layout(state)
-    expect(node, path.name, state, size)
-    encoder = clip_of(state, weight_files.OPEN_CLIP, path, quick_gelu=False)
+    with opening(node, path):
+        state = weight_files.read(path)
+        kind = weight_files.require(state, (weight_files.OPEN_CLIP, weight_files.HF_CLIP), path.name, node)
+        if kind is not weight_files.OPEN_CLIP:
+            state = open_clip_layout(state)
+        expect(node, path.name, state, size)
+        encoder = clip_of(state, weight_files.OPEN_CLIP, path, quick_gelu=False)
     encoder.network.to(dtype_of(precision))
     return replace(encoder, preprocessing=Preprocessing(encoder.preprocessing.size, fit))
 
@@ -113,14 +142,16 @@ class MiraLoadAestheticReward(io.ComfyNode):
     @classmethod
     def execute(cls, head, clip, precision, clip_vision=None) -> io.NodeOutput:
         path = path_of(cls.NAME, head, known.AESTHETIC_HEAD)
-        linear = head_of(weight_files.read(path), path.name)
+        with opening(cls.NAME, path):
+            linear = head_of(weight_files.read(path), path.name)
         if clip == CONNECTED:
             return io.NodeOutput(cls.connected(linear, clip_vision))
         path = path_of(cls.NAME, clip, known.CLIP_L, *CLIP_FOLDERS)
-        state = weight_files.read(path)
-        wanted = (weight_files.OPEN_CLIP, weight_files.HF_CLIP, weight_files.HF_CLIP_VISION)
-        kind = weight_files.require(state, wanted, path.name, cls.NAME)
-        network, preprocessing, name = clip_image_half(state, kind, path)
+        with opening(cls.NAME, path):
+            state = weight_files.read(path)
+            wanted = (weight_files.OPEN_CLIP, weight_files.HF_CLIP, weight_files.HF_CLIP_VISION)
+            kind = weight_files.require(state, wanted, path.name, cls.NAME)
+            network, preprocessing, name = clip_image_half(state, kind, path)
         cls.check_width(linear, network.proj.shape[1], f"{path.name} ({name})")
         network.to(dtype_of(precision))
         return io.NodeOutput(Aesthetic(linear, network, network, preprocessing))
@@ -258,9 +289,10 @@ class MiraLoadImageReward(io.ComfyNode):
     @classmethod
     def execute(cls, file, precision) -> io.NodeOutput:
         path = path_of(cls.NAME, file, known.IMAGE_REWARD)
-        state = weight_files.read(path)
-        weight_files.require(state, (weight_files.IMAGE_REWARD,), path.name, cls.NAME)
-        reward = image_reward_of(state, path)
+        with opening(cls.NAME, path):
+            state = weight_files.read(path)
+            weight_files.require(state, (weight_files.IMAGE_REWARD,), path.name, cls.NAME)
+            reward = image_reward_of(state, path)
         reward.network.to(dtype_of(precision))
         return io.NodeOutput(reward)
 
@@ -312,17 +344,21 @@ class MiraLoadCLIPScore(io.ComfyNode):
     @classmethod
     def execute(cls, file, text_file, activation, precision) -> io.NodeOutput:
         path = path_of(cls.NAME, file, known.CLIP_L, *CLIP_FOLDERS)
-        state = weight_files.read(path)
+        with opening(cls.NAME, path):
+            state = weight_files.read(path)
+            if text_file != SAME_FILE:
+                weight_files.require(state, (weight_files.HF_CLIP_VISION, weight_files.HF_CLIP), path.name, cls.NAME)
         if text_file != SAME_FILE:
-            weight_files.require(state, (weight_files.HF_CLIP_VISION, weight_files.HF_CLIP), path.name, cls.NAME)
             other = path_of(cls.NAME, text_file, known.CLIP_L, *CLIP_FOLDERS)
-            text = weight_files.read(other)
-            weight_files.require(text, (weight_files.HF_CLIP_TEXT, weight_files.HF_CLIP), other.name, cls.NAME)
+            with opening(cls.NAME, other):
+                text = weight_files.read(other)
+                weight_files.require(text, (weight_files.HF_CLIP_TEXT, weight_files.HF_CLIP), other.name, cls.NAME)
             half = {k: v for k, v in text.items() if k.startswith("text_") or k == "logit_scale"}
             state = {k: v for k, v in state.items() if not k.startswith("text_")} | half
-        kind = weight_files.require(state, tuple(ENCODERS), path.name, cls.NAME)
-        quick = {} if ENCODERS[kind] is not clip_of else {"quick_gelu": GELU[activation]}
-        encoder = ENCODERS[kind](state, kind, path, **quick)
+        with opening(cls.NAME, path):
+            kind = weight_files.require(state, tuple(ENCODERS), path.name, cls.NAME)
+            quick = {} if ENCODERS[kind] is not clip_of else {"quick_gelu": GELU[activation]}
+            encoder = ENCODERS[kind](state, kind, path, **quick)
         encoder.network.to(dtype_of(precision))
         # SigLIP was trained on a sigmoid: even its matching pairs are nearly orthogonal.
         return io.NodeOutput(clip_score(encoder, **({} if quick else {"typical": (0.0, 20.0)})))

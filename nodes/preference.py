@@ -20,7 +20,7 @@ from . import host
 from .editor.judges import ON_TIMEOUT, PersonJudge, RecordedJudge, RewardJudge, read_choices
 from .editor.live import LiveRun
 from .shared import memo
-from .shared.checks import check_latent, complain, needs_prompt
+from .shared.checks import check_latent, complain, needs
 from .shared.finish import finish
 from .shared.inputs import (
     advanced,
@@ -249,7 +249,7 @@ class MiraDPOPreference(io.ComfyNode):
         if judge == "reward":
             if not isinstance(reward, Reward):
                 raise ValueError(f"{NODE}: judge is reward, but none is connected; connect a MIRA reward node")
-            needs_prompt(NODE, reward, prompt)
+            needs(NODE, reward, prompt, len(latent["samples"]))
         made = {
             "reward": lambda: lambda process: RewardJudge(lambda images: process.reward(images)[0]),
             "person": lambda: person(cls.hidden.unique_id, context, values, seed),

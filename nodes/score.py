@@ -95,6 +95,9 @@ class MiraScoreImages(io.ComfyNode):
             raise ValueError(
                 f"{cls.NAME}: reward {reward.facts.name!r} compares image and prompt, but prompt is empty: give it"
             )
+        for batch in batches:
+            if why := reward.unfit(len(batch)):
+                raise ValueError(f"{cls.NAME}: reward {reward.facts.name!r}: {why}")
         reward.evaluation(0)
         scored, start = [], 0
         for batch in batches:  # images of one batch have one size, batches need not

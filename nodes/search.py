@@ -14,7 +14,7 @@ from . import host
 from .editor.live import LiveRun
 from .host.probe import goes_in_pieces, injects_noise
 from .shared import memo
-from .shared.checks import check_latent, complain, needs_gradient, needs_prompt
+from .shared.checks import check_latent, complain, needs, needs_gradient
 from .shared.finish import finish
 from .shared.inputs import (
     advanced,
@@ -216,9 +216,9 @@ def searched(node_id, *, model, positive, negative, latent, vae, reward, seed, c
         raise ValueError(f"{NODE}: reward is a {type(reward).__name__}: connect a MIRA reward node")
     if method.gradient:
         needs_gradient(NODE, reward, f"a method that needs none than {settings.method}, such as fk_steering")
-    needs_prompt(NODE, reward, prompt)
     sampler = comfy.samplers.sampler_object(values["sampler_name"])
     check_latent(NODE, model, latent, vae, sampler, values, method.gradient)
+    needs(NODE, reward, prompt, len(latent["samples"]))
     if method.restarts and values["steps"] < 2:
         raise ValueError(
             f"{NODE}: steps is {values['steps']}, but method {settings.method} noises an image to a level in between: "

@@ -37,13 +37,16 @@ class LinearHead(nn.Module):
 
 
 def head_of(state: dict[str, Tensor], file: str) -> LinearHead:
-    require(state, (AESTHETIC_HEAD,), file, "Load Aesthetic Reward")
+    node = "MIRA Load Aesthetic Reward"
+    require(state, (AESTHETIC_HEAD,), file, node)
+    for i in LAYERS:
+        for name, sides in ((f"layers.{i}.weight", 2), (f"layers.{i}.bias", 1)):
+            if name not in state or state[name].ndim != sides:
+                raise WrongFile(f"{node}: {file} lacks {name}, or has it in another shape: use another file")
     head = LinearHead(state)
     sizes = [head.width, *(layer.out_features for layer in head.layers)]
     if sizes[-1] != 1 or sizes[:-1] != [layer.in_features for layer in head.layers]:
-        raise WrongFile(
-            f"Load Aesthetic Reward: {file} has layers of sizes {sizes}, which do not fit; use another file"
-        )
+        raise WrongFile(f"{node}: {file} has layers of sizes {sizes}, which do not fit: use another file")
     return head
 
 

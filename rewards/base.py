@@ -48,6 +48,10 @@ class Reward:
     def evaluation(self, number: int) -> None:
         """Told before every evaluation of a run, from 0 on: a reward that draws random numbers seeds them with it."""
 
+    def unfit(self, count: int) -> str | None:
+        """Why `count` images cannot be scored together, or None: told before any of them is sampled."""
+        return None
+
     def notices(self, prompts: Sequence[str]) -> list[str]:
         """What the user should know of these prompts, such as that one is too long."""
         return []

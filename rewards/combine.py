@@ -69,6 +69,9 @@ class WeightedSum(Reward):
         for reward in self.rewards:
             reward.evaluation(number)
 
+    def unfit(self, count: int) -> str | None:
+        return next(filter(None, (r.unfit(count) for r in self.rewards)), None)
+
     def notices(self, prompts: Sequence[str]) -> list[str]:
         return list(dict.fromkeys(notice for r in self.rewards for notice in r.notices(prompts)))
 
@@ -92,6 +95,9 @@ class Augmented(Reward):
     def evaluation(self, number: int) -> None:
         self.number = number
         self.reward.evaluation(number)
+
+    def unfit(self, count: int) -> str | None:
+        return self.reward.unfit(count)
 
     def notices(self, prompts: Sequence[str]) -> list[str]:
         return self.reward.notices(prompts)

@@ -30,14 +30,14 @@ class Kind:
     loader: str | None = None
 
 
-AESTHETIC_HEAD = Kind("an aesthetic head (LAION v2)", "Load Aesthetic Reward")
-OPEN_CLIP = Kind("a CLIP in open_clip's layout", "Load CLIPScore Reward")
-HF_CLIP = Kind("a CLIP in Hugging Face's layout", "Load CLIPScore Reward")
-HF_CLIP_VISION = Kind("the image half of a CLIP", "Load Aesthetic Reward (as its clip)")
-HF_CLIP_TEXT = Kind("the text half of a CLIP", "Load CLIPScore Reward (as its text_file)")
-HF_SIGLIP = Kind("a SigLIP in Hugging Face's layout", "Load CLIPScore Reward")
-OPEN_SIGLIP = Kind("a SigLIP in open_clip's layout", "Load CLIPScore Reward")
-IMAGE_REWARD = Kind("ImageReward", "Load ImageReward")
+AESTHETIC_HEAD = Kind("an aesthetic head (LAION v2)", "MIRA Load Aesthetic Reward")
+OPEN_CLIP = Kind("a CLIP in open_clip's layout", "MIRA Load CLIPScore Reward")
+HF_CLIP = Kind("a CLIP in Hugging Face's layout", "MIRA Load CLIPScore Reward")
+HF_CLIP_VISION = Kind("the image half of a CLIP", "MIRA Load Aesthetic Reward (as its clip)")
+HF_CLIP_TEXT = Kind("the text half of a CLIP", "MIRA Load CLIPScore Reward (as its text_file)")
+HF_SIGLIP = Kind("a SigLIP in Hugging Face's layout", "MIRA Load CLIPScore Reward")
+OPEN_SIGLIP = Kind("a SigLIP in open_clip's layout", "MIRA Load CLIPScore Reward")
+IMAGE_REWARD = Kind("ImageReward", "MIRA Load ImageReward")
 UNKNOWN = Kind("a file of an unknown kind")
 
 # The first whose names are all there decides, so the more special come first.
@@ -71,7 +71,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors, .pt, .pth or .bin file, or of the shards that an .index.json names, on the CPU.
 
     Nothing in a file is ever run. Raises WrongFile for a file that is missing, damaged, needs more than weights, or
-    holds values that are not finite.
+    holds values that are not finite, or not stored one by one.
     """
     path = Path(path)
     if not path.is_file():
@@ -81,6 +81,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
     else:
         state = _unwrapped(_read_one(path), path)
     for key, tensor in state.items():
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise WrongFile(f"{path.name} holds weights that are sparse, quantised or empty ({key}): use plain ones")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WrongFile(f"{path.name} holds NaN or infinite weights ({key}): download it again, or use another one")
     return state
@@ -151,15 +153,15 @@ def _is_torchscript(path: Path) -> bool:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        names = sorted({Path(n).name for n in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise WrongFile(f"{index.name} is no index of shards ({problem!r}): it needs a weight_map") from problem
-    missing = [n for n in names if not (index.parent / Path(n).name).is_file()]
+    missing = [n for n in names if not (index.parent / n).is_file()]  # never out of the index's own folder
     if missing:
         raise WrongFile(f"{index.name} names {', '.join(missing)}, which {index.parent.name} lacks: add the file(s)")
     state: dict[str, Tensor] = {}
     for name in names:
-        shard = index.parent / Path(name).name  # never out of the index's own folder
+        shard = index.parent / name
         state |= _unwrapped(_read_one(shard), shard)
     return state
 
@@ -173,9 +175,10 @@ def _unwrapped(loaded, path: Path) -> dict[str, Tensor]:
         if inner is None:
             break
         loaded = inner
-    state = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
+    entries = loaded.items() if isinstance(loaded, dict) else ()
+    state = {k: v for k, v in entries if isinstance(k, str) and isinstance(v, Tensor)}
     if not state:
-        raise WrongFile(f"{path.name} holds no weights (it is a {type(loaded).__name__}): use another file")
+        raise WrongFile(f"{path.name} holds no named weights (it is a {type(loaded).__name__}): use another file")
     if any(k.startswith("model.diffusion_model.") for k in state):
         return state
     for prefix in PREFIXES:

@@ -98,9 +98,13 @@ def config_beside(path: Path) -> dict:
     """Hugging Face's config.json next to the weights, or {}."""
     file = path.parent / "config.json"
     try:
-        return json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as problem:
+        config = json.loads(file.read_text()) if file.is_file() else {}
+    except (ValueError, RecursionError, OSError) as problem:
         raise WrongFile(f"{file.name} beside {path.name} is no JSON ({problem})") from problem
+    halves = [config.get(k) for k in ("vision_config", "text_config")] if isinstance(config, dict) else [0]
+    if not all(half is None or isinstance(half, dict) for half in halves):
+        raise WrongFile(f"{file.name} beside {path.name} is not a model's: move it away, or use the model's own")
+    return config
 
 
 def uses_quick_gelu(state: dict[str, Tensor], path: Path, name: str) -> bool:

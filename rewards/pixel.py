@@ -105,8 +105,13 @@ class MatchReference(Reward):
         self.reference = reference
         self.facts = Facts(REFERENCE, -1.0, 0.0, (-0.6, -0.2), preprocessing="the reference resized, bicubic")
 
+    def unfit(self, count: int) -> str | None:
+        if len(self.reference) in (1, count):
+            return None
+        return f"{len(self.reference)} reference images for {count} images: give one, or one each"
+
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        if len(self.reference) not in (1, len(images)):
-            raise ValueError(f"{len(self.reference)} reference images for {len(images)} images: give one, or one each")
+        if why := self.unfit(len(images)):
+            raise ValueError(why)
         reference = resize(self.reference.to(images), tuple(images.shape[-2:]))
         return -((images - reference).square().flatten(1).mean(1) + EPS).sqrt()

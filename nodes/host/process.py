@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...rewards.base import Reward
 from ...sampler.ending import attempt
-from ...sampler.memory import offloaded, saved_bytes
+from ...sampler.memory import offloaded, out_of_memory, saved_bytes
 from ...sampler.optimize import Result, Score, Settings
 from ...sampler.preference import PreferenceSettings
 from ...sampler.restart import Stretch, tail
@@ -578,6 +578,37 @@ class Process:
                 f"{moved:.2g} (relative). {remedy}"
             )
         log.debug("gradient self-test of %s: relative error %.2g, prediction off by %.2g", name, wrong, moved)
+
+    def check_reward(self) -> None:
+        """The reward's backward on the plain image, before any seed is sampled: not every device has every one."""
+        job, before = self.job, self.redraw
+        self.redraw = False
+        try:
+            _, cut = attempt((), self._reward_gradient)
+        finally:
+            self.redraw = before
+        if cut:
+            log.debug("%s: the reward's gradient could not be tried: %s", job.node, cut)
+
+    def _reward_gradient(self) -> None:
+        with torch.no_grad():
+            images = self.render(self.given[0])
+        with torch.enable_grad():
+            total, _ = self.reward(images.requires_grad_())
+        if not total.requires_grad:
+            return  # said where it is optimised
+        try:
+            torch.autograd.grad(total.sum(), images, allow_unused=True)
+        except RuntimeError as problem:
+            if out_of_memory(problem) or has_no_repeatable_way(problem):
+                raise
+            job, said = self.job, str(problem).splitlines()[0]
+            raise RuntimeError(
+                f"{job.node}: reward {job.reward.facts.name!r} has no backward on this device "
+                f"({comfy.model_management.get_torch_device().type}): {said} Use another reward or another precision, "
+                "MIRA Search KSampler, which needs no gradient, or start ComfyUI with --cpu; on a Mac also with "
+                "PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment."
+            ) from problem
 
     def _gradient_error(self, noise: Tensor, within: Callable) -> tuple[float, float]:
         """(of the gradient, of the predicted noise with a gradient against without), both relative."""

@@ -222,6 +222,8 @@ class _WorkingSampler(comfy.samplers.Sampler):
             try:
                 if job.gradient and job.settings.iterations > 0:
                     process.check_gradient(noises[0])
+                    if job.reward:
+                        process.check_reward()
                 return self.work(process, noises)
             except NotTheSame as problem:
                 raise RuntimeError(

@@ -70,8 +70,8 @@ def check(
     if not isinstance(reward, Reward):
         raise ValueError(f"{node}: reward is a {type(reward).__name__}: connect a MIRA reward node")
     needs_gradient(node, reward, "MIRA-DPO Preference or MIRA Search KSampler, which only rank images by it")
-    needs_prompt(node, reward, prompt)
     check_latent(node, model, latent, vae, sampler, values)
+    needs(node, reward, prompt, len(latent["samples"]))
     free = effective.get("variables")
     if free in ("injected", "late") and not injects_noise(sampler, model.get_model_object("model_sampling")):
         raise ValueError(
@@ -99,7 +99,10 @@ def needs_gradient(node: str, reward: Reward, instead: str) -> None:
         )
 
 
-def needs_prompt(node: str, reward: Reward, prompt: str) -> None:
+def needs(node: str, reward: Reward, prompt: str, count: int | None) -> None:
+    """Raise ValueError where the reward cannot score `count` images (None: not known yet) against this prompt."""
+    if count and (why := reward.unfit(count)):
+        raise ValueError(f"{node}: reward {reward.facts.name!r}: {why}")
     if reward.facts.needs_prompt and not (prompt or "").strip():
         raise ValueError(
             f"{node}: reward {reward.facts.name!r} compares image and prompt, but prompt is empty: give it as text"

@@ -577,3 +577,64 @@ def test_but_a_cancel_that_its_progress_bar_raises_still_cancels(world, monkeypa
     monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", cancelled)
     out = optimize(world, iterations=3, steps=2, seed=4713)
     assert out.args[2].reasons == ["interrupted at iteration 0"] and len(out.args[2].rows) == 1
+
+
+# -- what the reward cannot do is said before anything is sampled for it
+
+
+@pytest.fixture
+def network_calls(world, monkeypatch):
+    calls = []
+    network = world.model.model.diffusion_model
+    forward = network.forward
+    monkeypatch.setattr(network, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    return calls
+
+
+def test_a_reference_batch_that_does_not_fit(world, network_calls):
+    reward = mira("rewards.combine").WeightedSum(
+        [PixelReward("brightness"), mira("rewards.pixel").MatchReference(torch.rand(3, 3, 16, 16))], [1.0, 1.0]
+    )
+    said = "reward .*match reference.*3 reference images for 1 images: give one, or one each"
+    given = sampler_inputs(world, reward=reward)
+    with pytest.raises(ValueError, match=f"^MIRA Optimize KSampler: {said}"):
+        optimize(world, reward=reward)
+    kept = {k: given[k] for k in ("model", "positive", "negative", "vae", "latent_image", "reward", "seed", "cfg")}
+    for node in (nodes.MiraSearchKSampler, nodes.MiraDPOPreference):
+        name = node.GET_SCHEMA().display_name
+        defaults = {i.id: i.default for i in node.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
+        with pytest.raises(ValueError, match=f"^{name}: {said}"):
+            execute(node, **(defaults | kept | ({"judge": "reward"} if node is nodes.MiraDPOPreference else {})))
+    with pytest.raises(ValueError, match=f"^MIRA Score Images: {said}"):
+        execute(nodes.MiraScoreImages, images=[torch.rand(1, 16, 16, 3)], reward=[reward])
+    assert not network_calls
+    guided = nodes.MiraDyMOGuider.execute(
+        world.model, world.positive, world.negative, world.vae, reward, 5.0, 0.1, 0.0, 1.0
+    ).args[0]
+    noise, sampler = torch.randn(1, 4, 16, 16), comfy.samplers.sampler_object("euler")
+    with pytest.raises(ValueError, match=f"^MIRA DyMO Guider: {said}"), torch.inference_mode():
+        guided.sample(noise, torch.zeros(1, 4, 16, 16), sampler, world.sigmas(steps=2))
+    assert not network_calls
+
+
+class NoBackwardHere(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images):
+        return images.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise NotImplementedError("The operator 'aten::bicubic_backward' is not currently implemented for the device.")
+
+
+def test_a_reward_without_a_backward_on_this_device(world, monkeypatch):
+    """As on Apple: told with the node's and the reward's name, before seeds are sampled and compared."""
+    reward, evaluated = PixelReward("brightness"), []
+    score = reward.score
+    monkeypatch.setattr(
+        reward, "score", lambda images, prompts: evaluated.append(1) or score(NoBackwardHere.apply(images), prompts)
+    )
+    said = r"^MIRA Optimize KSampler: reward 'brightness' has no backward on this device .*bicubic_backward.*--cpu"
+    with pytest.raises(RuntimeError, match=said):
+        optimize(world, reward=reward, seeds=4)
+    assert len(evaluated) == 1

@@ -14,6 +14,7 @@ import comfy.clip_vision
 import comfy.model_management
 import comfy.model_patcher
 import folder_paths
+import numpy as np
 import pytest
 import small
 import torch
@@ -196,7 +197,7 @@ def test_the_head_on_comfyuis_own_clip_vision(world, models):
         (
             "MiraLoadHPSReward",
             dict(file="ImageReward.pt", version="v2"),
-            "Load HPS Reward: ImageReward.pt is ImageReward.*Load ImageReward takes it",
+            "Load HPS Reward: ImageReward.pt is ImageReward.*MIRA Load ImageReward takes it",
         ),
         (
             "MiraLoadHPSReward",
@@ -211,7 +212,7 @@ def test_the_head_on_comfyuis_own_clip_vision(world, models):
         (
             "MiraLoadImageReward",
             dict(file="PickScore_v1.safetensors"),
-            "is a CLIP in Hugging Face's layout, not ImageReward; Load CLIPScore",
+            "is a CLIP in Hugging Face's layout, not ImageReward; MIRA Load CLIPScore",
         ),
         (
             "MiraLoadPickScoreReward",
@@ -238,6 +239,37 @@ def test_the_head_on_comfyuis_own_clip_vision(world, models):
 def test_wrong_and_missing_files(models, node, inputs, message):
     with pytest.raises(ValueError, match=message):
         execute(getattr(nodes, node), **inputs, precision="fp32")
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_mangled_files_are_refused_by_the_loader_that_opened_them(models, name):
+    """A tensor missing, of another shape, of no element, or sparse: the loader says so, whichever tensor it is."""
+    node, inputs = LOADERS[name]
+    file = models / (inputs.get("head") or inputs["file"])
+    if file.name.endswith(".index.json"):
+        file = models / next(iter(json.loads(file.read_text())["weight_map"].values()))
+    whole, read = file.read_bytes(), mira("rewards.files").read
+    state, random = read(file), np.random.default_rng(0)
+    mangles = (
+        lambda t: None, lambda t: t.flatten()[:1], lambda t: t[None], lambda t: t.flatten()[:0], lambda t: t.to_sparse()
+    )  # fmt: skip
+    refused = 0
+    try:
+        for key in random.permutation(sorted(state))[:6]:
+            for mangle in mangles:
+                odd = mangle(state[key].float())
+                if odd is not None and odd.layout is not torch.strided and file.suffix == ".safetensors":
+                    continue  # which cannot hold one
+                changed = {k: v for k, v in (state | {key: odd}).items() if v is not None}
+                (save_file if file.suffix == ".safetensors" else torch.save)(changed, file)
+                try:
+                    reward_of(getattr(nodes, node), **inputs)
+                except ValueError as problem:
+                    refused += 1
+                    assert getattr(nodes, node).NAME in str(problem), (key, problem)
+        assert refused > 12
+    finally:
+        file.write_bytes(whole)
 
 
 def test_a_clip_of_a_known_other_size_is_refused(models):

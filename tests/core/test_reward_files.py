@@ -134,8 +134,31 @@ def test_nothing_there_and_nothing_in_it(tmp_path):
     with pytest.raises(WrongFile, match="is not there"):
         read(tmp_path / "none.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(WrongFile, match=r"holds no weights .it is a list"):
+    with pytest.raises(WrongFile, match=r"holds no named weights .it is a list"):
         read(tmp_path / "list.pt")
+    torch.save({0: torch.ones(2), 1: torch.ones(2)}, tmp_path / "numbers.pt")
+    with pytest.raises(WrongFile, match=r"holds no named weights .it is a dict"):
+        read(tmp_path / "numbers.pt")
+
+
+def test_names_that_are_numbers_are_left_out(tmp_path):
+    torch.save(small.head_state(8) | {7: torch.ones(2)}, tmp_path / "head.pt")
+    assert read(tmp_path / "head.pt").keys() == small.head_state(8).keys()
+
+
+@pytest.mark.parametrize("odd", [torch.eye(3).to_sparse(), torch.ones(3, device="meta")])
+def test_weights_that_are_not_stored_one_by_one(tmp_path, odd):
+    torch.save(small.head_state(8) | {"layers.0.weight": odd}, tmp_path / "head.pt")
+    with pytest.raises(WrongFile, match=r"head.pt holds weights that are sparse.*layers.0.weight|damaged"):
+        read(tmp_path / "head.pt")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"weight_map": {"a": 5}}', '{"weight_map": [1]}', "[]"])
+def test_an_index_that_is_none(tmp_path, text):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(WrongFile, match="is no index of shards"):
+        read(index)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -166,16 +189,23 @@ def test_kinds_are_told_apart(clip, hf_clip):
 
 
 def test_a_wrong_file_says_what_it_is_and_what_takes_it():
-    with pytest.raises(WrongFile, match=r"x.pt is ImageReward, not a CLIP.*Load ImageReward takes it"):
-        require(small.image_reward_state(), (files.OPEN_CLIP,), "x.pt", "Load HPS Reward")
+    with pytest.raises(WrongFile, match=r"x.pt is ImageReward, not a CLIP.*MIRA Load ImageReward takes it"):
+        require(small.image_reward_state(), (files.OPEN_CLIP,), "x.pt", "MIRA Load HPS Reward")
     with pytest.raises(WrongFile, match=r"of an unknown kind \(it begins with x\)"):
-        require({"x": torch.zeros(1)}, (files.OPEN_CLIP,), "x.pt", "Load HPS Reward")
+        require({"x": torch.zeros(1)}, (files.OPEN_CLIP,), "x.pt", "MIRA Load HPS Reward")
 
 
 def test_a_head_of_other_sizes():
     state = small.head_state(8)
     state["layers.4.weight"] = torch.zeros(64, 99)
     with pytest.raises(WrongFile, match="layers of sizes"):
+        head_of(state, "x.pth")
+
+
+@pytest.mark.parametrize("change", [{"layers.6.bias": None}, {"layers.0.weight": torch.ones(4)}])
+def test_a_head_that_is_not_whole(change):
+    state = {k: v for k, v in (small.head_state(8) | change).items() if v is not None}
+    with pytest.raises(WrongFile, match=f"x.pth lacks {next(iter(change))}"):
         head_of(state, "x.pth")
 
 
@@ -204,9 +234,15 @@ def test_which_gelu(tmp_path, clip, hf_clip):
     assert uses_quick_gelu({**clip, "input_resolution": torch.tensor(224)}, path, "ViT-B/32")
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu"}}))
     assert not uses_quick_gelu(hf_clip, path, "ViT-L/14")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(WrongFile, match="is no JSON"):
-        uses_quick_gelu(hf_clip, path, "ViT-L/14")
+    for text, complaint in {
+        "{": "is no JSON",
+        "[" * 100_000: "is no JSON",
+        "[1]": "is not a model's",
+        '{"vision_config": 3}': "is not a model's",
+    }.items():
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(WrongFile, match=complaint):
+            uses_quick_gelu(hf_clip, path, "ViT-L/14")
 
 
 def test_siglip_needs_its_tokenizer(tmp_path):
