@@ -15,7 +15,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..rewards.base import Reward
-from ..sampler.ending import attempt
+from ..sampler.ending import within_memory
 from ..sampler.guidance import annealed, blended, preferred, within
 from ..sampler.memory import offloaded
 from .host import decode, patcher_of
@@ -251,7 +251,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
             return denoised, gradient, lengths
 
         while True:
-            result, cut = attempt((), looked)
+            result, cut = within_memory(looked)
             if cut is None:
                 denoised, gradient, lengths = result
                 break

@@ -17,7 +17,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy_api.latest import io
 from torch import Tensor, nn
 
-from ..sampler.ending import attempt
+from ..sampler.ending import within_memory
 from ..sampler.initno import Found, Maps, Settings, improve
 from ..sampler.memory import offloaded
 from ..sampler.seeds import stream
@@ -210,7 +210,7 @@ class _Attending(comfy.samplers.Sampler):
                 )  # fmt: skip
 
             offloading = False
-            found, cut = attempt((), better)
+            found, cut = within_memory(better)
             if cut:  # before the first update: nothing is lost, and once more with less
                 log.warning("%s: %s: what is kept for the gradient waits in the CPU's memory", NODE, cut)
                 offloading = True

@@ -2,42 +2,77 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from .memory import give_back, out_of_memory
 
+log = logging.getLogger("mira")
 T = TypeVar("T")
 Interrupts = tuple[type[BaseException], ...]
 
 
 @dataclass
 class Cut:
-    """What cut an attempt short. problem: the exception, without its frames, which hold every activation."""
+    """What cut an attempt short. problem: the exception, whose frames, where it has any, hold no activations."""
 
     problem: BaseException
-    memory: bool
+    memory: bool = False
+    failed: bool = False
+
+    @property
+    def interrupted(self) -> bool:
+        return not (self.memory or self.failed)
 
     def __str__(self) -> str:
+        if self.failed:
+            said = str(self.problem).splitlines() or [""]
+            return f"error ({type(self.problem).__name__}: {said[0][:200]})"
         return "out of memory" if self.memory else "interrupted"
 
 
 def attempt(interrupts: Interrupts, work: Callable[..., T], *args) -> tuple[T | None, Cut | None]:
-    """(work(*args), None), or (None, what cut it short): an exception of `interrupts`, or running out of memory.
+    """(work(*args), None), or (None, what cut it short): an exception of `interrupts`, running out of memory, or any
+    other error, which is logged with where it came from: a loop that has an image hands it back, whatever happens.
 
     When it returns, nothing of a failed attempt is alive, so that a thriftier one finds the memory free: inside an
-    `except` block it would not be. Other exceptions go through.
+    `except` block it would not be.
     """
     try:
         return work(*args), None
     except interrupts as problem:
-        cut = Cut(problem, memory=False)
+        cut = Cut(problem)
+    except Exception as problem:
+        cut = Cut(problem, memory=out_of_memory(problem))
+        cut.failed = not cut.memory
+    return None, _ended(cut)
+
+
+def within_memory(work: Callable[..., T], *args) -> tuple[T | None, Cut | None]:
+    """As `attempt`, for what may be done with less memory: every other exception goes through."""
+    try:
+        return work(*args), None
     except RuntimeError as problem:
         if not out_of_memory(problem):
             raise
         cut = Cut(problem, memory=True)
-    cut.problem.__traceback__ = cut.problem.__context__ = cut.problem.__cause__ = None
+    return None, _ended(cut)
+
+
+def _ended(cut: Cut) -> Cut:
+    problem, seen = cut.problem, []
+    if cut.failed and not hasattr(problem, "logged"):  # loops are inside of one another
+        problem.logged = True
+        log.error("%s", cut, exc_info=problem)
+    if not cut.failed:
+        problem.__traceback__ = problem.__context__ = problem.__cause__ = None
+    while problem is not None and problem not in seen:
+        seen.append(problem)
+        traceback.clear_frames(problem.__traceback__)
+        problem = problem.__cause__ or problem.__context__
     if cut.memory:
         give_back()
-    return None, cut
+    return cut

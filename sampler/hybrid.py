@@ -13,7 +13,7 @@ from torch import Tensor
 from .candidates import towards
 from .ending import Interrupts, attempt
 from .keep import Kept
-from .optimize import Result, Score, Settings, optimize
+from .optimize import NoGradient, Result, Score, Settings, optimize
 from .rollout import Path, Rollout
 from .search import SearchSettings
 from .seeds import fresh, stream
@@ -130,7 +130,7 @@ def hybrid(
         return None
 
     ended, cut = attempt(interrupts, rounds)
-    if cut and kept.latent is None:
+    if cut and (kept.latent is None or isinstance(cut.problem, NoGradient)):
         raise cut.problem
     if cut:
         ended = f"{cut} after round {trace.rows[-1]['iteration']}"

@@ -71,7 +71,7 @@ class Settings:
 class Found:
     """noise: as the given one. rows: (round, iteration, response, conflict) of every evaluation. best: its index.
 
-    reason: why it ended. cut_short: by an interrupt, or for want of memory.
+    reason: why it ended. cut_short: by an interrupt, an error, or for want of memory.
     """
 
     noise: Tensor
@@ -129,7 +129,8 @@ def improve(
     attend: noise -> `Maps`, differentiable. Noise is mu + sigma z0, and Adam steps mu and log sigma^2. A noise that is
     not good after `TRIAL` updates, or cannot go on (no gradient, or values that are not finite), is followed by a
     fresh z0 from `generator`; after `rounds` of them the best goes on for `iterations`. An exception of `interrupts`
-    after the first evaluation, and running out of memory after the first update, end it with the best so far.
+    or an error after the first evaluation, and running out of memory after the first update, end it with the best so
+    far.
     Raises RuntimeError when the given noise's attention is not finite.
     """
     rows: list[tuple[int, int, float, float]] = []
@@ -182,7 +183,7 @@ def improve(
         return bool(again) and climb(rows[index][0], best, settings.iterations)
 
     good, cut = attempt(interrupts, rounds)
-    if cut and not (updates if cut.memory else rows):
+    if cut and (lowest == math.inf or (cut.memory and not updates)):
         raise cut.problem
     if cut:
         return Found(best, rows, index, f"{cut} after {len(rows)} evaluations: the best of them", True)

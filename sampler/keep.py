@@ -27,18 +27,18 @@ class Kept:
 
     def take(self, k: int | Tensor, where: Tensor, latent: Tensor, noises: Sequence[Tensor]) -> None:
         """Iterate k, or k of each image, for the images of `where`, (B,); the first one for all. Never in place: what
-        was kept before may still be in somebody's hands.
+        was kept before may still be in somebody's hands, and memory may run out half-way.
         """
         if self.latent is None:
             self.latent, self.noises = latent.detach().clone(), [z.detach().clone() for z in noises]
             self.iteration = torch.as_tensor(k).expand(len(latent)).clone()
             return
-        self.latent = chosen(where, latent.detach(), self.latent)
+        kept = chosen(where, latent.detach(), self.latent)
         if len(noises) != len(self.noises):  # of a stretch with another number of steps: those of the newer one
             self.noises = [z.detach().clone() for z in noises] if where.any() else self.noises
         else:
             self.noises = [chosen(where, new.detach(), old) for new, old in zip(noises, self.noises, strict=True)]
-        self.iteration = torch.where(where.cpu(), k, self.iteration)
+        self.latent, self.iteration = kept, torch.where(where.cpu(), k, self.iteration)
 
 
 class Keeper(Kept):
@@ -67,8 +67,8 @@ class Keeper(Kept):
         better = finite & (drift <= self.limit)
         if self.policy != "last":
             better = better & (reward > self.reward)
-        self.reward = torch.where(better, reward, self.reward)
         self.take(k, better, latent, noises)
+        self.reward = torch.where(better, reward, self.reward)
         gain = (self.best - self.first).clamp(min=0)
         self.progress = torch.where(finite & (reward > self.best + 1e-3 * gain), k, self.progress)
         self.best = torch.where(finite, torch.maximum(reward, self.best), self.best)

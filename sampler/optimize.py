@@ -157,7 +157,7 @@ class Score:
 class Result:
     """best, last: latents (B, C, ...). best_noises: the trajectory of the best iterate. reason: why it ended.
 
-    iterates: the latents of every iteration, on the CPU. cut_short: by an interrupt, or for want of memory.
+    iterates: the latents of every iteration, on the CPU. cut_short: by an interrupt, an error, or for want of memory.
     """
 
     best: Tensor
@@ -233,10 +233,10 @@ def optimize(
     Every image of the batch is on its own: loss, clipping, stopping and the kept iterate. Iteration 0 is the
     unchanged noise, and drift is measured from there unless a `reference` is given. check_reward: look first whether
     the reward has a gradient by itself.
-    `on_iteration(k, rows, score)` is the only side channel. An exception of `interrupts` after
-    iteration 0, running out of memory and values that are not finite end the run with the best so far.
+    `on_iteration(k, rows, score)` is the only side channel. An exception of `interrupts`, running out of memory,
+    any other error and values that are not finite end the run after iteration 0 with the best so far.
 
-    Raises RuntimeError when the reward has no gradient with respect to the noises.
+    Raises NoGradient when the reward has no gradient with respect to the noises.
     """
     _check_noises(noises, settings)
     variables = Variables(settings.variables, noises)
@@ -265,17 +265,26 @@ def optimize(
             state.loss_scale = max(1.0, state.loss_scale / LOSS_SCALE_STEP)
             return None
         latest = evaluation.path.x0.detach()
-        state.keeper.update(k, evaluation.score.total, evaluation.drift, latest, evaluation.path.noises, state.active)
         rows = _rows(k, state, evaluation, settings, time.perf_counter() - started, memory())
+        on_cpu = latest.cpu()
+        state.keeper.update(k, evaluation.score.total, evaluation.drift, latest, evaluation.path.noises, state.active)
         trace.rows += rows
-        iterates.append(latest.cpu())
+        iterates.append(on_cpu)
+        trace.notices.extend(_not_finite(k, evaluation, state.active))
         on_iteration(k, rows, evaluation.score)  # a host's progress bar raises its interrupts too
         return evaluation
 
+    def update(k: int, evaluation: _Evaluation) -> None:
+        _stop(state, settings, k, evaluation.drift.cpu(), evaluation.score.total.detach().cpu().double())
+        _step(state, evaluation, settings)
+        _hold(state, settings, evaluation.drift.cpu())
+
     while k <= settings.iterations:
         evaluation, cut = attempt(interrupts, iteration, k)
+        if evaluation is not None and k < settings.iterations:
+            _, cut = attempt(interrupts, update, k, evaluation)
         if cut:
-            if cut.memory and rollout.shrink():
+            if cut.memory and len(iterates) == k and rollout.shrink():
                 trace.notices.append(f"{cut} at iteration {k}: went on with {rollout.memory} checkpointing")
                 continue
             if state.keeper.latent is None:
@@ -284,14 +293,9 @@ def optimize(
             break
         if evaluation is None:
             continue
-        trace.notices += _not_finite(k, evaluation, state.active)
-        if k < settings.iterations:
-            _stop(state, settings, k, evaluation.drift.cpu(), evaluation.score.total.detach().cpu().double())
-            _step(state, evaluation, settings)
-            _hold(state, settings, evaluation.drift.cpu())
-            if not state.active.any():
-                reason = "; ".join(dict.fromkeys(r for r in state.reasons if r))
-                break
+        if not state.active.any() and k < settings.iterations:
+            reason = "; ".join(dict.fromkeys(r for r in state.reasons if r))
+            break
         k += 1
     reason = reason or "all iterations done"
     trace.kept = state.keeper.iteration.tolist()
@@ -362,17 +366,21 @@ def _check_noises(noises: Sequence[Tensor], settings: Settings) -> None:
         raise ValueError("regularizer is chi, the density of the initial noise's norm, but that is zero: use another")
 
 
+class NoGradient(RuntimeError):
+    """The reward cannot be optimised from here: nothing failed, it was asked for what there is not."""
+
+
 def _check_reward(reward: Tensor, x0: Tensor) -> None:
     """A penalty has a gradient of its own, so a reward without one would be lost silently: look at it alone."""
     if not reward.requires_grad:
-        raise RuntimeError(
+        raise NoGradient(
             "the reward has no gradient with respect to the image: use a differentiable reward, "
             "or a method that only ranks images"
         )
     (gradient,) = torch.autograd.grad(reward.sum(), x0, retain_graph=True)
     images = torch.nonzero(_norm([gradient]) == 0).flatten().tolist()
     if images:
-        raise RuntimeError(
+        raise NoGradient(
             f"the gradient of the reward is zero for image(s) {images}: it cannot be optimised from here; "
             "check that the reward is differentiable and not saturated"
         )

@@ -139,8 +139,8 @@ def prefer(
 
     trajectories: the noises of every first candidate; "dpo" uses all of them, the others the first, and "best_of_n"
     the second too. seed: of every further noise. history: how many choices can be taken back. Every image of the batch
-    is judged on its own. An exception of `interrupts` after the first comparison, and running out of memory, end the
-    run with the best so far.
+    is judged on its own. An exception of `interrupts`, running out of memory and any other error end the run after
+    the first comparison with the best so far.
 
     The record has, for each iteration and image, which candidate won (-1: a tie), the winner's surrogates against its
     own reference, and its reward and the loser's where the judge has numbers. `trace.settings["choices"]` repeats the
@@ -158,22 +158,28 @@ def prefer(
         book.choices += [[book.k, b, *choice] for b, choice in enumerate(of_each)]
         return verdict
 
-    reason, references, found, cut_short = "", [], [], False
+    reason, references, found, reported, cut_short = "", [], [], False, False
 
     def comparison() -> Verdict:
-        nonlocal references, found
+        nonlocal references, found, reported
         started = time.perf_counter()
         found = book.method.candidates()
         references = references or [c.path for c in found]
         verdict = ask([c.images for c in found])
         winner = pick(found, verdict.best)
         score = None if verdict.scores is None else verdict.scores.gather(1, verdict.best[:, None])[:, 0]
-        book.kept.update(book.k, _better(ask, book.method, settings, book.kept, winner, score), winner, score)
-        norms = book.method.learn(found, verdict)
+        better = _better(ask, book.method, settings, book.kept, winner, score)
         started_from = references if book.method.several else references[:1] * len(found)
-        rows = _rows(book.k, run, found, verdict, started_from, norms, time.perf_counter() - started, memory())
-        trace.rows += rows
-        book.iterates = [*book.iterates[: book.k], winner.path.x0.cpu()]
+        norms = None
+        try:
+            norms = book.method.learn(found, verdict)
+        finally:  # what was chosen is kept, also where nothing could be learned from it
+            rows = _rows(book.k, run, found, verdict, started_from, norms, time.perf_counter() - started, memory())
+            iterates = [*book.iterates[: book.k], winner.path.x0.cpu()]
+            book.kept.update(book.k, better, winner, score)
+            book.iterates = iterates
+            trace.rows += rows
+        reported = True
         on_iteration(book.k, rows, [c.images for c in found])
         return verdict
 
@@ -201,7 +207,7 @@ def prefer(
                     f"out of memory at iteration {book.k}: went on with {rollout.memory} checkpointing"
                 )
                 continue
-            if book.kept.latent is None:
+            if not trace.rows or (cut.failed and not reported):
                 raise cut.problem
             reason, cut_short = f"{cut} at iteration {book.k}", True
             break
@@ -218,11 +224,11 @@ def prefer(
     return Result(kept.latent, found[0].path.x0, tuple(kept.noises), trace, reason, book.iterates, cut_short)
 
 
-class _Stop(Exception):
-    """The judge had enough."""
+class _Stop(BaseException):
+    """The judge had enough: no error, of which `attempt` would make an end."""
 
 
-class _Back(Exception):
+class _Back(BaseException):
     """The judge wants its last choice again."""
 
 

@@ -70,8 +70,8 @@ def in_rounds(
     restart: (round from 1 on, x0 (B, C, ...)) -> the stretch that begins with x0 noised again. A round's drift is
     measured from the plain run of its own stretch. The record goes on over rounds: a round's iteration 0 is its
     restart, and has a number of its own; rows of several rounds have `round` and `level` (the stretch's first sigma).
-    Of every image the best over all rounds comes back, by the criterion of `settings.keep`. An interrupt and running
-    out of memory end the run with that.
+    Of every image the best over all rounds comes back, by the criterion of `settings.keep`. An interrupt, running
+    out of memory and any other error end the run with that.
     """
     lengths = [len(part) for part in torch.arange(settings.iterations).tensor_split(settings.rounds)]
     trace, iterates, kept, best = Trace(), [], Kept(), None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .candidates import towards
-from .ending import Interrupts, attempt
+from .ending import Interrupts, attempt, within_memory
 from .keep import Kept
 from .optimize import Result, Score, Settings
 from .rollout import Denoiser, NoiseSource, Path, Record, Rollout, escapes, per_image
@@ -270,7 +270,7 @@ class _Search:
         while done < len(particles):
             some = particles[done : done + self.most]
             states = [g.get_state() for g in self.generators]
-            _, cut = attempt((), work, some)
+            _, cut = within_memory(work, some)
             if cut is None:
                 done += len(some)
                 continue
@@ -612,8 +612,8 @@ def search(
     from its z_T; all other noises come from `seed`, the same however many particles run at once (`most`), but for z_T
     of particle p where `initial(p)` makes it. on_plain: is shown the plain sample before anything is scored. rollout:
     the schedule and the units of the record. score: latents of any number of particles -> `Score`. An exception of
-    `interrupts` after iteration 0, and running out of memory with one particle, end the run with the best so far: a
-    steered run then hands back the best prediction of its result.
+    `interrupts`, running out of memory with one particle and any other error end the run after iteration 0 with the
+    best so far: a steered run then hands back the best prediction of its result.
 
     Raises ValueError for a steering method when the sampler injects no noise, and for one that optimises.
     """

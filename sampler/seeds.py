@@ -54,7 +54,8 @@ def best_of(
     """The best of `count` samples of the frozen model for every image.
 
     sample: n -> (x0 (B, C, ...), its noises); 0 is the given seed's. reward: x0 -> (B,). Noises of two are in memory.
-    An exception of `interrupts` after the first one, and running out of memory, end the choice with what was tried.
+    An exception of `interrupts`, running out of memory and any other error after the first one end the choice with
+    what was tried.
     """
 
     def tried(n: int) -> tuple[Tensor, list[Tensor], Tensor]:

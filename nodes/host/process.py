@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...rewards.base import Reward
-from ...sampler.ending import attempt
+from ...sampler.ending import within_memory
 from ...sampler.memory import offloaded, out_of_memory, saved_bytes
 from ...sampler.optimize import Result, Score, Settings
 from ...sampler.preference import PreferenceSettings
@@ -157,7 +157,7 @@ class Process:
 
     def drawn(self, noise: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The plain sample and its noises; where memory runs out, once more with all but its own models unloaded."""
-        found, cut = attempt((), draw, self.plain, noise)
+        found, cut = within_memory(draw, self.plain, noise)
         if cut is None:
             return found
         self.states.clear()
@@ -546,7 +546,7 @@ class Process:
         errors, cut = [], None
         while ways and len(errors) < (2 if both else 1):
             try:
-                error, cut = attempt((), self._gradient_error, noise, ways[0])
+                error, cut = within_memory(self._gradient_error, noise, ways[0])
             except RuntimeError as problem:
                 said = str(problem).splitlines()[0]
                 if has_no_repeatable_way(problem):
@@ -584,7 +584,7 @@ class Process:
         job, before = self.job, self.redraw
         self.redraw = False
         try:
-            _, cut = attempt((), self._reward_gradient)
+            _, cut = within_memory(self._reward_gradient)
         finally:
             self.redraw = before
         if cut:

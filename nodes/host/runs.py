@@ -79,7 +79,7 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
         start = process.start or best_of(process.sample_of, lambda x0: process.score(x0).total, count, INTERRUPTS)
         process.start = start  # should the run begin again
         process.redraw, noises, process.expected = True, start.noises, start.x0
-        if start.cut and not start.cut.memory:
+        if start.cut and start.cut.interrupted:
             settings = replace(settings, iterations=0, rounds=1)
     if settings.rounds > 1 and (why := process.why_no_restart):
         notices.append(f"rounds is {settings.rounds}, but was taken as 1: {why}")
@@ -107,7 +107,7 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
         if start.cut:
             tried = f"after {len(start.rewards)} of {count} seeds"
             result.trace.notices.append(f"{start.cut} {tried}: the others were not tried")
-            if not start.cut.memory:
+            if start.cut.interrupted:
                 result.trace.reasons = ["interrupted while seeds were compared"] * len(start.chosen)
     return result
 
@@ -192,6 +192,8 @@ class _WorkingSampler(comfy.samplers.Sampler):
         for notice in process.notices:
             log.warning("%s: %s", job.node, notice)
         result.trace.notices += process.notices
+        if result.cut_short and "interrupted" not in result.reason:  # which needs no telling
+            result.trace.notices.append(f"ended by {result.reason}: this is the best so far")
         result.trace.settings |= {
             "checkpointing": process.rollout.memory,
             "repeatable": process.repeatable,
