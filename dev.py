@@ -341,7 +341,8 @@ def test(python: Path, comfyui: Path, gpu: bool, extra: list[str]) -> int:
     else:
         where = {"MIRA_CHROMIUM": get_chromium(), "MIRA_FRONTEND": str(get_frontend(python))}
     if extra:
-        return execute(python, comfyui, ["-m", "pytest", *extra], gpu, where)
+        several = {"-n", "--numprocesses"} & set(extra)
+        return execute(python, comfyui, ["-m", "pytest", *extra], gpu, where | (ONE_THREAD if several else {}))
     if code := execute(python, comfyui, ["-m", "pytest", *WORKERS], gpu, where | ONE_THREAD):
         return code
     if comfyui != CACHE / f"comfyui-{COMFYUI_VERSION}" or not (HOSTS / HOST_ARCHIVES[NEWEST]).is_file():

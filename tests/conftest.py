@@ -21,6 +21,7 @@ elif not os.environ.get("MIRA_CHROMIUM"):
     collect_ignore = ["browser"]  # dev.py test --no-browser
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     # Playwright keeps an event loop running in this thread until the end, which `asyncio.run` does not bear.
     items.sort(key=lambda item: "browser" in item.path.parts)

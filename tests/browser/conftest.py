@@ -20,6 +20,7 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+EMPTY = {"nodes": [], "links": [], "groups": [], "last_node_id": 0, "last_link_id": 0, "version": 0.4}
 READY = "window.app && window.app.graph && window.app.extensionManager && window.app.vueAppReady !== false"
 
 
@@ -105,6 +106,13 @@ class Editor:
         SHOTS.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=SHOTS / f"{name}_{self.label}.png")
 
+    def stop(self) -> None:
+        """Nothing of a test goes on in the next one."""
+        self.page.request.post(f"{self.server.url}/queue", data={"clear": True})
+        self.page.request.post(f"{self.server.url}/interrupt")
+        self.wait_idle()
+        self.page.evaluate("localStorage.clear()")
+
     def wait_idle(self, timeout: float = 120) -> None:
         """Until the server has nothing queued or running."""
         end = time.monotonic() + timeout
@@ -124,16 +132,34 @@ def context(browser, frontend):
     context.close()
 
 
-@pytest.fixture(params=["classic", "vue"])
-def editor(request, context, frontend):
-    version, server = frontend
+def opened(context, server, label: str) -> Editor:
     page = context.new_page()
-    settings = {"Comfy.VueNodes.Enabled": request.param == "vue", "Comfy.TutorialCompleted": True}
+    settings = {"Comfy.VueNodes.Enabled": label.endswith("vue"), "Comfy.TutorialCompleted": True}
     page.request.post(f"{server.url}/settings", data=settings | {"Comfy.Minimap.Visible": False})
-    editor = Editor(page, server, f"{version}_{request.param}")
+    return Editor(page, server, label)
+
+
+@pytest.fixture(scope="session", params=["classic", "vue"])
+def window(request, context, frontend):
+    """A page of one renderer, as a person has it open for hours: to load it is most of a test's time."""
+    version, server = frontend
+    editor = opened(context, server, f"{version}_{request.param}")
     yield editor
-    page.request.post(f"{server.url}/queue", data={"clear": True})
-    page.request.post(f"{server.url}/interrupt")
-    editor.wait_idle()
-    page.evaluate("localStorage.clear()")
-    page.close()
+    editor.page.close()
+
+
+@pytest.fixture
+def editor(window):
+    window.errors.clear()
+    window.load(EMPTY)
+    yield window
+    window.stop()
+
+
+@pytest.fixture
+def own_editor(window, context):
+    """A page of its own, for what cannot be taken back."""
+    editor = opened(context, window.server, window.label)
+    yield editor
+    editor.stop()
+    editor.page.close()
