@@ -21,11 +21,11 @@ PROMPT = "generate an image of a fox"
 class World:
     """apart: the sampler's own noises have another seed than the initial one. With the same, as KSampler gives it,
     ComfyUI 0.3.75 draws on a CPU (not on a GPU) the initial noise once more at the first step, and the two add up to
-    more noise than the model knows there.
+    more noise than the model knows there. side: of a latent, if none is given; the model was trained at 16.
     """
 
-    def __init__(self, apart: bool = True):
-        self.apart = 1_000_003 if apart else 0
+    def __init__(self, apart: bool = True, side: int = 16):
+        self.apart, self.side = 1_000_003 if apart else 0, side
         with torch.inference_mode():
             self.model, self.clip, self.vae = demo.load_model(), demo.load_clip(), demo.load_vae()
             self.positive, self.negative = self.encode(PROMPT), self.encode("")
@@ -71,7 +71,7 @@ class World:
         **kwargs,
     ):
         """A `host.Job`; what is not said is a small, quick run."""
-        latent = torch.zeros(batch, 4, 16, 16) if latent is None else latent
+        latent = torch.zeros(batch, 4, self.side, self.side) if latent is None else latent
         return host.Job(
             guider=self.guider(model, positive, negative, cfg),
             sampler=comfy.samplers.sampler_object(sampler),
@@ -110,7 +110,7 @@ class World:
         **_,
     ):
         """What the stock KSampler node gives."""
-        latent = torch.zeros(batch, 4, 16, 16) if latent is None else latent
+        latent = torch.zeros(batch, 4, self.side, self.side) if latent is None else latent
         return comfy.sample.sample(
             model or self.model,
             comfy.sample.prepare_noise(latent, seed),

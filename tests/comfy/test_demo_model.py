@@ -11,6 +11,7 @@ from bench.pack import ROOT, mira
 vocabulary, weights, judge_module = mira("demo.vocabulary"), mira("demo.weights"), mira("demo.judge")
 demo = mira("nodes.demo")
 ANIMALS = vocabulary.ANIMALS
+pytestmark = pytest.mark.usefixtures("at_full_size")
 
 
 def test_the_files_are_small_enough_to_ship():

@@ -64,7 +64,7 @@ def test_a_run_is_that_of_plain_models_and_leaves_the_dynamic_ones_alone(world, 
         if used:
             world.ksampler(model=model)  # its weights are where dynamic VRAM has them
             with torch.inference_mode():
-                vae.decode(torch.zeros(1, 4, 16, 16))
+                vae.decode(torch.zeros(1, 4, 8, 8))
         before = weights(model), weights(vae.patcher)
         done = world.optimize(model=model, vae=vae, iterations=2)
         assert torch.equal(done.latent, plain.latent) and torch.equal(done.plain, plain.plain)

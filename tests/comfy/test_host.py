@@ -31,6 +31,9 @@ class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.
     pass
 
 
+PAINTED = pytest.mark.usefixtures("at_full_size")  # for what a smaller image is too small
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_which_samplers_can_be_optimised(name):
     for model_sampling in (Discrete(), Flow()):
@@ -96,6 +99,7 @@ def rewards(done, image=0):
     ],
     ids=lambda o: next(iter(o)),
 )
+@PAINTED
 def test_ways_of_sampling(world, options):
     done = world.optimize(iterations=3, **options)
     kept = {k: v for k, v in options.items() if k not in ("weighting", "measured", "memory")}
@@ -106,6 +110,7 @@ def test_ways_of_sampling(world, options):
     assert torch.isfinite(done.latent).all() and done.latent.shape == done.plain.shape
 
 
+@PAINTED
 def test_inpainting_changes_nothing_outside_the_mask(world):
     latent = torch.linspace(-1, 1, 1024).reshape(1, 4, 16, 16)
     mask = torch.zeros(1, 1, 128, 128)
@@ -126,6 +131,7 @@ def test_two_runs_are_the_same_bits(world):
 
 
 @pytest.mark.parametrize("memory", ["per_step", "per_block"])
+@PAINTED
 def test_checkpointed_runs_equal_the_unchecked_one(world, memory):
     unchecked, checked = (world.optimize(iterations=2, memory=m) for m in ("none", memory))
     torch.testing.assert_close(checked.latent, unchecked.latent, atol=1e-4, rtol=1e-4)
@@ -243,6 +249,7 @@ def test_half_precision_weights(world, half_model):
 
 
 @pytest.mark.parametrize(("steps", "count"), [(0, 4), (1, 1), (3, 3), (9, 4)])
+@PAINTED
 def test_gradient_steps_go_through_so_many_calls(world, steps, count):
     model, looked = world.model.clone(), []
 

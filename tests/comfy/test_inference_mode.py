@@ -37,7 +37,7 @@ class Graph:
 
     def __init__(self, world, model, clip, vae):
         self.world, self.model, self.clip, self.vae = world, model, clip, vae
-        self.latent = torch.zeros(1, 4, 16, 16)
+        self.latent = torch.zeros(1, 4, 8, 8)
 
     def stock(self):
         positive = encode(self.clip)
@@ -85,7 +85,7 @@ class Graph:
             1.0,
         ).args[0]
         sampler = comfy.samplers.sampler_object("euler")
-        guider.sample(torch.randn(1, 4, 16, 16), self.latent, sampler, self.world.sigmas(steps=2), seed=0)
+        guider.sample(torch.randn(1, 4, 8, 8), self.latent, sampler, self.world.sigmas(steps=2), seed=0)
 
     @torch.inference_mode()
     def score(self):

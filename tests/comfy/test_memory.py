@@ -150,7 +150,7 @@ def test_nor_a_better_noise(world):
     def run():
         with torch.inference_mode():
             MiraInitNONoise.execute(
-                world.model, world.clip, {"samples": torch.zeros(1, 4, 16, 16)}, world.sigmas(steps=2),
+                world.model, world.clip, {"samples": torch.zeros(1, 4, 8, 8)}, world.sigmas(steps=2),
                 "a fox and a cat", "fox, cat", 1, 1, 1, 0.2, 0.3,
             )  # fmt: skip
 
@@ -283,10 +283,10 @@ def test_guidance_and_better_noises_go_on_with_less_too(world):
         torch.testing.assert_close(samples[1], samples[0], atol=1e-2, rtol=1e-3)
         model, calls = failing_once(world, 2)
         made = MiraInitNONoise.execute(
-            model, world.clip, {"samples": torch.zeros(1, 4, 16, 16)}, world.sigmas(steps=2), "a fox and a cat",
+            model, world.clip, {"samples": torch.zeros(1, 4, 8, 8)}, world.sigmas(steps=2), "a fox and a cat",
             "fox, cat", 1, 1, 1, 0.2, 0.3,
         )  # fmt: skip
-    assert len(calls) > 2 and made.args[0].noise.shape == (1, 4, 16, 16)
+    assert len(calls) > 2 and made.args[0].noise.shape == (1, 4, 8, 8)
 
 
 def test_a_run_says_what_it_would_take(world):

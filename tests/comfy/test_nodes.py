@@ -62,7 +62,7 @@ def sampler_inputs(world, **changes):
             "positive": world.positive,
             "negative": world.negative,
             "vae": world.vae,
-            "latent_image": {"samples": torch.zeros(1, 4, 16, 16)},
+            "latent_image": {"samples": torch.zeros(1, 4, 8, 8)},
             "reward": PixelReward("brightness"),
         }
         | changes
@@ -170,7 +170,7 @@ def test_advanced_equals_the_simple_one(world):
         guider=world.guider(),
         sampler=comfy.samplers.sampler_object("euler_ancestral"),
         sigmas=world.sigmas(steps=2),
-        latent_image={"samples": torch.zeros(1, 4, 16, 16)},
+        latent_image={"samples": torch.zeros(1, 4, 8, 8)},
         vae=world.vae,
         reward=PixelReward("brightness"),
         **shared,
@@ -193,7 +193,7 @@ def test_sigmas_that_cannot_end_in_an_image_are_refused(world, sigmas, message):
             guider=world.guider(),
             sampler=comfy.samplers.sampler_object("euler"),
             sigmas=torch.tensor(sigmas),
-            latent_image={"samples": torch.zeros(1, 4, 16, 16)},
+            latent_image={"samples": torch.zeros(1, 4, 8, 8)},
             **shared,
         )
 
@@ -249,7 +249,7 @@ def test_a_cancelled_run_is_run_again_when_it_is_queued_again(world, monkeypatch
 
 def test_the_latent_dict_keeps_what_else_it_holds(world):
     mask = torch.ones(1, 128, 128)
-    out = optimize(world, latent_image={"samples": torch.zeros(1, 4, 16, 16), "noise_mask": mask, "batch_index": [0]})
+    out = optimize(world, latent_image={"samples": torch.zeros(1, 4, 8, 8), "noise_mask": mask, "batch_index": [0]})
     assert out.args[0]["noise_mask"] is mask and out.args[0]["batch_index"] == [0]
 
 
@@ -268,13 +268,13 @@ def test_the_latent_dict_keeps_what_else_it_holds(world):
         ({"stop": "drift"}, "stop is drift but drift_limit is 0"),
         ({"sampler_name": "dpm_adaptive"}, "sampler dpm_adaptive cannot be optimised through.*euler_ancestral"),
         ({"latent_image": {"samples": torch.zeros(0, 4, 16, 16)}}, "the batch is empty"),
-        ({"latent_image": {"samples": torch.full((1, 4, 16, 16), math.nan)}}, "latent_image holds NaN"),
+        ({"latent_image": {"samples": torch.full((1, 4, 8, 8), math.nan)}}, "latent_image holds NaN"),
         ({"latent_image": {"samples": torch.zeros(1, 4, 1, 16, 16)}}, "only images, .B, C, H, W. or of one frame"),
         ({"latent_image": {"samples": torch.ones(1, 16, 8, 8)}}, "16 channels, but model works in 4"),
         ({"latent_image": {"samples": None}}, "latent_image holds no latents"),
         ({"latent_image": {}}, "latent_image holds no latents"),
-        ({"latent_image": {"samples": torch.zeros(1, 4, 16, 16).long()}}, "latent_image is of torch.int64"),
-        ({"latent_image": {"samples": torch.zeros(2, 4, 16, 16), "batch_index": [3]}}, "2 images, but its batch_index"),
+        ({"latent_image": {"samples": torch.zeros(1, 4, 8, 8).long()}}, "latent_image is of torch.int64"),
+        ({"latent_image": {"samples": torch.zeros(2, 4, 8, 8), "batch_index": [3]}}, "2 images, but its batch_index"),
         ({"reward": "brightness"}, "reward is a str: connect a MIRA reward node"),
         ({"vae": None}, "vae is a NoneType: connect the checkpoint's VAE"),
         ({"vae": 5}, "vae is a int: connect"),
@@ -444,7 +444,7 @@ def test_drift_is_held_while_the_reward_rises(world):
 
 
 def test_it_begins_from_the_best_of_several_seeds(world):
-    latent = {"samples": torch.zeros(2, 4, 16, 16)}
+    latent = {"samples": torch.zeros(2, 4, 8, 8)}
     out, plain, trace = optimize(world, seeds=4, iterations=1, latent_image=latent).args[:3]
     assert torch.equal(plain["samples"], world.ksampler(steps=2, seed=1, batch=2))  # still the given seed's
     for image, (rewards, chosen) in enumerate(
@@ -611,9 +611,9 @@ def test_a_reference_batch_that_does_not_fit(world, network_calls):
     guided = nodes.MiraDyMOGuider.execute(
         world.model, world.positive, world.negative, world.vae, reward, 5.0, 0.1, 0.0, 1.0
     ).args[0]
-    noise, sampler = torch.randn(1, 4, 16, 16), comfy.samplers.sampler_object("euler")
+    noise, sampler = torch.randn(1, 4, 8, 8), comfy.samplers.sampler_object("euler")
     with pytest.raises(ValueError, match=f"^MIRA DyMO Guider: {said}"), torch.inference_mode():
-        guided.sample(noise, torch.zeros(1, 4, 16, 16), sampler, world.sigmas(steps=2))
+        guided.sample(noise, torch.zeros(1, 4, 8, 8), sampler, world.sigmas(steps=2))
     assert not network_calls
 
 

