@@ -6,6 +6,7 @@
     python dev.py test      every test, and the quick ones on the newest ComfyUI (--no-browser: all but the browser's)
     python dev.py test --host 0.33     the tests of the adapter, the nodes and the server on another ComfyUI: one of
                             the known ones, a path, or all, which writes docs/compatibility.md
+    python dev.py fuzz      prompts that nobody would think of, on the real server (--seconds 600, --seed 1)
     python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference, front, restart, paper,
                             gpu, few-steps; of paper's images: study (a page for people), judge (a vision-language one)
     python dev.py docs      make again what is made, or some of it: help (pages), examples, thumbnails (of them),
@@ -363,9 +364,11 @@ def make_docs(python: Path, comfyui: Path, gpu: bool, wanted: list[str]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["demo", "serve", "test", "bench", "docs", "train"])
+    parser.add_argument("command", choices=["demo", "serve", "test", "fuzz", "bench", "docs", "train"])
     parser.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI and its Python")
     parser.add_argument("--host", metavar="VERSION", help="test: on another ComfyUI, a known version, a path, or all")
+    parser.add_argument("--seconds", type=int, default=600, help="fuzz: for how long")
+    parser.add_argument("--seed", type=int, default=0, help="fuzz: where to begin; the same one makes the same prompts")
     parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU")
     arguments, extra = parser.parse_known_args()
     if arguments.command in ("demo", "serve") and extra:
@@ -374,6 +377,9 @@ def main() -> int:
     command, gpu = arguments.command, arguments.gpu
     if command in ("demo", "serve"):
         return execute(python, comfyui, ["-m", f"tools.{command}", *extra], gpu)
+    if command == "fuzz":
+        where = {"MIRA_FUZZ_SECONDS": str(arguments.seconds), "MIRA_FUZZ_SEED": str(arguments.seed)}
+        return execute(python, comfyui, ["-m", "pytest", "-s", "tests/faults/test_fuzz.py", *extra], gpu, where)
     if command == "test" and arguments.host:
         return test_all_hosts(gpu) if arguments.host == "all" else test_host(arguments.host, gpu, extra)
     if command == "test":

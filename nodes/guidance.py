@@ -30,7 +30,7 @@ from .host.grad import (
     training,
     without_tf32,
 )
-from .shared.checks import needs, needs_gradient
+from .shared.checks import check_links, check_reward, check_values, needs, needs_gradient
 from .shared.types import MiraReward, aliases
 
 RLG = "MIRA RL Guidance"
@@ -126,6 +126,8 @@ class MiraRLGuidance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, tuned, weight, schedule, power) -> io.NodeOutput:
+        check_links(RLG, model=model, tuned=tuned)
+        check_values(RLG, cls.define_schema().inputs, dict(weight=weight, power=power, schedule=schedule))
         base_kind, tuned_kind = type(model.model).__name__, type(tuned.model).__name__
         latents = [m.get_model_object("latent_format").latent_channels for m in (model, tuned)]
         if base_kind != tuned_kind or latents[0] != latents[1]:
@@ -327,8 +329,10 @@ class MiraDyMOGuider(io.ComfyNode):
     def execute(
         cls, model, positive, negative, vae, reward, cfg, scale, start_percent, end_percent, prompt=""
     ) -> io.NodeOutput:
-        if not isinstance(reward, Reward):
-            raise ValueError(f"{DYMO}: reward is a {type(reward).__name__}: connect a MIRA reward node")
+        check_links(DYMO, model=model, positive=positive, negative=negative, vae=vae)
+        check_reward(DYMO, reward)
+        values = dict(cfg=cfg, scale=scale, start_percent=start_percent, end_percent=end_percent)
+        check_values(DYMO, cls.define_schema().inputs, values)
         needs_gradient(DYMO, reward, "MIRA Search KSampler, which needs no gradient")
         needs(DYMO, reward, prompt, None)
         if start_percent > end_percent:

@@ -24,6 +24,7 @@ from ..sampler.seeds import stream
 from .host import INTERRUPTS, samples_of
 from .host.dynamic import static
 from .host.grad import blocks_checkpointed, loaded, normal, pytorch_kernels, sdpa, training
+from .shared.checks import check_links, check_values
 from .shared.job import ksampler_noise
 from .shared.types import aliases
 
@@ -291,6 +292,8 @@ class MiraInitNONoise(io.ComfyNode):
     def execute(
         cls, model, clip, latent_image, sigmas, prompt, words, seed, rounds, iterations, response, conflict
     ) -> io.NodeOutput:
+        check_links(NODE, model=model, clip=clip, latent_image=latent_image, sigmas=sigmas)
+        check_values(NODE, cls.define_schema().inputs, dict(response=response, conflict=conflict))
         names = [w.strip() for w in words.split(",") if w.strip()]
         if not names:
             raise ValueError(f"{NODE}: words is empty: name the subjects of the prompt, such as: cat, red car")
@@ -299,8 +302,6 @@ class MiraInitNONoise(io.ComfyNode):
         samples = samples_of(model, latent_image)
         if samples.numel() == 0 or samples.ndim != 4:
             raise ValueError(f"{NODE}: latent_image is of shape {tuple(samples.shape)}: give (B, C, H, W), and B not 0")
-        if clip is None:
-            raise ValueError(f"{NODE}: clip is empty: the checkpoint has no text encoder; connect a CLIP loader's")
         if "noise_mask" in latent_image:
             raise ValueError(
                 f"{NODE}: latent_image has a mask, and a subject would be looked for outside of it too: "

@@ -74,7 +74,7 @@ def opening(node: str, path: Path) -> Iterator[None]:
 
 
 def path_of(node: str, name: str, published: known.Published, *stock: str) -> Path:
-    if message := files.missing(name, published, *stock):
+    if message := files.missing(name or "an empty name", published, *stock):
         raise ValueError(f"{node}: {message}")
     return files.find(name, *stock)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..sampler.optimize import Settings
 from . import host
 from .editor.live import LiveRun
 from .host.probe import begins_anew
 from .shared import memo
-from .shared.checks import check, check_reach, complain, prompts_of, wrong_sigmas
+from .shared.checks import check, check_links, check_reach, check_values, complain, filled, prompts_of, wrong_sigmas
 from .shared.finish import finish
 from .shared.inputs import (
     advanced,
@@ -25,16 +25,21 @@ from .shared.inputs import (
     restart_sigmas,
     sampling_inputs,
     schedule,
-    settings_of,
     trace_outputs,
+    understood,
 )
 from .shared.job import cfg_guider, ksampler_noise, plain_values
 from .shared.presets import applied
 from .shared.types import MiraReward, aliases
 
 log = logging.getLogger("mira")
-# What a prompt by hand may leave out besides what its preset says.
+# What a prompt from before presets may leave out.
 UNSAID = {"weighting": "marginal", "measured": "guided", "memory": "auto"}
+
+
+def said(inputs: Sequence[io.Input], values: dict) -> dict:
+    """The widgets' values with those that the prompt leaves out."""
+    return filled(inputs, values) if "preset" in values else UNSAID | values
 
 
 def run(
@@ -102,14 +107,6 @@ def optimized(node, node_id, values: dict, overruled: list[str], *, latent: dict
     return done, live
 
 
-def understood(node: str, values: dict) -> Settings:
-    """The settings, before anything is sampled. Raises ValueError for what does not go together."""
-    try:
-        return settings_of(values)
-    except ValueError as problem:
-        raise ValueError(f"{node}: {problem}") from problem
-
-
 class MiraOptimizeKSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -172,11 +169,13 @@ class MiraOptimizeKSampler(io.ComfyNode):
     def execute(
         cls, model, positive, negative, latent_image, vae, reward, seed, cfg, prompt="", **values
     ) -> io.NodeOutput:
-        node = "MIRA Optimize KSampler"
-        values = UNSAID | values
+        node, inputs = "MIRA Optimize KSampler", cls.define_schema().inputs
+        check_values(node, inputs, values | {"cfg": cfg})
+        check_links(node, positive=positive, negative=negative)
         effective, overruled = applied(values)
+        values, effective = said(inputs, values), said(inputs, effective)
         sampler = comfy.samplers.sampler_object(values["sampler_name"])
-        check(node, cls.define_schema().inputs, model, sampler, latent_image, vae, reward, prompt, values, effective)
+        check(node, model, sampler, latent_image, vae, reward, prompt, values, effective)
         sigmas = schedule(model, values)
         check_reach(node, model, sampler, len(sigmas) - 1, effective)
         return run(
@@ -243,13 +242,16 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise, guider, sampler, sigmas, latent_image, vae, reward, prompt="", **values) -> io.NodeOutput:
-        node = "MIRA Optimize Sampler (Advanced)"
+        node, inputs = "MIRA Optimize Sampler (Advanced)", cls.define_schema().inputs
+        check_links(node, sigmas=sigmas)
         if message := wrong_sigmas(sigmas):
             raise ValueError(f"{node}: {message}")
-        values = UNSAID | values
+        check_links(node, noise=noise, guider=guider, sampler=sampler)
+        check_values(node, inputs, values)
         effective, overruled = applied(values)
-        model = getattr(guider, "model_patcher", guider)  # what is no guider is no model either
-        check(node, cls.define_schema().inputs, model, sampler, latent_image, vae, reward, prompt, values, effective)
+        values, effective = said(inputs, values), said(inputs, effective)
+        model = guider.model_patcher
+        check(node, model, sampler, latent_image, vae, reward, prompt, values, effective)
         check_reach(node, model, sampler, len(sigmas) - 1, effective)
         samples = host.samples_of(model, latent_image)
 

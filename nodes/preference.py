@@ -11,7 +11,6 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 from torch import Tensor
 
-from ..rewards.base import Reward
 from ..sampler.candidates import ENERGIES
 from ..sampler.methods import METHODS
 from ..sampler.optimize import Result, Score
@@ -20,7 +19,7 @@ from . import host
 from .editor.judges import ON_TIMEOUT, PersonJudge, RecordedJudge, RewardJudge, read_choices
 from .editor.live import LiveRun
 from .shared import memo
-from .shared.checks import check_latent, complain, needs
+from .shared.checks import check_latent, check_links, check_reward, check_values, complain, filled, needs
 from .shared.finish import finish
 from .shared.inputs import (
     advanced,
@@ -32,8 +31,8 @@ from .shared.inputs import (
     prompt_input,
     repeatable_input,
     sampling_inputs,
-    settings_of,
     trace_outputs,
+    understood,
 )
 from .shared.job import ksampler_job, plain_values
 from .shared.types import MiraReward, aliases
@@ -228,6 +227,7 @@ class MiraDPOPreference(io.ComfyNode):
         iterate=-1,
         **values,
     ) -> io.NodeOutput:
+        values = filled(cls.define_schema().inputs, values)
         linked = dict(model=model, positive=positive, negative=negative, latent=latent_image, vae=vae, reward=reward)
         inputs = values | linked | dict(seed=seed, cfg=cfg, choices=choices, prompt=prompt)
 
@@ -241,21 +241,22 @@ class MiraDPOPreference(io.ComfyNode):
     @classmethod
     def preferred(cls, *, model, positive, negative, latent, vae, reward, seed, cfg, choices, prompt, values):
         """One run: (what came out, what the editor was told)."""
+        check_values(NODE, cls.define_schema().inputs, values | {"cfg": cfg})
+        check_links(NODE, positive=positive, negative=negative)
         sampler = comfy.samplers.sampler_object(values["sampler_name"])
-        if message := complain(values, cls.define_schema().inputs) or wrong_judge(values):
+        if message := wrong_judge(values):
             raise ValueError(f"{NODE}: {message}")
         check_latent(NODE, model, latent, vae, sampler, values, METHODS[values["method"]].gradient)
         judge, context = values["judge"], get_executing_context()
         if judge == "reward":
-            if not isinstance(reward, Reward):
-                raise ValueError(f"{NODE}: judge is reward, but none is connected; connect a MIRA reward node")
+            check_reward(NODE, reward)
             needs(NODE, reward, prompt, len(latent["samples"]))
         made = {
             "reward": lambda: lambda process: RewardJudge(lambda images: process.reward(images)[0]),
             "person": lambda: person(cls.hidden.unique_id, context, values, seed),
             "recorded choices": lambda: recorded(choices),
         }[judge]()
-        settings = settings_of(values, PreferenceSettings)
+        settings = understood(NODE, values, PreferenceSettings)
         live = LiveRun(cls.hidden.unique_id, settings.iterations - 1, {"drift_metric": "path_kl"})
         job = ksampler_job(
             model, positive, negative, latent, vae, seed, cfg, prompt, values, node=NODE,

@@ -37,6 +37,8 @@ def trace_files() -> list[str]:
 
 def trace_path(file: str) -> str:
     """The path of one of `trace_files`. Raises ValueError for any other: a workflow comes from strangers."""
+    if not isinstance(file, str) or not file:
+        raise ValueError(f"file is empty: {NO_FILE}")
     outside = f"{file} lies outside of ComfyUI's input, output and temp folders: {NO_FILE}"
     try:
         path = os.path.realpath(folder_paths.get_annotated_filepath(file))

@@ -9,12 +9,14 @@ import comfy.model_management
 from comfy_api.latest import io
 
 from ..rewards.combine import SCALINGS, Augmented, WeightedSum, scaled
+from ..rewards.http import NODE as HTTP
 from ..rewards.http import HTTPReward, host_of
 from ..rewards.jpeg import JPEG, QUALITY, JPEGSurrogate
 from ..rewards.pixel import MEASURES, REFERENCE, MatchReference, PixelReward
 from ..rewards.python_file import PythonReward
 from ..sampler.seeds import stream
 from .shared import files
+from .shared.checks import check_reward, check_values
 from .shared.images import to_core
 from .shared.types import MiraReward, aliases, reward_output
 
@@ -49,6 +51,7 @@ class MiraPixelReward(io.ComfyNode):
 
     @classmethod
     def execute(cls, measure, reference=None) -> io.NodeOutput:
+        check_values("MIRA Pixel Reward", cls.define_schema().inputs, {"measure": measure})
         if measure != REFERENCE:
             return io.NodeOutput(PixelReward(measure))
         if reference is None:
@@ -84,6 +87,7 @@ class MiraJPEGReward(io.ComfyNode):
 
     @classmethod
     def execute(cls, kind, quality) -> io.NodeOutput:
+        check_values("MIRA JPEG Reward", cls.define_schema().inputs, {"kind": kind, "quality": quality})
         return io.NodeOutput(cls.GRADIENT[kind](quality))
 
 
@@ -128,10 +132,14 @@ class MiraCombineRewards(io.ComfyNode):
 
     @classmethod
     def execute(cls, scaling="by typical range", **inputs) -> io.NodeOutput:
+        given = {k: v for k, v in inputs.items() if k.startswith("weight")} | {"scaling": scaling}
+        check_values("MIRA Combine Rewards", cls.define_schema().inputs, given)
         used = [i for i in range(1, SLOTS + 1) if inputs.get(f"reward_{i}") is not None]
         weights = [inputs.get(f"weight_{i}", 1.0) for i in used]
         if not any(weights):
             raise ValueError("MIRA Combine Rewards: every weight is 0, so there is nothing to optimise; set one")
+        for i in used:
+            check_reward("MIRA Combine Rewards", inputs[f"reward_{i}"], f"reward_{i}")
         rewards = [inputs[f"reward_{i}"] for i in used]
         try:
             factors = scaled(rewards, weights, scaling)
@@ -170,6 +178,8 @@ class MiraAugmentReward(io.ComfyNode):
 
     @classmethod
     def execute(cls, reward, crops, smallest, flip, seed) -> io.NodeOutput:
+        check_reward("MIRA Augment Reward", reward)
+        check_values("MIRA Augment Reward", cls.define_schema().inputs, {"crops": crops, "smallest": smallest})
         # Stream -2 is the first.
         return io.NodeOutput(Augmented(reward, crops, smallest, flip, lambda number: stream(seed, number - 2)))
 
@@ -210,7 +220,7 @@ class MiraRewardFromPython(io.ComfyNode):
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
-        if message := cls.missing(file):
+        if message := cls.missing(file or "an empty name"):
             raise ValueError(f"{cls.NAME}: {message}")
         try:
             return io.NodeOutput(PythonReward(files.find(file)))
@@ -224,7 +234,7 @@ def allowed_hosts() -> list[str]:
 
 
 class MiraRewardFromHTTP(io.ComfyNode):
-    NAME = "MIRA Reward from HTTP"
+    NAME = HTTP
 
     @classmethod
     def define_schema(cls):

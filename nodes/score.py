@@ -10,6 +10,7 @@ from torch import Tensor
 from ..rewards.base import Reward
 from .host import patcher_of
 from .host.grad import without_tf32
+from .shared.checks import check_reward
 from .shared.images import to_core
 from .shared.types import MiraReward, aliases
 
@@ -84,8 +85,7 @@ class MiraScoreImages(io.ComfyNode):
     @classmethod
     def execute(cls, images, reward, prompt=("",)) -> io.NodeOutput:
         (reward,) = reward
-        if not isinstance(reward, Reward):
-            raise ValueError(f"{cls.NAME}: reward is a {type(reward).__name__}: connect a MIRA reward node")
+        check_reward(cls.NAME, reward)
         batches = [to_core(batch, f"{cls.NAME}: images") for batch in images]
         count = sum(len(batch) for batch in batches)
         prompts = list(prompt) * count if len(prompt) == 1 else list(prompt)
@@ -137,6 +137,8 @@ class MiraRankImages(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, scores, top_k) -> io.NodeOutput:
+        if not all(torch.is_tensor(batch) for batch in images) or not all(isinstance(s, (int, float)) for s in scores):
+            raise ValueError(f"{cls.NAME}: connect an IMAGE, and the scores that MIRA Score Images gave of it")
         sizes = {tuple(batch.shape[1:]) for batch in images}
         if len(sizes) != 1:
             raise ValueError(f"{cls.NAME}: images have sizes {sorted(sizes)}, which make no batch; resize them first")

@@ -7,14 +7,22 @@ import logging
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..rewards.base import Reward
 from ..sampler.search import METHODS, POTENTIALS, SearchSettings
 from ..sampler.surrogates import REGULARIZERS
 from . import host
 from .editor.live import LiveRun
 from .host.probe import goes_in_pieces, injects_noise
 from .shared import memo
-from .shared.checks import check_latent, complain, needs, needs_gradient
+from .shared.checks import (
+    check_latent,
+    check_links,
+    check_reward,
+    check_values,
+    complain,
+    filled,
+    needs,
+    needs_gradient,
+)
 from .shared.finish import finish
 from .shared.inputs import (
     advanced,
@@ -27,8 +35,8 @@ from .shared.inputs import (
     repeatable_input,
     restart_denoise_input,
     sampling_inputs,
-    settings_of,
     trace_outputs,
+    understood,
 )
 from .shared.job import ksampler_job, plain_values
 from .shared.types import MiraReward, aliases
@@ -194,6 +202,7 @@ class MiraSearchKSampler(io.ComfyNode):
         cls, model, positive, negative, latent_image, vae, reward, seed, cfg, prompt="", iterate=-1, **values
     ) -> io.NodeOutput:
         linked = dict(model=model, positive=positive, negative=negative, latent=latent_image, vae=vae, reward=reward)
+        values = filled(cls.define_schema().inputs, values)
         inputs = values | linked | dict(seed=seed, cfg=cfg, prompt=prompt)
         node_id = cls.hidden.unique_id
 
@@ -205,15 +214,11 @@ class MiraSearchKSampler(io.ComfyNode):
 
 def searched(node_id, *, model, positive, negative, latent, vae, reward, seed, cfg, prompt, values):
     """One run: (what came out, what the editor was told)."""
-    if message := complain(values, MiraSearchKSampler.define_schema().inputs):
-        raise ValueError(f"{NODE}: {message}")
-    try:
-        settings = settings_of(values, SearchSettings)
-    except ValueError as problem:
-        raise ValueError(f"{NODE}: {problem}") from problem
+    check_values(NODE, MiraSearchKSampler.define_schema().inputs, values | {"cfg": cfg})
+    settings = understood(NODE, values, SearchSettings)
     method = METHODS[settings.method]
-    if not isinstance(reward, Reward):
-        raise ValueError(f"{NODE}: reward is a {type(reward).__name__}: connect a MIRA reward node")
+    check_links(NODE, positive=positive, negative=negative)
+    check_reward(NODE, reward)
     if method.gradient:
         needs_gradient(NODE, reward, f"a method that needs none than {settings.method}, such as fk_steering")
     sampler = comfy.samplers.sampler_object(values["sampler_name"])

@@ -25,6 +25,7 @@ from torch import Tensor
 from .base import Facts, Reward
 from .preprocess import picture
 
+NODE = "MIRA Reward from HTTP"  # whose url it is, wherever the reward is asked
 LARGEST = 3.4e38  # of a score: what float32 holds
 MOST = 1_000_000  # bytes of an answer that are read
 PAUSE = 0.5  # seconds before the second attempt; doubled for every further one
@@ -136,12 +137,12 @@ class HTTPReward(Reward):
             reason = f"it answered {problem.code} {problem.reason}{f' ({said})' if said else ''}"
         else:
             reason = str(getattr(problem, "reason", problem)) or type(problem).__name__
-        return f"the reward server at {self.url} was asked {times}: {reason}. Is it running, and is url right?"
+        return f"{NODE}: the reward server at {self.url} was asked {times}: {reason}. Is it running, and is url right?"
 
     def _scores(self, answer: bytes, count: int) -> list[float]:
         def nonsense(what: str):
             return RuntimeError(
-                f'the reward server at {self.url} answered {what}; it must answer {{"scores": [...]}} with '
+                f'{NODE}: the reward server at {self.url} answered {what}; it must answer {{"scores": [...]}} with '
                 f"{count} finite number(s), one per image"
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from comfy import sd1_clip
@@ -16,6 +16,7 @@ from .inputs import gradient_steps
 
 NO_WORDS = re.compile(r"\bembedding:\S+|<lora:[^>]*>")
 
+APART = ("prompt", "iterate", "choices")  # inputs that are no settings of a run
 # Why a value below an input's range makes no sense, where it is worth a word.
 TOO_SMALL = {
     "iterations": "nothing would be optimised (a KSampler gives the plain sample)",
@@ -33,15 +34,43 @@ def complain(values: dict, inputs: Sequence[io.Input]) -> str | None:
     """
     for known in inputs:
         low, high, value = getattr(known, "min", None), getattr(known, "max", None), values.get(known.id)
+        options = getattr(known, "options", None)
+        if options and value is not None and value not in options:
+            return f"{known.id} is {_shown(value)}: choose one of {', '.join(map(str, options))}"
         if low is None or high is None or not isinstance(value, (int, float)):
             continue
         if not low <= value <= high:  # NaN too
             why = f"{TOO_SMALL[known.id]}; " if value < low and known.id in TOO_SMALL else ""
-            shown = str(value) if len(str(value)) < 25 else f"{str(value)[:20]}..."
-            return f"{known.id} is {shown}: {why}use {low:g} to {high:g}"
+            return f"{known.id} is {_shown(value)}: {why}use {low:g} to {high:g}"
     if "drift" in str(values.get("stop") or "") and values.get("drift_limit") == 0:
         return f"stop is {values['stop']} but drift_limit is 0: set a limit above 0"
     return None
+
+
+def _shown(value) -> str:
+    return str(value) if len(str(value)) < 25 else f"{str(value)[:20]}..."
+
+
+def filled(inputs: Sequence[io.Input], values: dict) -> dict:
+    """The values of a prompt made by hand, which may leave optional inputs out, with those inputs' defaults."""
+    left = [i for i in inputs if i.optional and i.id not in APART]
+    return {i.id: i.default for i in left if getattr(i, "default", None) is not None} | values
+
+
+def check_values(node: str, inputs: Sequence[io.Input], values: dict) -> None:
+    """Raise ValueError where `complain` has something to say."""
+    if message := complain(values, inputs):
+        raise ValueError(f"{node}: {message}")
+
+
+def check_reward(node: str, reward: Reward, name: str = "reward") -> None:
+    """Raise ValueError for what is no reward: a literal in the link's place."""
+    if not isinstance(reward, Reward):
+        raise ValueError(f"{node}: {name} is {_kind(reward)}: connect a MIRA reward node")
+
+
+def _kind(value) -> str:
+    return "empty" if value is None else f"a {type(value).__name__}"
 
 
 def wrong_sigmas(sigmas: torch.Tensor) -> str | None:
@@ -58,17 +87,13 @@ def wrong_sigmas(sigmas: torch.Tensor) -> str | None:
 
 
 def check(
-    node: str, inputs: Sequence[io.Input], model, sampler, latent: dict, vae, reward: Reward, prompt: str, values: dict,
-    effective: dict,
-) -> None:  # fmt: skip
+    node: str, model, sampler, latent: dict, vae, reward: Reward, prompt: str, values: dict, effective: dict
+) -> None:
     """Raise ValueError before any sampling starts, saying what is wrong, where, and how to mend it.
 
     values: the node's widgets; effective: the same with its preset in them.
     """
-    if message := complain(values, inputs):
-        raise ValueError(f"{node}: {message}")
-    if not isinstance(reward, Reward):
-        raise ValueError(f"{node}: reward is a {type(reward).__name__}: connect a MIRA reward node")
+    check_reward(node, reward)
     needs_gradient(node, reward, "MIRA-DPO Preference or MIRA Search KSampler, which only rank images by it")
     check_latent(node, model, latent, vae, sampler, values)
     needs(node, reward, prompt, len(latent["samples"]))
@@ -146,13 +171,37 @@ def prompts_of(prompt: str, guider, count: int) -> tuple[list[str], list[str]]:
     return [prompt] * count, notices
 
 
-def check_kinds(node: str, model, vae) -> None:
-    """Raise ValueError for what is no model or no VAE: a literal in the link's place, or a checkpoint without one."""
-    if not hasattr(model, "get_model_object"):
-        raise ValueError(f"{node}: model is a {type(model).__name__}: connect a model loader's MODEL")
-    if not hasattr(vae, "first_stage_model"):
-        raise ValueError(f"{node}: vae is a {type(vae).__name__}: connect the checkpoint's VAE, or a Load VAE")
-    if vae.first_stage_model is None:
+def _is_conditioning(value) -> bool:
+    pairs = isinstance(value, list) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in value)
+    return pairs and all(torch.is_tensor(t) and isinstance(more, dict) for t, more in value)
+
+
+# What a link of each input's name has to be, and what gives it: ComfyUI lets any literal pass in a link's place.
+LINKS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "model": (lambda x: hasattr(x, "get_model_object"), "a model loader's MODEL"),
+    "tuned": (lambda x: hasattr(x, "get_model_object"), "a model loader's MODEL"),
+    "clip": (lambda x: hasattr(x, "tokenize"), "a checkpoint's CLIP, or a CLIP loader's"),
+    "vae": (lambda x: hasattr(x, "first_stage_model"), "the checkpoint's VAE, or a Load VAE"),
+    "positive": (_is_conditioning, "a CLIP Text Encode"),
+    "negative": (_is_conditioning, "a CLIP Text Encode"),
+    "latent_image": (lambda x: isinstance(x, dict), "an Empty Latent Image, or a VAE Encode"),
+    "noise": (lambda x: hasattr(x, "generate_noise"), "a RandomNoise"),
+    "guider": (lambda x: hasattr(x, "model_patcher"), "a CFGGuider"),
+    "sampler": (lambda x: hasattr(x, "sample"), "a KSamplerSelect"),
+    "sigmas": (lambda x: torch.is_tensor(x) and x.ndim == 1, "a BasicScheduler"),
+}
+
+
+def check_links(node: str, **given) -> None:
+    """Raise ValueError for a link, by its input's name, that is of another kind: a literal in its place, or nothing."""
+    for name, value in given.items():
+        fits, source = LINKS[name]
+        if not fits(value):
+            raise ValueError(f"{node}: {name} is {_kind(value)}: connect {source}")
+    if "latent_image" in given and not torch.is_tensor(given["latent_image"].get("samples")):
+        raise ValueError(f"{node}: latent_image holds no latents: connect an Empty Latent Image, or a VAE Encode")
+    vae = given.get("vae")
+    if vae is not None and vae.first_stage_model is None:
         raise ValueError(
             f"{node}: vae is empty: the file that it comes from holds no VAE that ComfyUI knows; connect a Load VAE"
         )
@@ -164,10 +213,8 @@ def check_latent(node: str, model, latent: dict, vae, sampler, values: dict, gra
     def fail(message: str):
         raise ValueError(f"{node}: {message}")
 
-    check_kinds(node, model, vae)
-    samples = latent.get("samples") if isinstance(latent, dict) else None
-    if not torch.is_tensor(samples):
-        fail("latent_image holds no latents: connect an Empty Latent Image, or a VAE Encode")
+    check_links(node, model=model, vae=vae, latent_image=latent)
+    samples = latent["samples"]
     if not samples.is_floating_point():
         fail(f"latent_image is of {samples.dtype}: latents are floating-point numbers; look at the node that made it")
     numbers = latent.get("batch_index")

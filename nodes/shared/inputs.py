@@ -397,6 +397,14 @@ def settings_of(values: dict, kind: type = Settings):
     return kind(**chosen)
 
 
+def understood(node: str, values: dict, kind: type = Settings):
+    """The settings, before anything is sampled. Raises ValueError, naming the node, for what does not go together."""
+    try:
+        return settings_of(values, kind)
+    except ValueError as problem:
+        raise ValueError(f"{node}: {problem}") from problem
+
+
 def gradient_steps(values: dict, steps: int, begins_anew: bool = False) -> int:
     """Through how many of the `steps` the gradient goes, for a node's values; 0: through all.
 

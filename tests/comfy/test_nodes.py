@@ -276,7 +276,7 @@ def test_the_latent_dict_keeps_what_else_it_holds(world):
         ({"latent_image": {"samples": torch.zeros(1, 4, 8, 8).long()}}, "latent_image is of torch.int64"),
         ({"latent_image": {"samples": torch.zeros(2, 4, 8, 8), "batch_index": [3]}}, "2 images, but its batch_index"),
         ({"reward": "brightness"}, "reward is a str: connect a MIRA reward node"),
-        ({"vae": None}, "vae is a NoneType: connect the checkpoint's VAE"),
+        ({"vae": None}, "vae is empty: connect the checkpoint's VAE"),
         ({"vae": 5}, "vae is a int: connect"),
         ({"model": "sd15"}, "model is a str: connect a model loader's MODEL"),
     ],

@@ -254,7 +254,7 @@ def test_a_page_that_was_loaded_again_sees_the_pair(world):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reward": None}, "judge is reward, but none is connected"),
+        ({"reward": None}, "reward is empty: connect a MIRA reward node"),
         ({"judge": "person", "method": "hybrid2"}, "method is hybrid2, which needs a reward's numbers"),
         ({"judge": "person", "candidates": 3}, "a person is shown pairs: use 2"),
         ({"judge": "recorded choices"}, "choices is not a record of choices"),

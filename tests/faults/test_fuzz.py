@@ -1,0 +1,84 @@
+"""Two minutes of prompts that nobody would think of, on the real server (any length: `python dev.py fuzz`)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+
+import hypothesis
+import pytest
+from fuzz import Fuzzer, drawn
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import strategies as st
+
+from tools.comfy import Client, Server
+
+SECONDS = float(os.environ.get("MIRA_FUZZ_SECONDS", "100"))
+SEED = int(os.environ.get("MIRA_FUZZ_SEED", "0"))
+BATCH = 10  # prompts to a seed of Hypothesis's
+STOCK = {
+    "1": {"class_type": "MiraDemoModel", "inputs": {}},
+    "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "a fox", "clip": ["1", 1]}},
+    "3": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+    "4": {
+        "class_type": "KSampler",
+        "inputs": {
+            "model": ["1", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0], "seed": 1,
+            "steps": 3, "cfg": 5.0, "sampler_name": "euler_ancestral", "scheduler": "normal", "denoise": 1.0,
+        },
+    },
+    "5": {"class_type": "VAEDecode", "inputs": {"samples": ["4", 0], "vae": ["1", 2]}},
+    "6": {"class_type": "PreviewImage", "inputs": {"images": ["5", 0]}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server() as server:
+        yield server
+
+
+def batch(info: dict, seed: int) -> list:
+    """A batch of prompts, the same for a seed every time."""
+    found = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=BATCH,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def collect(data):
+        found.append(drawn(data.draw, info))
+
+    collect()
+    return found
+
+
+@pytest.mark.timeout(SECONDS * 3 + 300)
+def test_no_prompt_is_answered_by_accident(server):
+    async def go():
+        async with Client(server.url) as client:
+            fuzzer = Fuzzer(client, await client.get("/object_info"))
+            before = await fuzzer.pixels((await fuzzer.run(STOCK)).outputs, STOCK, ["4", 0])
+            end, seed = time.monotonic() + SECONDS, SEED
+            while time.monotonic() < end:
+                for number, graph in enumerate(batch(fuzzer.info, seed)):
+                    if time.monotonic() < end:
+                        await fuzzer.judge(graph, twice=number % 4 == 0)
+                seed += 1
+            after = await fuzzer.pixels((await fuzzer.run(STOCK)).outputs, STOCK, ["4", 0])
+            return fuzzer, (before == after).all(), seed
+
+    fuzzer, as_before, seed = asyncio.run(go())
+    print(f"\nseeds {SEED} to {seed - 1}: {', '.join(f'{n} {kind}' for kind, n in fuzzer.seen.most_common())}")
+    for reason, prompt in fuzzer.failures:
+        print(f"{reason}\n{json.dumps(prompt)}")
+    assert not fuzzer.failures, "\n".join(reason for reason, _ in fuzzer.failures)
+    assert as_before, "a stock node gives another picture than before"
+    assert fuzzer.compared > 0 and fuzzer.seen["fine"] >= min(5, SECONDS / 10) and fuzzer.seen["refused"] > 0
