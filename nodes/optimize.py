@@ -57,12 +57,12 @@ def run(
     inputs = asked | {"vae": given["vae"], "reward": reward, "prompt": prompt, "seed": given["seed"]} | identity
 
     def work():
-        return optimized(node, node_id, effective, overruled, latent=latent, reward=reward, prompt=prompt, **given)
+        return optimized(node, hidden, effective, overruled, latent=latent, reward=reward, prompt=prompt, **given)
 
     return finish(node, hidden, *memo.of(node_id, inputs, iterate, work), latent, iterate)
 
 
-def optimized(node, node_id, values: dict, overruled: list[str], *, latent: dict, reward, prompt, guider, **given):
+def optimized(node, hidden, values: dict, overruled: list[str], *, latent: dict, reward, prompt, guider, **given):
     """One run: (what came out, what the editor was told)."""
     model, sampler, sigmas = guider.model_patcher, given["sampler"], given["sigmas"]
     samples = host.samples_of(model, latent)
@@ -71,7 +71,13 @@ def optimized(node, node_id, values: dict, overruled: list[str], *, latent: dict
     if settings.rounds < values.get("rounds", 1):
         notices.append(f"rounds is {values['rounds']}, but there were {settings.rounds}: one for every iteration")
     told = {"drift_metric": settings.drift_metric, "drift_limit": settings.drift_limit}
-    live = LiveRun(node_id, settings.iterations + settings.rounds - 1, told)
+    asked = plain_values(values) | {
+        "node": node,
+        "seed": given["seed"],
+        "prompt": prompt or "",
+        "reward": reward.facts.name,
+    }
+    live = LiveRun(hidden, settings.iterations + settings.rounds - 1, told, asked)
     job = host.Job(
         guider=guider,
         noise=given["initial"](given["seed"]),
@@ -98,12 +104,7 @@ def optimized(node, node_id, values: dict, overruled: list[str], *, latent: dict
     for notice in reward.notices(job.prompts):
         log.warning("%s: %s", node, notice)
         trace.notices.append(notice)
-    trace.settings |= plain_values(values) | {
-        "node": node,
-        "seed": job.seed,
-        "prompt": prompt or "",
-        "reward": reward.facts.name,
-    }
+    trace.settings |= asked
     return done, live
 
 

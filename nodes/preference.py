@@ -6,6 +6,7 @@ import json
 import logging
 
 import comfy.samplers
+import torch
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
@@ -54,7 +55,7 @@ def preferring(judge, seed: int, history: int):
         others = [process.noises_of(n, noises) for n in range(1, count)]
 
         def report(k: int, rows: list[dict], candidates: list[Tensor]) -> None:
-            shown = candidates[max(0, int(rows[0]["preferred"]))]
+            shown = torch.stack([candidates[max(0, int(row["preferred"]))][b] for b, row in enumerate(rows)])
             process.job.on_iteration(k, rows, Score(None, {}, shown))
 
         return prefer(
@@ -257,7 +258,14 @@ class MiraDPOPreference(io.ComfyNode):
             "recorded choices": lambda: recorded(choices),
         }[judge]()
         settings = understood(NODE, values, PreferenceSettings)
-        live = LiveRun(cls.hidden.unique_id, settings.iterations - 1, {"drift_metric": "path_kl"})
+        asked = plain_values(values) | {
+            "node": NODE,
+            "seed": seed,
+            "cfg": cfg,
+            "prompt": prompt or "",
+            "reward": reward.facts.name if judge == "reward" else judge,
+        }
+        live = LiveRun(cls.hidden, settings.iterations - 1, {"drift_metric": "path_kl"}, asked)
         job = ksampler_job(
             model, positive, negative, latent, vae, seed, cfg, prompt, values, node=NODE,
             reward=reward if judge == "reward" else None, settings=settings, gradient=METHODS[settings.method].gradient,
@@ -265,13 +273,7 @@ class MiraDPOPreference(io.ComfyNode):
         )  # fmt: skip
         done = host.run(job, preferring(made, seed, TAKE_BACK if judge == "person" else 0))
         trace = done.result.trace
-        trace.settings |= plain_values(values) | {
-            "node": NODE,
-            "seed": seed,
-            "cfg": cfg,
-            "prompt": prompt or "",
-            "reward": reward.facts.name if judge == "reward" else judge,
-        }
+        trace.settings |= asked
         if judge == "reward":
             trace.notices += reward.notices(job.prompts)
         return done, live

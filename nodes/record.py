@@ -11,7 +11,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..sampler.trace import Trace
-from .shared.finish import PNG_KEY
+from .editor.on_disk import PNG_KEY
 from .shared.types import MiraTrace
 
 SUFFIXES = (".png", ".json", ".csv")

@@ -204,15 +204,15 @@ class MiraSearchKSampler(io.ComfyNode):
         linked = dict(model=model, positive=positive, negative=negative, latent=latent_image, vae=vae, reward=reward)
         values = filled(cls.define_schema().inputs, values)
         inputs = values | linked | dict(seed=seed, cfg=cfg, prompt=prompt)
-        node_id = cls.hidden.unique_id
+        hidden = cls.hidden
 
         def work():
-            return searched(node_id, **linked, seed=seed, cfg=cfg, prompt=prompt, values=values)
+            return searched(hidden, **linked, seed=seed, cfg=cfg, prompt=prompt, values=values)
 
-        return finish(NODE, cls.hidden, *memo.of(node_id, inputs, iterate, work), latent_image, iterate)
+        return finish(NODE, hidden, *memo.of(hidden.unique_id, inputs, iterate, work), latent_image, iterate)
 
 
-def searched(node_id, *, model, positive, negative, latent, vae, reward, seed, cfg, prompt, values):
+def searched(hidden, *, model, positive, negative, latent, vae, reward, seed, cfg, prompt, values):
     """One run: (what came out, what the editor was told)."""
     check_values(NODE, MiraSearchKSampler.define_schema().inputs, values | {"cfg": cfg})
     settings = understood(NODE, values, SearchSettings)
@@ -232,7 +232,15 @@ def searched(node_id, *, model, positive, negative, latent, vae, reward, seed, c
     if method.steers:
         can_steer(settings.method, sampler, model.get_model_object("model_sampling"), values)
     # Another seed is far from the plain sample by every distance; its score energy need not be.
-    live = LiveRun(node_id, settings.rows(values["steps"]), {"drift_metric": "mira_two_sided"})
+    told = {"drift_metric": "mira_two_sided"}
+    asked = plain_values(values) | {
+        "node": NODE,
+        "seed": seed,
+        "cfg": cfg,
+        "prompt": prompt or "",
+        "reward": reward.facts.name,
+    }
+    live = LiveRun(hidden, settings.rows(values["steps"]), told, asked)
     job = ksampler_job(
         model, positive, negative, latent, vae, seed, cfg, prompt, values, node=NODE,
         reward=reward, settings=settings, gradient=method.gradient, on_iteration=live,
@@ -244,13 +252,7 @@ def searched(node_id, *, model, positive, negative, latent, vae, reward, seed, c
         trace.notices.append(notice)
     if method.steers and kept_no_best(trace):
         trace.notices.append("the plain sample scored higher than every particle: raise strength or particles")
-    trace.settings |= plain_values(values) | {
-        "node": NODE,
-        "seed": seed,
-        "cfg": cfg,
-        "prompt": prompt or "",
-        "reward": reward.facts.name,
-    }
+    trace.settings |= asked
     return done, live
 
 

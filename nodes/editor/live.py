@@ -18,6 +18,7 @@ from server import PromptServer
 from ...rewards.preprocess import picture
 from ...sampler.optimize import Score
 from ...sampler.trace import Trace, json_row
+from .on_disk import Unfinished
 
 log = logging.getLogger("mira")
 ROUTE = "/mira/live"
@@ -50,8 +51,11 @@ def running(node: str) -> tuple[str | None, str | None]:
 class LiveRun:
     """Progress bar, preview, stored thumbnails and an event per iteration, to the client that asked for the run."""
 
-    def __init__(self, node: str, iterations: int, settings: dict):
+    def __init__(self, hidden, iterations: int, told: dict, settings: dict):
+        """hidden: the node's own. told: what the chart needs to know; settings: of the run, as its record has them."""
+        node = hidden.unique_id
         self.node, self.iterations = node, iterations
+        self.unfinished = Unfinished(node, told | settings, hidden.extra_pnginfo)
         self.name = secrets.token_hex(8)
         self.notices: list[str] = []  # what could not be reported, once
         self.bar = comfy.utils.ProgressBar(iterations + 1, node_id=node)
@@ -65,7 +69,7 @@ class LiveRun:
             "prompt_id": context.prompt_id if context else None,
             "client": self.server.client_id,
             "iterations": iterations,
-            "settings": settings,
+            "settings": told,
             "rows": [],
             "previews": {},
         }
@@ -76,6 +80,10 @@ class LiveRun:
 
     def __call__(self, k: int, rows: list[dict], score: Score) -> None:
         """Nothing that fails here may cost the image, but for the interrupt that a progress bar raises."""
+        try:
+            self.unfinished(k, rows, score)
+        except Exception as problem:
+            self._note(f"the best image so far could not be stored while the run went on: {problem}")
         try:
             self._tell(k, [json_row(r) for r in rows], score)
         except comfy.model_management.InterruptProcessingException:
@@ -108,6 +116,7 @@ class LiveRun:
     def output(self, trace: Trace) -> dict:
         """The node's `ui` output, from which history and a reloaded page draw the same chart."""
         of = {name: self.run[name] for name in ("workflow", "kind")}
+        self.unfinished.done()
         self.run["output"] = {"mira": [trace.to_dict() | of | {"previews": dict(self.run["previews"])}]}
         return self.run["output"]
 

@@ -6,18 +6,10 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ...sampler.trace import Trace
 from .. import host
 from ..editor.live import LiveRun
+from ..editor.on_disk import travel
 from . import memo
-
-PNG_KEY = "mira_traces"
-
-
-def travel(extra_pnginfo: dict | None, node: str, trace: Trace) -> None:
-    """Beside the workflow, in every PNG that this run saves from here on."""
-    if extra_pnginfo is not None:
-        extra_pnginfo.setdefault(PNG_KEY, {})[node] = trace.to_dict()
 
 
 def finish(node: str, hidden, done: host.Optimized, live: LiveRun, latent: dict, iterate: int, *more):

@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from bench.pack import as_node, mira
 
 nodes, monitor, record = mira("nodes"), mira("nodes.monitor"), mira("nodes.record")
-finish = mira("nodes.shared.finish")
+on_disk = mira("nodes.editor.on_disk")
 Trace = mira("sampler.trace").Trace
 PixelReward = mira("rewards.pixel").PixelReward
 PROMPT = "generate an image of a fox"
@@ -121,7 +121,7 @@ def test_an_output_folder_that_cannot_be_written_costs_no_verdict(runs, tmp_path
 
 def test_a_png_carries_the_record(world, tmp_path):
     extra = {}
-    finish.travel(extra, "7", world.optimize(steps=2, iterations=2).result.trace)
+    on_disk.travel(extra, "7", world.optimize(steps=2, iterations=2).result.trace)
     info = PngImagePlugin.PngInfo()
     for key, value in extra.items():  # as ComfyUI's Save Image does
         info.add_text(key, json.dumps(value))
