@@ -18,7 +18,7 @@ from torch import Tensor
 from ...rewards.preprocess import picture
 from ...sampler.preference import Verdict, by_score
 from ...sampler.seeds import stream
-from .live import store
+from .live import forget, store
 
 ROUTE = "/mira/choice"
 ANSWERS = ("left", "right", "tie", "stop", "back")
@@ -186,12 +186,11 @@ class PersonJudge:
             "timeout": self.timeout,
         }
         pending = Pending(self.prompt, self.node, self.client, token, shown)
-        with _lock:
-            _pending[self.node] = pending
-        server = PromptServer.instance
-        server.send_sync("mira.choice", shown, self.client)
-        end = time.monotonic() + self.timeout
+        server, end = PromptServer.instance, time.monotonic() + self.timeout
         try:
+            with _lock:
+                _pending[self.node] = pending
+            server.send_sync("mira.choice", shown, self.client)
             while not pending.answered.wait(0.1):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 if self.timeout and time.monotonic() > end:
@@ -200,5 +199,7 @@ class PersonJudge:
             with _lock:
                 if _pending.get(self.node) is pending:
                     del _pending[self.node]
+            forget(shown["left"])
+            forget(shown["right"])
             server.send_sync("mira.chosen", {"node": self.node, "token": token}, self.client)
         return pending.answer

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
 import comfy.model_management
 import comfy.utils
@@ -25,8 +26,10 @@ ROUTE = "/mira/live"
 PREVIEW = 512  # pixels of the longer side of ComfyUI's own preview
 THUMBNAIL = 256  # and of a stored one
 MOST = 8  # runs that are remembered
+FILED = 32  # runs whose thumbnails stay
 
 _runs: OrderedDict[str, dict] = OrderedDict()  # by node id, the newest last
+_previews: deque[dict[int, dict]] = deque()  # of the last runs, whatever their nodes, the newest last
 
 
 def store(image: Image.Image, name: str, **options) -> dict:
@@ -35,6 +38,12 @@ def store(image: Image.Image, name: str, **options) -> dict:
     os.makedirs(folder, exist_ok=True)
     image.save(os.path.join(folder, name), **options)
     return {"filename": name, "subfolder": "mira", "type": "temp"}
+
+
+def forget(shown: dict) -> None:
+    """Delete what `store` stored."""
+    with contextlib.suppress(OSError):
+        os.unlink(os.path.join(folder_paths.get_temp_directory(), shown["subfolder"], shown["filename"]))
 
 
 def running(node: str) -> tuple[str | None, str | None]:
@@ -73,6 +82,10 @@ class LiveRun:
             "rows": [],
             "previews": {},
         }
+        _previews.append(self.run["previews"])
+        while len(_previews) > FILED:
+            for shown in _previews.popleft().values():
+                forget(shown)
         _runs[node] = self.run
         _runs.move_to_end(node)
         while len(_runs) > MOST:

@@ -232,6 +232,7 @@ def test_no_fault_loses_an_image(name):
     assert torch.equal(again.best, whole.best)
     assert [r["reward"] for r in again.trace.rows] == [r["reward"] for r in whole.trace.rows]
     assert injected >= 60
+    print(f"{name}: {injected} faults")
 
 
 def test_no_fault_loses_a_noise():
