@@ -37,7 +37,9 @@ own torch code.
 
 An iteration costs about one and a half plain samples, two to three with the whole gradient (`gradient_steps` 0).
 Ancestral and SDE samplers have noise at every step to optimise; `dpm_fast` and `dpm_adaptive` cannot be optimised
-through. **Cancel** hands back the best image so far with its record.
+through. **Cancel** hands back the best image so far with its record, and so does an error in the middle, which is then
+named on the node. If ComfyUI itself is killed, its output folder has that image in `mira_unfinished`, with the workflow
+and the record inside: drop it onto the editor, or open it with MIRA Load Trace.
 
 With `memory` auto it takes the fastest way that fits, and says in the record which, and what it would take; when memory
 runs out all the same, it goes on more thriftily: layers of model, decoder and scorer are computed again instead of
@@ -72,7 +74,8 @@ than they do, by two standard deviations. Both thresholds are the base model's o
 runs it also compares their rewards where they have drifted equally far. CMMD needs two or more images of a run.""",
     "MiraLoadTrace": """The record of an earlier run: from a PNG that ComfyUI saved after an optimising node (the record
 travels in it beside the workflow), or from the MIRA Drift Monitor's JSON or CSV. Connect it to a MIRA Drift Monitor to compare
-with a new run.""",
+with a new run. A run that was killed in the middle has left its best image and its record in `mira_unfinished` of the
+output folder.""",
     "MiraSearchKSampler": """A KSampler that samples several candidates of every image and lets the better ones
 survive, by any reward, with or without a gradient. `best_of_n` keeps the best of `particles` seeds, and is what every
 other method has to beat; `zero_order` climbs: `rounds` times it keeps the best of `particles` noises around the best so

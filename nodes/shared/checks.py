@@ -58,7 +58,10 @@ def filled(inputs: Sequence[io.Input], values: dict) -> dict:
 
 
 def check_values(node: str, inputs: Sequence[io.Input], values: dict) -> None:
-    """Raise ValueError where `complain` has something to say."""
+    """Raise ValueError where `complain` has something to say, now that every value is known."""
+    for known in inputs:
+        if known.id in values and values[known.id] is None:
+            raise ValueError(f"{node}: {known.id} is empty: give it a value")
     if message := complain(values, inputs):
         raise ValueError(f"{node}: {message}")
 

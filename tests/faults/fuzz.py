@@ -43,7 +43,8 @@ LINKED = (
     "MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE", "MASK", "NOISE", "GUIDER", "SAMPLER", "SIGMAS",
     "MIRA_REWARD", "MIRA_TRACE",
 )  # fmt: skip
-SECONDS = 6  # a prompt that takes longer is cancelled, and has so long again to end
+SECONDS = 6  # a prompt that takes longer is cancelled
+TO_END = 20  # seconds in which it has to end then, on a busy machine too
 
 
 def spec_of(entry: list) -> tuple[str, dict]:
@@ -279,9 +280,9 @@ class Fuzzer:
                         return Outcome("cancelled" if cancelled else "fine", outputs=outputs)
             elif message is not None and message.type is not aiohttp.WSMsgType.BINARY:
                 return Outcome("failed", "the server closed the connection")
-            if time.monotonic() - started > 2 * SECONDS:
-                return Outcome("failed", f"it did not end within {SECONDS} s of being cancelled")
-            if time.monotonic() - started > SECONDS and not cancelled:
+            if time.monotonic() - started > SECONDS + TO_END:
+                return Outcome("failed", f"it did not end within {TO_END} s of being cancelled")
+            if time.monotonic() - started > SECONDS:  # every node of ours ends with its best, and the next one begins
                 cancelled = True
                 await self.client.interrupt()
 
@@ -308,7 +309,8 @@ class Fuzzer:
             return Outcome("failed", f"the server broke: {said}")
         if kind is None:
             # ComfyUI calls what a node's own check stumbles over an exception during its validation.
-            stumbled = re.search(r"exception_during_validation.{0,300}", said)
+            # (A link to a node that is not there is one of its own.)
+            stumbled = "'nowhere'" not in said and re.search(r"exception_during_validation.{0,300}", said)
             return Outcome("failed", stumbled[0]) if stumbled else Outcome("refused", said)
         if not kind.startswith(PACK):
             return Outcome("refused", said)  # a stock node's own words
