@@ -83,7 +83,13 @@ REFERENCE = "match reference"
 
 
 class PixelReward(Reward):
-    """One of `MEASURES`."""
+    """One of `MEASURES`.
+
+    >>> grey = torch.full((2, 3, 8, 8), 0.75)
+    >>> total, parts = PixelReward("brightness")(grey, ["a fox"] * 2)
+    >>> total
+    tensor([0.5000, 0.5000])
+    """
 
     def __init__(self, measure: str):
         if measure not in MEASURES:

@@ -202,6 +202,16 @@ class Rollout:
     blocks: a context inside which the model checkpoints its own blocks, for "per_block" and "offload"; None when it
         has none, and then "per_block" is "per_step".
     random: n -> a context in which call n of a trajectory draws the random numbers that it drew in every other one.
+
+    One Euler step of a model of N(0, 1) data, whose denoiser is exact; its score is that of the noisy image:
+
+    >>> def sample(z_T, source, wrap):
+    ...     D = wrap(lambda x, sigma: x / (1 + sigma.view(-1, 1) ** 2))
+    ...     return D(z_T * 5**0.5, torch.full((len(z_T),), 2.0))
+    >>> rollout = Rollout(sample, torch.tensor([2.0, 0.0]), memory="none")
+    >>> path = rollout([torch.ones(1, 3)])
+    >>> [round(v, 3) for v in (path.x0[0, 0].item(), path.eps[0][0, 0].item())]
+    [0.447, 0.894]
     """
 
     POLICIES = ("none", "per_step", "per_block", "offload")

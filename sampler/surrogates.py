@@ -38,7 +38,13 @@ def score_distance(path: Path, reference: Path) -> Tensor:
 
 
 def path_kl(path: Path, reference: Path) -> Tensor:
-    """1/2 sum_t ||z_t - z0_t||^2: the KL between the two Gaussian paths given their noises."""
+    """1/2 sum_t ||z_t - z0_t||^2: the KL between the two Gaussian paths given their noises.
+
+    >>> def at(*noises):
+    ...     return Path(torch.zeros(1, 4), tuple(torch.full((1, 4), z) for z in noises), (), (), ())
+    >>> path_kl(at(0.5, 1.0), at(0.0, 1.0))
+    tensor([0.1250])
+    """
     return sum(mean_square(z - z0, path.mask) for z, z0 in zip(path.noises, reference.noises, strict=True)) / 2
 
 
