@@ -32,13 +32,16 @@ SD15 = dict(
 )  # fmt: skip
 
 
-def sd15(dtype: torch.dtype | None = None):
-    """SD1.5's UNet at its full size with random weights, as a ModelPatcher; by default float32, float16 on a GPU."""
+def sd15(dtype: torch.dtype | None = None, **config):
+    """SD1.5's UNet at its full size with random weights, as a ModelPatcher; by default float32, float16 on a GPU.
+
+    config: what is to be other than in SD1.5's own configuration.
+    """
     import comfy.model_management as management
     import comfy.model_patcher
 
     device = management.get_torch_device()
-    config = demo.DemoSD15(SD15)
+    config = demo.DemoSD15(SD15 | config)
     config.set_inference_dtype(dtype or (torch.float16 if device.type == "cuda" else torch.float32), None)
     torch.manual_seed(0)
     with torch.inference_mode():

@@ -59,18 +59,23 @@ class Editor:
 
     def _ready(self) -> None:
         self.page.wait_for_function(READY, timeout=60_000)
-        self.page.wait_for_timeout(700)
+        self.settle(400)
+
+    def settle(self, milliseconds: int = 250) -> None:
+        """What was asked for is drawn, however busy the machine is, and what that asks the server is on its way."""
+        self.js("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        self.page.wait_for_timeout(milliseconds)
 
     def js(self, code: str, argument=None):
         return self.page.evaluate(code, argument)
 
     def load(self, workflow: dict) -> None:
         self.js("async w => { await app.loadGraphData(w); }", workflow)
-        self.page.wait_for_timeout(800)
+        self.settle()
 
     def load_prompt(self, prompt: dict) -> None:
         self.js("async p => { await app.loadApiJson(p, 'test'); }", prompt)
-        self.page.wait_for_timeout(800)
+        self.settle()
 
     def prompt(self) -> dict:
         return self.js("async () => (await app.graphToPrompt()).output")
@@ -100,7 +105,7 @@ class Editor:
             }""",
             [kind, scale, bottom],
         )
-        self.page.wait_for_timeout(700)
+        self.settle()
 
     def shot(self, name: str) -> None:
         SHOTS.mkdir(parents=True, exist_ok=True)

@@ -137,11 +137,12 @@ def test_registration():
     ]  # fmt: skip
 
 
-def test_full_size_sd15_architecture(world):
+def test_sd15s_architecture(world):
+    """All its levels, blocks and widths of attention, with a fifth of the channels."""
     context = torch.randn(1, 77, 768)
     out = optimize(
         world,
-        model=sd15(),
+        model=sd15(model_channels=64),
         positive=[[context, {}]],
         negative=[[context * 0, {}]],
         latent_image={"samples": torch.zeros(1, 4, 8, 8)},
