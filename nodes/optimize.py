@@ -28,7 +28,7 @@ from .shared.inputs import (
     trace_outputs,
     understood,
 )
-from .shared.job import cfg_guider, ksampler_noise, plain_values
+from .shared.job import asked, cfg_guider, ksampler_noise
 from .shared.presets import applied
 from .shared.types import MiraReward, aliases
 
@@ -53,8 +53,8 @@ def run(
     are made of tells whether it is the same run.
     """
     iterate, node_id = values.get("iterate", -1), hidden.unique_id
-    asked, effective = ({k: v for k, v in of.items() if k != "iterate"} for of in (values, effective))
-    inputs = asked | {"vae": given["vae"], "reward": reward, "prompt": prompt, "seed": given["seed"]} | identity
+    widgets, effective = ({k: v for k, v in of.items() if k != "iterate"} for of in (values, effective))
+    inputs = widgets | {"vae": given["vae"], "reward": reward, "prompt": prompt, "seed": given["seed"]} | identity
 
     def work():
         return optimized(node, hidden, effective, overruled, latent=latent, reward=reward, prompt=prompt, **given)
@@ -71,13 +71,8 @@ def optimized(node, hidden, values: dict, overruled: list[str], *, latent: dict,
     if settings.rounds < values.get("rounds", 1):
         notices.append(f"rounds is {values['rounds']}, but there were {settings.rounds}: one for every iteration")
     told = {"drift_metric": settings.drift_metric, "drift_limit": settings.drift_limit}
-    asked = plain_values(values) | {
-        "node": node,
-        "seed": given["seed"],
-        "prompt": prompt or "",
-        "reward": reward.facts.name,
-    }
-    live = LiveRun(hidden, settings.iterations + settings.rounds - 1, told, asked)
+    record = asked(node, values, given["seed"], prompt, reward.facts.name)
+    live = LiveRun(hidden, settings.iterations + settings.rounds - 1, told, record)
     job = host.Job(
         guider=guider,
         noise=given["initial"](given["seed"]),
@@ -104,7 +99,7 @@ def optimized(node, hidden, values: dict, overruled: list[str], *, latent: dict,
     for notice in reward.notices(job.prompts):
         log.warning("%s: %s", node, notice)
         trace.notices.append(notice)
-    trace.settings |= asked
+    trace.settings |= record
     return done, live
 
 

@@ -35,7 +35,7 @@ from .shared.inputs import (
     trace_outputs,
     understood,
 )
-from .shared.job import ksampler_job, plain_values
+from .shared.job import asked, ksampler_job
 from .shared.types import MiraReward, aliases
 
 log = logging.getLogger("mira")
@@ -258,14 +258,9 @@ class MiraDPOPreference(io.ComfyNode):
             "recorded choices": lambda: recorded(choices),
         }[judge]()
         settings = understood(NODE, values, PreferenceSettings)
-        asked = plain_values(values) | {
-            "node": NODE,
-            "seed": seed,
-            "cfg": cfg,
-            "prompt": prompt or "",
-            "reward": reward.facts.name if judge == "reward" else judge,
-        }
-        live = LiveRun(cls.hidden, settings.iterations - 1, {"drift_metric": "path_kl"}, asked)
+        by = reward.facts.name if judge == "reward" else judge
+        record = asked(NODE, values | {"cfg": cfg}, seed, prompt, by)
+        live = LiveRun(cls.hidden, settings.iterations - 1, {"drift_metric": "path_kl"}, record)
         job = ksampler_job(
             model, positive, negative, latent, vae, seed, cfg, prompt, values, node=NODE,
             reward=reward if judge == "reward" else None, settings=settings, gradient=METHODS[settings.method].gradient,
@@ -273,7 +268,7 @@ class MiraDPOPreference(io.ComfyNode):
         )  # fmt: skip
         done = host.run(job, preferring(made, seed, TAKE_BACK if judge == "person" else 0))
         trace = done.result.trace
-        trace.settings |= asked
+        trace.settings |= record
         if judge == "reward":
             trace.notices += reward.notices(job.prompts)
         return done, live

@@ -38,7 +38,7 @@ from .shared.inputs import (
     trace_outputs,
     understood,
 )
-from .shared.job import ksampler_job, plain_values
+from .shared.job import asked, ksampler_job
 from .shared.types import MiraReward, aliases
 
 log = logging.getLogger("mira")
@@ -233,14 +233,8 @@ def searched(hidden, *, model, positive, negative, latent, vae, reward, seed, cf
         can_steer(settings.method, sampler, model.get_model_object("model_sampling"), values)
     # Another seed is far from the plain sample by every distance; its score energy need not be.
     told = {"drift_metric": "mira_two_sided"}
-    asked = plain_values(values) | {
-        "node": NODE,
-        "seed": seed,
-        "cfg": cfg,
-        "prompt": prompt or "",
-        "reward": reward.facts.name,
-    }
-    live = LiveRun(hidden, settings.rows(values["steps"]), told, asked)
+    record = asked(NODE, values | {"cfg": cfg}, seed, prompt, reward.facts.name)
+    live = LiveRun(hidden, settings.rows(values["steps"]), told, record)
     job = ksampler_job(
         model, positive, negative, latent, vae, seed, cfg, prompt, values, node=NODE,
         reward=reward, settings=settings, gradient=method.gradient, on_iteration=live,
@@ -252,7 +246,7 @@ def searched(hidden, *, model, positive, negative, latent, vae, reward, seed, cf
         trace.notices.append(notice)
     if method.steers and kept_no_best(trace):
         trace.notices.append("the plain sample scored higher than every particle: raise strength or particles")
-    trace.settings |= asked
+    trace.settings |= record
     return done, live
 
 

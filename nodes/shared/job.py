@@ -49,6 +49,7 @@ def ksampler_job(model, positive, negative, latent: dict, vae, seed: int, cfg: f
     )
 
 
-def plain_values(values: dict) -> dict:
-    """The widgets' values, as a record holds them."""
-    return {k: v for k, v in values.items() if isinstance(v, (int, float, str))}
+def asked(node: str, values: dict, seed: int, prompt: str, reward: str) -> dict:
+    """What a run was asked to do, as its record has it: the widgets' values, and by which reward (or judge)."""
+    plain = {k: v for k, v in values.items() if isinstance(v, (int, float, str))}
+    return plain | {"node": node, "seed": seed, "prompt": prompt or "", "reward": reward}
