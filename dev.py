@@ -268,7 +268,8 @@ def existing_installation(path: Path) -> tuple[Path, Path]:
             break
     else:
         python = Path(sys.executable)
-    needed = "torch aiohttp tqdm PIL psutil open_clip matplotlib playwright pytest pytest_timeout ruff".split()
+    needed = "torch aiohttp tqdm PIL psutil open_clip matplotlib playwright pytest pytest_timeout ruff mypy".split()
+    needed.append("hypothesis")
     code = f"import importlib.util as u; print(' '.join(n for n in {needed} if u.find_spec(n) is None))"
     missing = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
     if missing.returncode or missing.stdout.strip():
@@ -331,10 +332,14 @@ def get_chromium() -> str:
 
 
 def test(python: Path, comfyui: Path, gpu: bool, extra: list[str]) -> int:
-    checks = [["-m", "ruff", "check", "."], ["-m", "ruff", "format", "--check", "."]]
-    for check in checks:
-        if code := execute(python, comfyui, check, gpu):
-            print(f"dev.py: {' '.join(check[1:])} failed; `ruff check --fix` and `ruff format` mend most of it")
+    checks = {
+        "ruff check .": "`ruff check --fix` mends most of it",
+        "ruff format --check .": "`ruff format` mends it",
+        "mypy": "it reads sampler/ and rewards/, as pyproject.toml says",
+    }
+    for check, remedy in checks.items():
+        if code := execute(python, comfyui, ["-m", *check.split()], gpu):
+            print(f"dev.py: {check} failed; {remedy}")
             return code
     where = {}
     if "--no-browser" in extra:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .base import Facts, Reward
 from .clip import words
 from .files import AESTHETIC_HEAD, WrongFile, require
-from .half import through
+from .half import place_of, through
 from .preprocess import Preprocessing
 
 LAYERS = (0, 2, 4, 6, 7)  # the released file keeps the numbers of the dropouts between them
@@ -21,14 +21,11 @@ class LinearHead(nn.Module):
 
     def __init__(self, weights: dict[str, Tensor], prefix: str = "layers."):
         super().__init__()
+        self.width = weights[f"{prefix}{LAYERS[0]}.weight"].shape[1]
         parts = [(weights[f"{prefix}{i}.weight"], weights[f"{prefix}{i}.bias"]) for i in LAYERS]
         self.layers = nn.ModuleList(nn.Linear(w.shape[1], w.shape[0], device="meta") for w, _ in parts)
         for layer, (weight, bias) in zip(self.layers, parts, strict=True):
             layer.weight, layer.bias = (nn.Parameter(t.float(), requires_grad=False) for t in (weight, bias))
-
-    @property
-    def width(self) -> int:
-        return self.layers[0].in_features
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -74,5 +71,4 @@ class Aesthetic(Reward):
                 f"the aesthetic head reads embeddings of {self.head.width} numbers, but this CLIP makes "
                 f"{embedding.shape[1]}: use CLIP ViT-L/14"
             )
-        weight = self.head.layers[0].weight
-        return self.head(F.normalize(embedding, dim=1).to(weight))
+        return self.head(F.normalize(embedding, dim=1).to(place_of(self.head)))

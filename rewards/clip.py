@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import Facts, Reward
 from .half import place_of, through
@@ -24,7 +25,7 @@ class Encoder:
     network: `encode_image(pixels)` and `encode_text(ids)`, each -> (B, D); tokens: prompts -> ids (see `text.py`).
     """
 
-    network: nn.Module
+    network: Any
     tokens: Callable[[Sequence[str]], Tensor]
     preprocessing: Preprocessing
     name: str = ""

@@ -56,14 +56,15 @@ class WeightedSum(Reward):
         )
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        total, parts = 0.0, {}
+        total: Tensor | float = 0.0
+        parts: dict[str, Tensor] = {}
         for reward, weight in zip(self.rewards, self.weights, strict=True):
             score, inner = reward(images, prompts)
             total = weight * score.to(images.device) + total
             for name, part in inner.items():
                 number = sum(key == name or key.startswith(f"{name} #") for key in parts)
                 parts[f"{name} #{number + 1}" if number else name] = part
-        return total, parts
+        return torch.as_tensor(total), parts
 
     def evaluation(self, number: int) -> None:
         for reward in self.rewards:

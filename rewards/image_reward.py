@@ -111,7 +111,7 @@ class ImageReward(Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         ids, mask = self.tokens(prompts).to(place_of(self.network).device).unbind(1)
         features = through(lambda pixels: self.network(pixels, ids, mask), self.preprocessing(images), self.network)
-        return (self.head(features.to(self.head.layers[0].weight)) - MEAN) / STD
+        return (self.head(features.to(place_of(self.head))) - MEAN) / STD
 
     def notices(self, prompts: Sequence[str]) -> list[str]:
         return cut(prompts, self.tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Sequence
@@ -78,8 +79,8 @@ def estimated_bytes(images: Tensor, quality: int = QUALITY) -> Tensor:
     halves = [F.avg_pool2d(c[:, None], 2, ceil_mode=True)[:, 0] for c in (blue, red)]
     parts = [coefficients(y - 128, LUMINANCE, quality)]
     parts += [coefficients(c, CHROMINANCE, quality) for c in halves]
-    bits = sum(torch.log2(1 + (c / KNEE).square()).flatten(1).sum(1) * SLOPE / 2 + BLOCK * c.shape[1] for c in parts)
-    return HEADER + bits / 8
+    bits = [torch.log2(1 + (c / KNEE).square()).flatten(1).sum(1) * SLOPE / 2 + BLOCK * c.shape[1] for c in parts]
+    return HEADER + functools.reduce(torch.add, bits) / 8
 
 
 class JPEG(Reward):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ NAMES = {
 }  # fmt: skip
 # OpenAI's networks use QuickGELU, and of this size theirs are the usual ones.
 QUICK_GELU_BY_SIZE = {"ViT-L/14"}
+Network = TypeVar("Network", bound=nn.Module)
 OPENAI_MARKS = {"input_resolution", "context_length", "vocab_size"}
 
 
@@ -34,7 +36,7 @@ def depth(state: dict[str, Tensor], pattern: str) -> int:
     return 1 + max(int(m[1]) for k in state if (m := re.match(pattern, k)))
 
 
-def adopt(network: nn.Module, state: dict[str, Tensor], file: str) -> nn.Module:
+def adopt(network: Network, state: dict[str, Tensor], file: str) -> Network:
     """Give `network`, made without storage, these tensors. Raises WrongFile where a name or a size does not fit."""
     wanted = network.state_dict()
     wrong = [k for k in wanted if k not in state or state[k].shape != wanted[k].shape]

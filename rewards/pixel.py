@@ -119,5 +119,5 @@ class MatchReference(Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         if why := self.unfit(len(images)):
             raise ValueError(why)
-        reference = resize(self.reference.to(images), tuple(images.shape[-2:]))
+        reference = resize(self.reference.to(images), (images.shape[-2], images.shape[-1]))
         return -((images - reference).square().flatten(1).mean(1) + EPS).sqrt()

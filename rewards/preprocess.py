@@ -88,7 +88,7 @@ def crop_transformers(images: Tensor, size: int) -> Tensor:
 def _crop(images: Tensor, size: int, offset: Callable[[int], int]) -> Tensor:
     height, width = images.shape[-2:]
     # Sizes are truncated as both libraries truncate them.
-    images = resize(images, tuple(size * side // min(height, width) for side in (height, width)))
+    images = resize(images, (size * height // min(height, width), size * width // min(height, width)))
     top, left = (offset(side - size) for side in images.shape[-2:])
     return images[..., top : top + size, left : left + size]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 from .rollout import Path, Rollout, per_image
 from .seeds import fresh
 from .surrogates import SURROGATES, Surrogate
+
+if TYPE_CHECKING:
+    from .preference import PreferenceSettings
 
 
 def mira_reversed(path: Path, reference: Path) -> Tensor:
@@ -49,7 +53,7 @@ class Run:
 
     rollout: Rollout
     render: Callable[[Tensor], Tensor]
-    settings: object  # PreferenceSettings
+    settings: PreferenceSettings
     generator: torch.Generator
     evaluations: int = 0  # runs of the sampler, forward
     backwards: int = 0

@@ -12,6 +12,7 @@ from .memory import give_back, out_of_memory
 
 log = logging.getLogger("mira")
 T = TypeVar("T")
+LOGGED = "mira_logged"  # on an exception
 Interrupts = tuple[type[BaseException], ...]
 
 
@@ -63,12 +64,13 @@ def within_memory(work: Callable[..., T], *args) -> tuple[T | None, Cut | None]:
 
 
 def _ended(cut: Cut) -> Cut:
-    problem, seen = cut.problem, []
-    if cut.failed and not hasattr(problem, "logged"):  # loops are inside of one another
-        problem.logged = True
-        log.error("%s", cut, exc_info=problem)
+    problem: BaseException | None = cut.problem
+    seen: list[BaseException] = []
+    if cut.failed and LOGGED not in cut.problem.__dict__:  # loops are inside of one another
+        cut.problem.__dict__[LOGGED] = True
+        log.error("%s", cut, exc_info=cut.problem)
     if not cut.failed:
-        problem.__traceback__ = problem.__context__ = problem.__cause__ = None
+        cut.problem.__traceback__ = cut.problem.__context__ = cut.problem.__cause__ = None
     while problem is not None and problem not in seen:
         seen.append(problem)
         traceback.clear_frames(problem.__traceback__)

@@ -75,7 +75,7 @@ def hybrid(
     def climb(z: Sequence[Tensor], reference: Path | None, iterations: int):
         """(the last rows, images, latent, noises, why it ended before its time or None)."""
         nonlocal runs
-        latest = []
+        latest: list = []
 
         def seen(i: int, rows: list[dict], score: Score) -> None:
             nonlocal runs
@@ -93,7 +93,8 @@ def hybrid(
     def round_(k: int) -> str | None:
         """Why it ended before its time, or None."""
         nonlocal reference, trajectories, runs
-        started, ends, ended = time.perf_counter(), [], None
+        started, ended = time.perf_counter(), None
+        ends: list[list] = []
         for z in trajectories:
             end, cut = attempt(interrupts, climb, z, reference, settings.iterations)
             if cut:

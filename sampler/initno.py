@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ending import Interrupts, attempt
+from .rollout import total
 from .variables import standard_kl
 
 SHARPNESS = 100.0  # of the softmax over tokens, which makes a map of the small differences between them
@@ -24,7 +25,7 @@ ANSWERED = 0.5  # response above which the subjects' places are not known well e
 UNKNOWN = 0.5  # what such a conflict counts when noises are compared: as much as any can
 TRIAL = 10  # updates of every noise but the best
 KL = 0.001  # per element: how far N(mu, sigma^2) may go from N(0, 1)
-ADAM = {"lr": 0.01, "eps": 1e-3}
+LR, EPS = 0.01, 1e-3  # of Adam
 GRADIENT_SCALES = (2.0**10, 1.0)  # in float16 they are near its smallest numbers, or for some models its largest
 
 
@@ -141,7 +142,7 @@ def improve(
         """Whether it became good."""
         nonlocal best, lowest, index, updates
         mu, log_variance = leaves = [torch.zeros_like(noise).requires_grad_() for _ in range(2)]
-        adam = torch.optim.Adam(leaves, **ADAM)
+        adam = torch.optim.Adam(leaves, lr=LR, eps=EPS)
         for k in range(iterations + 1):
             z = mu + (log_variance / 2).exp() * start
             response, conflict = scores(attend(z), subjects)
@@ -160,7 +161,7 @@ def improve(
             if k < iterations:
                 for scale in GRADIENT_SCALES:
                     gradients = torch.autograd.grad(scale * (response + conflict), leaves, retain_graph=scale > 1)
-                    length = sum(g.float().square().sum() for g in gradients)
+                    length = total(g.float().square().sum() for g in gradients)
                     if torch.isfinite(length):
                         break
                 if not (torch.isfinite(length) and length > 0):

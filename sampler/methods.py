@@ -15,7 +15,7 @@ from torch import Tensor
 from .candidates import Candidate, Run, clipped, towards
 from .keep import chosen
 from .optimize import OPTIMIZERS
-from .rollout import Path, mean_square, per_image
+from .rollout import Path, mean_square, per_image, total
 
 if TYPE_CHECKING:
     from .preference import Verdict
@@ -208,7 +208,7 @@ class Hybrid2(Method):
             raise ValueError("hybrid2 needs numbers, which a person or a list of choices does not give: use dpo")
         gain = (verdict.scores[:, 1:] - verdict.scores[:, :1]).nan_to_num(0, 0, 0)
         middle = found[0].images
-        along = sum(
+        along = total(
             per_image(gain[:, i].to(middle), middle) * (probe.images - middle) for i, probe in enumerate(found[1:])
         ) / len(found[1:])
         along = along / per_image(along.flatten(1).norm(dim=1) + 1e-3, along)
@@ -232,4 +232,9 @@ class Hybrid2(Method):
         return size
 
 
-METHODS: dict[str, type[Method]] = {"dpo": Dpo, "dueling": Dueling, "best_of_n": BestOfN, "hybrid2": Hybrid2}
+METHODS: dict[str, type[Dpo] | type[Dueling] | type[BestOfN] | type[Hybrid2]] = {
+    "dpo": Dpo,
+    "dueling": Dueling,
+    "best_of_n": BestOfN,
+    "hybrid2": Hybrid2,
+}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .ending import Interrupts, attempt
 from .keep import Keeper
-from .rollout import Path, Rollout, mean_square, per_image
+from .rollout import Path, Rollout, mean_square, per_image, total
 from .surrogates import REGULARIZERS, SURROGATES
 from .trace import Trace, rows_of
 from .variables import VARIABLES, Variables
@@ -24,7 +24,7 @@ class SphericalAdam(torch.optim.Adam):
     """
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no user has one
         leaves = [z for group in self.param_groups for z in group["params"]]
         norms = [z.flatten(1).norm(dim=1) for z in leaves]
         super().step()
@@ -346,9 +346,9 @@ def _evaluated(rollout: Rollout, score, state: _State, settings: Settings, gradi
         drift = surrogates[settings.drift_metric]
         if not gradient:
             return _Evaluation(path, result, surrogates, drift, loss)
-        grads = torch.autograd.grad(loss.sum() * state.loss_scale, state.z, allow_unused=True)
+        found = torch.autograd.grad(loss.sum() * state.loss_scale, state.z, allow_unused=True)
         grads = [
-            torch.zeros_like(z) if g is None else g / state.loss_scale for g, z in zip(grads, state.z, strict=True)
+            torch.zeros_like(z) if g is None else g / state.loss_scale for g, z in zip(found, state.z, strict=True)
         ]
     return _Evaluation(path.detach(), result, surrogates, drift, loss.detach(), grads, _norm(grads))
 
@@ -472,7 +472,7 @@ def _hold(state: _State, settings: Settings, drift: Tensor) -> None:
     if settings.hold == "projection":
         starts = [state.variables.start[i] for i in state.variables.free]
         moved = [z - start for z, start in zip(state.z, starts, strict=True)]
-        shares = sum(mean_square(m, state.reference.mask) for m in moved) / 2
+        shares = total(mean_square(m, state.reference.mask) for m in moved) / 2
         inside = settings.drift_limit * (1 - 1e-4)  # within the limit after rounding too
         scale = (inside / shares.clamp(min=1e-12)).sqrt().clamp(max=1)
         for z, start, m in zip(state.z, starts, moved, strict=True):

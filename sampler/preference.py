@@ -19,7 +19,7 @@ from .ending import Interrupts, attempt
 from .keep import Kept, chosen
 from .methods import METHODS
 from .optimize import OPTIMIZERS, Result
-from .rollout import Rollout
+from .rollout import Path, Rollout
 from .seeds import stream
 from .surrogates import SURROGATES
 from .trace import Trace, rows_of
@@ -158,7 +158,9 @@ def prefer(
         book.choices += [[book.k, b, *choice] for b, choice in enumerate(of_each)]
         return verdict
 
-    reason, references, found, reported, cut_short = "", [], [], False, False
+    reason, reported, cut_short = "", False, False
+    references: list[Path] = []
+    found: list[Candidate] = []
 
     def comparison() -> Verdict:
         nonlocal references, found, reported
@@ -237,7 +239,8 @@ class _Book:
 
     def __init__(self, method, generator: torch.Generator, history: int):
         self.method, self.generator, self.history = method, generator, history
-        self.k, self.ties, self.kept, self.trace, self.choices = 0, 0, _Kept(), Trace(), []
+        self.k, self.ties, self.kept, self.trace = 0, 0, _Kept(), Trace()
+        self.choices: list[list] = []
         self.past: list[tuple] = []
         self.iterates: list[Tensor] = []
 

@@ -74,7 +74,8 @@ def in_rounds(
     out of memory and any other error end the run with that.
     """
     lengths = [len(part) for part in torch.arange(settings.iterations).tensor_split(settings.rounds)]
-    trace, iterates, kept, best = Trace(), [], Kept(), None
+    trace, kept, best = Trace(), Kept(), None
+    iterates: list[Tensor] = []
     done = reason = base = None
 
     def optimized(number: int, stretch: Stretch) -> Result:
@@ -189,7 +190,7 @@ def search_by_restarts(
     if cut and not trace.rows:
         raise cut.problem
     # A candidate that was kept in a round that was cut short has no row of its own: it takes the place of the last.
-    last = trace.rows[-1]["iteration"]
+    last = int(trace.rows[-1]["iteration"])
     if cut and (kept.iteration > last).any():
         report(last + 1, [best])
         last += 1

@@ -6,7 +6,8 @@ sampler injects, in the order in which it asks for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -40,6 +41,11 @@ def mean_square(x: Tensor, mask: Tensor | None = None) -> Tensor:
         return square.flatten(1).mean(1)
     mask = mask.to(square).expand_as(square)
     return (square * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1e-12)
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """Their sum, one after the other; at least one."""
+    return functools.reduce(torch.add, terms)
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:
@@ -377,8 +383,8 @@ class Rollout:
         alone, self._blocks_alone = self._blocks_alone, False  # from here on, a step at a time
         if self.memory == "per_block" and alone:
             return True
-        rest = self.POLICIES[self.POLICIES.index(self.memory) + 1 :] if self.memory != "auto" else self.POLICIES[-1:]
-        rest = [p for p in rest if p != "per_block" or self.blocks]
+        left = self.POLICIES[self.POLICIES.index(self.memory) + 1 :] if self.memory != "auto" else self.POLICIES[-1:]
+        rest = [p for p in left if p != "per_block" or self.blocks]
         self.memory = rest[0] if rest else self.memory
         return bool(rest)
 

@@ -327,7 +327,9 @@ class _Search:
 
         def work(some: Sequence[int]) -> None:
             calls = 0
-            record, drawn, latest = Record(self.rollout), [], []
+            record = Record(self.rollout)
+            drawn: list[Tensor] = []
+            latest: list[Tensor] = []
             ready = None if known is None else known[list(some)].flatten(0, 1)
 
             def wrap(denoiser: Denoiser) -> Denoiser:
@@ -479,8 +481,9 @@ class _Search:
     def _injected(self, some: Sequence[int], call: int, like: Tensor) -> Tensor:
         return self.fresh(some, like)
 
-    def _promised(self, n: int, population: _Population, found, log_weights: Tensor) -> None:
-        self.report(n, population, *found, False, {"ess": effective(log_weights)})
+    def _promised(self, n: int, population: _Population, found: tuple, log_weights: Tensor) -> None:
+        reward, parts, images = found
+        self.report(n, population, reward, parts, images, False, {"ess": effective(log_weights)})
 
     def fk_steering(self) -> tuple[Tensor, Tensor]:
         settings, population, at = self.settings, self._first(), 0

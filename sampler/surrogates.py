@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .rollout import Path, mean_square
+from .rollout import Path, mean_square, total
 
 Surrogate = Callable[[Path, Path], Tensor]
 
@@ -34,7 +34,7 @@ def mira_two_sided(path: Path, reference: Path) -> Tensor:
 def score_distance(path: Path, reference: Path) -> Tensor:
     """sum_t w_t ||eps_hat(x_t(z)) - eps_hat(x_t(z0))||^2."""
     terms = zip(path.eps, reference.eps, path.weights, strict=True)
-    return sum(w * mean_square(e - e0, path.mask) for e, e0, w in terms)
+    return total(w * mean_square(e - e0, path.mask) for e, e0, w in terms)
 
 
 def path_kl(path: Path, reference: Path) -> Tensor:
@@ -45,7 +45,7 @@ def path_kl(path: Path, reference: Path) -> Tensor:
     >>> path_kl(at(0.5, 1.0), at(0.0, 1.0))
     tensor([0.1250])
     """
-    return sum(mean_square(z - z0, path.mask) for z, z0 in zip(path.noises, reference.noises, strict=True)) / 2
+    return total(mean_square(z - z0, path.mask) for z, z0 in zip(path.noises, reference.noises, strict=True)) / 2
 
 
 def latent_distance(path: Path, reference: Path) -> Tensor:

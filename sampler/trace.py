@@ -88,8 +88,8 @@ class Trace:
                 {k: int(v) if k in ("iteration", "image") else float(v) for k, v in row.items() if v != ""}
                 for row in found
             ]
-            images = max(row["image"] for row in rows) + 1
-            kept = [max(r["iteration"] for r in rows if r["image"] == b) for b in range(images)]
+            images = max(int(row["image"]) for row in rows) + 1
+            kept = [max(int(r["iteration"]) for r in rows if r["image"] == b) for b in range(images)]
         except (ValueError, KeyError):
             raise ValueError("the CSV is damaged or cut short: a cell is missing, or is no number") from None
         return cls({}, rows, kept, ["read from a CSV"] * images, ["read from a CSV: the last iteration counts as kept"])
