@@ -119,6 +119,11 @@ def test_an_output_folder_that_cannot_be_written_costs_no_verdict(runs, tmp_path
     assert "not written: " in out.ui["mira_text"][0] and out.args[0].ndim == 4
 
 
+def test_nor_does_a_name_that_is_too_long(runs):
+    out = watch(trace_1=runs["near"].result.trace, filename_prefix="mira/" + "x" * 400)
+    assert "not written: " in out.ui["mira_text"][0] and out.args[0].ndim == 4
+
+
 def test_a_png_carries_the_record(world, tmp_path):
     extra = {}
     on_disk.travel(extra, "7", world.optimize(steps=2, iterations=2).result.trace)
