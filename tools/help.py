@@ -37,7 +37,8 @@ own torch code.
 
 An iteration costs about one and a half plain samples, two to three with the whole gradient (`gradient_steps` 0).
 Ancestral and SDE samplers have noise at every step to optimise; `dpm_fast` and `dpm_adaptive` cannot be optimised
-through. **Cancel** hands back the best image so far with its record, and so does an error in the middle, which is then
+through. **Cancel** hands back the best image so far with its record (and what comes next in the
+graph goes on with it: another optimising node wants a Cancel of its own), and so does an error in the middle, which is then
 named on the node. If ComfyUI itself is killed, its output folder has that image in `mira_unfinished`, with the workflow
 and the record inside: drop it onto the editor, or open it with MIRA Load Trace.
 
