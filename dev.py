@@ -268,8 +268,9 @@ def existing_installation(path: Path) -> tuple[Path, Path]:
             break
     else:
         python = Path(sys.executable)
-    needed = "torch aiohttp tqdm PIL psutil open_clip matplotlib playwright pytest pytest_timeout ruff mypy".split()
-    needed.append("hypothesis")
+    needed = (
+        "torch aiohttp tqdm PIL psutil open_clip matplotlib playwright pytest pytest_timeout hypothesis ruff mypy"
+    ).split()
     code = f"import importlib.util as u; print(' '.join(n for n in {needed} if u.find_spec(n) is None))"
     missing = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
     if missing.returncode or missing.stdout.strip():

@@ -579,7 +579,7 @@ class Process:
             )
         log.debug("gradient self-test of %s: relative error %.2g, prediction off by %.2g", name, wrong, moved)
 
-    def check_reward(self) -> None:
+    def check_backward(self) -> None:
         """The reward's backward on the plain image, before any seed is sampled: not every device has every one."""
         job, before = self.job, self.redraw
         self.redraw = False

@@ -192,7 +192,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
         for notice in process.notices:
             log.warning("%s: %s", job.node, notice)
         result.trace.notices += process.notices
-        if result.cut_short and "interrupted" not in result.reason:  # which needs no telling
+        if result.cut_short and not result.reason.startswith("interrupted"):  # which needs no telling
             result.trace.notices.append(f"ended by {result.reason}: this is the best so far")
         result.trace.settings |= {
             "checkpointing": process.rollout.memory,
@@ -225,7 +225,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
                 if job.gradient and job.settings.iterations > 0:
                     process.check_gradient(noises[0])
                     if job.reward:
-                        process.check_reward()
+                        process.check_backward()
                 return self.work(process, noises)
             except NotTheSame as problem:
                 raise RuntimeError(
