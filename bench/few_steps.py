@@ -6,7 +6,7 @@ iterate after five iterations: why a node with few steps takes all of them (`FEW
 
 from __future__ import annotations
 
-from bench.world import PixelReward, World, demo
+from testing.world import PixelReward, World, demo
 
 STEPS = (6, 8, 10, 12)
 SAMPLERS = (("euler_ancestral", 5.0), ("euler", 5.0), ("lcm", 1.0))

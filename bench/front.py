@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from bench.front_tables import DRIFTS, report
 from bench.grid import Failure, Store
 from bench.methods import DEFAULT, GRADIENT_STEPS
-from bench.model import batch_conditioning, sheet
-from bench.pack import ROOT, mira
-from bench.world import World, demo, host
+from bench.model import sheet
+from testing.pack import ROOT, mira
+from testing.world import World, demo, host
 
 import comfy.sample  # isort: skip
 import comfy.samplers  # isort: skip
@@ -306,7 +306,7 @@ def run(world, judge, clip, name: str, reward: str, part: int) -> None:
     variant, observer = VARIANTS[name], Observer(judge, clip, reward, part)
     prompts = observer.prompts
     job = world.job(
-        positive=batch_conditioning(world, prompts), steps=variant.steps, batch=len(prompts), prompts=prompts,
+        positive=world.encode_batch(prompts), steps=variant.steps, batch=len(prompts), prompts=prompts,
         reward=variant.reward(observer.real, clip), seed=SEED + 1000 * part + variant.seed,
         on_iteration=lambda k, new, score: observer(k, new, score.images), memory="none",
         gradient_steps=variant.gradient_steps,
@@ -321,7 +321,7 @@ def run(world, judge, clip, name: str, reward: str, part: int) -> None:
 def run_guided(world, judge, clip, name: str, reward: str, part: int) -> None:
     """DyMO's guidance from scale 0 on: one scale is one "iteration" of the files."""
     count, observer = GUIDED[name], Observer(judge, clip, reward, part)
-    prompts, positive = observer.prompts, batch_conditioning(world, observer.prompts)
+    prompts, positive = observer.prompts, world.encode_batch(observer.prompts)
     latent = torch.zeros(len(prompts), 4, 16, 16)
     unknown = dict.fromkeys(DRIFTS, math.nan)
     for k, scale in enumerate(SCALES):

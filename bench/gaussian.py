@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.pack import ROOT, mira
+from testing.pack import ROOT, mira
 
 Rollout = mira("sampler.rollout").Rollout
 SURROGATES = mira("sampler.surrogates").SURROGATES

@@ -109,7 +109,7 @@ def full_vae(channels: int, small: bool):
         double_z=True, z_channels=channels, resolution=256, in_channels=3, out_ch=3, ch=128, ch_mult=[1, 2, 4, 4],
         num_res_blocks=2, attn_resolutions=[], dropout=0.0,
     )  # fmt: skip
-    from bench.world import demo
+    from testing.world import demo
 
     with torch.inference_mode():
         if small and channels == 4:
@@ -156,7 +156,7 @@ def options_of(world, name: str, dtype: str, pixels: int, small: bool) -> dict:
     import torch
 
     from bench import rigs
-    from bench.speed import sd15
+    from testing.networks import sd15
 
     side = (128 if small else pixels) // 8
     g = torch.Generator().manual_seed(0)
@@ -238,7 +238,7 @@ def timed(world, options: dict, iterations: int = 3, **more) -> dict:
 def speed(name: str, dtype: str, small: bool) -> dict:
     import torch
 
-    from bench.world import World
+    from testing.world import World
 
     world = World()
     options = options_of(world, name, dtype, MODELS[name], small)
@@ -268,7 +268,7 @@ def dno(world, options: dict) -> dict:
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    from bench.world import PixelReward, host
+    from testing.world import PixelReward, host
 
     seconds, reward = [], PixelReward("brightness")
 
@@ -329,12 +329,12 @@ def card(name: str, gb: int, pixels: int, small: bool) -> dict:
     """Whether a square image is optimised to its end on a card of `gb` GB, with the last three steps and with all."""
     import torch
 
-    from bench.pack import with_comfyui
+    from testing.pack import with_comfyui
 
     with_comfyui(sdpa=True)
     if torch.cuda.is_available():
         make_smaller(gb)
-    from bench.world import World
+    from testing.world import World
 
     world, table = World(), {}
     options = options_of(world, name, DTYPES[name][0], pixels, small)
@@ -353,7 +353,7 @@ def leaks(small: bool) -> dict:
 
     import torch
 
-    from bench.world import World
+    from testing.world import World
 
     world = World()
     options = options_of(world, "sd15", "fp16", 512, small)
@@ -371,7 +371,7 @@ def leaks(small: bool) -> dict:
 def repeat(small: bool) -> dict:
     import torch
 
-    from bench.world import World
+    from testing.world import World
 
     world, table = World(), {}
     for name in ("demo",) if small else ("demo", "sd15"):
@@ -413,7 +413,7 @@ def piece(name: str, small: bool) -> dict:
         return tests(*rest)
     if kind == "card":
         return card(rest[0], int(rest[1]), int(rest[2]), small)
-    from bench.pack import with_comfyui
+    from testing.pack import with_comfyui
 
     with_comfyui(sdpa=True)
     if kind == "speed":
@@ -542,10 +542,10 @@ exec python3 -m bench.gpu --out "$out" ${1:+--pieces "$@"}
 
 def smoke() -> None:
     """In a minute: everything imports, the device answers, and one small run goes up."""
-    from bench.pack import with_comfyui
+    from testing.pack import with_comfyui
 
     with_comfyui(sdpa=True)
-    from bench.world import World
+    from testing.world import World
 
     rewards = [r["reward"] for r in World().optimize(steps=3, iterations=2, beta=0).result.trace.of(0)]
     print(f"{device_name()}: reward {rewards[0]:.3f} to {rewards[-1]:.3f}", flush=True)

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from bench.pack import ROOT, mira, with_comfyui
+from testing.pack import ROOT, mira, with_comfyui
 
 with_comfyui()
 

@@ -12,33 +12,12 @@ from pathlib import Path
 
 import torch
 
-from bench.pack import ROOT, mira
-from bench.world import World, demo
+from testing.pack import ROOT, mira
+from testing.world import World, demo
 
 judge_module, vocabulary = mira("demo.judge"), mira("demo.vocabulary")
 OUT = ROOT / "docs" / "results"
 ANIMALS = vocabulary.ANIMALS
-
-
-def sample(world: World, prompts: list[str], seed: int, steps: int = 25) -> torch.Tensor:
-    """One image per prompt, (N, 3, 128, 128) in [0, 1], as KSampler and VAEDecode give them.
-
-    A batch of prompts is one conditioning whose batch is as large as the latent's.
-    """
-    images = []
-    for start in range(0, len(prompts), 15):
-        some = prompts[start : start + 15]
-        latent = world.ksampler(
-            positive=batch_conditioning(world, some), steps=steps, batch=len(some), seed=seed + start
-        )
-        with torch.inference_mode():
-            images.append(world.vae.decode(latent).movedim(-1, 1))
-    return torch.cat(images).clone()
-
-
-def batch_conditioning(world: World, prompts: list[str]) -> list:
-    with torch.inference_mode():
-        return [[torch.cat([world.encode(p)[0][0] for p in prompts]), {}]]
 
 
 def sheet(images: torch.Tensor, columns: int, path: Path) -> None:
@@ -61,7 +40,7 @@ def main() -> None:
     plain, asked = [], []
     for seed in range(args.seeds):
         prompts = [vocabulary.caption(a, prefix=True) for a in ANIMALS]
-        images = sample(world, prompts, 1000 * seed)
+        images = world.paint(prompts, 1000 * seed)
         plain.append(images)
         hits["subject"] += (judge(images)[0].argmax(1) == torch.arange(45)).tolist()
         hits["clip_score"] += score.score(images, prompts).tolist()
@@ -70,7 +49,7 @@ def main() -> None:
         prompts = [
             vocabulary.caption(a, styles[s], backgrounds[b]) for a, b, s in zip(ANIMALS, wanted, style, strict=True)
         ]
-        images = sample(world, prompts, 1000 * seed + 500)
+        images = world.paint(prompts, 1000 * seed + 500)
         asked.append(images)
         subject, styled, background = (x.argmax(1) for x in judge(images))
         hits["subject_on_background"] += (subject == torch.arange(45)).tolist()

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 
 from bench.grid import Failure, Store, code_version, ray_map, serial_map
 from bench.methods import ALL, METHODS, Method, PreferenceSettings, SearchSettings, Settings
-from bench.pack import ROOT, mira
 from bench.rigs import PAPER, Rig, load
-from bench.world import PixelReward, host
+from testing.pack import ROOT, mira
+from testing.world import PixelReward, host
 
 place_of, through = mira("rewards.half").place_of, mira("rewards.half").through
 judge_module, vocabulary = mira("demo.judge"), mira("demo.vocabulary")

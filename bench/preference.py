@@ -16,9 +16,9 @@ from dataclasses import replace
 
 import torch
 
-from bench.model import batch_conditioning, sheet
-from bench.pack import ROOT, mira
-from bench.world import World, host
+from bench.model import sheet
+from testing.pack import ROOT, mira
+from testing.world import World, host
 
 judge_module, vocabulary = mira("demo.judge"), mira("demo.vocabulary")
 node, judges, core = mira("nodes.preference"), mira("nodes.editor.judges"), mira("sampler.preference")
@@ -48,7 +48,7 @@ def run(world: World, judge, reward: str, name: str, animals: list[str]) -> tupl
     prompts = [vocabulary.caption(a, prefix=True) for a in animals]
     settings = METHODS[name]
     job = world.job(
-        positive=batch_conditioning(world, prompts), steps=STEPS, batch=len(animals), reward=REWARDS[reward](),
+        positive=world.encode_batch(prompts), steps=STEPS, batch=len(animals), reward=REWARDS[reward](),
         prompts=prompts, seed=SEED, memory="none",
     )  # fmt: skip
     job = replace(job, settings=settings, gradient=node.METHODS[settings.method].gradient)

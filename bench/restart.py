@@ -18,10 +18,10 @@ import torch
 from bench.front import LR, host, judge_module, rewards
 from bench.grid import Failure, Store
 from bench.methods import DEFAULT, GRADIENT_STEPS
-from bench.model import batch_conditioning, sheet
-from bench.pack import ROOT, mira
+from bench.model import sheet
 from bench.tables import write
-from bench.world import World, demo
+from testing.pack import ROOT, mira
+from testing.world import World, demo
 
 presets, settings_of = mira("nodes.shared.presets"), mira("nodes.shared.inputs").settings_of
 vocabulary, Settings = mira("demo.vocabulary"), mira("sampler.optimize").Settings
@@ -113,7 +113,7 @@ def run(world, judge, clip, name: str, reward: str, part: int, steps: int, seed:
     variant, real = VARIANTS[name], rewards()[reward]
     animals = vocabulary.ANIMALS[part * COUNT : (part + 1) * COUNT]
     prompts = [vocabulary.caption(a, prefix=True) for a in animals]
-    positive = batch_conditioning(world, prompts)
+    positive = world.encode_batch(prompts)
     observer = Observer(judge, clip, real, animals, prompts, steps)
     seed = seed + 1000 * part + variant.seed
     settings = Settings(**{"iterations": 12, "lr": LR, "keep": "last"} | variant.settings)

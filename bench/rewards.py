@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.pack import mira, with_comfyui
+from testing.pack import mira, with_comfyui
 
 with_comfyui(sdpa=True)
 grad, memory = mira("nodes.host.grad"), mira("sampler.memory")

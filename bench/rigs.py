@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 
 from bench.grid import Failure
-from bench.model import batch_conditioning
-from bench.pack import mira
-from bench.world import World, demo
+from testing.pack import mira
+from testing.world import World, demo
 
 RANDOM = "random"
 
@@ -80,7 +79,7 @@ def load(name: str, checkpoint: str | None, text_encoder: str | None = None, vae
     world, paper = World(), PAPER[name]
     if name == "demo":
         return Rig(
-            world, paper, encode=lambda prompts: batch_conditioning(world, prompts), aesthetic=demo.demo_aesthetic(),
+            world, paper, encode=world.encode_batch, aesthetic=demo.demo_aesthetic(),
             clip_score=demo.demo_clip_score(), judge=mira("demo.judge").load_judge(),
         )  # fmt: skip
     if checkpoint is None:
@@ -125,7 +124,7 @@ def random_rig(name: str, world: World, paper: Paper) -> Rig:
     import comfy.model_patcher
     import comfy.supported_models as models
 
-    from bench.speed import SD15
+    from testing.networks import SD15
 
     sdxl = dict(
         in_channels=4, out_channels=4, model_channels=320, channel_mult=[1, 2, 4], num_res_blocks=[2, 2, 2],

@@ -17,38 +17,13 @@ import time
 
 import torch
 
-from bench.pack import with_comfyui
+from testing.pack import with_comfyui
 
 with_comfyui(sdpa=True)
-from bench.world import World, demo, host
+from testing.networks import sd15
+from testing.world import World, host
 
 RUNS = 5
-SD15 = dict(
-    in_channels=4, out_channels=4, model_channels=320, channel_mult=[1, 2, 4, 4], num_res_blocks=[2, 2, 2, 2],
-    transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-    transformer_depth_middle=1, context_dim=768, num_heads=8, num_head_channels=-1, image_size=32,
-    use_spatial_transformer=True, use_linear_in_transformer=False, adm_in_channels=None,
-    use_temporal_attention=False, legacy=False,
-)  # fmt: skip
-
-
-def sd15(dtype: torch.dtype | None = None, **config):
-    """SD1.5's UNet at its full size with random weights, as a ModelPatcher; by default float32, float16 on a GPU.
-
-    config: what is to be other than in SD1.5's own configuration.
-    """
-    import comfy.model_management as management
-    import comfy.model_patcher
-
-    device = management.get_torch_device()
-    config = demo.DemoSD15(SD15 | config)
-    config.set_inference_dtype(dtype or (torch.float16 if device.type == "cuda" else torch.float32), None)
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        model = config.get_model({}, "", device=device)
-        for p in model.diffusion_model.parameters():
-            p.fill_(1) if p.ndim == 1 else p.normal_(0, 0.5 / p[0].numel() ** 0.5)
-    return comfy.model_patcher.ModelPatcher(model, device, management.unet_offload_device())
 
 
 def setting(world: World, name: str, pixels: int, steps: int) -> dict:

@@ -18,9 +18,9 @@ from pathlib import Path
 from PIL import Image
 
 from bench.grid import Failure
-from bench.pack import ROOT, mira
 from bench.tables import AGAINST, animals_of, opened
 from bench.vlm import table
+from testing.pack import ROOT, mira
 
 vocabulary = mira("demo.vocabulary")
 PAGE = Path(__file__).with_name("study.html")

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from bench.model import batch_conditioning, sheet
-from bench.pack import ROOT, mira
-from bench.world import PixelReward, World, demo
+from bench.model import sheet
+from testing.pack import ROOT, mira
+from testing.world import PixelReward, World, demo
 
 judge_module, vocabulary = mira("demo.judge"), mira("demo.vocabulary")
 SURROGATES = mira("sampler.surrogates").SURROGATES
@@ -52,7 +52,7 @@ def run(world: World, judge, clip_score, reward: str, regularizer: str, beta: fl
     for start in range(0, len(animals), BATCH):
         some = animals[start : start + BATCH]
         prompts = [vocabulary.caption(a, prefix=True) for a in some]
-        positive = batch_conditioning(world, prompts)
+        positive = world.encode_batch(prompts)
 
         def observe(k, new, score, some=some, prompts=prompts):
             with torch.no_grad():

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.grid import Failure, Store
-from bench.pack import mira
+from testing.pack import mira
 
 cmmd = mira("sampler.statistics").cmmd
 AGAINST = "dno"

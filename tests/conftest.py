@@ -11,7 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.pack import mira
+from testing.pack import mira
 from tools.comfy import stop_cleanly
 
 mira("sampler")

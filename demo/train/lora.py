@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bench.model import batch_conditioning, vocabulary
-from bench.world import World
+from demo import vocabulary
 from demo.weights import FOLDER
+from testing.world import World
 
 RANK, LR = 4, 1e-2
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -27,8 +27,8 @@ def latents(world: World, seeds: int) -> tuple[torch.Tensor, torch.Tensor]:
     for seed in range(seeds):
         for start in range(0, 45, 15):
             animals = vocabulary.ANIMALS[start : start + 15]
-            white = batch_conditioning(world, [vocabulary.caption(a, background="white", prefix=True) for a in animals])
-            plain = batch_conditioning(world, [vocabulary.caption(a, prefix=True) for a in animals])
+            white = world.encode_batch([vocabulary.caption(a, background="white", prefix=True) for a in animals])
+            plain = world.encode_batch([vocabulary.caption(a, prefix=True) for a in animals])
             sampled = world.ksampler(positive=white, steps=10, batch=len(animals), seed=90_000 + 100 * seed + start)
             found.append(world.model.model.process_latent_in(sampled).clone())
             conditions.append(plain[0][0].clone())

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from bench.model import sample, vocabulary
-from bench.world import World, demo
+from demo import vocabulary
 from demo.weights import FOLDER
+from testing.world import World, demo
 
 SIZES = (128, 64, 16, 8, 4, 1)
 LAYERS = (0, 2, 4, 6, 7)
@@ -33,7 +33,7 @@ def main() -> None:
     embeddings = []
     for n, (style, _) in enumerate((LIKED, DISLIKED)):
         prompts = [vocabulary.caption(s, style, prefix=True) for s in subjects]
-        images = sample(world, prompts, 77_000 + 1000 * n, steps=args.steps)
+        images = world.paint(prompts, 77_000 + 1000 * n, steps=args.steps)
         with torch.no_grad():
             pixels = clip.encoder.preprocessing(images)
             embeddings.append(F.normalize(clip.encoder.network.encode_image(pixels), dim=1))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.pack import ROOT
+from testing.pack import ROOT
 
 LOADS = """
 import asyncio, importlib.util, os, sys

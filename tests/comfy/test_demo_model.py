@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.model import sample
-from bench.pack import ROOT, mira
+from testing.pack import ROOT, mira
 
 vocabulary, weights, judge_module = mira("demo.vocabulary"), mira("demo.weights"), mira("demo.judge")
 demo = mira("nodes.demo")
 ANIMALS = vocabulary.ANIMALS
-pytestmark = pytest.mark.usefixtures("at_full_size")
+pytestmark = pytest.mark.usefixtures("trained")
 
 
 def test_the_files_are_small_enough_to_ship():
@@ -48,7 +47,7 @@ def test_unknown_words_share_a_row(world):
 
 
 def test_vae_round_trip(world):
-    images = sample(world, ["a fox"], 0, steps=8)
+    images = world.paint(["a fox"], 0, steps=8)
     with torch.inference_mode():
         again = world.vae.decode(world.vae.encode(images.movedim(1, -1))).movedim(-1, 1)
     assert (again - images).square().mean() < 0.01
@@ -58,9 +57,9 @@ def test_it_paints_what_the_prompt_asks_for(world):
     """The bar: the held-out judge names the animal in 70 % of all 45, and the background in 80 % of every third."""
     judge = judge_module.load_judge()
     names = list(vocabulary.BACKGROUNDS)
-    images = sample(world, [vocabulary.caption(a, prefix=True) for a in ANIMALS], 42, steps=10)
+    images = world.paint([vocabulary.caption(a, prefix=True) for a in ANIMALS], 42, steps=10)
     assert (judge(images)[0].argmax(1) == torch.arange(45)).float().mean() >= 0.7
     some, wanted = ANIMALS[::3], torch.arange(15) * 5 % 12
     prompts = [vocabulary.caption(a, None, names[b]) for a, b in zip(some, wanted, strict=True)]
-    images = sample(world, prompts, 43, steps=10)
+    images = world.paint(prompts, 43, steps=10)
     assert (judge(images)[2].argmax(1) == wanted).float().mean() >= 0.8

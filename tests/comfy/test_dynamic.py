@@ -158,7 +158,7 @@ def test_a_model_that_cannot_be_made_to_stay_is_refused_by_name(world, model):
 def test_rl_guidance_by_a_lora(world, model):
     from safetensors.torch import load_file
 
-    from bench.pack import ROOT, mira
+    from testing.pack import ROOT, mira
 
     nodes = mira("nodes")
     with torch.inference_mode():

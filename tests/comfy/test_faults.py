@@ -20,7 +20,7 @@ from mira.rewards.pixel import PixelReward
 from mira.sampler import ending
 from mira.sampler.trace import Trace
 
-from bench.pack import as_node, mira
+from testing.pack import as_node, mira
 
 nodes = mira("nodes")
 Cancelled = comfy.model_management.InterruptProcessingException

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench.pack import ROOT, mira
-from bench.speed import sd15
+from testing.networks import sd15
+from testing.pack import ROOT, mira
 
 nodes = mira("nodes")
 guidance = mira("nodes.guidance")
@@ -20,12 +20,18 @@ PixelReward, JPEG = mira("rewards.pixel").PixelReward, mira("rewards.jpeg").JPEG
 STEPS = 6
 
 
+@pytest.fixture(autouse=True)
+def tunable(world, demo_model, monkeypatch):
+    """What the LoRA was made for."""
+    monkeypatch.setattr(world, "model", demo_model)
+
+
 @pytest.fixture(scope="module")
-def bright(world):
+def bright(demo_model):
     """The demo model with the LoRA, as Load LoRA gives it."""
     with torch.inference_mode():
         lora = load_file(ROOT / "demo" / "weights" / "bright_lora.safetensors")
-        return comfy.sd.load_lora_for_models(world.model, None, lora, 1.0, 0)[0]
+        return comfy.sd.load_lora_for_models(demo_model, None, lora, 1.0, 0)[0]
 
 
 def brightness(world, latent):

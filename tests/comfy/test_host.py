@@ -31,7 +31,7 @@ class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.
     pass
 
 
-PAINTED = pytest.mark.usefixtures("at_full_size")  # for what a smaller image is too small
+PAINTED = pytest.mark.usefixtures("trained")  # for what a smaller image is too small
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -198,10 +198,11 @@ def test_conditioning_and_model_options_are_left_as_they_were(world):
 def test_lora_on_the_model(world):
     """Loaded by ComfyUI's own code from a LoRA in the usual key format."""
     name = "middle_block_1_transformer_blocks_0_attn2_to_v"
+    to_v = world.model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2.to_v
     g = torch.Generator().manual_seed(0)
     lora = {
-        f"lora_unet_{name}.lora_up.weight": torch.randn(128, 4, generator=g) * 0.3,
-        f"lora_unet_{name}.lora_down.weight": torch.randn(4, 128, generator=g) * 0.3,
+        f"lora_unet_{name}.lora_up.weight": torch.randn(to_v.out_features, 4, generator=g) * 0.3,
+        f"lora_unet_{name}.lora_down.weight": torch.randn(4, to_v.in_features, generator=g) * 0.3,
         f"lora_unet_{name}.alpha": torch.tensor(4.0),
     }
     with torch.inference_mode():
@@ -221,6 +222,7 @@ def test_area_conditioning(world):
 
 
 @pytest.mark.every_host
+@PAINTED
 def test_controlnet(world):
     """A ControlNet of the demo UNet's shape with random weights."""
     from comfy.cldm.cldm import ControlNet

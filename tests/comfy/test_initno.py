@@ -9,7 +9,7 @@ import comfy.utils
 import pytest
 import torch
 
-from bench.pack import mira
+from testing.pack import mira
 
 node = mira("nodes.initno")
 demo = mira("nodes.demo")

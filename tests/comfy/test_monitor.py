@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from bench.pack import as_node, mira
+from testing.pack import as_node, mira
 
 nodes, monitor, record = mira("nodes"), mira("nodes.monitor"), mira("nodes.record")
 on_disk = mira("nodes.editor.on_disk")

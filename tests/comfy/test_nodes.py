@@ -15,8 +15,8 @@ import folder_paths
 import pytest
 import torch
 
-from bench.pack import as_node, mira
-from bench.speed import sd15
+from testing.networks import sd15
+from testing.pack import as_node, mira
 
 nodes, checks = mira("nodes"), mira("nodes.shared.checks")
 PixelReward = mira("rewards.pixel").PixelReward

@@ -11,7 +11,7 @@ import pytest
 import server
 import torch
 
-from bench.pack import as_node, mira
+from testing.pack import as_node, mira
 
 nodes, judges, preference = mira("nodes"), mira("nodes.editor.judges"), mira("nodes.preference")
 PixelReward, JPEG = mira("rewards.pixel").PixelReward, mira("rewards.jpeg").JPEG

@@ -9,7 +9,7 @@ import comfy.samplers
 import pytest
 import torch
 
-from bench.pack import as_node, mira
+from testing.pack import as_node, mira
 
 nodes = mira("nodes")
 PixelReward = mira("rewards.pixel").PixelReward

@@ -28,7 +28,7 @@ from mira.sampler.optimize import Settings
 from mira.sampler.search import SearchSettings
 from mira.sampler.seeds import another
 
-from bench.pack import mira
+from testing.pack import mira
 
 nodes = mira("nodes")
 
@@ -157,10 +157,11 @@ LORA_OF = ("middle_block_1_transformer_blocks_0_attn2_to_v", "middle_block_1_tra
 def hooked(world, keyframes=(), both=True):
     """Conditioning with a LoRA as a hook, whose strength may change over the steps."""
     g, lora = torch.Generator().manual_seed(0), {}
-    for name in LORA_OF:
+    attention = world.model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2
+    for name, layer in zip(LORA_OF, (attention.to_v, attention.to_out[0]), strict=True):
         lora |= {
-            f"lora_unet_{name}.lora_up.weight": torch.randn(128, 4, generator=g) * 0.4,
-            f"lora_unet_{name}.lora_down.weight": torch.randn(4, 128, generator=g) * 0.4,
+            f"lora_unet_{name}.lora_up.weight": torch.randn(layer.out_features, 4, generator=g) * 0.4,
+            f"lora_unet_{name}.lora_down.weight": torch.randn(4, layer.in_features, generator=g) * 0.4,
             f"lora_unet_{name}.alpha": torch.tensor(4.0),
         }
     hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=1.0, strength_clip=1.0)
@@ -220,13 +221,13 @@ def test_a_cache_of_steps_is_refused_by_name(world, node):
         run(world, model=model.args[0], steps=10, sampler="euler")
 
 
+@pytest.mark.usefixtures("trained")
 def test_guidance_with_momentum(world):
     model = as_node(APG, model=world.model, eta=1.0, norm_threshold=5.0, momentum=-0.5).args[0]
-    latent = torch.zeros(1, 4, 16, 16)  # of a smaller one the norm lies at the threshold
-    done = run(world, model=model, steps=4, sampler="euler", memory="none", beta=0, latent=latent)
+    done = run(world, model=model, steps=4, sampler="euler", memory="none", beta=0)
     assert rows(done)[-1] > rows(done)[0]
     with pytest.raises(RuntimeError, match=r"computed again.*remembers.*nodes_apg.*memory to none"):
-        run(world, model=model, steps=4, sampler="euler", memory="per_step", latent=latent)
+        run(world, model=model, steps=4, sampler="euler", memory="per_step")
 
 
 def forgetful(world, kind=torch.rand):

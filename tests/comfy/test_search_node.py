@@ -6,7 +6,7 @@ import comfy.model_management
 import pytest
 import torch
 
-from bench.pack import as_node, mira
+from testing.pack import as_node, mira
 
 decode = mira("nodes.host").decode
 Node = mira("nodes").MiraSearchKSampler

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bench.pack import mira
+from testing.pack import mira
 
 initno = mira("sampler.initno")
 Maps, Settings = initno.Maps, initno.Settings

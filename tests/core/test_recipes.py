@@ -84,7 +84,7 @@ def test_both_come_into_the_schema(copy):
         copy,
         f"""
 sys.path[:0] = [{os.environ.get("MIRA_COMFYUI")!r}, {str(ROOT)!r}]
-from bench.pack import with_comfyui
+from testing.pack import with_comfyui
 with_comfyui()
 import torch
 from mira.nodes import MiraOptimizeKSampler, MiraPixelReward

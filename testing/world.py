@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.pack import mira, with_comfyui
+from testing.pack import mira, with_comfyui
 
 with_comfyui()
 
@@ -21,18 +21,34 @@ PROMPT = "generate an image of a fox"
 class World:
     """apart: the sampler's own noises have another seed than the initial one. With the same, as KSampler gives it,
     ComfyUI 0.3.75 draws on a CPU (not on a GPU) the initial noise once more at the first step, and the two add up to
-    more noise than the model knows there. side: of a latent, if none is given; the model was trained at 16.
+    more noise than the model knows there. side: of a latent, if none is given; the demo model was trained at 16.
+    model: another than the demo's own.
     """
 
-    def __init__(self, apart: bool = True, side: int = 16):
+    def __init__(self, apart: bool = True, side: int = 16, model=None):
         self.apart, self.side = 1_000_003 if apart else 0, side
         with torch.inference_mode():
-            self.model, self.clip, self.vae = demo.load_model(), demo.load_clip(), demo.load_vae()
+            self.model, self.clip, self.vae = model or demo.load_model(), demo.load_clip(), demo.load_vae()
             self.positive, self.negative = self.encode(PROMPT), self.encode("")
 
     @torch.inference_mode()
     def encode(self, text):
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+
+    @torch.inference_mode()
+    def encode_batch(self, prompts):
+        """A conditioning whose batch is as large as the latent's: a prompt for every image."""
+        return [[torch.cat([self.encode(p)[0][0] for p in prompts]), {}]]
+
+    def paint(self, prompts: list[str], seed: int, steps: int = 25) -> torch.Tensor:
+        """One image per prompt, (N, 3, 128, 128) in [0, 1], as KSampler and VAEDecode give them."""
+        images = []
+        for start in range(0, len(prompts), 15):
+            some = prompts[start : start + 15]
+            latent = self.ksampler(positive=self.encode_batch(some), steps=steps, batch=len(some), seed=seed + start)
+            with torch.inference_mode():
+                images.append(self.vae.decode(latent).movedim(-1, 1))
+        return torch.cat(images).clone()
 
     def guider(self, model=None, positive=None, negative=None, cfg=5.0):
         guider = comfy.samplers.CFGGuider(model or self.model)

@@ -1,0 +1,48 @@
+"""UNets of SD1.5's architecture with random weights: its own size, and one for tests that ask for no picture."""
+
+from __future__ import annotations
+
+from testing.pack import with_comfyui
+
+with_comfyui()
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+
+from testing.world import demo
+
+SD15 = dict(
+    in_channels=4, out_channels=4, model_channels=320, channel_mult=[1, 2, 4, 4], num_res_blocks=[2, 2, 2, 2],
+    transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    transformer_depth_middle=1, context_dim=768, num_heads=8, num_head_channels=-1, image_size=32,
+    use_spatial_transformer=True, use_linear_in_transformer=False, adm_in_channels=None,
+    use_temporal_attention=False, legacy=False,
+)  # fmt: skip
+# The demo model's levels and kinds of block, one of each. (A narrower one GroupNorm does not allow.)
+SMALL = demo.demo_unet.CONFIG | dict(
+    model_channels=32, num_res_blocks=[1, 1, 1], channel_mult=[1, 1, 1], transformer_depth=[0, 1, 1],
+    transformer_depth_output=[0, 0, 1, 1, 1, 1],
+)  # fmt: skip
+
+
+def random_unet(config: dict, dtype: torch.dtype | None = None) -> comfy.model_patcher.ModelPatcher:
+    """The same weights every time; dtype: float32, or float16 on a GPU, if it is not given."""
+    device = comfy.model_management.get_torch_device()
+    config = demo.DemoSD15(config)
+    config.set_inference_dtype(dtype or (torch.float16 if device.type == "cuda" else torch.float32), None)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        model = config.get_model({}, "", device=device)
+        for name, p in model.diffusion_model.named_parameters():
+            if p.ndim > 1:
+                p.normal_(0, 1 / p[0].numel() ** 0.5)
+            else:
+                p.fill_(name.endswith("weight"))
+        model.diffusion_model.out[-1].weight.mul_(0.3)  # as smooth a path as a trained model's
+    return comfy.model_patcher.ModelPatcher(model, device, comfy.model_management.unet_offload_device())
+
+
+def sd15(dtype: torch.dtype | None = None, **config) -> comfy.model_patcher.ModelPatcher:
+    """config: what is to be other than in SD1.5's own configuration."""
+    return random_unet(SD15 | config, dtype)
