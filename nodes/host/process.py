@@ -688,7 +688,7 @@ class _RandomState:
 
 
 class Chain:
-    """ComfyUI's own sampler function in pieces, on particles of the whole batch: `search.Chain`."""
+    """ComfyUI's own sampler function in pieces, on particles of the whole batch: `particles.Chain`."""
 
     def __init__(self, process: Process, model_k, extra_args: dict):
         self.process, self.model_k, self.extra_args = process, model_k, extra_args

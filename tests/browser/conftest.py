@@ -24,6 +24,16 @@ EMPTY = {"nodes": [], "links": [], "groups": [], "last_node_id": 0, "last_link_i
 READY = "window.app && window.app.graph && window.app.extensionManager && window.app.vueAppReady !== false"
 
 
+def pytest_collection_modifyitems(items):
+    """One window after the other, so that each is opened once."""
+    mine = [i for i, item in enumerate(items) if "frontend" in getattr(item, "fixturenames", ())]
+    wanted = sorted(
+        (items[i] for i in mine), key=lambda item: [item.callspec.params[p] for p in ("frontend", "window")]
+    )
+    for i, item in zip(mine, wanted, strict=True):
+        items[i] = item
+
+
 @pytest.fixture(scope="session")
 def browser():
     with sync_playwright() as playwright:

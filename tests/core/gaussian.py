@@ -63,7 +63,7 @@ def noises(steps: int = 6, batch: int = 2, seed: int = 0) -> list[torch.Tensor]:
 
 
 class Chain:
-    """`ancestral` in pieces, as `search.Chain`."""
+    """`ancestral` in pieces, as `particles.Chain`."""
 
     def __init__(self, D, schedule):
         self.D, self.schedule = D, schedule

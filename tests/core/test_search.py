@@ -9,16 +9,9 @@ import gaussian
 import pytest
 import torch
 from mira.sampler.optimize import Score
+from mira.sampler.resampling import effective, multinomial, ssp
 from mira.sampler.rollout import Rollout
-from mira.sampler.search import (
-    METHODS,
-    SearchSettings,
-    best_of_n_kl,
-    effective,
-    multinomial,
-    search,
-    ssp,
-)
+from mira.sampler.search import METHODS, SearchSettings, best_of_n_kl, search
 
 STEPS = 24
 # The hybrid and restarts have tests of their own.

@@ -1,0 +1,130 @@
+"""Steering: particles are looked at while they are still noisy, and the promising ones go on.
+
+FK steering (arXiv 2501.06848), CoDe (arXiv 2502.00968) and DAS (arXiv 2501.05803). Each takes the particles, after
+their plain sample, to the end and returns the last population and its log weights, (P, B, C, ...) and (P, B).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .particles import WORST, Particles, Population
+from .resampling import effective, multinomial, ssp, taken
+
+if TYPE_CHECKING:
+    from .search import SearchSettings
+
+
+def fk_steering(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
+    """Resampled in proportion to exp(strength * the reward of the prediction), by one of two potentials."""
+    population, at = begun(run), 0
+    shape = (run.count, run.batch)
+    log_weights, spent = torch.zeros(shape), torch.zeros(shape)  # spent: log of the potentials of the lineage
+    highest = torch.full(shape, -math.inf)
+    before = torch.zeros(shape)
+    for n, step in enumerate(settings.looks(run.steps), 1):
+        reward, parts, images = look(run, population, at, step)
+        at = step
+        if step == run.steps:
+            log_weights = log_weights + settings.strength * reward - spent
+            run.report(n, population, reward, parts, images, True, {"ess": effective(log_weights)})
+            break
+        highest = torch.maximum(highest, reward)
+        potential = settings.strength * (highest if settings.potential == "max" else reward - before)
+        log_weights, spent, before = log_weights + potential, spent + potential, reward
+        run.report(n, population, reward, parts, images, False, {"ess": effective(log_weights)})
+        index, log_weights = survivors(run, log_weights, multinomial, settings.ess)
+        population = population.take(index)
+        spent, highest, before = (taken(v, index) for v in (spent, highest, before))
+    return population.x, log_weights
+
+
+def code(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
+    """All go on from the one whose prediction is best."""
+    population, at = begun(run, from_one=True), 0
+    for n, step in enumerate(settings.looks(run.steps), 1):
+        reward, parts, images = look(run, population, at, step)
+        at, last = step, step == run.steps
+        best = run.report(n, population, reward, parts, images, last)
+        if not last:
+            population = population.take(best[None].expand(run.count, -1))
+    return population.x, torch.zeros(run.count, run.batch)
+
+
+def das(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
+    """Sequential Monte Carlo whose proposals follow the reward's gradient, at a strength that grows over the steps."""
+    population = begun(run)
+    schedule, signal = run.rollout.schedule, run.rollout.signal
+    log_weights = torch.zeros(run.count, run.batch)
+    before = torch.zeros_like(log_weights)  # strength_i * r(x0_hat(x_i)), which the weights hold already
+    for i in range(run.steps):
+        population.x0, gradient, (reward, parts, images) = run.gradient(population.x, schedule[i], settings.loss_scale)
+        strength = settings.strength * tempered(i, run.steps, settings.tempering)
+        log_weights, before = log_weights + strength * reward - before, strength * reward
+        if i:
+            run.report(i, population, reward, parts, images, False, {"ess": effective(log_weights)})
+        index, log_weights = survivors(run, log_weights, ssp, settings.ess)
+        population, gradient, before = population.take(index), taken(gradient, index), taken(before, index)
+        # x' = mean + up z: a mean moved by up^2 strength gradient is a noise moved by up strength gradient.
+        nsr, after = (s / signal(s) for s in (schedule[i], schedule[i + 1]))
+        up = (after**2 * (1 - (after / nsr) ** 2)).sqrt() * signal(schedule[i])
+        strength = settings.strength * tempered(i + 1, run.steps, settings.tempering)
+        mu = strength * up.to(gradient) * gradient
+        for odds in moved(run, population, i, mu):
+            log_weights = (log_weights - odds).nan_to_num(nan=WORST, posinf=WORST, neginf=WORST)
+    reward, parts, images = run.score(population.x)
+    log_weights = log_weights + settings.strength * reward - before
+    run.report(run.steps, population, reward, parts, images, True, {"ess": effective(log_weights)})
+    return population.x, log_weights
+
+
+def begun(run: Particles, from_one: bool = False) -> Population:
+    """All particles at the first noise level; the first one is the plain sample's. from_one: all of them are."""
+    z = run.begin(range(run.count))
+    if from_one:
+        z = run.noises[0][None].expand_as(z).clone()  # one state, many continuations
+    z[0] = run.noises[0]
+    return Population(run.started_from(z), noises=[z])
+
+
+def look(run: Particles, population: Population, at: int, step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Go on from step `at` to `step`, and score what every particle will become.
+
+    The prediction is made at the new state: the one that the sampler made before its last noise does not know it.
+    """
+    run.advance(population, at, step, lambda some, call, like: run.fresh(some, like), population.x0 if at else None)
+    if step == run.steps:
+        return run.score(population.x)
+    run.predict(population, step)
+    return run.score(population.x0)
+
+
+def survivors(run: Particles, log_weights: Tensor, resample: Callable, ess: float) -> tuple[Tensor, Tensor]:
+    """Who goes on, and with which weights, (P, B). ess: the share of effective particles that lets all of them."""
+    few = effective(log_weights) < ess * len(log_weights)
+    everyone = torch.arange(len(log_weights))[:, None].expand_as(log_weights)
+    index = torch.where(few[None], resample(log_weights, run.choosing), everyone)
+    return index, torch.where(few[None], 0, log_weights)
+
+
+def moved(run: Particles, population: Population, i: int, mu: Tensor) -> list[Tensor]:
+    """A step whose noises are of mean mu, (P, B, C, ...); of each, log N(z; mu, I) - log N(z; 0, I), (P, B)."""
+
+    def drawn(some: Sequence[int], call: int, like: Tensor) -> Tensor:
+        return run.fresh(some, like) + mu[list(some)]
+
+    before = len(population.noises)
+    run.advance(population, i, i + 1, drawn, population.x0)
+    return [((z - mu / 2) * mu).float().flatten(2).sum(2).cpu() for z in population.noises[before:]]
+
+
+def tempered(i: int, steps: int, gamma: float) -> float:
+    """The share of the strength at step i: DAS's schedule over 100 steps, stretched to ours; at the end, all."""
+    if i == steps:
+        return 1.0
+    return min(1.0, (1 + gamma) ** (100 * i / steps) - 1)
