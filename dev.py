@@ -336,7 +336,7 @@ def test(python: Path, comfyui: Path, gpu: bool, extra: list[str]) -> int:
     checks = {
         "ruff check .": "`ruff check --fix` mends most of it",
         "ruff format --check .": "`ruff format` mends it",
-        "mypy": "it reads sampler/ and rewards/, as pyproject.toml says",
+        "mypy": "it reads sampler/, rewards/ and nodes/, as pyproject.toml says",
     }
     for check, remedy in checks.items():
         if code := execute(python, comfyui, ["-m", *check.split()], gpu):

@@ -39,7 +39,7 @@ TEXT_CONFIG = {
 class DemoSD15(comfy.supported_models.SD15):
     """SD1.5 but for the size of its UNet."""
 
-    unet_extra_config = {}
+    unet_extra_config: dict = {}
 
 
 def load_model() -> comfy.model_patcher.ModelPatcher:
@@ -102,7 +102,7 @@ def demo_aesthetic() -> Aesthetic:
 
 class MiraDemoModel(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraDemoModel",
             display_name="MIRA Demo Model",
@@ -127,7 +127,7 @@ class MiraDemoModel(io.ComfyNode):
 
 class MiraDemoCLIPScore(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraDemoCLIPScore",
             display_name="MIRA Demo CLIPScore",
@@ -147,7 +147,7 @@ class MiraDemoCLIPScore(io.ComfyNode):
 
 class MiraDemoAesthetic(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraDemoAesthetic",
             display_name="MIRA Demo Aesthetic",

@@ -11,6 +11,8 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -59,7 +61,7 @@ def own_control(args: dict) -> dict:
     return args | {"c": args["c"] | {"control": {k: list(v) for k, v in control.items()}}}
 
 
-def on_its_own(tuned, model):
+def on_its_own(tuned, model: ModelPatcher):
     """A patcher of `tuned` that can be loaded beside `model`: a LoRA's clone shares the base model's weights, which
     hold either with it or without it, so it gets a copy of its own.
     """
@@ -82,7 +84,7 @@ def on_its_own(tuned, model):
 
 class MiraRLGuidance(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraRLGuidance",
             **aliases("guidance", "lora blend"),
@@ -125,7 +127,9 @@ class MiraRLGuidance(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, tuned, weight, schedule, power) -> io.NodeOutput:
+    def execute(
+        cls, model: ModelPatcher, tuned: ModelPatcher, weight: float, schedule: str, power: float
+    ) -> io.NodeOutput:
         check_links(RLG, model=model, tuned=tuned)
         check_values(RLG, cls.define_schema().inputs, dict(weight=weight, power=power, schedule=schedule))
         base_kind, tuned_kind = type(model.model).__name__, type(tuned.model).__name__
@@ -167,7 +171,13 @@ class MiraRLGuidance(io.ComfyNode):
 class DyMOGuider(comfy.samplers.CFGGuider):
     """CFG with a step along the reward's gradient in every prediction between `start` and `end`."""
 
-    def __init__(self, model, vae, reward: Reward, prompt: str, scale: float, start: float, end: float):
+    original_conds: dict
+    conds: dict
+    model_options: dict
+
+    def __init__(
+        self, model: ModelPatcher, vae: VAE, reward: Reward, prompt: str, scale: float, start: float, end: float
+    ):
         patcher = static(model.clone(), f"{DYMO}: model")
         self.vae = copy.copy(vae)
         self.vae.patcher = static(vae.patcher, f"{DYMO}: vae")
@@ -182,7 +192,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
         super().set_conds(positive, negative)
         self.original_conds = with_static_controls(self.original_conds, DYMO)
 
-    def inner_sample(self, noise, latent_image, device, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+    def inner_sample(self, noise, latent_image, device, sampler, sigmas, denoise_mask: Tensor = None, *args, **kwargs):
         if why := self.reward.unfit(len(noise)):
             raise ValueError(f"{DYMO}: reward {self.reward.facts.name!r}: {why}")
         # ComfyUI has loaded the model in inference mode, where nothing has a gradient; from here on it would want one.
@@ -220,14 +230,14 @@ class DyMOGuider(comfy.samplers.CFGGuider):
         finally:
             self.scale = scale
 
-    def predict_noise(self, x, timestep, model_options=None, seed=None):
+    def predict_noise(self, x: Tensor, timestep, model_options=None, seed=None):
         noise = share_of_noise(self.inner_model.model_sampling, timestep)
         if not within(noise, self.start, self.end).all() or not self.scale:
             return super().predict_noise(x, timestep, model_options or {}, seed)
         options = comfy.model_patcher.create_model_options_clone(model_options or {})
         options["disable_cfg1_optimization"] = True  # the strength is measured by the unconditional prediction
         options.setdefault("transformer_options", {})["optimized_attention_override"] = sdpa
-        found = []
+        found: list[Tensor] = []
 
         def capture(args):
             found[:] = [args["cond_denoised"] - args["uncond_denoised"]]
@@ -275,7 +285,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
 
 class MiraDyMOGuider(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraDyMOGuider",
             **aliases("guidance", "reward guidance"),
@@ -327,7 +337,17 @@ class MiraDyMOGuider(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, vae, reward, cfg, scale, start_percent, end_percent, prompt=""
+        cls,
+        model: ModelPatcher,
+        positive: list,
+        negative: list,
+        vae: VAE,
+        reward: Reward,
+        cfg: float,
+        scale: float,
+        start_percent: float,
+        end_percent: float,
+        prompt="",
     ) -> io.NodeOutput:
         check_links(DYMO, model=model, positive=positive, negative=negative, vae=vae)
         check_reward(DYMO, reward)

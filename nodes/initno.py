@@ -8,12 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor, nn
 
@@ -113,9 +115,10 @@ class _Listener:
         handles = []
         for module in network.modules():
             if all(hasattr(module, name) for name in ("to_q", "to_k", "heads")):
-                of_this = []
-                handles.append(module.to_q.register_forward_hook(partial(self._query, of_this)))
-                handles.append(module.to_k.register_forward_hook(partial(self._key, of_this, module.heads)))
+                attention: Any = module
+                of_this: list[Tensor] = []
+                handles.append(attention.to_q.register_forward_hook(partial(self._query, of_this)))
+                handles.append(attention.to_k.register_forward_hook(partial(self._key, of_this, attention.heads)))
         try:
             yield
         finally:
@@ -138,7 +141,7 @@ class _Listener:
     def heard(self) -> tuple[Tensor, Tensor]:
         """(cross (positions, tokens), own (positions, positions)), the mean over layers."""
         self.listening = False
-        return tuple(torch.stack(self.maps[kind]).mean(0) for kind in ("cross", "own"))
+        return torch.stack(self.maps["cross"]).mean(0), torch.stack(self.maps["own"]).mean(0)
 
 
 def probabilities(q: Tensor, k: Tensor, heads: int) -> Tensor:
@@ -154,7 +157,17 @@ class _Attending(comfy.samplers.Sampler):
         self.words, self.settings, self.generator, self.report = words, settings, generator, report
         self.found: Found | None = None
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, _=False):
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas,
+        extra_args: dict,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask: Tensor = None,
+        _=False,
+    ):
         inner = model_wrap.inner_model
         patchers = [model_wrap.model_patcher, *model_wrap.loaded_models]
         need = 3 * inner.memory_required([2, *noise.shape[1:]])
@@ -165,7 +178,7 @@ class _Attending(comfy.samplers.Sampler):
             )
         return noise
 
-    def _improve(self, model_wrap, sigmas, extra_args, noise, latent_image) -> Found:
+    def _improve(self, model_wrap: Any, sigmas, extra_args: dict, noise, latent_image) -> Found:
         inner = model_wrap.inner_model
         full, sigma = self.max_denoise(model_wrap, sigmas), sigmas[:1].to(noise)
 
@@ -221,7 +234,7 @@ class _Attending(comfy.samplers.Sampler):
 
 class MiraInitNONoise(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraInitNONoise",
             **aliases("noise", "attend and excite", "missing subject"),
@@ -290,7 +303,18 @@ class MiraInitNONoise(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, latent_image, sigmas, prompt, words, seed, rounds, iterations, response, conflict
+        cls,
+        model: ModelPatcher,
+        clip,
+        latent_image: dict,
+        sigmas: Tensor,
+        prompt,
+        words: str,
+        seed: int,
+        rounds: int,
+        iterations: int,
+        response: float,
+        conflict: float,
     ) -> io.NodeOutput:
         check_links(NODE, model=model, clip=clip, latent_image=latent_image, sigmas=sigmas)
         check_values(NODE, cls.define_schema().inputs, dict(response=response, conflict=conflict))

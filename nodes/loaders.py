@@ -104,7 +104,7 @@ class MiraLoadAestheticReward(io.ComfyNode):
     NAME = "MIRA Load Aesthetic Reward"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraLoadAestheticReward",
             display_name=cls.NAME,
@@ -132,7 +132,7 @@ class MiraLoadAestheticReward(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, head=None, clip=None):
+    def validate_inputs(cls, head: str | None = None, clip=None):
         return (
             files.missing(head, known.AESTHETIC_HEAD)
             or (clip != CONNECTED and files.missing(clip, known.CLIP_L, *CLIP_FOLDERS))
@@ -140,7 +140,7 @@ class MiraLoadAestheticReward(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, head, clip, precision, clip_vision=None) -> io.NodeOutput:
+    def execute(cls, head: str, clip, precision: str, clip_vision=None) -> io.NodeOutput:
         path = path_of(cls.NAME, head, known.AESTHETIC_HEAD)
         with opening(cls.NAME, path):
             linear = head_of(weight_files.read(path), path.name)
@@ -192,7 +192,7 @@ class MiraLoadHPSReward(io.ComfyNode):
     VERSIONS = ("from the file's name", "v2", "v2.1")
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraLoadHPSReward",
             display_name=cls.NAME,
@@ -215,11 +215,11 @@ class MiraLoadHPSReward(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file=None):
+    def validate_inputs(cls, file: str | None = None):
         return files.missing(file, known.HPS_21) or True
 
     @classmethod
-    def execute(cls, file, version, precision) -> io.NodeOutput:
+    def execute(cls, file: str, version: str, precision: str) -> io.NodeOutput:
         path = path_of(cls.NAME, file, known.HPS_21)
         if version == cls.VERSIONS[0]:
             found = [v for sign, v in (("v2.1", "v2.1"), ("v21", "v2.1"), ("v2", "v2")) if sign in file.lower()]
@@ -233,7 +233,7 @@ class MiraLoadPickScoreReward(io.ComfyNode):
     NAME = "MIRA Load PickScore Reward"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraLoadPickScoreReward",
             display_name=cls.NAME,
@@ -251,11 +251,11 @@ class MiraLoadPickScoreReward(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file=None):
+    def validate_inputs(cls, file: str | None = None):
         return files.missing(file, known.PICKSCORE) or True
 
     @classmethod
-    def execute(cls, file, precision) -> io.NodeOutput:
+    def execute(cls, file: str, precision: str) -> io.NodeOutput:
         path = path_of(cls.NAME, file, known.PICKSCORE)
         encoder = whole_clip(cls.NAME, path, precision, "ViT-H/14", crop_transformers)
         return io.NodeOutput(pick_score(encoder, encoder.network.logit_scale.float().item()))
@@ -265,7 +265,7 @@ class MiraLoadImageReward(io.ComfyNode):
     NAME = "MIRA Load ImageReward"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraLoadImageReward",
             display_name=cls.NAME,
@@ -283,11 +283,11 @@ class MiraLoadImageReward(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file=None):
+    def validate_inputs(cls, file: str | None = None):
         return files.missing(file, known.IMAGE_REWARD) or True
 
     @classmethod
-    def execute(cls, file, precision) -> io.NodeOutput:
+    def execute(cls, file: str, precision: str) -> io.NodeOutput:
         path = path_of(cls.NAME, file, known.IMAGE_REWARD)
         with opening(cls.NAME, path):
             state = weight_files.read(path)
@@ -301,7 +301,7 @@ class MiraLoadCLIPScore(io.ComfyNode):
     NAME = "MIRA Load CLIPScore Reward"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraLoadCLIPScore",
             display_name=cls.NAME,
@@ -334,7 +334,7 @@ class MiraLoadCLIPScore(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file=None, text_file=None):
+    def validate_inputs(cls, file: str | None = None, text_file: str | None = None):
         return (
             files.missing(file, known.CLIP_L, *CLIP_FOLDERS)
             or (text_file != SAME_FILE and files.missing(text_file, known.CLIP_L, *CLIP_FOLDERS))
@@ -342,7 +342,7 @@ class MiraLoadCLIPScore(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, file, text_file, activation, precision) -> io.NodeOutput:
+    def execute(cls, file: str, text_file: str, activation: str, precision: str) -> io.NodeOutput:
         path = path_of(cls.NAME, file, known.CLIP_L, *CLIP_FOLDERS)
         with opening(cls.NAME, path):
             state = weight_files.read(path)

@@ -161,7 +161,8 @@ def verdict(row: dict, base: dict | None) -> str:
     if base is None:
         missing = "no verdict without base_images (plain samples of other seeds) and clip"
         return f"{gain}, drift {row['drift']:.3g}; {missing}{tail}"
-    reasons, fine = [], []
+    reasons: list[str] = []
+    fine: list[str] = []
     if "distance_to_base" in row:
         low, high = base["distance"]
         text = f"distance to the base images {row['distance_to_base']:.3g}, their own {low:.3g} ± {high:.3g}"
@@ -229,7 +230,7 @@ def write(runs: list[Run], prefix: str) -> list[str]:
 
 class MiraDriftMonitor(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         inputs = []
         for i in range(1, SLOTS + 1):
             inputs.append(MiraTrace.Input(f"trace_{i}", optional=i > 1))
@@ -281,7 +282,9 @@ class MiraDriftMonitor(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, drift_metric, filename_prefix, base_images=None, clip=None, prompt="", **inputs) -> io.NodeOutput:
+    def execute(
+        cls, drift_metric: str, filename_prefix: str, base_images: Tensor = None, clip=None, prompt="", **inputs
+    ) -> io.NodeOutput:
         numbers = [i for i in range(1, SLOTS + 1) if inputs.get(f"trace_{i}") is not None]
         stray = [i for i in range(1, SLOTS + 1) if inputs.get(f"images_{i}") is not None and i not in numbers]
         if stray:

@@ -7,8 +7,12 @@ import logging
 from collections.abc import Sequence
 
 import comfy.samplers
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..rewards.base import Reward
 from . import host
 from .editor.live import LiveRun
 from .host.probe import begins_anew
@@ -105,7 +109,7 @@ def optimized(node, hidden, values: dict, overruled: list[str], *, latent: dict,
 
 class MiraOptimizeKSampler(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraOptimizeKSampler",
             **aliases(
@@ -145,15 +149,15 @@ class MiraOptimizeKSampler(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls,
-        iterations=None,
-        steps=None,
-        beta=None,
-        learning_rate=None,
-        drift_limit=None,
-        clip_norm=None,
-        patience=None,
-        denoise=None,
-        stop=None,
+        iterations: int | None = None,
+        steps: int | None = None,
+        beta: float | None = None,
+        learning_rate: float | None = None,
+        drift_limit: float | None = None,
+        clip_norm: float | None = None,
+        patience: int | None = None,
+        denoise: float | None = None,
+        stop: str | None = None,
     ):
         return complain(locals(), cls.define_schema().inputs) or True
 
@@ -163,7 +167,17 @@ class MiraOptimizeKSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, vae, reward, seed, cfg, prompt="", **values
+        cls,
+        model: ModelPatcher,
+        positive: list,
+        negative: list,
+        latent_image: dict,
+        vae: VAE,
+        reward: Reward,
+        seed: int,
+        cfg: float,
+        prompt="",
+        **values,
     ) -> io.NodeOutput:
         node, inputs = "MIRA Optimize KSampler", cls.define_schema().inputs
         check_values(node, inputs, values | {"cfg": cfg})
@@ -196,7 +210,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
 
 class MiraOptimizeSamplerAdvanced(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraOptimizeSamplerAdvanced",
             **aliases("align", "reward", "optimise", "optimize", "custom sampler"),
@@ -222,13 +236,13 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls,
-        iterations=None,
-        beta=None,
-        learning_rate=None,
-        drift_limit=None,
-        clip_norm=None,
-        patience=None,
-        stop=None,
+        iterations: int | None = None,
+        beta: float | None = None,
+        learning_rate: float | None = None,
+        drift_limit: float | None = None,
+        clip_norm: float | None = None,
+        patience: int | None = None,
+        stop: str | None = None,
     ):
         return complain(locals(), cls.define_schema().inputs) or True
 
@@ -237,7 +251,9 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         return memo.cuts(inputs)
 
     @classmethod
-    def execute(cls, noise, guider, sampler, sigmas, latent_image, vae, reward, prompt="", **values) -> io.NodeOutput:
+    def execute(
+        cls, noise, guider, sampler, sigmas: Tensor, latent_image: dict, vae: VAE, reward: Reward, prompt="", **values
+    ) -> io.NodeOutput:
         node, inputs = "MIRA Optimize Sampler (Advanced)", cls.define_schema().inputs
         check_links(node, sigmas=sigmas)
         if message := wrong_sigmas(sigmas):

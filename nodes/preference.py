@@ -7,11 +7,14 @@ import logging
 
 import comfy.samplers
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 from torch import Tensor
 
+from ..rewards.base import Reward
 from ..sampler.candidates import ENERGIES
 from ..sampler.methods import METHODS
 from ..sampler.optimize import Result, Score
@@ -149,7 +152,7 @@ def particulars() -> list[io.Input]:
 
 class MiraDPOPreference(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraDPOPreference",
             **aliases("choose", "preference", "compare", "a or b", "human feedback", "dpo"),
@@ -204,7 +207,14 @@ class MiraDPOPreference(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, iterations=None, steps=None, learning_rate=None, denoise=None, judge=None, method=None, candidates=None
+        cls,
+        iterations: int | None = None,
+        steps: int | None = None,
+        learning_rate: float | None = None,
+        denoise: float | None = None,
+        judge: str | None = None,
+        method: str | None = None,
+        candidates: int | None = None,
     ):
         return complain(locals(), cls.define_schema().inputs) or wrong_judge(locals()) or True
 
@@ -215,17 +225,17 @@ class MiraDPOPreference(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        positive,
-        negative,
-        latent_image,
-        vae,
-        seed,
-        cfg,
-        reward=None,
+        model: ModelPatcher,
+        positive: list,
+        negative: list,
+        latent_image: dict,
+        vae: VAE,
+        seed: int,
+        cfg: float,
+        reward: Reward = None,
         choices="",
         prompt="",
-        iterate=-1,
+        iterate: int = -1,
         **values,
     ) -> io.NodeOutput:
         values = filled(cls.define_schema().inputs, values)
@@ -240,7 +250,7 @@ class MiraDPOPreference(io.ComfyNode):
         return finish(NODE, cls.hidden, done, live, latent_image, iterate, record)
 
     @classmethod
-    def preferred(cls, *, model, positive, negative, latent, vae, reward, seed, cfg, choices, prompt, values):
+    def preferred(cls, *, model, positive, negative, latent, vae: VAE, reward, seed, cfg, choices, prompt, values):
         """One run: (what came out, what the editor was told)."""
         check_values(NODE, cls.define_schema().inputs, values | {"cfg": cfg})
         check_links(NODE, positive=positive, negative=negative)

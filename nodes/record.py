@@ -87,7 +87,7 @@ def read_trace(path: str, index: int) -> Trace:
 
 class MiraLoadTrace(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraLoadTrace",
             display_name="MIRA Load Trace",
@@ -103,7 +103,7 @@ class MiraLoadTrace(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file=None):
+    def validate_inputs(cls, file: str | None = None):
         try:
             if file is not None:
                 trace_path(file)
@@ -112,7 +112,7 @@ class MiraLoadTrace(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, file, index):
+    def fingerprint_inputs(cls, file: str, index: int):
         try:
             path = trace_path(file)
         except ValueError:
@@ -120,7 +120,7 @@ class MiraLoadTrace(io.ComfyNode):
         return f"{os.path.getmtime(path)}:{os.path.getsize(path)}"
 
     @classmethod
-    def execute(cls, file, index) -> io.NodeOutput:
+    def execute(cls, file: str, index: int) -> io.NodeOutput:
         try:
             path = trace_path(file)
         except ValueError as problem:

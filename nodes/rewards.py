@@ -7,7 +7,9 @@ import os
 
 import comfy.model_management
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..rewards.base import Reward
 from ..rewards.combine import SCALINGS, Augmented, WeightedSum, scaled
 from ..rewards.http import NODE as HTTP
 from ..rewards.http import HTTPReward, host_of
@@ -26,7 +28,7 @@ NO_SCRIPT = "put a .py file into models/mira_rewards"
 
 class MiraPixelReward(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraPixelReward",
             **aliases("brightness", "darkness", "contrast", "colour", "color", "sharpness"),
@@ -50,7 +52,7 @@ class MiraPixelReward(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, measure, reference=None) -> io.NodeOutput:
+    def execute(cls, measure: str, reference: Tensor = None) -> io.NodeOutput:
         check_values("MIRA Pixel Reward", cls.define_schema().inputs, {"measure": measure})
         if measure != REFERENCE:
             return io.NodeOutput(PixelReward(measure))
@@ -65,7 +67,7 @@ class MiraJPEGReward(io.ComfyNode):
     GRADIENT = {"black box": JPEG, "differentiable estimate": JPEGSurrogate}
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraJPEGReward",
             display_name="MIRA JPEG Reward",
@@ -86,14 +88,14 @@ class MiraJPEGReward(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, kind, quality) -> io.NodeOutput:
+    def execute(cls, kind: str, quality: int) -> io.NodeOutput:
         check_values("MIRA JPEG Reward", cls.define_schema().inputs, {"kind": kind, "quality": quality})
         return io.NodeOutput(cls.GRADIENT[kind](quality))
 
 
 class MiraCombineRewards(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         inputs = []
         for i in range(1, SLOTS + 1):
             inputs += [
@@ -131,7 +133,7 @@ class MiraCombineRewards(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, scaling="by typical range", **inputs) -> io.NodeOutput:
+    def execute(cls, scaling: str = "by typical range", **inputs) -> io.NodeOutput:
         given = {k: v for k, v in inputs.items() if k.startswith("weight")} | {"scaling": scaling}
         check_values("MIRA Combine Rewards", cls.define_schema().inputs, given)
         used = [i for i in range(1, SLOTS + 1) if inputs.get(f"reward_{i}") is not None]
@@ -150,7 +152,7 @@ class MiraCombineRewards(io.ComfyNode):
 
 class MiraAugmentReward(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraAugmentReward",
             display_name="MIRA Augment Reward",
@@ -177,7 +179,7 @@ class MiraAugmentReward(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, reward, crops, smallest, flip, seed) -> io.NodeOutput:
+    def execute(cls, reward: Reward, crops: int, smallest: float, flip: bool, seed: int) -> io.NodeOutput:
         check_reward("MIRA Augment Reward", reward)
         check_values("MIRA Augment Reward", cls.define_schema().inputs, {"crops": crops, "smallest": smallest})
         # Stream -2 is the first.
@@ -188,7 +190,7 @@ class MiraRewardFromPython(io.ComfyNode):
     NAME = "MIRA Reward from Python File"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         names = files.scripts() or [NO_SCRIPT]
         return io.Schema(
             node_id="MiraRewardFromPython",
@@ -210,16 +212,16 @@ class MiraRewardFromPython(io.ComfyNode):
         return f"{file} is not in models/mira_rewards: put the reward's .py file there and refresh the nodes (key R)"
 
     @classmethod
-    def validate_inputs(cls, file=None):
+    def validate_inputs(cls, file: str | None = None):
         return cls.missing(file) or True
 
     @classmethod
-    def fingerprint_inputs(cls, file):
+    def fingerprint_inputs(cls, file: str):
         path = files.find(file)
         return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
     @classmethod
-    def execute(cls, file) -> io.NodeOutput:
+    def execute(cls, file: str) -> io.NodeOutput:
         if message := cls.missing(file or "an empty name"):
             raise ValueError(f"{cls.NAME}: {message}")
         try:
@@ -237,7 +239,7 @@ class MiraRewardFromHTTP(io.ComfyNode):
     NAME = HTTP
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraRewardFromHTTP",
             display_name=cls.NAME,
@@ -268,7 +270,9 @@ class MiraRewardFromHTTP(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, url=None, typical_low=None, typical_high=None):
+    def validate_inputs(
+        cls, url: str | None = None, typical_low: float | None = None, typical_high: float | None = None
+    ):
         if url is not None:
             try:
                 host_of(url, allowed_hosts())
@@ -279,7 +283,16 @@ class MiraRewardFromHTTP(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, url, name, needs_prompt, timeout, retries, typical_low, typical_high) -> io.NodeOutput:
+    def execute(
+        cls,
+        url: str,
+        name: str,
+        needs_prompt: bool,
+        timeout: float,
+        retries: int,
+        typical_low: float,
+        typical_high: float,
+    ) -> io.NodeOutput:
         try:
             reward = HTTPReward(
                 url,

@@ -26,7 +26,8 @@ def score_images(reward: Reward, images: Tensor, prompts: list[str]) -> tuple[Te
     if patchers:
         comfy.model_management.load_models_gpu(patchers, force_full_load=True)
     device = patchers[0].load_device if patchers else images.device
-    totals, parts = [], {}
+    totals: list[Tensor] = []
+    parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(images), CHUNK):
         comfy.model_management.throw_exception_if_processing_interrupted()
         with without_tf32():  # as the optimising nodes
@@ -56,7 +57,7 @@ class MiraScoreImages(io.ComfyNode):
     NAME = "MIRA Score Images"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraScoreImages",
             **aliases("score", "rate", "aesthetic score", "evaluate"),
@@ -83,7 +84,7 @@ class MiraScoreImages(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images, reward, prompt=("",)) -> io.NodeOutput:
+    def execute(cls, images: Tensor, reward: Reward, prompt=("",)) -> io.NodeOutput:
         (reward,) = reward
         check_reward(cls.NAME, reward)
         batches = [to_core(batch, f"{cls.NAME}: images") for batch in images]
@@ -113,7 +114,7 @@ class MiraRankImages(io.ComfyNode):
     NAME = "MIRA Rank Images"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraRankImages",
             **aliases("best of n", "sort images", "pick best"),
@@ -136,7 +137,7 @@ class MiraRankImages(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images, scores, top_k) -> io.NodeOutput:
+    def execute(cls, images: list, scores: list, top_k: list) -> io.NodeOutput:
         if not all(torch.is_tensor(batch) for batch in images) or not all(isinstance(s, (int, float)) for s in scores):
             raise ValueError(f"{cls.NAME}: connect an IMAGE, and the scores that MIRA Score Images gave of it")
         sizes = {tuple(batch.shape[1:]) for batch in images}

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 
 import comfy.samplers
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from comfy_api.latest import io
 
+from ..rewards.base import Reward
 from ..sampler.search import METHODS, POTENTIALS, SearchSettings
 from ..sampler.surrogates import REGULARIZERS
 from . import host
@@ -131,7 +134,7 @@ def particulars() -> list[io.Input]:
 
 class MiraSearchKSampler(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraSearchKSampler",
             **aliases("best of n", "search", "seeds", "particles", "improve", "align"),
@@ -190,7 +193,13 @@ class MiraSearchKSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, steps=None, denoise=None, learning_rate=None, beta=None):
+    def validate_inputs(
+        cls,
+        steps: int | None = None,
+        denoise: float | None = None,
+        learning_rate: float | None = None,
+        beta: float | None = None,
+    ):
         return complain(locals(), cls.define_schema().inputs) or True
 
     @classmethod
@@ -199,7 +208,18 @@ class MiraSearchKSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, vae, reward, seed, cfg, prompt="", iterate=-1, **values
+        cls,
+        model: ModelPatcher,
+        positive: list,
+        negative: list,
+        latent_image: dict,
+        vae: VAE,
+        reward: Reward,
+        seed: int,
+        cfg: float,
+        prompt="",
+        iterate: int = -1,
+        **values,
     ) -> io.NodeOutput:
         linked = dict(model=model, positive=positive, negative=negative, latent=latent_image, vae=vae, reward=reward)
         values = filled(cls.define_schema().inputs, values)
@@ -212,7 +232,7 @@ class MiraSearchKSampler(io.ComfyNode):
         return finish(NODE, hidden, *memo.of(hidden.unique_id, inputs, iterate, work), latent_image, iterate)
 
 
-def searched(hidden, *, model, positive, negative, latent, vae, reward, seed, cfg, prompt, values):
+def searched(hidden, *, model, positive, negative, latent, vae: VAE, reward, seed, cfg, prompt, values):
     """One run: (what came out, what the editor was told)."""
     check_values(NODE, MiraSearchKSampler.define_schema().inputs, values | {"cfg": cfg})
     settings = understood(NODE, values, SearchSettings)

@@ -261,8 +261,8 @@ def siglip_of(state: dict[str, Tensor], kind: Kind, path: Path) -> Encoder:
         half, rest = name.split(".", 1)
         named[name] = f"{half}_model.{rest.removeprefix(f'{half}_model.')}"
     network = adopt(network, {ours: state[theirs] for ours, theirs in named.items() if theirs in state}, path.name)
-    for half, count in ((network.vision, patches), (network.text, context)):
-        for module in half.modules():
+    for part, count in ((network.vision, patches), (network.text, context)):
+        for module in part.modules():
             if "position_ids" in module._buffers:
                 module.position_ids = torch.arange(count)[None]
     name = f"SigLIP of width {width}, {vision.num_hidden_layers} layers, patch {patch}"

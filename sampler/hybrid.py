@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,124 @@ from .rollout import Path, Rollout
 from .search import SearchSettings
 from .seeds import fresh, stream
 from .trace import Trace
+
+
+@dataclass
+class End:
+    """Where a trajectory came to: a row for each image, images (B, 3, H, W), latent (B, C, ...), its noises, and why
+    it ended before its time, or None."""
+
+    rows: list[dict]
+    images: Tensor
+    latent: Tensor
+    noises: list[Tensor]
+    ended: str | None = None
+
+
+class _Hybrid:
+    """A run's state: the trajectories that are alive, what they are measured from, and the best image so far."""
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        score: Callable[[Tensor], Score],
+        trajectories: list[list[Tensor]],
+        settings: SearchSettings,
+        generator: torch.Generator,
+        on_iteration: Callable[[int, list[dict], Score], None],
+        interrupts: Interrupts,
+        memory: Callable[[], float],
+    ):
+        self.rollout, self.score, self.settings, self.generator = rollout, score, settings, generator
+        self.on_iteration, self.interrupts, self.memory = on_iteration, interrupts, memory
+        self.inner = Settings(
+            iterations=settings.iterations, lr=settings.lr, regularizer=settings.regularizer, beta=settings.beta,
+            keep="last", loss_scale=settings.loss_scale,
+        )  # fmt: skip
+        self.trajectories = trajectories
+        self.reference: Path | None = None  # of the lineage that survived; in the first round every one is its own
+        self.trace, self.kept = Trace(), Kept()
+        self.iterates: list[Tensor] = []
+        self.batch, self.steps = len(trajectories[0][0]), len(rollout.schedule) - 1
+        self.best_reward = torch.full((self.batch,), -math.inf, dtype=torch.double)
+        self.runs = 0  # of the sampler
+
+    def record(self, k: int, end: End, seconds: float | None = None) -> None:
+        """The rows of the round's best trajectories, and the best image so far."""
+        more = {"iteration": k, "evaluations": self.runs * self.steps, "memory_mb": self.memory() / 1e6}
+        more |= {} if seconds is None else {"seconds": seconds}
+        rows = [r | more for r in end.rows]
+        self.trace.rows.extend(rows)
+        self.iterates.append(end.latent.cpu())
+        reward = torch.tensor([r["reward"] for r in rows], dtype=torch.double)
+        better = (reward > self.best_reward) | (k == 0)
+        self.best_reward = torch.where(better, reward, self.best_reward)
+        self.kept.take(k, better, end.latent, end.noises)
+        self.on_iteration(k, rows, Score(reward, {}, end.images))
+
+    def climb(self, noises: Sequence[Tensor], iterations: int) -> End:
+        """MIRA on one trajectory."""
+        latest: list = []
+
+        def seen(i: int, rows: list[dict], score: Score) -> None:
+            self.runs += 1
+            latest[:] = [rows, score.images]
+
+        done = optimize(
+            self.rollout, self.score, noises, replace(self.inner, iterations=iterations), reference=self.reference,
+            on_iteration=seen, interrupts=self.interrupts, memory=self.memory,
+        )  # fmt: skip
+        self.trace.notices.extend(n for n in done.trace.notices if n not in self.trace.notices)
+        # A trajectory whose reward or gradient is not finite ends alone; a cancelled one ends the run.
+        return End(latest[0], latest[1], done.last, list(done.best_noises), done.reason if done.cut_short else None)
+
+    def best(self, ends: Sequence[End]) -> tuple[End, Tensor]:
+        """Of every image the trajectory of the highest objective, reward - beta R; and which one, (B,)."""
+        beta, regularizer = self.settings.beta, self.settings.regularizer
+
+        def objective(row: dict) -> float:
+            return row["reward"] - (0.0 if regularizer == "none" else beta * row[regularizer])
+
+        objectives = torch.tensor([list(map(objective, end.rows)) for end in ends]).nan_to_num(nan=-math.inf)
+        index = objectives.argmax(0)
+        rows = [ends[p].rows[b] for b, p in enumerate(index.tolist())]
+        noises = [_picked(z, index) for z in zip(*(end.noises for end in ends), strict=True)]
+        latent, images = (_picked([getattr(end, name) for end in ends], index) for name in ("latent", "images"))
+        return End(rows, images, latent, noises), index
+
+    def round(self, k: int) -> str | None:
+        """All climb, the best survives, and all others begin around it. Why it ended before its time, or None."""
+        started, ended = time.perf_counter(), None
+        ends: list[End] = []
+        for z in self.trajectories:
+            end, cut = attempt(self.interrupts, self.climb, z, self.settings.iterations)
+            if cut:
+                if not ends:
+                    raise cut.problem
+                ended = f"{cut} in round {k}"
+                break
+            ends.append(end)
+            if ended := end.ended:
+                break
+        best, index = self.best(ends)
+        self.record(k, best, time.perf_counter() - started)
+        if ended:
+            return ended
+        if self.reference is None and k < self.settings.rounds:
+            with torch.no_grad():
+                begun = [_picked(z, index) for z in zip(*self.trajectories, strict=True)]
+                self.reference = self.rollout(begun).detach()
+            self.runs += 1
+        around = [fresh(best.noises, self.generator) for _ in range(self.settings.particles - 1)]
+        self.trajectories = [best.noises, *(towards(best.noises, other, self.settings.radius) for other in around)]
+        return None
+
+    def rounds(self) -> str | None:
+        self.record(0, self.climb(self.trajectories[0], 0))
+        for k in range(1, self.settings.rounds + 1):
+            if ended := self.round(k):
+                return ended
+        return None
 
 
 def hybrid(
@@ -39,107 +157,27 @@ def hybrid(
     is the plain sample's, the p-th begins from others(p, noises). Returns as `optimize` does; a row per round,
     iteration 0 is the plain sample.
     """
-    inner = Settings(
-        iterations=settings.iterations,
-        lr=settings.lr,
-        regularizer=settings.regularizer,
-        beta=settings.beta,
-        keep="last",
-        loss_scale=settings.loss_scale,
-    )
     generator = stream(seed, -1)
     trajectories = [[n.detach() for n in noises]]
     others = others or (lambda p, like: fresh(like, generator))
     trajectories += [list(others(p, noises)) for p in range(1, settings.particles)]
-    reference: Path | None = None  # of the lineage that survived; in the first round every trajectory is its own
-    batch, steps = len(noises[0]), len(rollout.schedule) - 1
-    trace, iterates = Trace(), []
-    kept, best_reward = Kept(), torch.full((batch,), -math.inf, dtype=torch.double)
-    runs = 0
-
-    def record(k: int, rows: list[dict], latent: Tensor, z: Sequence[Tensor], images: Tensor) -> None:
-        nonlocal best_reward
-        rows = [r | {"iteration": k, "evaluations": runs * steps, "memory_mb": memory() / 1e6} for r in rows]
-        trace.rows.extend(rows)
-        iterates.append(latent.cpu())
-        reward = torch.tensor([r["reward"] for r in rows], dtype=torch.double)
-        better = (reward > best_reward) | (k == 0)
-        best_reward = torch.where(better, reward, best_reward)
-        kept.take(k, better, latent, z)
-        on_iteration(k, rows, Score(reward, {}, images))
-
-    def weighed(row: dict) -> float:
-        penalty = 0.0 if settings.regularizer == "none" else row[settings.regularizer]
-        return row["reward"] - settings.beta * penalty
-
-    def climb(z: Sequence[Tensor], reference: Path | None, iterations: int):
-        """(the last rows, images, latent, noises, why it ended before its time or None)."""
-        nonlocal runs
-        latest: list = []
-
-        def seen(i: int, rows: list[dict], score: Score) -> None:
-            nonlocal runs
-            runs += 1
-            latest[:] = [rows, score.images]
-
-        done = optimize(
-            rollout, score, z, replace(inner, iterations=iterations), reference=reference, on_iteration=seen,
-            interrupts=interrupts, memory=memory,
-        )  # fmt: skip
-        trace.notices.extend(n for n in done.trace.notices if n not in trace.notices)
-        # A trajectory whose reward or gradient is not finite ends alone; a cancelled one ends the run.
-        return *latest, done.last, list(done.best_noises), done.reason if done.cut_short else None
-
-    def round_(k: int) -> str | None:
-        """Why it ended before its time, or None."""
-        nonlocal reference, trajectories, runs
-        started, ended = time.perf_counter(), None
-        ends: list[list] = []
-        for z in trajectories:
-            end, cut = attempt(interrupts, climb, z, reference, settings.iterations)
-            if cut:
-                if not ends:
-                    raise cut.problem
-                ended = f"{cut} in round {k}"
-                break
-            *end, ended = end
-            ends.append(end)
-            if ended:
-                break
-        objective = torch.tensor([list(map(weighed, rows)) for rows, *_ in ends]).nan_to_num(nan=-math.inf)
-        index = objective.argmax(0)
-        rows = [ends[p][0][b] | {"seconds": time.perf_counter() - started} for b, p in enumerate(index.tolist())]
-        winner = [_picked(z, index) for z in zip(*(e[3] for e in ends), strict=True)]
-        record(k, rows, _picked([e[2] for e in ends], index), winner, _picked([e[1] for e in ends], index))
-        if ended:
-            return ended
-        if reference is None and k < settings.rounds:
-            with torch.no_grad():
-                reference = rollout([_picked(z, index) for z in zip(*trajectories, strict=True)]).detach()
-            runs += 1
-        trajectories = [winner]
-        for _ in range(settings.particles - 1):
-            trajectories.append(towards(winner, fresh(winner, generator), settings.radius))
-        return None
-
-    def rounds() -> str | None:
-        rows, images, latent, z, _ = climb(trajectories[0], None, 0)
-        record(0, rows, latent, z, images)
-        for k in range(1, settings.rounds + 1):
-            if ended := round_(k):
-                return ended
-        return None
-
-    ended, cut = attempt(interrupts, rounds)
-    if cut and (kept.latent is None or isinstance(cut.problem, NoGradient)):
+    run = _Hybrid(rollout, score, trajectories, settings, generator, on_iteration, interrupts, memory)
+    ended, cut = attempt(interrupts, run.rounds)
+    if cut and (run.kept.latent is None or isinstance(cut.problem, NoGradient)):
         raise cut.problem
     if cut:
-        ended = f"{cut} after round {trace.rows[-1]['iteration']}"
+        ended = f"{cut} after round {run.trace.rows[-1]['iteration']}"
     reason = ended or "all rounds done"
-    trace.kept, trace.reasons = kept.iteration.tolist(), [reason] * batch
-    trace.settings |= {"evaluations": runs * steps}
+    run.trace.kept, run.trace.reasons = run.kept.iteration.tolist(), [reason] * run.batch
+    run.trace.settings |= {"evaluations": run.runs * run.steps}
     return Result(
-        kept.latent, iterates[-1].to(kept.latent), tuple(kept.noises), trace, reason, iterates, ended is not None
+        run.kept.latent,
+        run.iterates[-1].to(run.kept.latent),
+        tuple(run.kept.noises),
+        run.trace,
+        reason,
+        run.iterates,
+        ended is not None,
     )
 
 

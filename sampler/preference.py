@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +60,12 @@ class PreferenceSettings:
     loss_scale: float = 1.0
 
     def __post_init__(self):
-        tables = {"method": METHODS, "energy": ENERGIES, "keep": KEEP, "optimizer": OPTIMIZERS}
+        tables: dict[str, Collection[str]] = {
+            "method": METHODS,
+            "energy": ENERGIES,
+            "keep": KEEP,
+            "optimizer": OPTIMIZERS,
+        }
         for name, table in tables.items():
             if getattr(self, name) not in table:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(table)}")

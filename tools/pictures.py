@@ -12,7 +12,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from .comfy import Server
-from .help import FOLDER, PAGES
+from .help import FOLDER, pages
 
 WIDTH, HEIGHT, LEFT, TOP = 1300, 1500, 420, 120
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
@@ -46,7 +46,7 @@ def main() -> None:
         page.wait_for_timeout(2000)
         assert not page.query_selector("[role=dialog]"), "a dialog covers the nodes"
         top = page.evaluate("() => app.canvas.canvas.getBoundingClientRect().top")
-        for node in PAGES:
+        for node in pages():
             width, height = page.evaluate(PLACE, node)
             clip = {"x": LEFT - 12, "y": top + TOP - 56, "width": width + 24, "height": min(height + 68, HEIGHT - TOP)}
             shot = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import comfy.model_management
 import torch
@@ -172,7 +173,7 @@ class PersonJudge:
 
     def ask(self, k: int, image: int, batch: int, left: Tensor, right: Tensor) -> str:
         token = secrets.token_urlsafe(16)
-        shown = {
+        shown: dict[str, Any] = {
             "prompt_id": self.prompt,
             "node": self.node,
             "token": token,

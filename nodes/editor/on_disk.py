@@ -41,7 +41,8 @@ class Unfinished:
 
     def __init__(self, node: str, settings: dict, extra_pnginfo: dict | None):
         self.node, self.extra = node, extra_pnginfo or {}
-        self.metric, self.keeper = settings.get("drift_metric"), None
+        self.metric = settings.get("drift_metric")
+        self.keeper: Keeper = None  # made of the first rows
         self.trace = Trace(settings)
         name = re.sub(r"\W+", "-", f"{datetime.now():%Y%m%d-%H%M%S-%f}_{node}")
         self.stem = Path(folder_paths.get_output_directory(), FOLDER, name)

@@ -11,6 +11,7 @@ import weakref
 
 import comfy.model_management
 import comfy.model_patcher
+from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 # Of a network in dynamic VRAM: a plain patcher of its copy, which lives as long as the network does.
@@ -20,12 +21,12 @@ _TRACES = ("_v", "_pin", "_prefetch", "_comfy_graph", "dynamic_", "weight_lowvra
 _CASTS = ("comfy_cast_weights", "comfy_force_cast_weights", "weight_function", "bias_function")
 
 
-def is_dynamic(patcher) -> bool:
+def is_dynamic(patcher: ModelPatcher) -> bool:
     """Whether it is of dynamic VRAM: ComfyUI's default on NVIDIA since 0.16."""
     return hasattr(patcher, "is_dynamic") and bool(patcher.is_dynamic())
 
 
-def static(patcher, what: str, own: bool = False):
+def static(patcher: ModelPatcher, what: str, own: bool = False):
     """The same patches on a copy of the network that stays where it is; a patcher that is not dynamic, as it is.
 
     what: node and input, for the error. own: a copy that nobody else is given. Raises ValueError where none can be had.
@@ -55,7 +56,7 @@ def static(patcher, what: str, own: bool = False):
     return clone
 
 
-def _copied(patcher) -> nn.Module:
+def _copied(patcher: ModelPatcher) -> nn.Module:
     """A copy of a dynamic patcher's network in the precision it runs in; read from its file where that is known."""
     if getattr(patcher, "cached_patcher_init", None) is not None:
         network = patcher.clone(disable_dynamic=True).model
@@ -70,10 +71,10 @@ def _copied(patcher) -> nn.Module:
     return network
 
 
-def _without_traces(patcher) -> nn.Module:
+def _without_traces(patcher: ModelPatcher) -> nn.Module:
     """A copy of the network without what dynamic VRAM wrote into it."""
     comfy.model_management.unload_model_and_clones(patcher)  # else some weights are on the device
-    memo = {}
+    memo: dict[int, object] = {}
     for module in patcher.model.modules():
         for name, value in vars(module).items():
             if isinstance(value, (int, float, str, type(None))):

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import comfy.conds
 import comfy.ldm.modules.attention
@@ -186,7 +187,7 @@ def _pytorch_kernel(name: str, value) -> Callable | None:
 @contextmanager
 def without_tf32() -> Iterator[None]:
     """Convolutions and matrix products of a GPU in full float32: cuDNN's default costs three digits of a score."""
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [b.allow_tf32 for b in backends]
     try:
         for b in backends:
@@ -203,7 +204,8 @@ def repeatable() -> Iterator[None]:
 
     It also wants CUBLAS_WORKSPACE_CONFIG in the environment before CUDA starts, which the pack's `__init__` sees to.
     """
-    cudnn, memory = torch.backends.cudnn, torch.utils.deterministic
+    cudnn: Any = torch.backends.cudnn
+    memory: Any = torch.utils.deterministic
     fill = memory.fill_uninitialized_memory  # nothing here reads what it has not written
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     choices = cudnn.deterministic, cudnn.benchmark
@@ -223,7 +225,12 @@ def has_no_repeatable_way(problem: BaseException) -> bool:
 
 
 # In-place arithmetic, and what gives the same without writing over what backward needs.
-OUT_OF_PLACE = {Tensor.add_: torch.add, Tensor.sub_: torch.sub, Tensor.mul_: torch.mul, Tensor.div_: torch.div}
+OUT_OF_PLACE: dict[Callable, Callable] = {
+    Tensor.add_: torch.add,
+    Tensor.sub_: torch.sub,
+    Tensor.mul_: torch.mul,
+    Tensor.div_: torch.div,
+}
 
 
 class OutOfPlace(TorchFunctionMode):
@@ -382,13 +389,14 @@ def _checkpointed(inside: Callable, args: list, kwargs: dict):
 def _checkpointed_by_torch(inside: Callable, args: list, kwargs: dict, random: bool = False):
     """The same for what has more than tensors going in and out, gradients by other ways, or draws random numbers."""
     lists = [copy.copy(a) if type(a) is list else None for a in args]
-    done = []
+    done: list[bool] = []
 
     def once_more(*args, **kwargs):
-        if done:  # computed again, lists begin as they were
-            args = [a if was is None else copy.copy(was) for a, was in zip(args, lists, strict=True)]
+        begun = args  # computed again, lists begin as they were
+        if done:
+            begun = tuple(a if was is None else copy.copy(was) for a, was in zip(args, lists, strict=True))
         done.append(True)
-        return inside(*args, **kwargs)
+        return inside(*begun, **kwargs)
 
     return checkpoint(once_more, *args, use_reentrant=False, preserve_rng_state=random, **kwargs)
 
@@ -417,11 +425,11 @@ def blocks_checkpointed(
                 if not torch.is_grad_enabled():
                     return forward(*args, **kwargs)
                 # A network writes into its options where it is, which guidance by attention reads.
-                args = [copy.copy(a) if type(a) is dict else a for a in args]
+                own = [copy.copy(a) if type(a) is dict else a for a in args]
                 kwargs = {k: copy.copy(a) if type(a) is dict else a for k, a in kwargs.items()}
                 if overheard or random:
-                    return _checkpointed_by_torch(inside, args, kwargs, random)
-                return _checkpointed(inside, args, kwargs)
+                    return _checkpointed_by_torch(inside, own, kwargs, random)
+                return _checkpointed(inside, own, kwargs)
 
             return run
 

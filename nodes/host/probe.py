@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import comfy.samplers
 import torch
@@ -82,7 +83,7 @@ def _toy(
 
 
 def _runner(sampler, model_sampling, schedule: Tensor, constant: bool) -> Callable:
-    def toy(x, sigma, **kwargs):
+    def toy(x: Tensor, sigma: Tensor, **kwargs):
         # Any function that depends on x at every noise level will do.
         x = x.detach() if constant else x
         denoised = x / (1 + sigma.reshape(-1, 1, 1, 1))
@@ -90,14 +91,15 @@ def _runner(sampler, model_sampling, schedule: Tensor, constant: bool) -> Callab
             post({"denoised": denoised, "uncond_denoised": denoised, "cond_denoised": denoised, "model": None})
         return denoised
 
-    toy.inner_model = SimpleNamespace(
+    toy.inner_model = SimpleNamespace(  # type: ignore[attr-defined]
         inner_model=SimpleNamespace(model_sampling=model_sampling),
         model_patcher=SimpleNamespace(get_model_object=lambda name: model_sampling),
     )
     model = StandIn(toy, toy)
     options = {k: v for k, v in sampler.extra_options.items() if k != "noise_sampler"}
 
-    def run(x: Tensor, noises: list | Iterator, replay: bool = False, sigmas: Tensor = schedule) -> Tensor:
+    def run(x: Tensor, noises: Any, replay: bool = False, sigmas: Tensor = schedule) -> Tensor:
+        """noises: a list, to be filled with what the sampler draws; with `replay` any iterable of noises."""
         rest = iter(noises)
 
         def source(draw):

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.model_management
@@ -24,6 +25,7 @@ import comfy.samplers
 import comfy.utils
 import psutil
 import torch
+from comfy.sd import VAE
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,7 +35,7 @@ from ...sampler.memory import offloaded, out_of_memory, saved_bytes
 from ...sampler.optimize import Result, Score, Settings
 from ...sampler.preference import PreferenceSettings
 from ...sampler.restart import Stretch, tail
-from ...sampler.rollout import Rollout, difference, draw
+from ...sampler.rollout import NoiseSource, Rollout, difference, draw
 from ...sampler.search import METHODS, SearchSettings
 from ...sampler.seeds import Start, another, fresh, stream
 from ...sampler.selftest import gradient_error
@@ -60,7 +62,7 @@ SAGE_APART = 0.6  # how far, relative, an image by a coarser attention may be fr
 INTERRUPTS = (comfy.model_management.InterruptProcessingException,)
 
 
-def decode(vae, latent: Tensor) -> Tensor:
+def decode(vae: VAE, latent: Tensor) -> Tensor:
     """VAE latents (B, C, h, w) -> images (B, 3, H, W), nominally in [0, 1]: not clamped, so that gradients live."""
     # The VAE's own last step is affine but for its clamp: read it off inside the clamp's range.
     zero, half = (vae.process_output(torch.tensor([v])).item() for v in (0.0, 0.5))
@@ -97,12 +99,12 @@ class Job:
     restart_sigmas: share of the schedule -> the sigmas of a restart; without one, the tail of `sigmas`.
     """
 
-    guider: object
-    sampler: object
+    guider: Any
+    sampler: Any
     sigmas: Tensor
     noise: Tensor
     latent: Tensor
-    vae: object
+    vae: Any
     reward: Reward | None
     settings: Settings | PreferenceSettings | SearchSettings
     node: str = "MIRA"
@@ -124,7 +126,7 @@ class Job:
 class Process:
     """The frozen model's sampling process, inside ComfyUI's `guider.sample`."""
 
-    def __init__(self, job: Job, model_wrap, sigmas, extra_args, latent_image, mask):
+    def __init__(self, job: Job, model_wrap: Any, sigmas, extra_args: dict, latent_image, mask):
         self.job, self.model_wrap, self.sigmas = job, model_wrap, sigmas
         self.vae = copy.copy(job.vae)
         self.vae.patcher = static(job.vae.patcher, f"{job.node}: vae")
@@ -140,7 +142,7 @@ class Process:
         self.redraw = True  # a reward that draws random numbers draws new ones at every evaluation
         self.repeatable = job.repeatable
         self.notices = list(job.notices)
-        self.given: tuple[Tensor, tuple[Tensor, ...]] = ()  # the plain sample and its noises
+        self.given: tuple[Tensor, tuple[Tensor, ...]] | None = None  # the plain sample and its noises
         self.expected: Tensor | None = None  # what the first trajectory should give, until it was compared
         self.states: list[tuple] = []  # of the random number generators, before every call of the plain sample
         self.start: Start | None = None  # the best of several seeds, once it is known
@@ -313,17 +315,17 @@ class Process:
             self.model_wrap, self.sigmas, dict(self.extra_args), None, noise, self.latent_image, self.mask, True
         )
 
-    def twin(self, source) -> tuple[Callable, dict]:
+    def twin(self, source: NoiseSource) -> tuple[Callable, dict]:
         """The sampler function's twin whose every noise is `source(draw)`, and its options."""
         twins, options = Twins(source), dict(self.job.sampler.extra_options)
         if "noise_sampler" in options:
             options["noise_sampler"] = twins.noise_sampler(options["noise_sampler"])
         return twins(self.job.sampler.sampler_function), options
 
-    def _sample(self, noise: Tensor, source, denoiser: Callable[..., Callable]) -> Tensor:
+    def _sample(self, noise: Tensor, source: NoiseSource, denoiser: Callable[..., tuple[dict, Callable]]) -> Tensor:
         twin, options = self.twin(source)
 
-        def function(model_k, x, sigmas, extra_args, callback, disable, **options):
+        def function(model_k: Any, x: Tensor, sigmas, extra_args: dict, callback, disable, **options):
             extra_args, call = denoiser(model_k, extra_args)
             return twin(
                 StandIn(model_k, call), x, sigmas, extra_args=extra_args, callback=None, disable=True, **options
@@ -331,12 +333,12 @@ class Process:
 
         return self._run(noise, function, options)
 
-    def plain(self, noise: Tensor, source, wrap) -> Tensor:
+    def plain(self, noise: Tensor, source: NoiseSource, wrap) -> Tensor:
         """ComfyUI's own sample, bit for bit, with its noises and random states seen on their way."""
         first, calls = not self.states, itertools.count()
 
-        def denoiser(model_k, extra_args):
-            def call(x, sigma, **kwargs):
+        def denoiser(model_k: Any, extra_args: dict):
+            def call(x: Tensor, sigma: Tensor, **kwargs):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 if first:
                     self.states.append(random_state(x.device))
@@ -349,8 +351,8 @@ class Process:
         self.begin()
         return self._sample(noise, source, denoiser)
 
-    def differentiable(self, noise: Tensor, source, wrap) -> Tensor:
-        def denoiser(model_k, extra_args):
+    def differentiable(self, noise: Tensor, source: NoiseSource, wrap) -> Tensor:
+        def denoiser(model_k: Any, extra_args: dict):
             extra_args, call = self._network(model_k, extra_args)
             return extra_args, wrap(call)
 
@@ -396,11 +398,11 @@ class Process:
                 f"in the graph remembers earlier steps{named(self.extra_args['model_options'])}. Bypass it."
             )
 
-    def _network(self, model_k, extra_args: dict) -> tuple[dict, Callable]:
+    def _network(self, model_k: Any, extra_args: dict) -> tuple[dict, Callable]:
         """The denoiser with everything in it that has a backward; (guided, conditional) where both are wanted."""
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
         options.setdefault("transformer_options", {})["optimized_attention_override"] = sdpa
-        conditional = []
+        conditional: list[Tensor] = []
         if self.job.measured == "conditional":
 
             def capture(args):
@@ -415,7 +417,7 @@ class Process:
             # CFG++ samplers add a function of theirs, and take the unconditional prediction out of it.
             return len(kwargs.get("model_options", {}).get("sampler_post_cfg_function", ())) > own
 
-        def call(x, sigma, **kwargs):
+        def call(x: Tensor, sigma: Tensor, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
             comfy.model_management.throw_exception_if_processing_interrupted()
             with self.place():
                 out = model_k(x, sigma, **kwargs)
@@ -425,7 +427,7 @@ class Process:
                 raise ValueError("this guider gives no conditional prediction: set `measured` to guided")
             return out, conditional.pop()
 
-        call.escapes = escapes
+        call.escapes = escapes  # type: ignore[attr-defined]
         return {**extra_args, "model_options": options}, call
 
     @property
@@ -507,9 +509,9 @@ class Process:
 
     def within_chain(self, noise: Tensor, work: Callable[[Chain], Result]) -> Result:
         """`work` inside ComfyUI's sampler call, where a run can be stopped and continued at any noise level."""
-        found = []
+        found: list[Result] = []
 
-        def function(model_k, x, sigmas, extra_args, callback, disable, **options):
+        def function(model_k: Any, x: Tensor, sigmas, extra_args: dict, callback, disable, **options):
             found.append(work(Chain(self, model_k, extra_args)))
             return x
 
@@ -543,7 +545,8 @@ class Process:
         blocks = self.blocks()
         ways = [nullcontext, *([blocks] if blocks else []), lambda: _both(offloaded(), (blocks or nullcontext)())]
         both = blocks and job.memory not in ("none", "per_step")  # what a checkpoint breaks shows with it only
-        errors, cut = [], None
+        errors: list[tuple[float, float]] = []
+        cut = None
         while ways and len(errors) < (2 if both else 1):
             try:
                 error, cut = within_memory(self._gradient_error, noise, ways[0])
@@ -612,9 +615,9 @@ class Process:
 
     def _gradient_error(self, noise: Tensor, within: Callable) -> tuple[float, float]:
         """(of the gradient, of the predicted noise with a gradient against without), both relative."""
-        found = []
+        found: list[tuple[float, float]] = []
 
-        def function(model_k, x, sigmas, extra_args, callback, disable, **options):
+        def function(model_k: Any, x: Tensor, sigmas, extra_args: dict, callback, disable, **options):
             extra_args, call = self._network(model_k.inner_model, extra_args)
             extra_args.pop("denoise_mask", None)  # a mask is no business of the network's
             last = len(sigmas) - 2
@@ -690,7 +693,7 @@ class _RandomState:
 class Chain:
     """ComfyUI's own sampler function in pieces, on particles of the whole batch: `particles.Chain`."""
 
-    def __init__(self, process: Process, model_k, extra_args: dict):
+    def __init__(self, process: Process, model_k: Any, extra_args: dict):
         self.process, self.model_k, self.extra_args = process, model_k, extra_args
 
     def _on(self, count: int) -> tuple[object, dict, Callable]:
@@ -718,17 +721,17 @@ class Chain:
         out = self.process.rollout.predict(call, x, sigma, extra_args)
         return out[0] if isinstance(out, tuple) else out
 
-    def segment(self, x: Tensor, i: int, j: int, source, wrap) -> Tensor:
+    def segment(self, x: Tensor, i: int, j: int, source: NoiseSource, wrap) -> Tensor:
         process = self.process
         process.begin()  # particles take turns, so what follows the steps finds its place anew
         model_k, extra_args, call = self._on(len(x))
         numbers = itertools.count(i)
 
-        def drawing(x, sigma, **kwargs):
+        def drawing(x: Tensor, sigma: Tensor, **kwargs):
             with process.random(next(numbers)):  # exact where a step is one call
                 return call(x, sigma, **kwargs)
 
-        drawing.escapes = call.escapes
+        drawing.escapes = call.escapes  # type: ignore[attr-defined]
         twin, options = process.twin(source)
         sigmas = process.sigmas[i : j + 1]
         model = StandIn(model_k, wrap(drawing))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import comfy.model_management
 import comfy.samplers
@@ -166,7 +167,17 @@ class _WorkingSampler(comfy.samplers.Sampler):
         self.plain: Tensor | None = None
         self.result: Result | None = None
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, _=False):
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas,
+        extra_args: dict,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask: Tensor = None,
+        _=False,
+    ):
         job = self.job
         # First as ComfyUI itself samples, before anything is loaded or switched for the work.
         process = Process(job, model_wrap, sigmas, extra_args, latent_image, denoise_mask)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
+from typing import Any
 
 import comfy.k_diffusion.sampling as k_diffusion
 from torch import Tensor
@@ -90,7 +91,7 @@ class Twins:
 class StandIn:
     """Stands where ComfyUI's `KSamplerX0Inpaint` stands in a sampler function."""
 
-    def __init__(self, model_k, call: Callable):
+    def __init__(self, model_k: Any, call: Callable):
         self.inner_model = model_k.inner_model
         self.model_k = model_k
         self.call = call

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from comfy import sd1_clip
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from comfy_api.latest import io
 
 from ...rewards.base import Reward
@@ -90,7 +92,15 @@ def wrong_sigmas(sigmas: torch.Tensor) -> str | None:
 
 
 def check(
-    node: str, model, sampler, latent: dict, vae, reward: Reward, prompt: str, values: dict, effective: dict
+    node: str,
+    model: ModelPatcher,
+    sampler,
+    latent: dict,
+    vae: VAE,
+    reward: Reward,
+    prompt: str,
+    values: dict,
+    effective: dict,
 ) -> None:
     """Raise ValueError before any sampling starts, saying what is wrong, where, and how to mend it.
 
@@ -108,7 +118,7 @@ def check(
         )
 
 
-def check_reach(node: str, model, sampler, steps: int, values: dict) -> None:
+def check_reach(node: str, model: ModelPatcher, sampler, steps: int, values: dict) -> None:
     """Raise ValueError where the gradient would not come to what is optimised."""
     free, through = values.get("variables", "trajectory"), gradient_steps(values, steps)
     if free not in ("initial", "early", "initno") or not 0 < through < steps:
@@ -210,7 +220,9 @@ def check_links(node: str, **given) -> None:
         )
 
 
-def check_latent(node: str, model, latent: dict, vae, sampler, values: dict, gradient: bool = True) -> None:
+def check_latent(
+    node: str, model: ModelPatcher, latent: dict, vae: VAE, sampler, values: dict, gradient: bool = True
+) -> None:
     """The latent, the VAE and, where a gradient is needed, the sampler: as `check`."""
 
     def fail(message: str):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import fields
 
 import comfy.samplers
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ...sampler.optimize import HOLD, KEEP, OPTIMIZERS, STOP, Settings
@@ -57,7 +59,7 @@ def sampling_inputs(seed: str) -> list:
     ]
 
 
-def schedule(model, values: dict):
+def schedule(model: ModelPatcher, values: dict):
     """The sigmas that KSampler would take of a model that is loaded, (steps + 1,).
 
     A scheduler reads the model's own table, which lies in the CPU's memory until the model was first loaded, and a
@@ -77,7 +79,7 @@ def schedule(model, values: dict):
     ).sigmas
 
 
-def restart_sigmas(model, values: dict) -> Callable:
+def restart_sigmas(model: ModelPatcher, values: dict) -> Callable:
     """share of the schedule -> the sigmas that KSampler would take for such a denoise."""
     return lambda share: schedule(model, values | {"denoise": values.get("denoise", 1.0) * share})
 
@@ -389,7 +391,7 @@ def trace_outputs() -> list:
 
 def settings_of(values: dict, kind: type = Settings):
     """The `kind` of settings, `Settings` or `PreferenceSettings`, that a node's values say."""
-    names = set(kind.__dataclass_fields__)
+    names = {field.name for field in fields(kind)}
     chosen = {k: v for k, v in values.items() if k in names} | {"lr": values["learning_rate"]}
     if kind is Settings:
         chosen["hold"] = held(chosen)

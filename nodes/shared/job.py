@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import comfy.sample
 import comfy.samplers
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 
 from .. import host
 from .checks import prompts_of
@@ -24,7 +26,9 @@ def ksampler_noise(samples, latent: dict) -> Callable:
     return lambda seed: comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
 
 
-def ksampler_job(model, positive, negative, latent: dict, vae, seed: int, cfg: float, prompt: str, values, **more):
+def ksampler_job(
+    model: ModelPatcher, positive, negative, latent: dict, vae: VAE, seed: int, cfg: float, prompt: str, values, **more
+):
     """What KSampler would sample; values: the node's widgets by name, more: the rest of the job."""
     samples = host.samples_of(model, latent)
     initial = ksampler_noise(samples, latent)

@@ -9,7 +9,7 @@ import pytest
 
 from tools.comfy import ROOT, Client, Server
 from tools.examples import EXAMPLES, NOTES, graph
-from tools.help import PAGES, page
+from tools.help import page, pages
 from tools.workflow import find, to_prompt
 
 FOLDER = ROOT / "example_workflows"
@@ -86,7 +86,7 @@ def test_it_loads_but_for_the_files(server, info, name):
 
 def test_every_node_has_a_help_page_that_is_up_to_date(info):
     mine = {k for k in info if k.startswith("Mira")}
-    assert mine == set(PAGES)
+    assert mine == set(pages())
     for node in mine:
         text = (ROOT / "web" / "docs" / f"{node}.md").read_text()
         assert text == page(node, info[node]), f"{node}.md is out of date: run python -m tools.help"
