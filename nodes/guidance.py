@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..rewards.base import Reward
 from ..sampler.ending import within_memory
-from ..sampler.guidance import annealed, blended, preferred, within
+from ..sampler.guidance import anneal, blend, lean, within
 from ..sampler.memory import offloaded
 from .host import decode, patcher_of
 from .host.dynamic import is_dynamic, static, with_static_controls
@@ -152,19 +152,19 @@ class MiraRLGuidance(io.ComfyNode):
         def call(apply, args):
             return before(apply, args) if before else apply(args["input"], args["timestep"], **args["c"])
 
-        def blend(apply, args):
+        def both(apply, args):
             sigma = args["timestep"]
             noise = share_of_noise(kinds[0], sigma)
-            w = annealed(weight, noise, power) if schedule == "annealed" else torch.full_like(noise, weight)
+            w = anneal(weight, noise, power) if schedule == "annealed" else torch.full_like(noise, weight)
             if (w == 0).all():
                 return call(apply, args)
             after = call(second.model.apply_model, own_control(args))
             if (w == 1).all():
                 return after
             out = call(apply, own_control(args))
-            return blended(out, after, w.reshape(-1, *[1] * (out.ndim - 1)).to(out))
+            return blend(out, after, w.reshape(-1, *[1] * (out.ndim - 1)).to(out))
 
-        guided.set_model_unet_function_wrapper(blend)
+        guided.set_model_unet_function_wrapper(both)
         return io.NodeOutput(guided)
 
 
@@ -280,7 +280,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
             log.warning(
                 "%s: the gradient of %s is zero for some images at sigma %.3g: not guided there", DYMO, name, sigma
             )
-        return preferred(denoised, gradient, found[0].detach(), self.scale)
+        return lean(denoised, gradient, found[0].detach(), self.scale)
 
 
 class MiraDyMOGuider(io.ComfyNode):

@@ -17,7 +17,7 @@ from . import host
 from .editor.live import LiveRun
 from .host.probe import begins_anew
 from .shared import memo
-from .shared.checks import check, check_links, check_reach, check_values, complain, filled, prompts_of, wrong_sigmas
+from .shared.checks import check, check_links, check_reach, check_values, complain, fill_in, prompts_of, wrong_sigmas
 from .shared.finish import finish
 from .shared.inputs import (
     advanced,
@@ -26,14 +26,14 @@ from .shared.inputs import (
     dial_inputs,
     gradient_steps,
     prompt_input,
+    read_settings,
     restart_sigmas,
     sampling_inputs,
     schedule,
     trace_outputs,
-    understood,
 )
-from .shared.job import asked, cfg_guider, ksampler_noise
-from .shared.presets import applied
+from .shared.job import cfg_guider, describe, ksampler_noise
+from .shared.presets import apply_preset
 from .shared.types import MiraReward, aliases
 
 log = logging.getLogger("mira")
@@ -41,9 +41,9 @@ log = logging.getLogger("mira")
 UNSAID = {"weighting": "marginal", "measured": "guided", "memory": "auto"}
 
 
-def said(inputs: Sequence[io.Input], values: dict) -> dict:
+def fill_unsaid(inputs: Sequence[io.Input], values: dict) -> dict:
     """The widgets' values with those that the prompt leaves out."""
-    return filled(inputs, values) if "preset" in values else UNSAID | values
+    return fill_in(inputs, values) if "preset" in values else UNSAID | values
 
 
 def run(
@@ -61,21 +61,25 @@ def run(
     inputs = widgets | {"vae": given["vae"], "reward": reward, "prompt": prompt, "seed": given["seed"]} | identity
 
     def work():
-        return optimized(node, hidden, effective, overruled, latent=latent, reward=reward, prompt=prompt, **given)
+        return run_optimization(
+            node, hidden, effective, overruled, latent=latent, reward=reward, prompt=prompt, **given
+        )
 
     return finish(node, hidden, *memo.of(node_id, inputs, iterate, work), latent, iterate)
 
 
-def optimized(node, hidden, values: dict, overruled: list[str], *, latent: dict, reward, prompt, guider, **given):
+def run_optimization(
+    node, hidden, values: dict, overruled: list[str], *, latent: dict, reward, prompt, guider, **given
+):
     """One run: (what came out, what the editor was told)."""
     model, sampler, sigmas = guider.model_patcher, given["sampler"], given["sigmas"]
     samples = host.samples_of(model, latent)
-    settings = understood(node, values)
+    settings = read_settings(node, values)
     prompts, notices = prompts_of(prompt, guider, len(samples))
     if settings.rounds < values.get("rounds", 1):
         notices.append(f"rounds is {values['rounds']}, but there were {settings.rounds}: one for every iteration")
     told = {"drift_metric": settings.drift_metric, "drift_limit": settings.drift_limit}
-    record = asked(node, values, given["seed"], prompt, reward.facts.name)
+    record = describe(node, values, given["seed"], prompt, reward.facts.name)
     live = LiveRun(hidden, settings.iterations + settings.rounds - 1, told, record)
     job = host.Job(
         guider=guider,
@@ -182,8 +186,8 @@ class MiraOptimizeKSampler(io.ComfyNode):
         node, inputs = "MIRA Optimize KSampler", cls.define_schema().inputs
         check_values(node, inputs, values | {"cfg": cfg})
         check_links(node, positive=positive, negative=negative)
-        effective, overruled = applied(values)
-        values, effective = said(inputs, values), said(inputs, effective)
+        effective, overruled = apply_preset(values)
+        values, effective = fill_unsaid(inputs, values), fill_unsaid(inputs, effective)
         sampler = comfy.samplers.sampler_object(values["sampler_name"])
         check(node, model, sampler, latent_image, vae, reward, prompt, values, effective)
         sigmas = schedule(model, values)
@@ -260,8 +264,8 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
             raise ValueError(f"{node}: {message}")
         check_links(node, noise=noise, guider=guider, sampler=sampler)
         check_values(node, inputs, values)
-        effective, overruled = applied(values)
-        values, effective = said(inputs, values), said(inputs, effective)
+        effective, overruled = apply_preset(values)
+        values, effective = fill_unsaid(inputs, values), fill_unsaid(inputs, effective)
         model = guider.model_patcher
         check(node, model, sampler, latent_image, vae, reward, prompt, values, effective)
         check_reach(node, model, sampler, len(sigmas) - 1, effective)

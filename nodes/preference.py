@@ -23,7 +23,7 @@ from . import host
 from .editor.judges import ON_TIMEOUT, PersonJudge, RecordedJudge, RewardJudge, read_choices
 from .editor.live import LiveRun
 from .shared import memo
-from .shared.checks import check_latent, check_links, check_reward, check_values, complain, filled, needs
+from .shared.checks import check_latent, check_links, check_reward, check_values, complain, fill_in, needs
 from .shared.finish import finish
 from .shared.inputs import (
     advanced,
@@ -33,12 +33,12 @@ from .shared.inputs import (
     learning_rate_input,
     memory_input,
     prompt_input,
+    read_settings,
     repeatable_input,
     sampling_inputs,
     trace_outputs,
-    understood,
 )
-from .shared.job import asked, ksampler_job
+from .shared.job import describe, ksampler_job
 from .shared.types import MiraReward, aliases
 
 log = logging.getLogger("mira")
@@ -238,19 +238,19 @@ class MiraDPOPreference(io.ComfyNode):
         iterate: int = -1,
         **values,
     ) -> io.NodeOutput:
-        values = filled(cls.define_schema().inputs, values)
+        values = fill_in(cls.define_schema().inputs, values)
         linked = dict(model=model, positive=positive, negative=negative, latent=latent_image, vae=vae, reward=reward)
         inputs = values | linked | dict(seed=seed, cfg=cfg, choices=choices, prompt=prompt)
 
         def work():
-            return cls.preferred(**linked, seed=seed, cfg=cfg, choices=choices, prompt=prompt, values=values)
+            return cls.run_preference(**linked, seed=seed, cfg=cfg, choices=choices, prompt=prompt, values=values)
 
         done, live = memo.of(cls.hidden.unique_id, inputs, iterate, work)
         record = json.dumps(done.result.trace.settings["choices"])
         return finish(NODE, cls.hidden, done, live, latent_image, iterate, record)
 
     @classmethod
-    def preferred(cls, *, model, positive, negative, latent, vae: VAE, reward, seed, cfg, choices, prompt, values):
+    def run_preference(cls, *, model, positive, negative, latent, vae: VAE, reward, seed, cfg, choices, prompt, values):
         """One run: (what came out, what the editor was told)."""
         check_values(NODE, cls.define_schema().inputs, values | {"cfg": cfg})
         check_links(NODE, positive=positive, negative=negative)
@@ -267,9 +267,9 @@ class MiraDPOPreference(io.ComfyNode):
             "person": lambda: person(cls.hidden.unique_id, context, values, seed),
             "recorded choices": lambda: recorded(choices),
         }[judge]()
-        settings = understood(NODE, values, PreferenceSettings)
+        settings = read_settings(NODE, values, PreferenceSettings)
         by = reward.facts.name if judge == "reward" else judge
-        record = asked(NODE, values | {"cfg": cfg}, seed, prompt, by)
+        record = describe(NODE, values | {"cfg": cfg}, seed, prompt, by)
         live = LiveRun(cls.hidden, settings.iterations - 1, {"drift_metric": "path_kl"}, record)
         job = ksampler_job(
             model, positive, negative, latent, vae, seed, cfg, prompt, values, node=NODE,

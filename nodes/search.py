@@ -22,7 +22,7 @@ from .shared.checks import (
     check_reward,
     check_values,
     complain,
-    filled,
+    fill_in,
     needs,
     needs_gradient,
 )
@@ -35,13 +35,13 @@ from .shared.inputs import (
     learning_rate_input,
     memory_input,
     prompt_input,
+    read_settings,
     repeatable_input,
     restart_denoise_input,
     sampling_inputs,
     trace_outputs,
-    understood,
 )
-from .shared.job import asked, ksampler_job
+from .shared.job import describe, ksampler_job
 from .shared.types import MiraReward, aliases
 
 log = logging.getLogger("mira")
@@ -222,20 +222,20 @@ class MiraSearchKSampler(io.ComfyNode):
         **values,
     ) -> io.NodeOutput:
         linked = dict(model=model, positive=positive, negative=negative, latent=latent_image, vae=vae, reward=reward)
-        values = filled(cls.define_schema().inputs, values)
+        values = fill_in(cls.define_schema().inputs, values)
         inputs = values | linked | dict(seed=seed, cfg=cfg, prompt=prompt)
         hidden = cls.hidden
 
         def work():
-            return searched(hidden, **linked, seed=seed, cfg=cfg, prompt=prompt, values=values)
+            return run_search(hidden, **linked, seed=seed, cfg=cfg, prompt=prompt, values=values)
 
         return finish(NODE, hidden, *memo.of(hidden.unique_id, inputs, iterate, work), latent_image, iterate)
 
 
-def searched(hidden, *, model, positive, negative, latent, vae: VAE, reward, seed, cfg, prompt, values):
+def run_search(hidden, *, model, positive, negative, latent, vae: VAE, reward, seed, cfg, prompt, values):
     """One run: (what came out, what the editor was told)."""
     check_values(NODE, MiraSearchKSampler.define_schema().inputs, values | {"cfg": cfg})
-    settings = understood(NODE, values, SearchSettings)
+    settings = read_settings(NODE, values, SearchSettings)
     method = METHODS[settings.method]
     check_links(NODE, positive=positive, negative=negative)
     check_reward(NODE, reward)
@@ -253,7 +253,7 @@ def searched(hidden, *, model, positive, negative, latent, vae: VAE, reward, see
         can_steer(settings.method, sampler, model.get_model_object("model_sampling"), values)
     # Another seed is far from the plain sample by every distance; its score energy need not be.
     told = {"drift_metric": "mira_two_sided"}
-    record = asked(NODE, values | {"cfg": cfg}, seed, prompt, reward.facts.name)
+    record = describe(NODE, values | {"cfg": cfg}, seed, prompt, reward.facts.name)
     live = LiveRun(hidden, settings.rows(values["steps"]), told, record)
     job = ksampler_job(
         model, positive, negative, latent, vae, seed, cfg, prompt, values, node=NODE,

@@ -7,7 +7,7 @@ from torch import Tensor
 from .rollout import per_image
 
 
-def blended(base: Tensor, tuned: Tensor, weight: Tensor | float) -> Tensor:
+def blend(base: Tensor, tuned: Tensor, weight: Tensor | float) -> Tensor:
     """Reinforcement Learning Guidance: base + w (tuned - base), of any prediction that is affine in the other ones.
 
     1 is the tuned model, above 1 goes beyond it, between 0 and 1 lies between both.
@@ -15,7 +15,7 @@ def blended(base: Tensor, tuned: Tensor, weight: Tensor | float) -> Tensor:
     return base + weight * (tuned - base)
 
 
-def annealed(weight: float, noise: Tensor, power: float = 1.0) -> Tensor:
+def anneal(weight: float, noise: Tensor, power: float = 1.0) -> Tensor:
     """Annealed Importance Guidance: the blend's weight at a share of the noise schedule, 1 at its start, 0 at its end.
 
     The base model paints what is decided at high noise, the tuned one what is decided at low noise.
@@ -23,7 +23,7 @@ def annealed(weight: float, noise: Tensor, power: float = 1.0) -> Tensor:
     return weight * (1 - noise.clamp(0, 1)) ** power
 
 
-def preferred(denoised: Tensor, gradient: Tensor, contrast: Tensor, scale: float) -> Tensor:
+def lean(denoised: Tensor, gradient: Tensor, contrast: Tensor, scale: float) -> Tensor:
     """DyMO's preference term (arXiv 2412.00759): a step along the reward's gradient, `scale` times as long as the
     difference of the conditional and the unconditional prediction, `contrast`. All (B, C, ...).
 

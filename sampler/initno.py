@@ -107,7 +107,7 @@ def scores(maps: Maps, subjects: Sequence[Sequence[int]]) -> tuple[Tensor, Tenso
     return response, torch.stack([torch.minimum(a, b).sum() / (a + b).sum() for a, b in pairs]).mean()
 
 
-def held(mu: Tensor, log_variance: Tensor) -> None:
+def hold_kl(mu: Tensor, log_variance: Tensor) -> None:
     """Scale both towards 0, in place, until the KL of N(mu, sigma^2) from N(0, 1) is at most `KL` per element."""
     while (kl := standard_kl(mu, log_variance.exp()).mean().item()) > KL:
         scale = 0.999 * math.sqrt(KL / kl)
@@ -170,7 +170,7 @@ def improve(
                     leaf.grad = gradient / scale
                 adam.step()
                 with torch.no_grad():
-                    held(mu, log_variance)
+                    hold_kl(mu, log_variance)
                 updates += 1
         return False
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .ending import within_memory
 from .keep import Kept
 from .optimize import Score
-from .resampling import taken
+from .resampling import select
 from .rollout import Denoiser, NoiseSource, Path, Record, Rollout, escapes, per_image
 from .seeds import stream
 from .surrogates import SURROGATES
@@ -56,10 +56,10 @@ class Population:
     def take(self, index: Tensor) -> Population:
         """index (P', B): which particle of each image goes on."""
         return Population(
-            taken(self.x, index),
-            None if self.x0 is None else taken(self.x0, index),
-            [taken(z, index) for z in self.noises],
-            [taken(e, index) for e in self.eps],
+            select(self.x, index),
+            None if self.x0 is None else select(self.x0, index),
+            [select(z, index) for z in self.noises],
+            [select(e, index) for e in self.eps],
             self.sigmas,
             self.weights,
         )
@@ -263,9 +263,9 @@ class Particles:
     ) -> Tensor:
         """A row per image for the best particle; the best image so far is kept. Returns the best particle, (B,)."""
         best = reward.argmax(0)
-        columns = {"reward": taken(reward, best[None])[0]}
+        columns = {"reward": select(reward, best[None])[0]}
         if any(not torch.equal(part, reward) for part in parts.values()):
-            columns |= {f"reward.{name}": taken(part, best[None])[0] for name, part in parts.items()}
+            columns |= {f"reward.{name}": select(part, best[None])[0] for name, part in parts.items()}
         columns["reward_mean"] = reward.mean(0)
         blank = torch.full((self.batch,), math.nan)
         columns |= {name: blank for name in (*SURROGATES, "noise_norm")}
@@ -279,11 +279,11 @@ class Particles:
             memory_mb=self.memory() / 1e6,
         )  # fmt: skip
         self.started = time.perf_counter()
-        latent = path.x0 if complete else taken(population.x0, best[None])[0]
+        latent = path.x0 if complete else select(population.x0, best[None])[0]
         self.trace.rows += rows
         self.iterates.append(latent.cpu())
         self.keep(k, columns["reward"], latent, path.noises, complete)
-        self.on_iteration(k, rows, Score(columns["reward"], {}, taken(images, best[None])[0]))
+        self.on_iteration(k, rows, Score(columns["reward"], {}, select(images, best[None])[0]))
         return best
 
     def keep(self, k: int, reward: Tensor, latent: Tensor, noises: Sequence[Tensor], whole: bool) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def taken(values: Tensor, index: Tensor) -> Tensor:
+def select(values: Tensor, index: Tensor) -> Tensor:
     """values (P, B, ...), index (P', B) -> (P', B, ...)."""
     index = index.to(values.device)
     return values[index, torch.arange(index.shape[1], device=values.device)]

@@ -20,6 +20,7 @@ from .memory import offloaded, out_of_memory, saved_bytes
 # D(x, sigma): x (B, C, ...), sigma (B,) -> the denoised prediction, or (guided, conditional) predictions. It may have
 # `escapes(kwargs)`: whether anything but its return value carries a gradient out of a call.
 Denoiser = Callable[..., Tensor | tuple[Tensor, Tensor]]
+USABLE = 0.7  # of the free memory, so that what was not measured has the rest
 BLOCKS_ALONE = 0.3  # of the free memory, so that decoding has the rest
 SAME = 0.02  # relative: how far a prediction may be off when it is computed again
 # Returns the next noise; `draw` makes the host's own, which only a first run uses.
@@ -84,12 +85,12 @@ def escapes(denoiser: Denoiser, kwargs: dict) -> bool:
 
 
 def weight_marginal(nsr: Tensor, nsr_next: Tensor) -> Tensor:
-    """w_t = 1 - abar_t (reading a): a term is ||eps_hat||^2."""
+    """w_t = 1 - abar_t, the marginal variance: a term is ||eps_hat||^2. (The paper leaves w_t open.)"""
     return torch.ones_like(nsr)
 
 
 def weight_transition(nsr: Tensor, nsr_next: Tensor) -> Tensor:
-    """w_t = the DDIM (eta = 1) transition variance (reading b), over 1 - abar_t.
+    """w_t = the variance of a DDIM transition (eta = 1), over 1 - abar_t.
 
     With s the noise-to-signal ratio: sigma_up^2 = s'^2 (1 - s'^2 / s^2) in variance-exploding coordinates, times
     abar' = 1 / (1 + s'^2) in variance-preserving ones.
@@ -362,9 +363,9 @@ class Rollout:
         return self._blocks_alone
 
     def _choose(self, denoise: Denoiser, x: Tensor) -> str:
-        """Measure what a step and the score keep for their backward pass: the fastest policy that fits in 70 %."""
+        """Measure what a step and the score keep for their backward: the fastest policy that fits in `USABLE`."""
         free = self.free_bytes()
-        room = 0.7 * free
+        room = USABLE * free
         step = score = float("inf")
         try:
             step = saved_bytes(denoise, x, room)

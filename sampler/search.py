@@ -18,7 +18,7 @@ from .candidates import towards
 from .ending import Interrupts, attempt
 from .optimize import Result, Score, Settings
 from .particles import Chain, Particles
-from .resampling import taken
+from .resampling import select
 from .rollout import Rollout, per_image
 from .steering import code, das, fk_steering
 
@@ -130,7 +130,7 @@ def zero_order(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor
         reward, parts, images = run.score(population.x)
         best = run.report(k, population, reward, parts, images, True)
         rose = (run.best_reward > before).to(pivot[0].device)
-        found = [taken(z, best[None]) for z in population.noises]
+        found = [select(z, best[None]) for z in population.noises]
         pivot = [torch.where(per_image(rose, z[0])[None], f, z) for z, f in zip(pivot, found, strict=True)]
         latents = population.x
     return latents, torch.zeros(latents.shape[:2])

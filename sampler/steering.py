@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .particles import WORST, Particles, Population
-from .resampling import effective, multinomial, ssp, taken
+from .resampling import effective, multinomial, select, ssp
 
 if TYPE_CHECKING:
     from .search import SearchSettings
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def fk_steering(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
     """Resampled in proportion to exp(strength * the reward of the prediction), by one of two potentials."""
-    population, at = begun(run), 0
+    population, at = start(run), 0
     shape = (run.count, run.batch)
     log_weights, spent = torch.zeros(shape), torch.zeros(shape)  # spent: log of the potentials of the lineage
     highest = torch.full(shape, -math.inf)
@@ -40,13 +40,13 @@ def fk_steering(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tenso
         run.report(n, population, reward, parts, images, False, {"ess": effective(log_weights)})
         index, log_weights = survivors(run, log_weights, multinomial, settings.ess)
         population = population.take(index)
-        spent, highest, before = (taken(v, index) for v in (spent, highest, before))
+        spent, highest, before = (select(v, index) for v in (spent, highest, before))
     return population.x, log_weights
 
 
 def code(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
     """All go on from the one whose prediction is best."""
-    population, at = begun(run, from_one=True), 0
+    population, at = start(run, from_one=True), 0
     for n, step in enumerate(settings.looks(run.steps), 1):
         reward, parts, images = look(run, population, at, step)
         at, last = step, step == run.steps
@@ -58,24 +58,24 @@ def code(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
 
 def das(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
     """Sequential Monte Carlo whose proposals follow the reward's gradient, at a strength that grows over the steps."""
-    population = begun(run)
+    population = start(run)
     schedule, signal = run.rollout.schedule, run.rollout.signal
     log_weights = torch.zeros(run.count, run.batch)
     before = torch.zeros_like(log_weights)  # strength_i * r(x0_hat(x_i)), which the weights hold already
     for i in range(run.steps):
         population.x0, gradient, (reward, parts, images) = run.gradient(population.x, schedule[i], settings.loss_scale)
-        strength = settings.strength * tempered(i, run.steps, settings.tempering)
+        strength = settings.strength * share_of_strength(i, run.steps, settings.tempering)
         log_weights, before = log_weights + strength * reward - before, strength * reward
         if i:
             run.report(i, population, reward, parts, images, False, {"ess": effective(log_weights)})
         index, log_weights = survivors(run, log_weights, ssp, settings.ess)
-        population, gradient, before = population.take(index), taken(gradient, index), taken(before, index)
+        population, gradient, before = population.take(index), select(gradient, index), select(before, index)
         # x' = mean + up z: a mean moved by up^2 strength gradient is a noise moved by up strength gradient.
         nsr, after = (s / signal(s) for s in (schedule[i], schedule[i + 1]))
         up = (after**2 * (1 - (after / nsr) ** 2)).sqrt() * signal(schedule[i])
-        strength = settings.strength * tempered(i + 1, run.steps, settings.tempering)
+        strength = settings.strength * share_of_strength(i + 1, run.steps, settings.tempering)
         mu = strength * up.to(gradient) * gradient
-        for odds in moved(run, population, i, mu):
+        for odds in propose(run, population, i, mu):
             log_weights = (log_weights - odds).nan_to_num(nan=WORST, posinf=WORST, neginf=WORST)
     reward, parts, images = run.score(population.x)
     log_weights = log_weights + settings.strength * reward - before
@@ -83,7 +83,7 @@ def das(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
     return population.x, log_weights
 
 
-def begun(run: Particles, from_one: bool = False) -> Population:
+def start(run: Particles, from_one: bool = False) -> Population:
     """All particles at the first noise level; the first one is the plain sample's. from_one: all of them are."""
     z = run.begin(range(run.count))
     if from_one:
@@ -112,7 +112,7 @@ def survivors(run: Particles, log_weights: Tensor, resample: Callable, ess: floa
     return index, torch.where(few[None], 0, log_weights)
 
 
-def moved(run: Particles, population: Population, i: int, mu: Tensor) -> list[Tensor]:
+def propose(run: Particles, population: Population, i: int, mu: Tensor) -> list[Tensor]:
     """A step whose noises are of mean mu, (P, B, C, ...); of each, log N(z; mu, I) - log N(z; 0, I), (P, B)."""
 
     def drawn(some: Sequence[int], call: int, like: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def moved(run: Particles, population: Population, i: int, mu: Tensor) -> list[Te
     return [((z - mu / 2) * mu).float().flatten(2).sum(2).cpu() for z in population.noises[before:]]
 
 
-def tempered(i: int, steps: int, gamma: float) -> float:
+def share_of_strength(i: int, steps: int, gamma: float) -> float:
     """The share of the strength at step i: DAS's schedule over 100 steps, stretched to ours; at the end, all."""
     if i == steps:
         return 1.0

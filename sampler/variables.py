@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# T noises -> the indices that are free; z_T is 0. Halves are by the order in which the sampler asks.
+# T noises -> the indices that are free; z_T is 0. The early half is what the sampler asks for first.
 SUBSETS: dict[str, Callable[[int], range]] = {
     "trajectory": lambda count: range(count),
     "initial": lambda count: range(1),

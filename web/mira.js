@@ -7,6 +7,8 @@ import { migrated, presetAfter, presetValues } from "./layout.js";
 import { addStep, csv, fromOutput, newRun } from "./series.js";
 import { textElement, textOf } from "./text.js";
 
+// In pixels, of the chart with its status, of the slider and its buttons, and of a pair to choose from.
+const [CHART_HEIGHT, SCRUB_HEIGHT, CHOOSER_HEIGHT] = [206, 78, 330];
 const SCORES = "MiraScoreImages";
 const PREFERENCE = "MiraDPOPreference";
 const MONITOR = "MiraDriftMonitor";
@@ -102,9 +104,9 @@ function addCharted(node) {
     new MutationObserver(() => fit(node)).observe(view.chooser.element, { attributeFilter: ["hidden"] });
   }
   addDom(node, "mira_chart", chart.element, () => {
-    const scrub = chart.run().rows.length ? 78 : 0;
-    const chooser = view.chooser && !view.chooser.element.hidden ? 330 : 0;
-    return 206 + scrub + chooser;
+    const scrub = chart.run().rows.length ? SCRUB_HEIGHT : 0;
+    const chooser = view.chooser && !view.chooser.element.hidden ? CHOOSER_HEIGHT : 0;
+    return CHART_HEIGHT + scrub + chooser;
   });
   node[VIEW] = view;
   chain(node, "onExecuted", (output) => {

@@ -18,7 +18,7 @@ function isRow(row) {
   return row !== null && typeof row === "object" && Number.isInteger(row.iteration) && Number.isInteger(row.image);
 }
 
-/** The run after one `mira.step` event. Iteration 0 begins a new one; an iteration that comes again replaces itself. */
+/** The run after one `mira.step` event. Iteration 0 begins a new one; a row of an iteration that is there already replaces it. */
 export function addStep(run, event) {
   if (!Array.isArray(event?.rows)) return run;
   const rows = event.rows.filter(isRow);

@@ -35,7 +35,7 @@ from ...sampler.memory import offloaded, out_of_memory, saved_bytes
 from ...sampler.optimize import Result, Score, Settings
 from ...sampler.preference import PreferenceSettings
 from ...sampler.restart import Stretch, tail
-from ...sampler.rollout import NoiseSource, Rollout, difference, draw
+from ...sampler.rollout import USABLE, NoiseSource, Rollout, difference, draw
 from ...sampler.search import METHODS, SearchSettings
 from ...sampler.seeds import Start, another, fresh, stream
 from ...sampler.selftest import gradient_error
@@ -57,6 +57,7 @@ from .samplers import StandIn, Twins
 
 log = logging.getLogger("mira")
 CPU_BATCH = 16  # images
+KEPT_FOR_BACKWARD = 8  # times the memory of a forward pass, about
 RESTART = 2**20  # the number of the first restart's seed, beyond all candidates'
 SAGE_APART = 0.6  # how far, relative, an image by a coarser attention may be from the same by PyTorch's
 INTERRUPTS = (comfy.model_management.InterruptProcessingException,)
@@ -524,8 +525,8 @@ class Process:
         each = self.inner.memory_required([2 * shape[0], *shape[1:]])
         each += self.vae.memory_used_decode(shape, self.vae.vae_dtype)
         if METHODS[settings.method].gradient:
-            each *= 8  # activations are kept for one backward; running out of memory halves what runs at once
-        fit = int(0.7 * free_bytes() / each)
+            each *= KEPT_FOR_BACKWARD
+        fit = int(USABLE * free_bytes() / each)  # running out of memory halves what runs at once
         if comfy.model_management.get_torch_device().type == "cpu":
             fit = min(fit, CPU_BATCH // shape[0])  # larger batches only cost memory there, and time to get it
         return max(1, min(settings.particles, fit))

@@ -19,7 +19,7 @@ from ...sampler.hybrid import hybrid
 from ...sampler.memory import out_of_memory
 from ...sampler.optimize import Result
 from ...sampler.restart import Stretch, in_rounds, search_by_restarts
-from ...sampler.rollout import NotTheSame, Rollout, per_image
+from ...sampler.rollout import USABLE, NotTheSame, Rollout, per_image
 from ...sampler.search import METHODS, SearchSettings, search
 from ...sampler.seeds import Start, best_of
 from ...sampler.statistics import expected, noise_statistics
@@ -42,7 +42,7 @@ class Optimized:
 
 
 def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None = None) -> Optimized:
-    """Sample, optimise, hand back. The work leaves inference mode, so it must not be awaited around.
+    """Sample, optimise, hand back. The whole thread is outside inference mode until it is done: no `await` within.
 
     work(process, noises): what to do with the plain sample's noises; the reward's optimisation if not given.
     """
@@ -259,7 +259,7 @@ def no_room(rollout: Rollout) -> str:
     """What a run that does not fit would have taken, and what to change."""
     said = f"out of memory with {rollout.memory} checkpointing"
     if e := rollout.estimate:
-        more = f"more than {0.7 * e.free / 1e9:.1f}"  # where measuring stopped
+        more = f"more than {USABLE * e.free / 1e9:.1f}"  # where measuring stopped
         parts = [
             f"{what} {f'{b / 1e9:.1f}' if b < float('inf') else more} GB"
             for what, b in (("a step", e.step), ("decoding and reward", e.score))

@@ -53,7 +53,7 @@ def _shown(value) -> str:
     return str(value) if len(str(value)) < 25 else f"{str(value)[:20]}..."
 
 
-def filled(inputs: Sequence[io.Input], values: dict) -> dict:
+def fill_in(inputs: Sequence[io.Input], values: dict) -> dict:
     """The values of a prompt made by hand, which may leave optional inputs out, with those inputs' defaults."""
     left = [i for i in inputs if i.optional and i.id not in APART]
     return {i.id: i.default for i in left if getattr(i, "default", None) is not None} | values

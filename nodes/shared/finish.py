@@ -13,7 +13,7 @@ from . import memo
 
 
 def finish(node: str, hidden, done: host.Optimized, live: LiveRun, latent: dict, iterate: int, *more):
-    samples, kept, notices = memo.taken(done, iterate, node)
+    samples, kept, notices = memo.take_iterate(done, iterate, node)
     trace = replace(done.result.trace, kept=kept, notices=[*done.result.trace.notices, *live.notices, *notices])
     travel(hidden.extra_pnginfo, hidden.unique_id, trace)
     out = {k: v for k, v in latent.items() if k not in host.SCALES}  # as KSampler's

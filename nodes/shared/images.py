@@ -1,4 +1,4 @@
-"""ComfyUI's images at the door: (B, H, W, C) in, the core's (B, 3, H, W) on."""
+"""ComfyUI's images, (B, H, W, C), as the core wants them, (B, 3, H, W), and back."""
 
 from __future__ import annotations
 

@@ -394,12 +394,12 @@ def settings_of(values: dict, kind: type = Settings):
     names = {field.name for field in fields(kind)}
     chosen = {k: v for k, v in values.items() if k in names} | {"lr": values["learning_rate"]}
     if kind is Settings:
-        chosen["hold"] = held(chosen)
+        chosen["hold"] = choose_hold(chosen)
         chosen["rounds"] = max(1, min(chosen.get("rounds", 1), chosen["iterations"]))
     return kind(**chosen)
 
 
-def understood(node: str, values: dict, kind: type = Settings):
+def read_settings(node: str, values: dict, kind: type = Settings):
     """The settings, before anything is sampled. Raises ValueError, naming the node, for what does not go together."""
     try:
         return settings_of(values, kind)
@@ -418,7 +418,7 @@ def gradient_steps(values: dict, steps: int, begins_anew: bool = False) -> int:
     return chosen
 
 
-def held(chosen: dict) -> str:
+def choose_hold(chosen: dict) -> str:
     """How the drift is held, for what a node's `hold` and its other inputs say."""
     wanted = chosen.get("hold", "no")  # a prompt from before there was such an input
     if not chosen.get("drift_limit"):

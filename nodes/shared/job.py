@@ -53,7 +53,7 @@ def ksampler_job(
     )
 
 
-def asked(node: str, values: dict, seed: int, prompt: str, reward: str) -> dict:
+def describe(node: str, values: dict, seed: int, prompt: str, reward: str) -> dict:
     """What a run was asked to do, as its record has it: the widgets' values, and by which reward (or judge)."""
     plain = {k: v for k, v in values.items() if isinstance(v, (int, float, str))}
     return plain | {"node": node, "seed": seed, "prompt": prompt or "", "reward": reward}

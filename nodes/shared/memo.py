@@ -65,7 +65,7 @@ def cuts(inputs: dict) -> int:
     return sum(all(cut.get(k, v) == v for k, v in given.items()) for cut in _cuts)
 
 
-def taken(done: Optimized, iterate: int, node: str):
+def take_iterate(done: Optimized, iterate: int, node: str):
     """(latent, kept iterations, notices): the kept ones for -1, else that iterate of every image. Raises ValueError
     for one that the run never had; of a run that was cut short before it, the kept ones.
     """

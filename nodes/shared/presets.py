@@ -65,7 +65,7 @@ WORDS = {
 }
 
 
-def applied(values: dict) -> tuple[dict, list[str]]:
+def apply_preset(values: dict) -> tuple[dict, list[str]]:
     """(a node's values with its preset in them, what the preset put in the place of other values, in words)."""
     preset = values.get("preset", CUSTOM)
     if preset == CUSTOM:

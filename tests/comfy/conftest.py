@@ -27,6 +27,12 @@ def demo_model():
 
 
 @pytest.fixture
+def larger(world, monkeypatch):
+    """For what 8 latents a side are too few."""
+    monkeypatch.setattr(world, "side", 16)
+
+
+@pytest.fixture
 def trained(world, demo_model, monkeypatch):
     """For what is about pictures: the demo model, at the size of its training."""
     monkeypatch.setattr(world, "model", demo_model)

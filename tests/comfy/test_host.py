@@ -31,7 +31,7 @@ class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.
     pass
 
 
-PAINTED = pytest.mark.usefixtures("trained")  # for what a smaller image is too small
+LARGER = pytest.mark.usefixtures("larger")
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -99,7 +99,7 @@ def rewards(done, image=0):
     ],
     ids=lambda o: next(iter(o)),
 )
-@PAINTED
+@LARGER
 def test_ways_of_sampling(world, options):
     done = world.optimize(iterations=3, **options)
     kept = {k: v for k, v in options.items() if k not in ("weighting", "measured", "memory")}
@@ -110,7 +110,7 @@ def test_ways_of_sampling(world, options):
     assert torch.isfinite(done.latent).all() and done.latent.shape == done.plain.shape
 
 
-@PAINTED
+@LARGER
 def test_inpainting_changes_nothing_outside_the_mask(world):
     latent = torch.linspace(-1, 1, 1024).reshape(1, 4, 16, 16)
     mask = torch.zeros(1, 1, 128, 128)
@@ -131,7 +131,7 @@ def test_two_runs_are_the_same_bits(world):
 
 
 @pytest.mark.parametrize("memory", ["per_step", "per_block"])
-@PAINTED
+@pytest.mark.usefixtures("trained")
 def test_checkpointed_runs_equal_the_unchecked_one(world, memory):
     unchecked, checked = (world.optimize(iterations=2, memory=m) for m in ("none", memory))
     torch.testing.assert_close(checked.latent, unchecked.latent, atol=1e-4, rtol=1e-4)
@@ -222,7 +222,7 @@ def test_area_conditioning(world):
 
 
 @pytest.mark.every_host
-@PAINTED
+@pytest.mark.usefixtures("trained")
 def test_controlnet(world):
     """A ControlNet of the demo UNet's shape with random weights."""
     from comfy.cldm.cldm import ControlNet
@@ -251,7 +251,7 @@ def test_half_precision_weights(world, half_model):
 
 
 @pytest.mark.parametrize(("steps", "count"), [(0, 4), (1, 1), (3, 3), (9, 4)])
-@PAINTED
+@LARGER
 def test_gradient_steps_go_through_so_many_calls(world, steps, count):
     model, looked = world.model.clone(), []
 

@@ -414,7 +414,7 @@ def test_a_preset_says_what_it_took_and_the_record_has_what_ran(world):
 @pytest.mark.parametrize("method", list(mira("sampler.rivals").RIVALS))
 def test_a_rival_is_one_choice(world, method):
     out, _, trace = optimize(world, preset=method, steps=2, beta=0.5).args[:3]
-    chosen = mira("nodes.shared.inputs").settings_of(PRESETS.applied(INPUTS | {"preset": method, "beta": 0.5})[0])
+    chosen = mira("nodes.shared.inputs").settings_of(PRESETS.apply_preset(INPUTS | {"preset": method, "beta": 0.5})[0])
     assert {k: getattr(chosen, k) for k in mira("sampler.rivals").RIVALS[method]} == mira("sampler.rivals").RIVALS[
         method
     ]
@@ -501,7 +501,7 @@ def test_few_steps_take_the_gradient_of_all():
     settings = mira("nodes.shared.inputs")
     for chosen, steps, expected in ((-1, 4, 0), (-1, 9, 0), (-1, 10, 3), (-1, 20, 3), (3, 4, 3), (0, 20, 0)):
         assert settings.gradient_steps({"gradient_steps": chosen}, steps) == expected
-    assert settings.gradient_steps(PRESETS.applied({"gradient_steps": 3, "preset": "mira"})[0], 20) == 0
+    assert settings.gradient_steps(PRESETS.apply_preset({"gradient_steps": 3, "preset": "mira"})[0], 20) == 0
     assert settings.gradient_steps({"gradient_steps": -1}, 20, begins_anew=True) == 0
 
 

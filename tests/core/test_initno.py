@@ -61,12 +61,12 @@ def test_where_nobody_answers_places_are_not_known():
 
 def test_the_kl_is_held_along_the_same_way():
     mu, log_variance = torch.full((1, 1, 4, 4), 0.3), torch.full((1, 1, 4, 4), -0.2)
-    initno.held(mu, log_variance)
+    initno.hold_kl(mu, log_variance)
     variance = log_variance.exp()
     kl = ((mu.square() + variance - 1 - log_variance) / 2).mean().item()
     assert 0.98 * initno.KL < kl <= initno.KL and (mu / log_variance).mean().item() == pytest.approx(-1.5)
     near = torch.full((1, 1, 4, 4), 0.01)
-    initno.held(near, torch.zeros_like(near))
+    initno.hold_kl(near, torch.zeros_like(near))
     assert (near == 0.01).all()
 
 

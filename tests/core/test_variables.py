@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gaussian import noises, rollout
-from mira.sampler.guidance import annealed, blended, preferred, within
+from mira.sampler.guidance import anneal, blend, lean, within
 from mira.sampler.optimize import Score, Settings, optimize
 from mira.sampler.surrogates import chi
 from mira.sampler.variables import VARIABLES, Variables
@@ -162,13 +162,13 @@ def test_gradient_steps_cut_the_network_only():
 
 def test_guidance_formulas():
     base, tuned = torch.zeros(2, 1, 1, 1), torch.ones(2, 1, 1, 1)
-    assert [blended(base, tuned, w).mean().item() for w in (0, 1, 2.5)] == [0, 1, 2.5]
+    assert [blend(base, tuned, w).mean().item() for w in (0, 1, 2.5)] == [0, 1, 2.5]
     noise = torch.tensor([1.0, 0.5, 0.0])
-    assert annealed(2.0, noise).tolist() == [0, 1, 2] and annealed(2.0, noise, 2.0).tolist() == [0, 0.5, 2]
+    assert anneal(2.0, noise).tolist() == [0, 1, 2] and anneal(2.0, noise, 2.0).tolist() == [0, 0.5, 2]
     assert within(noise, 0.5, 1.0).tolist() == [False, True, True]
     denoised, gradient = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4) * 1e-6
     contrast = torch.randn(2, 3, 4, 4)
-    step = preferred(denoised, gradient, contrast, 0.7) - denoised
+    step = lean(denoised, gradient, contrast, 0.7) - denoised
     torch.testing.assert_close(step.flatten(1).norm(dim=1), 0.7 * contrast.flatten(1).norm(dim=1))
     cosine = torch.nn.functional.cosine_similarity(step.flatten(1), gradient.flatten(1))
     torch.testing.assert_close(cosine, torch.ones(2), atol=1e-4, rtol=0)
