@@ -16,6 +16,7 @@ from .loaders import (
     MiraLoadPickScoreReward,
 )
 from .monitor import MiraDriftMonitor
+from .noise import MiraLoadNoise, MiraSaveNoise
 from .optimize import MiraOptimizeKSampler, MiraOptimizeSamplerAdvanced
 from .preference import MiraDPOPreference
 from .record import MiraLoadTrace
@@ -56,6 +57,8 @@ NODES: list[type[io.ComfyNode]] = [
     MiraRankImages,
     MiraDriftMonitor,
     MiraLoadTrace,
+    MiraSaveNoise,
+    MiraLoadNoise,
     MiraDemoModel,
 ]
 

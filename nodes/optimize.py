@@ -25,6 +25,7 @@ from .shared.inputs import (
     denoise_input,
     dial_inputs,
     gradient_steps,
+    noise_outputs,
     prompt_input,
     read_settings,
     restart_sigmas,
@@ -146,7 +147,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
                 *advanced(denoise_input()),
                 *advanced_inputs(),
             ],
-            outputs=trace_outputs(),
+            outputs=[*trace_outputs(), *noise_outputs()],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
@@ -233,7 +234,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
                 prompt_input(),
                 *advanced_inputs(),
             ],
-            outputs=trace_outputs(),
+            outputs=[*trace_outputs(), *noise_outputs()],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 

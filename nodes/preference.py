@@ -32,6 +32,7 @@ from .shared.inputs import (
     iterate_input,
     learning_rate_input,
     memory_input,
+    noise_outputs,
     prompt_input,
     read_settings,
     repeatable_input,
@@ -201,6 +202,7 @@ class MiraDPOPreference(io.ComfyNode):
             outputs=[
                 *trace_outputs(),
                 io.String.Output("choices_made", display_name="choices", tooltip="The choices, to repeat the run."),
+                *noise_outputs(),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )

@@ -2,61 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from pathlib import Path
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..sampler.trace import Trace
 from .editor.on_disk import PNG_KEY
+from .shared.made import found, listed
 from .shared.types import MiraTrace
 
 SUFFIXES = (".png", ".json", ".csv")
 MOST_BYTES = 100 << 20
-MOST_LISTED = 300
 NO_FILE = "put a .png, .json or .csv into the input or output folder"
 
 
 def trace_files() -> list[str]:
-    """The files of the input folder, and the newest ones of the output folder: all of somebody's images would make up
-    most of what ComfyUI tells of its nodes. Any other is given by its name.
-    """
-    found = [f for f in sorted(os.listdir(folder_paths.get_input_directory())) if f.lower().endswith(SUFFIXES)]
-    output, made = folder_paths.get_output_directory(), []
-    for folder, _, names in os.walk(output):
-        for name in names:
-            if name.lower().endswith(SUFFIXES):
-                path = os.path.join(folder, name)
-                with contextlib.suppress(OSError):  # it went meanwhile
-                    made.append((os.path.getmtime(path), os.path.normpath(os.path.relpath(path, output))))
-    return found + [f"{name} [output]" for _, name in sorted(made, reverse=True)[:MOST_LISTED]]
+    return listed(SUFFIXES)
 
 
 def trace_path(file: str) -> str:
-    """The path of one of `trace_files`. Raises ValueError for any other: a workflow comes from strangers."""
-    if not isinstance(file, str) or not file:
-        raise ValueError(f"file is empty: {NO_FILE}")
-    outside = f"{file} lies outside of ComfyUI's input, output and temp folders: {NO_FILE}"
-    try:
-        path = os.path.realpath(folder_paths.get_annotated_filepath(file))
-    except ValueError:  # newer ones look themselves
-        raise ValueError(outside) from None
-    folders = (
-        folder_paths.get_input_directory(),
-        folder_paths.get_output_directory(),
-        folder_paths.get_temp_directory(),
-    )
-    if not any(Path(path).is_relative_to(os.path.realpath(folder)) for folder in folders):
-        raise ValueError(outside)
-    if not path.lower().endswith(SUFFIXES):
-        raise ValueError(f"{file} is none of {', '.join(SUFFIXES)}: {NO_FILE}")
-    if not os.path.exists(path):
-        raise ValueError(f"{file} is not there: {NO_FILE}, and refresh the nodes (key R)")
-    if not os.path.isfile(path):
-        raise ValueError(f"{file} is no regular file: {NO_FILE}")
+    """The path of one of `trace_files`, or of another in ComfyUI's folders. Raises ValueError for what is no record."""
+    path = found(file, SUFFIXES, NO_FILE)
     if os.path.getsize(path) > MOST_BYTES:
         raise ValueError(f"{file} is larger than {MOST_BYTES >> 20} MiB, which no record is: {NO_FILE}")
     return path

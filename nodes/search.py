@@ -229,7 +229,9 @@ class MiraSearchKSampler(io.ComfyNode):
         def work():
             return run_search(hidden, **linked, seed=seed, cfg=cfg, prompt=prompt, values=values)
 
-        return finish(NODE, hidden, *memo.of(hidden.unique_id, inputs, iterate, work), latent_image, iterate)
+        return finish(
+            NODE, hidden, *memo.of(hidden.unique_id, inputs, iterate, work), latent_image, iterate, noises=False
+        )
 
 
 def run_search(hidden, *, model, positive, negative, latent, vae: VAE, reward, seed, cfg, prompt, values):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .ending import Interrupts, attempt
 from .keep import Keeper
+from .replay import Segment
 from .rollout import Path, Rollout, mean_square, per_image, total
 from .surrogates import REGULARIZERS, SURROGATES
 from .trace import Trace, rows_of
@@ -158,6 +159,7 @@ class Result:
     """best, last: latents (B, C, ...). best_noises: the trajectory of the best iterate. reason: why it ended.
 
     iterates: the latents of every iteration, on the CPU. cut_short: by an interrupt, an error, or for want of memory.
+    segments: what the best images are sampled from, where that is more than best_noises: restarts.
     """
 
     best: Tensor
@@ -167,6 +169,7 @@ class Result:
     reason: str
     iterates: list[Tensor]
     cut_short: bool = False
+    segments: Sequence[Segment] = ()
 
 
 @dataclass

@@ -20,6 +20,7 @@ from torch import Tensor
 from .ending import Interrupts, attempt
 from .keep import Kept, chosen
 from .optimize import Result, Score, Settings, optimize
+from .replay import Segment
 from .rollout import Rollout, per_image
 from .search import SearchSettings
 from .surrogates import SURROGATES
@@ -77,6 +78,10 @@ def in_rounds(
     trace, kept, best = Trace(), Kept(), None
     iterates: list[Tensor] = []
     done = reason = base = None
+    # Which rounds an image has gone through, (B, rounds): the one that is kept, and the one that goes on.
+    kept_way: Tensor | None = None
+    way: Tensor | None = None
+    segments: list[Segment] = []
 
     def optimized(number: int, stretch: Stretch) -> Result:
         first, level = len(iterates), stretch.rollout.schedule[0].item()
@@ -115,7 +120,14 @@ def in_rounds(
         better = finite if best is None or settings.keep == "last" else reward > best
         best = reward if best is None else torch.where(better, reward, best)
         kept.take(its, better, done.best, done.best_noises)
+        way = torch.zeros(len(its), len(lengths), dtype=torch.bool) if way is None else way.clone()
+        way[:, number] = True
+        kept_way = way if kept_way is None else chosen(better, way, kept_way)
         base = chosen(finite, done.best, kept.latent)  # what is no image is no beginning either
+        way = chosen(finite, way, kept_way)
+        noises = tuple(z.detach().cpu() for z in done.best_noises)
+        denoise = settings.restart_denoise if number else 1.0
+        segments.append(Segment(stretch.rollout.schedule.detach().cpu(), noises, kept_way[:, number], denoise))
         trace.rows += done.trace.rows
         trace.notices += [n for n in done.trace.notices if n not in trace.notices]
         iterates += done.iterates
@@ -131,6 +143,7 @@ def in_rounds(
         reason or done.reason,
         iterates,
         bool(reason or done.cut_short),
+        [s for s in (replace(s, part=kept_way[:, n]) for n, s in enumerate(segments)) if s.part.any()],
     )
 
 

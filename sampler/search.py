@@ -220,5 +220,5 @@ def search(
     trace.settings |= {"evaluations": run.calls, "backwards": run.backwards}
     return SearchResult(
         run.kept.latent, run.iterates[-1].to(run.kept.latent), tuple(run.kept.noises), trace, reason, run.iterates,
-        cut is not None, particles, log_weights,
+        cut is not None, particles=particles, log_weights=log_weights,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...sampler.hybrid import hybrid
 from ...sampler.memory import out_of_memory
 from ...sampler.optimize import Result
+from ...sampler.replay import Segment
 from ...sampler.restart import Stretch, in_rounds, search_by_restarts
 from ...sampler.rollout import USABLE, NotTheSame, Rollout, per_image
 from ...sampler.search import METHODS, SearchSettings, search
@@ -27,18 +28,24 @@ from .dynamic import static, with_static_controls
 from .grad import has_no_repeatable_way, normal, pytorch_kernels, repeatable, training
 from .patches import named, why_no_gradient
 from .process import INTERRUPTS, RESTART, Chain, Job, Process, reset_peak, synchronize, used_bytes
+from .replay import ReplayNoise, ReplaySampler, described
 
 log = logging.getLogger("mira")
 
 
 @dataclass
 class Optimized:
-    """Latents as a KSampler gives them: the kept iterates, the plain sample of the same noise, and every iterate."""
+    """Latents as a KSampler gives them: the kept iterates, the plain sample of the same noise, and every iterate.
+
+    noise, sampler: what samples the kept ones again, as ComfyUI's NOISE and SAMPLER.
+    """
 
     latent: Tensor
     plain: Tensor
     result: Result
     iterates: list[Tensor]
+    noise: ReplayNoise
+    sampler: ReplaySampler
 
 
 def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None = None) -> Optimized:
@@ -65,7 +72,15 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
             seed=job.seed,
         )
     device = comfy.model_management.intermediate_device()
-    return Optimized(latent.to(device), sampler.plain.to(device), sampler.result, sampler.iterates)
+    result = sampler.result
+    return Optimized(
+        latent.to(device),
+        sampler.plain.to(device),
+        result,
+        sampler.iterates,
+        ReplayNoise(sampler.segments, {"seed": job.seed, "sampler": described(job.sampler)}),
+        ReplaySampler(job.sampler, sampler.segments, sampler.optimized),
+    )
 
 
 def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
@@ -160,7 +175,9 @@ def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
 
 
 class _WorkingSampler(comfy.samplers.Sampler):
-    """Does the whole work where ComfyUI runs one sample. Afterwards: `plain`, `iterates` and `result`."""
+    """Does the whole work where ComfyUI runs one sample. Afterwards: `plain`, `iterates`, `result`, and `segments`, of
+    which `optimized` tells whether any is other than the plain sample's.
+    """
 
     def __init__(self, job: Job, work: Callable):
         self.job, self.work = job, work
@@ -220,11 +237,18 @@ class _WorkingSampler(comfy.samplers.Sampler):
             parts = {"step": estimate.step, "decoding_and_reward": estimate.score, "free": estimate.free}
             result.trace.settings["memory_mb"] = {k: json_number(v / 1e6) for k, v in parts.items()}
         self.result = result
+        self.segments = result.segments
+        if not self.segments:
+            kept = tuple(z.detach().cpu() for z in result.best_noises)
+            part = torch.ones(len(plain), dtype=torch.bool)
+            self.segments = [Segment(process.sigmas.detach().cpu(), kept, part)]
+        self.optimized = True
         # The replay under PyTorch's attention differs from the plain sample in its last bits.
         if len(noises) != len(result.best_noises):  # of a restart in fewer steps
             return result.best.to(plain)
         pairs = zip(noises, result.best_noises, strict=True)
         kept_plain = torch.stack([(z == kept).flatten(1).all(1) for z, kept in pairs]).all(0)
+        self.optimized = not kept_plain.all()
         return torch.where(per_image(kept_plain, plain), plain, result.best.to(plain))
 
     def _work(self, process: Process, noises: tuple[Tensor, ...]) -> Result:

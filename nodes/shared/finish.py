@@ -12,11 +12,15 @@ from ..editor.on_disk import travel
 from . import memo
 
 
-def finish(node: str, hidden, done: host.Optimized, live: LiveRun, latent: dict, iterate: int, *more):
+def finish(node: str, hidden, done: host.Optimized, live: LiveRun, latent: dict, iterate: int, *more, noises=True):
+    """more: outputs after the trace; then, with `noises`, those that sample the kept iterates again."""
     samples, kept, notices = memo.take_iterate(done, iterate, node)
     trace = replace(done.result.trace, kept=kept, notices=[*done.result.trace.notices, *live.notices, *notices])
     travel(hidden.extra_pnginfo, hidden.unique_id, trace)
     out = {k: v for k, v in latent.items() if k not in host.SCALES}  # as KSampler's
     plain = out.copy()
     out["samples"], plain["samples"] = samples, done.plain
+    if noises:
+        done.noise.facts["settings"] = trace.settings
+        more += (done.noise, done.sampler)
     return io.NodeOutput(out, plain, trace, *more, ui=live.output(trace))

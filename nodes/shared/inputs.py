@@ -389,6 +389,24 @@ def trace_outputs() -> list:
     ]
 
 
+def noise_outputs() -> list:
+    return [
+        io.Noise.Output(
+            "noise",
+            display_name="noise",
+            tooltip=(
+                "The optimised noise of the kept iterate. With `sampler`, and the same sigmas, SamplerCustomAdvanced "
+                "samples the image again; with another prompt, LoRA or model, what becomes of it there."
+            ),
+        ),
+        io.Sampler.Output(
+            "sampler",
+            display_name="sampler",
+            tooltip="The sampler with the optimised injected noises, restarts included. Belongs to `noise`.",
+        ),
+    ]
+
+
 def settings_of(values: dict, kind: type = Settings):
     """The `kind` of settings, `Settings` or `PreferenceSettings`, that a node's values say."""
     names = {field.name for field in fields(kind)}

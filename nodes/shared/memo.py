@@ -80,4 +80,5 @@ def take_iterate(done: Optimized, iterate: int, node: str):
             f"{node}: iterate is {iterate}, but the run ended at iteration {count - 1}: use that, or -1 "
             "for the one that `keep` chooses"
         )
-    return done.iterates[iterate], [iterate] * len(trace.kept), []
+    told = [] if [iterate] * len(trace.kept) == trace.kept else ["noise and sampler are of the kept iterate"]
+    return done.iterates[iterate], [iterate] * len(trace.kept), told

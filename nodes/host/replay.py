@@ -1,0 +1,131 @@
+"""Noises that were optimised, as ComfyUI's own NOISE and SAMPLER: any sampler node samples the image again."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import comfy.model_patcher
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ...sampler.keep import chosen
+from ...sampler.replay import Segment
+from ...sampler.restart import tail
+from .grad import repeatable, sdpa
+from .samplers import Twins
+
+
+class ReplayNoise:
+    """z_T. facts: of the run, for whoever saves it."""
+
+    def __init__(self, segments: Sequence[Segment], facts: dict):
+        self.segments, self.facts = segments, facts
+        self.seed = facts.get("seed", 0)
+
+    def generate_noise(self, latent: dict) -> Tensor:
+        z, samples = self.segments[0].noises[0], latent["samples"]
+        if z.shape != samples.shape:
+            raise ValueError(
+                f"MIRA noise: it was made for latents of shape {tuple(z.shape)}, but latent_image has "
+                f"{tuple(samples.shape)}: use the same size and batch"
+            )
+        return z.clone()
+
+
+class ReplaySampler(comfy.samplers.Sampler):
+    """`sampler`, whose injected noises are those of `segments`, restarts included.
+
+    optimized: as an optimisation samples, with PyTorch's attention, so that the same bits come out.
+    """
+
+    def __init__(self, sampler: Any, segments: Sequence[Segment], optimized: bool = True):
+        self.sampler, self.segments, self.optimized = sampler, segments, optimized
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: Tensor,
+        extra_args: dict,
+        callback,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        if len(noise) != len(self.segments[0].part):
+            raise ValueError(
+                f"MIRA noise: sampler has the noises of {len(self.segments[0].part)} images, but there are "
+                f"{len(noise)}: use the same batch"
+            )
+        if self.optimized:
+            options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
+            options.setdefault("transformer_options", {})["optimized_attention_override"] = sdpa
+            extra_args = extra_args | {"model_options": options}
+        whole = len(sigmas) > 2 and sigmas[-1] == 0  # else there is no image yet that could restart
+        x = noise
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if noise.is_cuda:
+                stack.enter_context(repeatable())
+            for n, segment in enumerate(self.segments if whole else self.segments[:1]):
+                now, z, begun = sigmas, noise, latent_image
+                if n:
+                    recorded = self.segments[0].schedule.to(sigmas)
+                    same = torch.equal(recorded, sigmas)
+                    now = segment.schedule.to(sigmas) if same else tail(sigmas, segment.denoise)
+                    z, begun = segment.noises[0].to(noise), x
+                    if denoise_mask is not None:  # what is not painted stays as it was given
+                        begun = torch.where(denoise_mask > 0, x, latent_image)
+                sampled = self._run(
+                    model_wrap, now, extra_args, callback, z, begun, denoise_mask, disable_pbar, segment
+                )
+                x = chosen(segment.part, sampled, x)
+        return x
+
+    def _run(
+        self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback, noise: Tensor, latent_image, mask, disable,
+        segment: Segment,
+    ) -> Tensor:  # fmt: skip
+        given = segment.source(len(sigmas) - 1)
+
+        def source(draw: Callable[[], Tensor]) -> Tensor:
+            return given(draw).to(noise)
+
+        sampler, twins = copy.copy(self.sampler), Twins(source)
+        sampler.sampler_function = twins(sampler.sampler_function)
+        if "noise_sampler" in sampler.extra_options:
+            made = twins.noise_sampler(sampler.extra_options["noise_sampler"])
+            sampler.extra_options = sampler.extra_options | {"noise_sampler": made}
+        options = extra_args["model_options"]
+        options = options | {"transformer_options": options.get("transformer_options", {}) | {"sample_sigmas": sigmas}}
+        extra_args = extra_args | {"model_options": options}
+        return sampler.sample(model_wrap, sigmas, extra_args, callback, noise, latent_image, mask, disable)
+
+
+def described(sampler: Any) -> dict | None:
+    """What a SAMPLER is made again from, or None for one that no name of ComfyUI's makes."""
+    function, found = getattr(sampler, "sampler_function", None), None
+    for name in comfy.samplers.SAMPLER_NAMES:
+        if getattr(comfy.samplers.sampler_object(name), "sampler_function", None) is function:
+            found = name
+            break
+    said = {"name": found, "options": sampler.extra_options, "inpaint": sampler.inpaint_options} if found else None
+    try:
+        return said if said and json.dumps(said) else None
+    except TypeError:
+        return None
+
+
+def made(said: dict) -> Any:
+    """The SAMPLER of what `described` said. Raises ValueError for a name that this ComfyUI does not have."""
+    name = said.get("name")
+    if name not in comfy.samplers.SAMPLER_NAMES:
+        raise ValueError(f"its sampler is {name!r}, which this ComfyUI does not have: connect `sampler`")
+    sampler = comfy.samplers.sampler_object(name)
+    sampler.extra_options, sampler.inpaint_options = dict(said.get("options") or {}), dict(said.get("inpaint") or {})
+    return sampler

@@ -1,0 +1,53 @@
+"""The files of ComfyUI's input and output folders: what runs have made, and what people have put there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import folder_paths
+
+MOST_LISTED = 300
+
+
+def listed(suffixes: Sequence[str]) -> list[str]:
+    """The files of the input folder, and the newest ones of the output folder: all of somebody's images would make up
+    most of what ComfyUI tells of its nodes. Any other is given by its name.
+    """
+    suffixes = tuple(suffixes)
+    names = [f for f in sorted(os.listdir(folder_paths.get_input_directory())) if f.lower().endswith(suffixes)]
+    output, made = folder_paths.get_output_directory(), []
+    for folder, _, files in os.walk(output):
+        for name in files:
+            if name.lower().endswith(suffixes):
+                path = os.path.join(folder, name)
+                with contextlib.suppress(OSError):  # it went meanwhile
+                    made.append((os.path.getmtime(path), os.path.normpath(os.path.relpath(path, output))))
+    return names + [f"{name} [output]" for _, name in sorted(made, reverse=True)[:MOST_LISTED]]
+
+
+def found(file: str, suffixes: Sequence[str], remedy: str) -> str:
+    """The path of a file in ComfyUI's folders. Raises ValueError for any other: a workflow comes from strangers."""
+    if not isinstance(file, str) or not file:
+        raise ValueError(f"file is empty: {remedy}")
+    outside = f"{file} lies outside of ComfyUI's input, output and temp folders: {remedy}"
+    try:
+        path = os.path.realpath(folder_paths.get_annotated_filepath(file))
+    except ValueError:  # newer ones look themselves
+        raise ValueError(outside) from None
+    folders = (
+        folder_paths.get_input_directory(),
+        folder_paths.get_output_directory(),
+        folder_paths.get_temp_directory(),
+    )
+    if not any(Path(path).is_relative_to(os.path.realpath(folder)) for folder in folders):
+        raise ValueError(outside)
+    if not path.lower().endswith(tuple(suffixes)):
+        raise ValueError(f"{file} is none of {', '.join(suffixes)}: {remedy}")
+    if not os.path.exists(path):
+        raise ValueError(f"{file} is not there: {remedy}, and refresh the nodes (key R)")
+    if not os.path.isfile(path):
+        raise ValueError(f"{file} is no regular file: {remedy}")
+    return path

@@ -1,0 +1,152 @@
+"""Optimised noises, used again: the same image from ComfyUI's own sampler node, from a file, in other graphs."""
+
+from __future__ import annotations
+
+import json
+
+import comfy.samplers
+import comfy_extras.nodes_custom_sampler as custom
+import folder_paths
+import pytest
+import torch
+from mira.rewards.pixel import PixelReward
+from mira.sampler import replay
+from safetensors.torch import load_file, save_file
+
+from testing.pack import as_node, mira
+
+nodes = mira("nodes")
+QUICK = dict(iterations=3, seeds=1, rounds=1, stop="never", keep="last", drift_limit=0.0, learning_rate=0.05)
+
+
+def optimized(world, latent=None, sampler="euler_ancestral", **values):
+    """(optimized, plain, trace, noise, sampler), as the advanced node gives them."""
+    latent = latent or {"samples": torch.zeros(1, 4, 8, 8)}
+    noise = as_node(custom.RandomNoise).execute(5).args[0]
+    return as_node(nodes.MiraOptimizeSamplerAdvanced).execute(
+        noise=noise, guider=world.guider(), sampler=comfy.samplers.sampler_object(sampler),
+        sigmas=world.sigmas(steps=4), latent_image=latent, vae=world.vae, reward=PixelReward("brightness"),
+        **(QUICK | values),
+    ).args  # fmt: skip
+
+
+@torch.inference_mode()
+def sampled(world, noise, sampler, latent=None, steps=4, guider=None):
+    latent = latent or {"samples": torch.zeros(1, 4, 8, 8)}
+    return as_node(custom.SamplerCustomAdvanced).execute(
+        noise, guider or world.guider(), sampler, world.sigmas(steps=steps), latent
+    ).args[0]["samples"]  # fmt: skip
+
+
+@pytest.fixture
+def output(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.every_host
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"rounds": 3, "iterations": 6, "keep": "best_reward"},
+        {"seeds": 3},
+        {"learning_rate": 10.0, "keep": "best_within_drift", "drift_limit": 0.001, "hold": "no"},
+        {"gradient_steps": 2, "sampler": "dpmpp_2m_sde"},
+        {"sampler": "euler"},
+    ],
+    ids=["once", "rounds", "seeds", "plain", "sde", "deterministic"],
+)
+def test_the_stock_sampler_node_gives_the_same_bits(world, values):
+    latent, plain, _, noise, sampler = optimized(world, **values)
+    assert torch.equal(sampled(world, noise, sampler), latent["samples"])
+    assert torch.equal(latent["samples"], plain["samples"]) == (values.get("learning_rate") == 10.0)
+
+
+def test_every_image_of_a_batch_by_its_own_way_and_within_a_mask(world):
+    given = {"samples": torch.linspace(-1, 1, 512).reshape(2, 4, 8, 8), "noise_mask": torch.zeros(1, 1, 64, 64)}
+    given["noise_mask"][..., 32:] = 1
+    latent, _, trace, noise, sampler = optimized(world, given, rounds=2, iterations=4, keep="best_reward")
+    assert len(trace.kept) == 2
+    assert torch.equal(sampled(world, noise, sampler, given), latent["samples"])
+
+
+def test_a_round_that_is_not_kept_is_left_out(world):
+    """What a restart gave away comes back from before it."""
+    latent, _, trace, noise, sampler = optimized(
+        world, rounds=2, iterations=4, keep="best_reward", restart_denoise=1.0, learning_rate=0.2
+    )
+    first = [row["iteration"] for row in trace.rows if row["round"] == 1]
+    assert (trace.kept[0] in first) == (len(noise.segments) == 1)
+    assert torch.equal(sampled(world, noise, sampler), latent["samples"])
+
+
+def test_saved_and_loaded_it_is_the_same(world, output):
+    latent, _, trace, noise, sampler = optimized(world, rounds=2, iterations=4)
+    ui = as_node(nodes.MiraSaveNoise).execute(noise, sampler, "mira_noise/fox").ui
+    assert ui["text"] == ("saved mira_noise/fox_00001_.safetensors",)
+    assert [p.name for p in (output / "mira_noise").iterdir()] == ["fox_00001_.safetensors"]
+    file = "mira_noise/fox_00001_.safetensors [output]"
+    assert file in nodes.MiraLoadNoise.GET_SCHEMA().inputs[0].options
+    again, with_noises, settings = nodes.MiraLoadNoise.execute(file).args
+    assert torch.equal(sampled(world, again, with_noises), latent["samples"])
+    assert json.loads(settings)["settings"]["reward"] == trace.settings["reward"]
+    # Another sampler in its place, by the hand of whoever loads it.
+    other = nodes.MiraLoadNoise.execute(file, comfy.samplers.sampler_object("euler_ancestral")).args[1]
+    assert torch.equal(sampled(world, again, other), latent["samples"])
+
+
+@pytest.mark.parametrize("steps", [3, 8])
+def test_another_number_of_steps_and_another_prompt(world, steps):
+    latent, _, _, noise, sampler = optimized(world, rounds=2, iterations=4)
+    found = sampled(world, noise, sampler, steps=steps)
+    assert torch.isfinite(found).all() and found.shape == latent["samples"].shape
+    other = world.guider(positive=world.encode("a car"))
+    assert not torch.equal(sampled(world, noise, sampler, guider=other), latent["samples"])
+
+
+def test_what_is_above_zero_is_not_restarted(world):
+    """Split sigmas: the first half ends in no image."""
+    _, _, _, noise, sampler = optimized(world, rounds=2, iterations=4)
+    high = world.sigmas(steps=4)[:3]
+    with torch.inference_mode():
+        out = as_node(custom.SamplerCustomAdvanced).execute(
+            noise, world.guider(), sampler, high, {"samples": torch.zeros(1, 4, 8, 8)}
+        )
+    assert torch.isfinite(out.args[0]["samples"]).all()
+
+
+def test_bad_input(world, output):
+    _, _, _, noise, sampler = optimized(world)
+    _, _, _, other, _ = optimized(world, learning_rate=0.01)
+    with pytest.raises(ValueError, match=r"for latents of shape .1, 4, 8, 8., but latent_image has .1, 4, 16, 16."):
+        sampled(world, noise, sampler, {"samples": torch.zeros(1, 4, 16, 16)})
+    with pytest.raises(ValueError, match="noises of 1 images, but there are 2"):
+        two = as_node(custom.RandomNoise).execute(1).args[0]
+        sampled(world, two, sampler, {"samples": torch.zeros(2, 4, 8, 8)})
+    with pytest.raises(ValueError, match="MIRA Save Noise: noise and sampler are of two runs"):
+        as_node(nodes.MiraSaveNoise).execute(other, sampler, "x")
+    with pytest.raises(ValueError, match="MIRA Save Noise: noise is no optimised one"):
+        as_node(nodes.MiraSaveNoise).execute(as_node(custom.RandomNoise).execute(1).args[0], sampler, "x")
+    with pytest.raises(ValueError, match=r"MIRA Load Noise: \.\./x.safetensors .output. lies outside"):
+        nodes.MiraLoadNoise.execute("../x.safetensors [output]")
+    as_node(nodes.MiraSaveNoise).execute(noise, sampler, "x")
+    file, path = "x_00001_.safetensors [output]", output / "x_00001_.safetensors"
+    tensors, whole = {k: v.clone() for k, v in load_file(path).items()}, path.read_bytes()
+    segments, facts = replay.load(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"MIRA Load Noise: x_00001_.safetensors cannot be read"):
+        nodes.MiraLoadNoise.execute(file)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="holds no MIRA noise"):
+        nodes.MiraLoadNoise.execute(file)
+    replay.save(path, segments, facts | {"sampler": {"name": "of_another_pack"}})
+    with pytest.raises(ValueError, match="its sampler is 'of_another_pack', which this ComfyUI does not have"):
+        nodes.MiraLoadNoise.execute(file)
+    replay.save(path, segments, facts | {"seed": "many"})
+    with pytest.raises(ValueError, match="is damaged: it names no seed"):
+        nodes.MiraLoadNoise.execute(file)
+    about = {"format": "1", "denoise": [1.0, 0.5], "facts": {}}
+    save_file(tensors, path, {"mira_noise": json.dumps(about)})
+    with pytest.raises(ValueError, match="is damaged"):
+        nodes.MiraLoadNoise.execute(file)
