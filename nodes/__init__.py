@@ -25,6 +25,7 @@ from .rewards import (
     MiraCombineRewards,
     MiraJPEGReward,
     MiraPixelReward,
+    MiraRelativeReward,
     MiraRewardFromHTTP,
     MiraRewardFromPython,
 )
@@ -53,6 +54,7 @@ NODES: list[type[io.ComfyNode]] = [
     MiraRewardFromHTTP,
     MiraCombineRewards,
     MiraAugmentReward,
+    MiraRelativeReward,
     MiraScoreImages,
     MiraRankImages,
     MiraDriftMonitor,

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..rewards.base import Reward
-from ..rewards.combine import SCALINGS, Augmented, WeightedSum, scaled
+from ..rewards.combine import SCALINGS, Augmented, Relative, WeightedSum, scaled
 from ..rewards.http import NODE as HTTP
 from ..rewards.http import HTTPReward, host_of
 from ..rewards.jpeg import JPEG, QUALITY, JPEGSurrogate
@@ -184,6 +184,42 @@ class MiraAugmentReward(io.ComfyNode):
         check_values("MIRA Augment Reward", cls.define_schema().inputs, {"crops": crops, "smallest": smallest})
         # Stream -2 is the first.
         return io.NodeOutput(Augmented(reward, crops, smallest, flip, lambda number: stream(seed, number - 2)))
+
+
+class MiraRelativeReward(io.ComfyNode):
+    NAME = "MIRA Relative Reward"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MiraRelativeReward",
+            **aliases("relative preference", "style reward", "wanted unwanted"),
+            display_name=cls.NAME,
+            category="MIRA Alignment/rewards",
+            description=(
+                "How much better an image fits the prompt with the words you want than with those you do not want: "
+                "what the scorer likes in any image cancels. For rewards that read the prompt."
+            ),
+            inputs=[
+                MiraReward.Input("reward", tooltip="One that compares image and prompt: CLIPScore, HPS, PickScore ..."),
+                io.String.Input(
+                    "wanted", default="photograph, natural light", tooltip="Put behind the prompt, after a comma."
+                ),
+                io.String.Input(
+                    "unwanted", default="plastic, oversaturated", tooltip="Likewise; what it scores is taken off."
+                ),
+            ],
+            outputs=[MiraReward.Output("relative", display_name="reward")],
+        )
+
+    @classmethod
+    def execute(cls, reward: Reward, wanted: str, unwanted: str) -> io.NodeOutput:
+        check_reward(cls.NAME, reward)
+        check_values(cls.NAME, cls.define_schema().inputs, {"wanted": wanted, "unwanted": unwanted})
+        try:
+            return io.NodeOutput(Relative(reward, wanted, unwanted))
+        except ValueError as problem:
+            raise ValueError(f"{cls.NAME}: {problem}") from problem
 
 
 class MiraRewardFromPython(io.ComfyNode):

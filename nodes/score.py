@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfy.model_management
 import torch
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..rewards.base import Reward
@@ -125,6 +126,8 @@ class MiraRankImages(io.ComfyNode):
                 io.Image.Input("images"),
                 io.Float.Input("scores", force_input=True, tooltip="From MIRA Score Images, one per image."),
                 io.Int.Input("top_k", default=1, min=1, max=4096, tooltip="How many to keep."),
+                io.Latent.Input("latents", optional=True, tooltip="The images' own, to be sorted and kept with them."),
+                io.Mask.Input("masks", optional=True, tooltip="Likewise, one for each image."),
             ],
             outputs=[
                 io.Image.Output("ranked", display_name="images", tooltip="The best first."),
@@ -132,12 +135,16 @@ class MiraRankImages(io.ComfyNode):
                 io.Int.Output(
                     "indices", display_name="indices", is_output_list=True, tooltip="Where they were, from 0 on."
                 ),
+                io.Latent.Output("ranked_latents", display_name="latents", tooltip="If latents are connected."),
+                io.Mask.Output("ranked_masks", display_name="masks", tooltip="If masks are connected."),
             ],
             is_input_list=True,
         )
 
     @classmethod
-    def execute(cls, images: list, scores: list, top_k: list) -> io.NodeOutput:
+    def execute(
+        cls, images: list, scores: list, top_k: list, latents: list | None = None, masks: list | None = None
+    ) -> io.NodeOutput:
         if not all(torch.is_tensor(batch) for batch in images) or not all(isinstance(s, (int, float)) for s in scores):
             raise ValueError(f"{cls.NAME}: connect an IMAGE, and the scores that MIRA Score Images gave of it")
         sizes = {tuple(batch.shape[1:]) for batch in images}
@@ -149,4 +156,39 @@ class MiraRankImages(io.ComfyNode):
                 f"{cls.NAME}: {len(scores)} scores for {len(batch)} images: connect the scores of the same"
             )
         order = sorted(range(len(batch)), key=lambda i: -scores[i])[: top_k[0]]  # equal scores keep their order
-        return io.NodeOutput(batch[order], [scores[i] for i in order], order)
+        return io.NodeOutput(
+            batch[order],
+            [scores[i] for i in order],
+            order,
+            ExecutionBlocker(f"{cls.NAME}: connect latents, to have them sorted")
+            if latents is None
+            else sorted_latents(latents, order, len(batch)),
+            ExecutionBlocker(f"{cls.NAME}: connect masks, to have them sorted")
+            if masks is None
+            else of_all(masks, len(batch), "masks")[order],
+        )
+
+
+def of_all(batches: list, count: int, what: str) -> torch.Tensor:
+    """One tensor of what belongs to `count` images. Raises ValueError where it does not."""
+    shapes = {tuple(batch.shape[1:]) for batch in batches}
+    found = sum(len(batch) for batch in batches)
+    if len(shapes) != 1 or found != count:
+        said = f"{found} of them" if len(shapes) == 1 else f"sizes {sorted(shapes)}"
+        raise ValueError(f"{MiraRankImages.NAME}: {what} has {said}, for {count} images: connect those of the same")
+    return torch.cat(list(batches))
+
+
+def sorted_latents(latents: list, order: list[int], count: int) -> dict:
+    """A LATENT of those at `order`, with their masks and places in a batch."""
+    out: dict = {"samples": of_all([latent["samples"] for latent in latents], count, "latents")[order]}
+    masks, places = [], []
+    for latent in latents:
+        size, mask = len(latent["samples"]), latent.get("noise_mask")
+        masks += [] if mask is None else [mask.expand(size, *mask.shape[1:]) if len(mask) == 1 else mask]
+        places += latent.get("batch_index", range(size))
+    if masks:
+        out["noise_mask"] = of_all(masks, count, "the latents' noise_mask")[order]
+    if any("batch_index" in latent for latent in latents):
+        out["batch_index"] = [places[i] for i in order]
+    return out

@@ -45,6 +45,10 @@ class Reward:
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise NotImplementedError
 
+    def several(self, images: Tensor, texts: Sequence[Sequence[str]]) -> list[Tensor]:
+        """The total (B,) by each of several lists of prompts; where it can be, the images are encoded once."""
+        return [self(images, prompts)[0] for prompts in texts]
+
     def evaluation(self, number: int) -> None:
         """Told before every evaluation of a run, from 0 on: a reward that draws random numbers seeds them with it."""
 

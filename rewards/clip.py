@@ -52,10 +52,13 @@ class Similarity(Reward):
         return self._text[1]
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        text = self._encode_text(prompts)
+        return self.several(images, [prompts])[0]
+
+    def several(self, images: Tensor, texts: Sequence[Sequence[str]]) -> list[Tensor]:
+        text = self._encode_text([prompt for prompts in texts for prompt in prompts])
         pixels = self.encoder.preprocessing(images)
-        embedding = through(self.encoder.network.encode_image, pixels, self.encoder.network)
-        return self.scale * (F.normalize(embedding, dim=1) * text).sum(1)
+        embedding = F.normalize(through(self.encoder.network.encode_image, pixels, self.encoder.network), dim=1)
+        return [self.scale * (embedding * of_one).sum(1) for of_one in text.unflatten(0, (len(texts), -1))]
 
     def notices(self, prompts: Sequence[str]) -> list[str]:
         return cut(prompts, self.encoder.tokens)

@@ -1,4 +1,4 @@
-"""Rewards made of rewards: a weighted sum, and a mean over random crops."""
+"""Rewards made of rewards: a weighted sum, a difference of two prompts, and a mean over random crops."""
 
 from __future__ import annotations
 
@@ -77,6 +77,47 @@ class WeightedSum(Reward):
         return list(dict.fromkeys(notice for r in self.rewards for notice in r.notices(prompts)))
 
 
+class Relative(Reward):
+    """r(image, prompt + wanted) - r(image, prompt + unwanted): what a scorer likes in any image cancels, and what is
+    left is the words' difference (semantic relative preference, arXiv 2509.06942, Section 3.2).
+
+    Raises ValueError for a reward that reads no prompt, and where both words are the same.
+    """
+
+    def __init__(self, reward: Reward, wanted: str, unwanted: str):
+        facts = reward.facts
+        if not facts.needs_prompt:
+            raise ValueError(f"reward {facts.name!r} does not read the prompt, so words make no difference to it")
+        if wanted.strip() == unwanted.strip():
+            raise ValueError(f"wanted and unwanted are both {wanted.strip()!r}: give other words to one of them")
+        self.reward, self.wanted, self.unwanted = reward, wanted.strip(), unwanted.strip()
+        self.modules = reward.modules
+        width = facts.high - facts.low
+        usual = (facts.typical[1] - facts.typical[0]) / 2
+        self.facts = Facts(
+            f"{facts.name}, relative", -width, width, (-usual, usual), facts.differentiable, True, facts.preprocessing
+        )
+
+    def prompts(self, prompts: Sequence[str], words: str) -> list[str]:
+        return [", ".join(filter(None, (prompt.strip(), words))) for prompt in prompts]
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        texts = [self.prompts(prompts, self.wanted), self.prompts(prompts, self.unwanted)]
+        liked, disliked = self.reward.several(images, texts)
+        name = self.reward.facts.name
+        return liked - disliked, {f"{name} wanted": liked, f"{name} unwanted": disliked}
+
+    def evaluation(self, number: int) -> None:
+        self.reward.evaluation(number)
+
+    def unfit(self, count: int) -> str | None:
+        return self.reward.unfit(count)
+
+    def notices(self, prompts: Sequence[str]) -> list[str]:
+        both = self.prompts(prompts, self.wanted) + self.prompts(prompts, self.unwanted)
+        return self.reward.notices(both)
+
+
 class Augmented(Reward):
     """The mean score of random crops and mirror images: patterns that only work at one alignment stop paying.
 
@@ -102,6 +143,10 @@ class Augmented(Reward):
 
     def notices(self, prompts: Sequence[str]) -> list[str]:
         return self.reward.notices(prompts)
+
+    def several(self, images: Tensor, texts: Sequence[Sequence[str]]) -> list[Tensor]:
+        scores = [self.reward.several(view, texts) for view in self.views(images)]
+        return [torch.stack(of_one).mean(0) for of_one in zip(*scores, strict=True)]
 
     def views(self, images: Tensor) -> list[Tensor]:
         g = self.stream(self.number)

@@ -211,6 +211,53 @@ def guidance() -> dict[str, Node]:
     }  # fmt: skip
 
 
+def reuse() -> dict[str, Node]:
+    """Noises that were found for one prompt, under another."""
+    return {
+        **demo(),
+        "other": Node(
+            "CLIPTextEncode", 1, "Another prompt", {"clip": "model.clip"}, {"text": "a 3d fox on a blue background"}
+        ),
+        "reward": Node("MiraPixelReward", 1, values={"measure": "brightness"}),
+        "optimizer": Node(
+            "MiraOptimizeKSampler", 2, links={**OPTIMISED, "reward": "reward.reward"},
+            values={"seed": 7, "iterations": 9},
+        ),
+        "save": Node("MiraSaveNoise", 3, links={"noise": "optimizer.noise", "sampler": "optimizer.sampler"}),
+        "sigmas": Node("BasicScheduler", 3, links={"model": "model.model"}, values={"steps": 20, "denoise": 1.0}),
+        "guider": Node(
+            "CFGGuider", 3, values={"cfg": 5.0}, links={
+                "model": "model.model", "positive": "other.CONDITIONING", "negative": "negative.CONDITIONING",
+            },
+        ),
+        "sampled": Node(
+            "SamplerCustomAdvanced", 3, links={
+                "noise": "optimizer.noise", "guider": "guider.GUIDER", "sampler": "optimizer.sampler",
+                "sigmas": "sigmas.SIGMAS", "latent_image": "latent.LATENT",
+            },
+        ),
+        **saved("image", "optimizer.optimized", 4, "Optimized", "mira/reuse_optimized"),
+        **saved("again", "sampled.output", 4, "The same noises, another prompt", "mira/reuse_again"),
+    }  # fmt: skip
+
+
+def relative() -> dict[str, Node]:
+    """Towards one word and away from another, by the demo's CLIP."""
+    return {
+        **demo(),
+        "clip_score": Node("MiraDemoCLIPScore", 1),
+        "reward": Node(
+            "MiraRelativeReward", 1, links={"reward": "clip_score.reward"}, values={"wanted": "3d", "unwanted": "flat"}
+        ),
+        "optimizer": Node(
+            "MiraOptimizeKSampler", 2, links={**OPTIMISED, "reward": "reward.reward"},
+            values={"seed": 7, "iterations": 9},
+        ),
+        **saved("image", "optimizer.optimized", 3, "Optimized", "mira/relative"),
+        **saved("plain", "optimizer.plain", 3, "Plain", "mira/relative_plain"),
+    }  # fmt: skip
+
+
 def checkpoint(file: str, size: int, loader: Node, values: dict) -> dict[str, Node]:
     prompt = "a watercolour painting of a fox in the snow"
     base = demo(prompt)
@@ -257,6 +304,8 @@ EXAMPLES = {
     "mira_best_of_n": best_of_n,
     "mira_search_jpeg": search,
     "mira_guidance": guidance,
+    "mira_relative_reward": relative,
+    "mira_reuse_noise": reuse,
     "mira_sd15_aesthetic": sd15,
     "mira_sdxl_hps": sdxl,
 }
@@ -285,6 +334,13 @@ NOTES = {
     "mira_best_of_n": "Stock KSampler, eight pictures; the two that fit the prompt best are saved.",
     "mira_search_jpeg": "Twelve candidates, of which the ones with smaller files survive while they are painted.",
     "mira_guidance": "Two ways without iterations: a noise that attends to every word, and a guider that leans.",
+    "mira_relative_reward": (
+        "More *3d* and less *flat*, by the demo's CLIP: what it likes in any picture is in both scores and cancels."
+    ),
+    "mira_reuse_noise": (
+        "The noises that were found for one prompt, sampled with another by the stock sampler node, without optimising "
+        "again. **MIRA Save Noise** keeps them as a file; MIRA Load Noise gives them back."
+    ),
     "mira_sd15_aesthetic": "Needs SD1.5, the aesthetic head and CLIP ViT-L/14; the loader says where each file goes.",
     "mira_sdxl_hps": "Needs SDXL and HPSv2.1's file. On a 12 GB card leave `memory` as it is, and expect minutes.",
 }

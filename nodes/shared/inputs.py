@@ -392,7 +392,7 @@ def trace_outputs() -> list:
 def noise_outputs() -> list:
     return [
         io.Noise.Output(
-            "noise",
+            "optimized_noise",
             display_name="noise",
             tooltip=(
                 "The optimised noise of the kept iterate. With `sampler`, and the same sigmas, SamplerCustomAdvanced "
@@ -400,7 +400,7 @@ def noise_outputs() -> list:
             ),
         ),
         io.Sampler.Output(
-            "sampler",
+            "optimized_sampler",
             display_name="sampler",
             tooltip="The sampler with the optimised injected noises, restarts included. Belongs to `noise`.",
         ),

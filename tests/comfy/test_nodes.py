@@ -44,6 +44,7 @@ REWARDS = {
         "url", "name", "needs_prompt", "timeout", "retries", "typical_low", "typical_high"
     ],
     "MiraCombineRewards": [*(f"{k}_{i}" for i in range(1, 5) for k in ("reward", "weight")), "scaling"],
+    "MiraRelativeReward": ["reward", "wanted", "unwanted"],
     "MiraAugmentReward": ["reward", "crops", "smallest", "flip", "seed"],
 }  # fmt: skip
 
@@ -79,17 +80,19 @@ def test_registration():
     extension = asyncio.run(nodes.comfy_entrypoint())
     listed = {n.GET_SCHEMA().node_id: n.GET_SCHEMA() for n in asyncio.run(extension.get_node_list())}
     assert {k: [o.display_name for o in v.outputs] for k, v in listed.items()} == {
-        "MiraOptimizeKSampler": ["optimized", "plain", "trace"],
-        "MiraOptimizeSamplerAdvanced": ["optimized", "plain", "trace"],
-        "MiraDPOPreference": ["optimized", "plain", "trace", "choices"],
+        "MiraOptimizeKSampler": ["optimized", "plain", "trace", "noise", "sampler"],
+        "MiraOptimizeSamplerAdvanced": ["optimized", "plain", "trace", "noise", "sampler"],
+        "MiraDPOPreference": ["optimized", "plain", "trace", "choices", "noise", "sampler"],
         "MiraSearchKSampler": ["optimized", "plain", "trace"],
         "MiraRLGuidance": ["guided"],
         "MiraDyMOGuider": ["guider"],
         "MiraInitNONoise": ["noise", "report"],
         "MiraDriftMonitor": ["plot", "table", "verdict", "gain", "drift", "clip_score", "cmmd"],
         "MiraLoadTrace": ["trace"],
+        "MiraSaveNoise": [],
+        "MiraLoadNoise": ["noise", "sampler", "settings"],
         "MiraScoreImages": ["scores", "text"],
-        "MiraRankImages": ["images", "scores", "indices"],
+        "MiraRankImages": ["images", "scores", "indices", "latents", "masks"],
         "MiraDemoModel": ["model", "clip", "vae"],
     } | {node: ["reward"] for node in REWARDS}
     inputs = {node: [i.id for i in listed[node].inputs] for node in REWARDS}
@@ -100,7 +103,9 @@ def test_registration():
     ]  # fmt: skip
     assert [i.id for i in listed["MiraLoadTrace"].inputs] == ["file", "index"]
     assert [i.id for i in listed["MiraScoreImages"].inputs] == ["images", "reward", "prompt"]
-    assert [i.id for i in listed["MiraRankImages"].inputs] == ["images", "scores", "top_k"]
+    assert [i.id for i in listed["MiraRankImages"].inputs] == ["images", "scores", "top_k", "latents", "masks"]
+    assert [i.id for i in listed["MiraSaveNoise"].inputs] == ["noise", "sampler", "filename_prefix"]
+    assert [i.id for i in listed["MiraLoadNoise"].inputs] == ["file", "sampler"]
     advanced = [
         "seeds", "rounds", "restart_denoise", "gradient_steps", "learning_rate", "optimizer", "clip_norm",
         "regularizer", "beta", "weighting", "measured", "drift_metric", "hold", "keep", "stop", "patience",

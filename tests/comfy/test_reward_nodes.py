@@ -327,6 +327,40 @@ def test_ranking_is_by_score_and_stable():
         execute(nodes.MiraRankImages, images=[images, torch.rand(1, 4, 4, 3)], scores=[1.0] * 5, top_k=[1])
 
 
+def test_latents_and_masks_are_ranked_with_their_images():
+    images, masks = torch.rand(3, 8, 8, 3), torch.rand(3, 8, 8)
+    latents = [
+        {"samples": torch.rand(1, 4, 2, 2), "noise_mask": torch.rand(1, 1, 16, 16), "batch_index": [7]},
+        {"samples": torch.rand(2, 4, 2, 2), "noise_mask": torch.rand(1, 1, 16, 16), "batch_index": [8, 9]},
+    ]
+    given = dict(images=[images], scores=[0.1, 0.3, 0.2], top_k=[2], latents=latents, masks=[masks])
+    *_, ranked, ranked_masks = execute(nodes.MiraRankImages, **given).args
+    assert torch.equal(ranked["samples"], latents[1]["samples"]) and ranked["batch_index"] == [8, 9]
+    assert torch.equal(ranked["noise_mask"], latents[1]["noise_mask"].expand(2, 1, 16, 16))
+    assert torch.equal(ranked_masks, masks[[1, 2]])
+    with pytest.raises(ValueError, match="latents has 2 of them, for 3 images"):
+        execute(nodes.MiraRankImages, **given | {"latents": latents[1:]})
+    with pytest.raises(ValueError, match="masks has 1 of them, for 3 images"):
+        execute(nodes.MiraRankImages, **given | {"masks": [masks[:1]]})
+
+
+def test_a_relative_reward_encodes_an_image_once(monkeypatch):
+    reward = reward_of(nodes.MiraDemoCLIPScore)
+    relative = reward_of(nodes.MiraRelativeReward, reward=reward, wanted="3d", unwanted="flat")
+    images = torch.rand(2, 3, 64, 64)
+    wanted, unwanted = (reward.score(images, [f"a fox, {words}"] * 2) for words in ("3d", "flat"))
+    network, calls = reward.encoder.network, []
+    encode = network.encode_image
+    monkeypatch.setattr(network, "encode_image", lambda pixels: calls.append(len(pixels)) or encode(pixels))
+    total, parts = relative(images, ["a fox"] * 2)
+    assert calls == [2]
+    torch.testing.assert_close(total, wanted - unwanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(parts["CLIPScore wanted"], wanted, atol=1e-4, rtol=1e-4)
+    for wrong, words in ((PixelReward("brightness"), "does not read the prompt"), (None, "reward")):
+        with pytest.raises(ValueError, match=f"MIRA Relative Reward: .*{words}"):
+            execute(nodes.MiraRelativeReward, reward=wrong, wanted="a", unwanted="b")
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [

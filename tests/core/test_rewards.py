@@ -1,8 +1,9 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from mira.rewards.combine import Augmented, WeightedSum, scaled
+from mira.rewards.combine import Augmented, Relative, WeightedSum, scaled
 from mira.rewards.pixel import MEASURES, MatchReference, PixelReward
 from mira.sampler.seeds import stream
 
@@ -125,3 +126,36 @@ def test_gradcheck_augmented():
     images = torch.rand(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     reward = Augmented(PixelReward("contrast"), crops=2, smallest=0.6, flip=True, stream=lambda n: stream(0, n))
     assert torch.autograd.gradcheck(lambda x: reward(x, [""])[0], images)
+
+
+class Words(PixelReward):
+    """Brightness times the number of the prompt's letters: reads the prompt, and counts how often it is asked."""
+
+    def __init__(self):
+        super().__init__("brightness")
+        self.facts = replace(self.facts, needs_prompt=True, name="words")
+
+    def score(self, images, prompts):
+        return super().score(images, prompts) * torch.tensor([float(len(p)) for p in prompts]).to(images)
+
+
+def test_a_relative_reward_is_the_words_difference():
+    images = torch.rand(2, 3, 4, 4)
+    reward = Relative(Words(), " sunny ", "grim")
+    total, parts = reward(images, ["a fox", ""])
+    bright = PixelReward("brightness").score(images, ["", ""])
+    torch.testing.assert_close(total, bright * (len("sunny") - len("grim")))
+    assert list(parts) == ["words wanted", "words unwanted"]
+    torch.testing.assert_close(parts["words unwanted"][1], bright[1] * len("grim"))
+    assert reward.facts.needs_prompt and reward.facts.low == -reward.facts.high == -2.0
+    # Under crops the difference is of the same crops.
+    crops = Augmented(Words(), crops=2, smallest=0.5, flip=True, stream=lambda n: stream(3, n))
+    relative, whole = Relative(crops, "sunny", "grim"), crops(images, ["x", "x"])[0]
+    torch.testing.assert_close(relative(images, ["x", "x"])[0], whole * (len("sunny") - len("grim")))
+
+
+def test_what_is_no_relative_reward():
+    with pytest.raises(ValueError, match="'brightness' does not read the prompt"):
+        Relative(PixelReward("brightness"), "a", "b")
+    with pytest.raises(ValueError, match="wanted and unwanted are both 'a'"):
+        Relative(Words(), "a ", "a")
