@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
+from server import PromptServer
 
 from .demo import MiraDemoAesthetic, MiraDemoCLIPScore, MiraDemoModel
-from .editor import judges, live
+from .editor import judges, live, on_disk
 from .guidance import MiraDyMOGuider, MiraRLGuidance
 from .initno import MiraInitNONoise
 from .loaders import (
@@ -73,5 +74,6 @@ class MiraExtension(ComfyExtension):
 async def comfy_entrypoint() -> MiraExtension:
     judges.register_routes()
     live.register_routes()
+    PromptServer.instance.add_on_prompt_handler(on_disk.remembered)
     files.register()  # before the schemas list what is in it
     return MiraExtension()

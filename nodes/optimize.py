@@ -148,7 +148,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
                 *advanced_inputs(),
             ],
             outputs=[*trace_outputs(), *noise_outputs()],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
         )
 
     @classmethod
@@ -235,7 +235,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
                 *advanced_inputs(),
             ],
             outputs=[*trace_outputs(), *noise_outputs()],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
         )
 
     @classmethod

@@ -204,7 +204,7 @@ class MiraDPOPreference(io.ComfyNode):
                 io.String.Output("choices_made", display_name="choices", tooltip="The choices, to repeat the run."),
                 *noise_outputs(),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
         )
 
     @classmethod

@@ -63,7 +63,11 @@ class MiraLoadTrace(io.ComfyNode):
             inputs=[
                 io.Combo.Input("file", options=trace_files() or [NO_FILE], tooltip="From the input or output folder."),
                 io.Int.Input(
-                    "index", default=0, min=0, max=99, tooltip="Which one, if the workflow of a PNG had several."
+                    "index",
+                    default=0,
+                    min=0,
+                    max=99,
+                    tooltip="Which one, if a PNG has several: of other nodes, or of a list, in its order.",
                 ),
             ],
             outputs=[MiraTrace.Output("trace", display_name="trace")],

@@ -189,7 +189,7 @@ class MiraSearchKSampler(io.ComfyNode):
                 *particulars(),
             ],
             outputs=trace_outputs(),
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
         )
 
     @classmethod

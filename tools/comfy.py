@@ -166,9 +166,15 @@ class Client:
         async with self.session.get(self.url + path) as answer:
             return await answer.json()
 
-    async def submit(self, prompt: dict) -> str:
-        """Queue a prompt; returns its id. Raises ServerError with the server's own reasons when it is refused."""
-        async with self.session.post(f"{self.url}/prompt", json={"prompt": prompt, "client_id": self.id}) as answer:
+    async def submit(self, prompt: dict, workflow: dict | None = None) -> str:
+        """Queue a prompt; returns its id. Raises ServerError with the server's own reasons when it is refused.
+
+        workflow: what the editor sends along, for the files that are saved.
+        """
+        request: dict = {"prompt": prompt, "client_id": self.id}
+        if workflow is not None:
+            request["extra_data"] = {"extra_pnginfo": {"workflow": workflow}}
+        async with self.session.post(f"{self.url}/prompt", json=request) as answer:
             body = await answer.json()
         if answer.status != 200:
             reasons = [e for node in (body.get("node_errors") or {}).values() for e in node["errors"]]

@@ -9,6 +9,7 @@ import { textElement, textOf } from "./text.js";
 
 // In pixels, of the chart with its status, of the slider and its buttons, and of a pair to choose from.
 const [CHART_HEIGHT, SCRUB_HEIGHT, CHOOSER_HEIGHT] = [206, 78, 330];
+const TYPE_COLOURS = { MIRA_REWARD: "#e0a458", MIRA_TRACE: "#7fb3d5" };
 const SCORES = "MiraScoreImages";
 const PREFERENCE = "MiraDPOPreference";
 const MONITOR = "MiraDriftMonitor";
@@ -255,6 +256,17 @@ function restoreSoon(cached) {
   setTimeout(() => restore(Array.isArray(cached) ? cached : []).catch((problem) => console.warn("MIRA: could not restore the live view:", problem)), 50);
 }
 
+/** Links and slots of the pack's own types, in either renderer. */
+function colourTypes() {
+  for (const [type, colour] of Object.entries(TYPE_COLOURS)) {
+    const known = window.LGraphCanvas?.link_type_colors;
+    if (known) known[type] = colour;
+    const slots = app.canvas?.default_connection_color_byType;
+    if (slots) slots[type] = colour;
+    document.documentElement.style.setProperty(`--color-datatype-${type}`, colour);
+  }
+}
+
 app.registerExtension({
   name: "MIRA",
   beforeRegisterNodeDef(nodeType, nodeData) {
@@ -264,6 +276,7 @@ app.registerExtension({
   },
   beforeConfigureGraph: (graph) => migrate(graph),
   setup() {
+    colourTypes();
     api.addEventListener("mira.step", ({ detail }) => {
       const node = nodeOf(detail?.node);
       const chart = isOf(node, detail) ? node[VIEW]?.chart : null;

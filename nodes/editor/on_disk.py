@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import time
+from collections import OrderedDict
 from datetime import datetime
 from pathlib import Path
 
 import folder_paths
 import torch
+from comfy_execution.utils import get_executing_context
 from PIL.PngImagePlugin import PngInfo
 
 from ...rewards.preprocess import picture
@@ -21,14 +24,80 @@ from ...sampler.trace import Trace
 
 PNG_KEY = "mira_traces"
 FOLDER = "mira_unfinished"  # in ComfyUI's output folder
+MOST_RECORDS = 64
 SHARE = 0.05  # of a run's time, at most, goes into writing
 UNFINISHED = "the run was not finished: this is its best image so far"
 
 
-def travel(extra_pnginfo: dict | None, node: str, trace: Trace) -> None:
-    """Beside the workflow, in every PNG that this run saves from here on."""
-    if extra_pnginfo is not None:
-        extra_pnginfo.setdefault(PNG_KEY, {})[node] = trace.to_dict()
+_records: OrderedDict[str, dict[str, dict]] = OrderedDict()  # by what a node was asked: its records
+
+
+def travel(extra_pnginfo: dict | None, node: str, trace: Trace, prompt: dict | None = None) -> None:
+    """Beside the workflow, in every PNG that this run saves from here on. A list has a record for each of its elements.
+
+    prompt: of the graph; ComfyUI may take the node's result from its cache next time, and then `remembered` adds the
+    record to the PNGs.
+    """
+    if extra_pnginfo is None:
+        return
+    traces, place = extra_pnginfo.setdefault(PNG_KEY, {}), place_in_list()
+    if not place:  # what an earlier run of the node has left
+        for name in [name for name in traces if name.split("#")[0] == node]:
+            del traces[name]
+    traces[f"{node}#{place}" if place else node] = trace.to_dict()
+    if prompt and node in prompt:
+        asked = what_is_asked(prompt, node)
+        _records[asked] = {name: of for name, of in traces.items() if name.split("#")[0] == node}
+        _records.move_to_end(asked)
+        while len(_records) > MOST_RECORDS:
+            _records.popitem(last=False)
+
+
+def place_in_list() -> int:
+    """Which element of a list ComfyUI runs the node on, 0 where there is none."""
+    context = get_executing_context()
+    return (context.list_index if context else None) or 0
+
+
+def what_is_asked(prompt: dict, node: str) -> str:
+    """A digest of the node and of everything that comes before it, which ComfyUI's cache goes by."""
+    digests: dict[str, str] = {}
+
+    def digest(key: str) -> str:
+        if key not in digests:
+            digests[key] = ""  # a circle, which ComfyUI refuses
+            inputs = {
+                name: digest(value[0]) + str(value[1:]) if is_link(value, prompt) else value
+                for name, value in prompt[key].get("inputs", {}).items()
+            }
+            said = json.dumps([prompt[key].get("class_type"), inputs], sort_keys=True, default=str)
+            digests[key] = hashlib.sha256(said.encode()).hexdigest()
+        return digests[key]
+
+    return node + digest(node)
+
+
+def is_link(value, prompt: dict) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and isinstance(prompt.get(value[0]), dict)
+    )
+
+
+def remembered(request: dict) -> dict:
+    """A handler of prompts that are queued: the records of nodes that were asked for just this before. One that runs
+    after all writes its own.
+    """
+    prompt, extra = request.get("prompt"), (request.get("extra_data") or {}).get("extra_pnginfo")
+    if isinstance(prompt, dict) and isinstance(extra, dict) and _records:
+        for node, of in prompt.items():
+            if isinstance(of, dict) and str(of.get("class_type")).startswith("Mira"):
+                extra.setdefault(PNG_KEY, {}).update(_records.get(what_is_asked(prompt, node), {}))
+        if not extra.get(PNG_KEY):
+            extra.pop(PNG_KEY, None)
+    return request
 
 
 class Unfinished:

@@ -16,7 +16,7 @@ def finish(node: str, hidden, done: host.Optimized, live: LiveRun, latent: dict,
     """more: outputs after the trace; then, with `noises`, those that sample the kept iterates again."""
     samples, kept, notices = memo.take_iterate(done, iterate, node)
     trace = replace(done.result.trace, kept=kept, notices=[*done.result.trace.notices, *live.notices, *notices])
-    travel(hidden.extra_pnginfo, hidden.unique_id, trace)
+    travel(hidden.extra_pnginfo, hidden.unique_id, trace, getattr(hidden, "prompt", None))
     out = {k: v for k, v in latent.items() if k not in host.SCALES}  # as KSampler's
     plain = out.copy()
     out["samples"], plain["samples"] = samples, done.plain

@@ -6,10 +6,11 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 
+from ..editor.on_disk import place_in_list
 from ..host import Optimized
 
 PLAIN = (int, float, str, bool, type(None))
-MOST = 2  # runs whose iterates are held
+MOST = 8  # runs whose iterates are held
 MOST_CUTS = 64
 
 _runs: OrderedDict[str, tuple[dict, tuple, int]] = OrderedDict()  # by node: inputs, the run, the iterate last asked for
@@ -39,6 +40,7 @@ def of(node: str, inputs: dict, iterate: int, run: Callable[[], tuple[Optimized,
 
     A run that was cut short is repeated when it is asked for again as it was: who queues it again wants its end.
     """
+    node = f"{node}#{place_in_list()}"  # a list is one run for each of its elements
     before = _runs.get(node)
     if before and _same(before[0], inputs):
         known, done, last = before

@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 from testing.pack import as_node, mira
 
 nodes, monitor, record = mira("nodes"), mira("nodes.monitor"), mira("nodes.record")
+MOST_LISTED = mira("nodes.shared.made").MOST_LISTED
 on_disk = mira("nodes.editor.on_disk")
 Trace = mira("sampler.trace").Trace
 PixelReward = mira("rewards.pixel").PixelReward
@@ -92,11 +93,11 @@ def test_only_the_newest_files_are_listed_and_any_can_be_named(tmp_path, monkeyp
     """`/object_info` is asked for whenever a page is loaded."""
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     (tmp_path / "day").mkdir()
-    for n in range(record.MOST_LISTED + 20):
+    for n in range(MOST_LISTED + 20):
         (tmp_path / "day" / f"{n:04}.png").touch()
         os.utime(tmp_path / "day" / f"{n:04}.png", (n, n))
     listed = [f for f in record.trace_files() if f.endswith("[output]")]
-    assert len(listed) == record.MOST_LISTED and listed[0] == f"day/{record.MOST_LISTED + 19:04}.png [output]"
+    assert len(listed) == MOST_LISTED and listed[0] == f"day/{MOST_LISTED + 19:04}.png [output]"
     assert record.trace_path("day/0000.png [output]") == str(tmp_path / "day" / "0000.png")
 
 

@@ -154,7 +154,7 @@ def test_sd15s_architecture(world):
         iterations=1,
         steps=2,
     )
-    optimized, plain, trace = out.args
+    optimized, plain, trace = out.args[:3]
     assert torch.isfinite(optimized["samples"]).all() and not torch.equal(optimized["samples"], plain["samples"])
     assert [r["iteration"] for r in trace.rows] == [0, 1]
     assert out.ui["mira"][0]["rows"][0]["reward"] == trace.rows[0]["reward"]

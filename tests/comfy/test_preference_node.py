@@ -47,7 +47,7 @@ def prefer(world, **changes):
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "euler", "dpmpp_2m_sde"])
 def test_every_method_with_a_black_box(world, method, sampler):
     out = prefer(world, method=method, sampler_name=sampler, keep="incumbent")
-    optimized, plain, trace, choices = out.args
+    optimized, plain, trace, choices = out.args[:4]
     assert torch.isfinite(optimized["samples"]).all()
     assert len(trace.rows) == 3 and len(json.loads(choices)) == 3
     assert torch.equal(plain["samples"], world.ksampler(seed=1, steps=3, sampler=sampler))

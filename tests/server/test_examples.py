@@ -91,3 +91,21 @@ def test_every_node_has_a_help_page_that_is_up_to_date(info):
         text = (ROOT / "web" / "docs" / f"{node}.md").read_text()
         assert text == page(node, info[node]), f"{node}.md is out of date: run python -m tools.help"
         assert (ROOT / "web" / "docs" / "pictures" / f"{node}.jpg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("language", ["fr", "zh"])
+def test_a_language_names_every_node_and_nothing_that_is_not_there(server, info, language):
+    async def get():
+        async with Client(server.url) as client:
+            return await client.get("/i18n")
+
+    told = asyncio.run(get())[language]
+    mine = {k: v for k, v in info.items() if k.startswith("Mira")}
+    assert told["nodeDefs"].keys() >= mine.keys()
+    for node, of in mine.items():
+        said = told["nodeDefs"][node]
+        assert said["display_name"].startswith("MIRA") and said["description"] != of["description"]
+        inputs = {**of["input"].get("required", {}), **of["input"].get("optional", {})}
+        assert said.get("inputs", {}).keys() <= inputs.keys()
+        assert all(int(place) < len(of["output"]) for place in said.get("outputs", {}))
+        assert {part for part in of["category"].split("/")} <= told["nodeCategories"].keys()

@@ -59,6 +59,24 @@ def run(server, prompt):
     return asyncio.run(go())
 
 
+def saved_records(server, prompt, prefix):
+    """(rewards of iterations that ran, the records in each PNG of the node that saves under this prefix)."""
+    (node,) = (id for id, n in prompt.items() if n["inputs"].get("filename_prefix") == prefix)
+
+    async def go():
+        async with Client(server.url) as client:
+            prompt_id = await client.submit(prompt, QUICKSTART)
+            ran = [data["rows"][0]["reward"] async for kind, data in client.events(prompt_id) if kind == "mira.step"]
+            found = []
+            for entry in (await client.outputs(prompt_id))[node]["images"]:
+                with Image.open(io.BytesIO(await client.image(entry))) as image:
+                    image.load()
+                    found.append(json.loads(image.info.get("mira_traces", "{}")))
+            return ran, found
+
+    return asyncio.run(go())
+
+
 async def pixels(client, outputs, prompt, prefix):
     (node,) = (id for id, n in prompt.items() if n["inputs"].get("filename_prefix") == prefix)
     (entry,) = outputs[node]["images"]
@@ -87,7 +105,7 @@ def test_all_nodes_are_registered(server):
     mine = {k: v for k, v in info.items() if k.startswith("Mira")}
     assert {"MiraOptimizeKSampler", "MiraDPOPreference", "MiraScoreImages", "MiraDemoModel"} <= set(mine)
     assert all(v["description"] for v in mine.values())
-    assert info[OPTIMIZER]["output"] == ["LATENT", "LATENT", "MIRA_TRACE"]
+    assert info[OPTIMIZER]["output"] == ["LATENT", "LATENT", "MIRA_TRACE", "NOISE", "SAMPLER"]
 
 
 def test_quickstart_raises_the_reward_and_reports_every_iteration(server, quickstart):
@@ -307,3 +325,37 @@ def test_a_workflow_of_another_server_is_refused():
     workflow["nodes"][0]["type"] = "NoSuchNode"
     with pytest.raises(ValueError, match="uses the node 'NoSuchNode', which this server does not have"):
         to_prompt(workflow, {})
+
+
+def rewards_of(record):
+    return [row["reward"] for row in record["rows"]]
+
+
+@pytest.mark.every_host
+def test_a_png_has_its_record_also_when_the_run_came_from_the_cache(server, quickstart):
+    prompt = small(quickstart, iterations=2, seeds=1, seed=4321)
+    node = find(prompt, OPTIMIZER)
+    ran, (first,) = saved_records(server, prompt, "mira/optimized")
+    assert len(ran) == 3 and rewards_of(first[node]) == pytest.approx(ran)
+    later = copy.deepcopy(prompt)
+    (save,) = (id for id, n in later.items() if n["inputs"].get("filename_prefix") == "mira/optimized")
+    later[save]["inputs"]["filename_prefix"] = "mira/later"
+    assert saved_records(server, later, "mira/later") == ([], [first])
+    # Another seed is another run, and nobody's record.
+    ran, (other,) = saved_records(server, small(quickstart, iterations=2, seeds=1, seed=4322), "mira/optimized")
+    assert list(other) == [node] and rewards_of(other[node]) == pytest.approx(ran) != rewards_of(first[node])
+
+
+def test_a_list_has_a_record_for_each_and_another_iterate_runs_none_again(server, quickstart):
+    prompt = small(quickstart, iterations=2, seeds=1, seed=99)
+    node = find(prompt, OPTIMIZER)
+    latent = prompt[node]["inputs"]["latent_image"]
+    prompt[latent[0]]["inputs"]["batch_size"] = 3
+    prompt["900"] = {"class_type": "RebatchLatents", "inputs": {"latents": latent, "batch_size": 1}}
+    prompt[node]["inputs"]["latent_image"] = ["900", 0]
+    ran, found = saved_records(server, prompt, "mira/optimized")
+    assert len(ran) == 9 and len(found) == 3 and found[0] == found[1] == found[2]
+    assert list(found[0]) == [node, f"{node}#1", f"{node}#2"]
+    assert [reward for record in found[0].values() for reward in rewards_of(record)] == pytest.approx(ran)
+    ran, again = saved_records(server, changed(prompt, iterate=1), "mira/optimized")
+    assert ran == [] and [record["kept"] for record in again[0].values()] == [[1]] * 3
