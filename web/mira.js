@@ -9,7 +9,7 @@ import { textElement, textOf } from "./text.js";
 
 // In pixels, of the chart with its status, of the slider and its buttons, and of a pair to choose from.
 const [CHART_HEIGHT, SCRUB_HEIGHT, CHOOSER_HEIGHT] = [206, 78, 330];
-const TYPE_COLOURS = { MIRA_REWARD: "#e0a458", MIRA_TRACE: "#7fb3d5" };
+const TYPE_COLOURS = { MIRA_REWARD: "#e0a458", MIRA_TRACE: "#4db6ac" };
 const SCORES = "MiraScoreImages";
 const PREFERENCE = "MiraDPOPreference";
 const MONITOR = "MiraDriftMonitor";
@@ -256,7 +256,7 @@ function restoreSoon(cached) {
   setTimeout(() => restore(Array.isArray(cached) ? cached : []).catch((problem) => console.warn("MIRA: could not restore the live view:", problem)), 50);
 }
 
-/** Links and slots of the pack's own types, in either renderer. */
+/** Links and slots of the pack's own types, in either renderer. A palette that is loaded forgets them. */
 function colourTypes() {
   for (const [type, colour] of Object.entries(TYPE_COLOURS)) {
     const known = window.LGraphCanvas?.link_type_colors;
@@ -276,7 +276,6 @@ app.registerExtension({
   },
   beforeConfigureGraph: (graph) => migrate(graph),
   setup() {
-    colourTypes();
     api.addEventListener("mira.step", ({ detail }) => {
       const node = nodeOf(detail?.node);
       const chart = isOf(node, detail) ? node[VIEW]?.chart : null;
@@ -306,6 +305,7 @@ app.registerExtension({
     restoreSoon();
   },
   nodeCreated(node) {
+    if (node.comfyClass?.startsWith("Mira")) colourTypes();
     if (node.comfyClass === SCORES || node.comfyClass === MONITOR) addScores(node);
     if (CHARTED.has(node.comfyClass)) foldAdvanced(node);
     if (CHARTED.has(node.comfyClass) || node.comfyClass === MONITOR) addCharted(node);
@@ -314,7 +314,10 @@ app.registerExtension({
       forgetTaken(node);
     }
   },
-  afterConfigureGraph: () => restoreSoon(),
+  afterConfigureGraph() {
+    colourTypes();
+    restoreSoon();
+  },
   getNodeMenuItems(node) {
     const chart = node?.[VIEW]?.chart;
     if (!chart) return [];

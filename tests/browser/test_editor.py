@@ -323,6 +323,17 @@ def test_a_new_node_is_as_small_as_what_it_shows(editor):
     assert editor.errors == []
 
 
+def test_links_of_the_packs_own_types_have_a_colour(editor):
+    editor.load(QUICKSTART)
+    classic, vue = editor.js(
+        """() => ["MIRA_REWARD", "MIRA_TRACE"].reduce(([a, b], type) => [
+            [...a, LGraphCanvas.link_type_colors[type], app.canvas.default_connection_color_byType[type]],
+            [...b, document.documentElement.style.getPropertyValue(`--color-datatype-${type}`)],
+        ], [[], []])"""
+    )
+    assert classic == [vue[0], vue[0], vue[1], vue[1]] and len({*vue, "", None}) == 4
+
+
 @ENDS
 def test_a_preset_writes_its_values_and_a_change_makes_it_custom(editor):
     editor.load(QUICKSTART)
