@@ -19,10 +19,17 @@ nodes = mira("nodes")
 QUICK = dict(iterations=3, seeds=1, rounds=1, stop="never", keep="last", drift_limit=0.0, learning_rate=0.05)
 
 
+def stock(node, *inputs):
+    """The outputs of one of ComfyUI's own nodes, of the older kind or the newer."""
+    if hasattr(node, "PREPARE_CLASS_CLONE"):
+        return as_node(node).execute(*inputs).args
+    return getattr(node(), node.FUNCTION)(*inputs)
+
+
 def optimized(world, latent=None, sampler="euler_ancestral", **values):
     """(optimized, plain, trace, noise, sampler), as the advanced node gives them."""
     latent = latent or {"samples": torch.zeros(1, 4, 8, 8)}
-    noise = as_node(custom.RandomNoise).execute(5).args[0]
+    noise = stock(custom.RandomNoise, 5)[0]
     return as_node(nodes.MiraOptimizeSamplerAdvanced).execute(
         noise=noise, guider=world.guider(), sampler=comfy.samplers.sampler_object(sampler),
         sigmas=world.sigmas(steps=4), latent_image=latent, vae=world.vae, reward=PixelReward("brightness"),
@@ -33,9 +40,8 @@ def optimized(world, latent=None, sampler="euler_ancestral", **values):
 @torch.inference_mode()
 def sampled(world, noise, sampler, latent=None, steps=4, guider=None):
     latent = latent or {"samples": torch.zeros(1, 4, 8, 8)}
-    return as_node(custom.SamplerCustomAdvanced).execute(
-        noise, guider or world.guider(), sampler, world.sigmas(steps=steps), latent
-    ).args[0]["samples"]  # fmt: skip
+    given = (noise, guider or world.guider(), sampler, world.sigmas(steps=steps), latent)
+    return stock(custom.SamplerCustomAdvanced, *given)[0]["samples"]
 
 
 @pytest.fixture
@@ -110,10 +116,9 @@ def test_what_is_above_zero_is_not_restarted(world):
     _, _, _, noise, sampler = optimized(world, rounds=2, iterations=4)
     high = world.sigmas(steps=4)[:3]
     with torch.inference_mode():
-        out = as_node(custom.SamplerCustomAdvanced).execute(
-            noise, world.guider(), sampler, high, {"samples": torch.zeros(1, 4, 8, 8)}
-        )
-    assert torch.isfinite(out.args[0]["samples"]).all()
+        latent = {"samples": torch.zeros(1, 4, 8, 8)}
+        out = stock(custom.SamplerCustomAdvanced, noise, world.guider(), sampler, high, latent)
+    assert torch.isfinite(out[0]["samples"]).all()
 
 
 def test_bad_input(world, output):
@@ -122,12 +127,12 @@ def test_bad_input(world, output):
     with pytest.raises(ValueError, match=r"for latents of shape .1, 4, 8, 8., but latent_image has .1, 4, 16, 16."):
         sampled(world, noise, sampler, {"samples": torch.zeros(1, 4, 16, 16)})
     with pytest.raises(ValueError, match="noises of 1 images, but there are 2"):
-        two = as_node(custom.RandomNoise).execute(1).args[0]
+        two = stock(custom.RandomNoise, 1)[0]
         sampled(world, two, sampler, {"samples": torch.zeros(2, 4, 8, 8)})
     with pytest.raises(ValueError, match="MIRA Save Noise: noise and sampler are of two runs"):
         as_node(nodes.MiraSaveNoise).execute(other, sampler, "x")
     with pytest.raises(ValueError, match="MIRA Save Noise: noise is no optimised one"):
-        as_node(nodes.MiraSaveNoise).execute(as_node(custom.RandomNoise).execute(1).args[0], sampler, "x")
+        as_node(nodes.MiraSaveNoise).execute(stock(custom.RandomNoise, 1)[0], sampler, "x")
     with pytest.raises(ValueError, match=r"MIRA Load Noise: \.\./x.safetensors .output. lies outside"):
         nodes.MiraLoadNoise.execute("../x.safetensors [output]")
     as_node(nodes.MiraSaveNoise).execute(noise, sampler, "x")
