@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from ..sampler import replay
 from .host.replay import ReplayNoise, ReplaySampler, made
-from .shared.checks import check_links
+from .shared.checks import check_links, check_values
 from .shared.made import found, listed
 from .shared.types import aliases
 
@@ -47,6 +47,7 @@ class MiraSaveNoise(io.ComfyNode):
     @classmethod
     def execute(cls, noise, sampler, filename_prefix: str) -> io.NodeOutput:
         check_links(SAVE, noise=noise, sampler=sampler)
+        check_values(SAVE, cls.define_schema().inputs, {"filename_prefix": filename_prefix})
         if not isinstance(noise, ReplayNoise) or not isinstance(sampler, ReplaySampler):
             wrong = "sampler" if isinstance(noise, ReplayNoise) else "noise"
             raise ValueError(f"{SAVE}: {wrong} is no optimised one: connect noise and sampler of one optimising node")

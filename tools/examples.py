@@ -1,4 +1,4 @@
-"""Writes example_workflows/*.json from short descriptions, by what the server says of its nodes.
+"""Writes example_workflows/*.json from short descriptions, by what the server says of its nodes, and docs/gallery.md.
 
 python -m tools.examples      (in ComfyUI's environment, $MIRA_COMFYUI set, as dev.py sets it)
 """
@@ -440,6 +440,15 @@ def graph(title: str, nodes: dict[str, Node], info: dict, note: str) -> dict:
     }  # fmt: skip
 
 
+def gallery() -> str:
+    """docs/gallery.md: every example with its picture and what to look at."""
+    lines = ["# Examples", "", "All of them are in ComfyUI's template browser; a PNG that one saves holds it, too.", ""]
+    for name in EXAMPLES:
+        title = name.removeprefix("mira_").replace("_", " ")
+        lines += [f"## {title}", "", f"![{title}](../example_workflows/{name}.jpg)", "", NOTES[name], ""]
+    return "\n".join(lines)
+
+
 async def write() -> None:
     with Server() as server:
         async with Client(server.url) as client:
@@ -447,6 +456,7 @@ async def write() -> None:
     for name, nodes in EXAMPLES.items():
         (FOLDER / f"{name}.json").write_text(json.dumps(graph(name, nodes(), info, NOTES[name]), indent=1) + "\n")
         print(FOLDER / f"{name}.json")
+    (ROOT / "docs" / "gallery.md").write_text(gallery())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import { api } from "../../scripts/api.js";
 import { addStyles, createChart } from "./chart.js";
 import { CSS as CHOICE_CSS, createChooser, validPair } from "./choice.js";
 import { migrated, presetAfter, presetValues } from "./layout.js";
+import { recordsOf } from "./png.js";
 import { addStep, csv, fromOutput, newRun } from "./series.js";
 import { textElement, textOf } from "./text.js";
 
@@ -252,8 +253,28 @@ async function restore(cached = []) {
   for (const pair of waiting.pending ?? []) showPair(pair);
 }
 
+/** A picture that is dropped brings its workflow, which ComfyUI opens, and its record, which is shown then. */
+let dropped = null; // { at, found: a promise of `recordsOf` }
+const DROP_LASTS = 20_000; // milliseconds until its workflow is open
+
+function noteDrop(event) {
+  const file = event.dataTransfer?.files?.[0];
+  if (file?.type === "image/png") dropped = { at: Date.now(), found: file.arrayBuffer().then(recordsOf) };
+}
+
+async function showDropped() {
+  const found = dropped && Date.now() - dropped.at < DROP_LASTS ? await dropped.found : null;
+  if (!found?.workflow || found.workflow !== (app.rootGraph ?? app.graph)?.id) return;
+  dropped = null;
+  for (const [id, trace] of found.records) {
+    const node = nodeOf(id);
+    const run = CHARTED.has(node?.comfyClass) && fromOutput({ mira: [trace] });
+    if (run) showRun(node, node[VIEW].chart, run);
+  }
+}
+
 function restoreSoon(cached) {
-  setTimeout(() => restore(Array.isArray(cached) ? cached : []).catch((problem) => console.warn("MIRA: could not restore the live view:", problem)), 50);
+  setTimeout(() => restore(Array.isArray(cached) ? cached : []).then(showDropped).catch((problem) => console.warn("MIRA: could not restore the live view:", problem)), 50);
 }
 
 /** Links and slots of the pack's own types, in either renderer. A palette that is loaded forgets them. */
@@ -301,6 +322,7 @@ app.registerExtension({
       known = api.clientId;
       restoreSoon();
     });
+    document.addEventListener("drop", noteDrop, true);
     document.addEventListener("visibilitychange", () => document.hidden || restoreSoon());
     restoreSoon();
   },

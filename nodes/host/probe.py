@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from .grad import leave_inference_mode
+from .replay import ReplaySampler
 from .samplers import StandIn, Twins
 
 
 def why_not_differentiable(sampler, model_sampling) -> str | None:
     """Run the sampler's twin on a toy model for three steps: None, or why its trajectory cannot be optimised."""
     if not isinstance(sampler, comfy.samplers.KSAMPLER):
+        if isinstance(sampler, ReplaySampler):
+            return "it gives noises that were found before: connect the stock sampler, and keep `noise`"
         return f"{type(sampler).__name__} is not a k-diffusion sampler"
     with _toy(sampler, model_sampling, gradient=True) as (run, x, _):
         return _try_on_a_toy(run, x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import io
 import json
@@ -83,6 +84,40 @@ def test_points_arrive_and_the_kept_iterate_is_marked(quickstart):
     editor.page.wait_for_timeout(800)
     editor.shot("light")
     editor.js("async () => { await app.extensionManager.setting.set('Comfy.ColorPalette', 'dark'); }")
+    assert editor.errors == []
+
+
+DROP = """async ([encoded, name]) => {
+    const bytes = Uint8Array.from(atob(encoded), (c) => c.charCodeAt(0));
+    const data = new DataTransfer();
+    data.items.add(new File([bytes], name, { type: "image/png" }));
+    const where = { bubbles: true, cancelable: true, clientX: 60, clientY: 700 };
+    app.canvas.canvas.dispatchEvent(new DragEvent("drop", { dataTransfer: data, ...where }));
+}"""
+
+
+@ENDS
+def test_a_picture_that_is_dropped_brings_its_record(quickstart):
+    """Not the last run's, which the server remembers too."""
+    editor = quickstart
+    editor.queue()
+    wait_for(editor, lambda: "kept iteration 5" in editor.page.inner_text(STATUS), "end")
+    editor.wait_idle()
+    history = json.loads(editor.page.request.get(f"{editor.server.url}/history?max_items=1").text())
+    outputs = next(iter(history.values()))["outputs"]
+    entry = next(o["images"][0] for o in outputs.values() if "images" in o and o["images"][0]["type"] == "output")
+    png = editor.page.request.get(f"{editor.server.url}/view", params=entry).body()
+    editor.set(OPTIMIZER, iterations=2)
+    editor.queue()
+    wait_for(editor, lambda: "kept iteration 2" in editor.page.inner_text(STATUS), "end of the shorter run")
+    editor.wait_idle()
+    editor.load(QUICKSTART | {"nodes": [], "links": [], "id": str(uuid.uuid4())})
+    editor.js(DROP, [base64.b64encode(png).decode(), "fox.png"])
+    wait_for(editor, lambda: editor.page.query_selector(STATUS), "node")
+    wait_for(editor, lambda: "kept iteration 5" in editor.page.inner_text(STATUS), "record of the picture")
+    assert rows(editor) == 6
+    editor.look_at(OPTIMIZER)
+    editor.shot("dropped")
     assert editor.errors == []
 
 

@@ -48,9 +48,14 @@ def test_a_person_answers_all_pairs(browser, folder, tmp_path):
             page.keyboard.press("1")
             chosen[prompt[-1]] = sides[0]
         if n == 1:  # a closed tab loses nothing
-            page.close()
-            page = context.new_page()
+            closed, page = page, context.new_page()
             page.goto((folder / "index.html").as_uri())
+            for _ in range(50):  # what a page stores is on its way to the others
+                if "2 of 4 answered" in page.inner_text("#progress"):
+                    break
+                page.wait_for_timeout(100)
+                page.reload()
+            closed.close()
             assert "2 of 4 answered" in page.inner_text("#progress")
     assert "last pair" in page.inner_text("#prompt") and not page.is_visible("#tie")
     with page.expect_download() as download:

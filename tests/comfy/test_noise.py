@@ -111,6 +111,19 @@ def test_another_number_of_steps_and_another_prompt(world, steps):
     assert not torch.equal(sampled(world, noise, sampler, guider=other), latent["samples"])
 
 
+def test_optimised_on_from_there(world):
+    _, _, trace, noise, sampler = optimized(world)
+    given = dict(
+        guider=world.guider(), sigmas=world.sigmas(steps=4), latent_image={"samples": torch.zeros(1, 4, 8, 8)},
+        vae=world.vae, reward=PixelReward("brightness"), **QUICK,
+    )  # fmt: skip
+    node, stock_sampler = as_node(nodes.MiraOptimizeSamplerAdvanced), comfy.samplers.sampler_object("euler_ancestral")
+    again = node.execute(noise=noise, sampler=stock_sampler, **given).args[2]
+    assert again.rows[0]["reward"] > trace.rows[0]["reward"]
+    with pytest.raises(ValueError, match="it gives noises that were found before: connect the stock sampler"):
+        node.execute(noise=noise, sampler=sampler, **given)
+
+
 def test_what_is_above_zero_is_not_restarted(world):
     """Split sigmas: the first half ends in no image."""
     _, _, _, noise, sampler = optimized(world, rounds=2, iterations=4)

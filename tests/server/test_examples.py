@@ -8,7 +8,7 @@ import json
 import pytest
 
 from tools.comfy import ROOT, Client, Server
-from tools.examples import EXAMPLES, NOTES, graph
+from tools.examples import EXAMPLES, NOTES, gallery, graph
 from tools.help import page, pages
 from tools.workflow import find, to_prompt
 
@@ -91,6 +91,10 @@ def test_every_node_has_a_help_page_that_is_up_to_date(info):
         text = (ROOT / "web" / "docs" / f"{node}.md").read_text()
         assert text == page(node, info[node]), f"{node}.md is out of date: run python -m tools.help"
         assert (ROOT / "web" / "docs" / "pictures" / f"{node}.jpg").stat().st_size > 1000
+
+
+def test_the_gallery_shows_every_example():
+    assert (ROOT / "docs" / "gallery.md").read_text() == gallery()
 
 
 @pytest.mark.parametrize("language", ["fr", "zh"])
