@@ -13,12 +13,16 @@ from comfy_api.latest import io
 from ..sampler import replay
 from .host.replay import ReplayNoise, ReplaySampler, made
 from .shared.checks import check_links, check_values
-from .shared.made import found, listed
+from .shared.made import found, listed, stamp, why_not
 from .shared.types import aliases
 
 SUFFIXES = (".safetensors",)
 NO_FILE = "put a .safetensors of MIRA Save Noise into the input or output folder"
 SAVE, LOAD = "MIRA Save Noise", "MIRA Load Noise"
+
+
+def noise_path(file: str) -> str:
+    return found(file, SUFFIXES, NO_FILE)
 
 
 class MiraSaveNoise(io.ComfyNode):
@@ -95,25 +99,16 @@ class MiraLoadNoise(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None = None):
-        try:
-            if file is not None:
-                found(file, SUFFIXES, NO_FILE)
-        except ValueError as problem:
-            return str(problem)
-        return True
+        return why_not(noise_path, file)
 
     @classmethod
     def fingerprint_inputs(cls, file: str, sampler=None):
-        try:
-            path = found(file, SUFFIXES, NO_FILE)
-        except ValueError:
-            return ""
-        return f"{os.path.getmtime(path)}:{os.path.getsize(path)}"
+        return stamp(noise_path, file)
 
     @classmethod
     def execute(cls, file: str, sampler=None) -> io.NodeOutput:
         try:
-            segments, facts = replay.load(Path(found(file, SUFFIXES, NO_FILE)))
+            segments, facts = replay.load(Path(noise_path(file)))
             if not isinstance(facts.get("seed"), int) or not isinstance(facts.get("sampler", {}), dict | None):
                 raise ValueError(f"{file} is damaged: it names no seed or no sampler")
             if sampler is None:

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..sampler.trace import Trace
 from .editor.on_disk import PNG_KEY
-from .shared.made import found, listed
+from .shared.made import found, listed, stamp, why_not
 from .shared.types import MiraTrace
 
 SUFFIXES = (".png", ".json", ".csv")
@@ -75,20 +75,11 @@ class MiraLoadTrace(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None = None):
-        try:
-            if file is not None:
-                trace_path(file)
-        except ValueError as problem:
-            return str(problem)
-        return True
+        return why_not(trace_path, file)
 
     @classmethod
     def fingerprint_inputs(cls, file: str, index: int):
-        try:
-            path = trace_path(file)
-        except ValueError:
-            return ""
-        return f"{os.path.getmtime(path)}:{os.path.getsize(path)}"
+        return stamp(trace_path, file)
 
     @classmethod
     def execute(cls, file: str, index: int) -> io.NodeOutput:

@@ -42,15 +42,20 @@ def travel(extra_pnginfo: dict | None, node: str, trace: Trace, prompt: dict | N
         return
     traces, place = extra_pnginfo.setdefault(PNG_KEY, {}), place_in_list()
     if not place:  # what an earlier run of the node has left
-        for name in [name for name in traces if name.split("#")[0] == node]:
+        for name in of_node(traces, node):
             del traces[name]
     traces[f"{node}#{place}" if place else node] = trace.to_dict()
     if prompt and node in prompt:
         asked = what_is_asked(prompt, node)
-        _records[asked] = {name: of for name, of in traces.items() if name.split("#")[0] == node}
+        _records[asked] = of_node(traces, node)
         _records.move_to_end(asked)
         while len(_records) > MOST_RECORDS:
             _records.popitem(last=False)
+
+
+def of_node(traces: dict[str, dict], node: str) -> dict[str, dict]:
+    """A node's own records, one for each element of a list."""
+    return {name: record for name, record in traces.items() if name.split("#")[0] == node}
 
 
 def place_in_list() -> int:

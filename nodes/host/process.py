@@ -53,7 +53,7 @@ from .grad import (
     without_tf32,
 )
 from .patches import named, networks_in
-from .samplers import StandIn, Twins
+from .samplers import StandIn, twin_of
 
 log = logging.getLogger("mira")
 CPU_BATCH = 16  # images
@@ -317,11 +317,8 @@ class Process:
         )
 
     def twin(self, source: NoiseSource) -> tuple[Callable, dict]:
-        """The sampler function's twin whose every noise is `source(draw)`, and its options."""
-        twins, options = Twins(source), dict(self.job.sampler.extra_options)
-        if "noise_sampler" in options:
-            options["noise_sampler"] = twins.noise_sampler(options["noise_sampler"])
-        return twins(self.job.sampler.sampler_function), options
+        """`twin_of` this process's sampler."""
+        return twin_of(self.job.sampler, source)
 
     def _sample(self, noise: Tensor, source: NoiseSource, denoiser: Callable[..., tuple[dict, Callable]]) -> Tensor:
         twin, options = self.twin(source)

@@ -17,7 +17,7 @@ from ...sampler.keep import chosen
 from ...sampler.replay import Segment
 from ...sampler.restart import tail
 from .grad import repeatable, sdpa
-from .samplers import Twins
+from .samplers import twin_of
 
 
 class ReplayNoise:
@@ -96,11 +96,8 @@ class ReplaySampler(comfy.samplers.Sampler):
         def source(draw: Callable[[], Tensor]) -> Tensor:
             return given(draw).to(noise)
 
-        sampler, twins = copy.copy(self.sampler), Twins(source)
-        sampler.sampler_function = twins(sampler.sampler_function)
-        if "noise_sampler" in sampler.extra_options:
-            made = twins.noise_sampler(sampler.extra_options["noise_sampler"])
-            sampler.extra_options = sampler.extra_options | {"noise_sampler": made}
+        sampler = copy.copy(self.sampler)
+        sampler.sampler_function, sampler.extra_options = twin_of(self.sampler, source)
         options = extra_args["model_options"]
         options = options | {"transformer_options": options.get("transformer_options", {}) | {"sample_sigmas": sigmas}}
         extra_args = extra_args | {"model_options": options}

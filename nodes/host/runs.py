@@ -78,7 +78,11 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
         sampler.plain.to(device),
         result,
         sampler.iterates,
-        ReplayNoise(sampler.segments, {"seed": job.seed, "sampler": described(job.sampler)}),
+        # The nodes add to the settings, which are the same dict.
+        ReplayNoise(
+            sampler.segments,
+            {"seed": job.seed, "sampler": described(job.sampler), "settings": result.trace.settings},
+        ),
         ReplaySampler(job.sampler, sampler.segments, sampler.optimized),
     )
 

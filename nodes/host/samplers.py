@@ -88,6 +88,14 @@ class Twins:
         return namespace
 
 
+def twin_of(sampler: Any, source: NoiseSource) -> tuple[Callable, dict]:
+    """The twin of a SAMPLER's function, whose every noise is `source(draw)`, and its options."""
+    twins, options = Twins(source), dict(sampler.extra_options)
+    if "noise_sampler" in options:
+        options["noise_sampler"] = twins.noise_sampler(options["noise_sampler"])
+    return twins(sampler.sampler_function), options
+
+
 class StandIn:
     """Stands where ComfyUI's `KSamplerX0Inpaint` stands in a sampler function."""
 

@@ -21,6 +21,5 @@ def finish(node: str, hidden, done: host.Optimized, live: LiveRun, latent: dict,
     plain = out.copy()
     out["samples"], plain["samples"] = samples, done.plain
     if noises:
-        done.noise.facts["settings"] = trace.settings
         more += (done.noise, done.sampler)
     return io.NodeOutput(out, plain, trace, *more, ui=live.output(trace))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import folder_paths
@@ -51,3 +51,22 @@ def found(file: str, suffixes: Sequence[str], remedy: str) -> str:
     if not os.path.isfile(path):
         raise ValueError(f"{file} is no regular file: {remedy}")
     return path
+
+
+def why_not(find: Callable[[str], str], file: str | None) -> bool | str:
+    """For a node's `validate_inputs`: what `find` has against a file, or True; one that is not known yet is fine."""
+    try:
+        if file is not None:
+            find(file)
+    except ValueError as problem:
+        return str(problem)
+    return True
+
+
+def stamp(find: Callable[[str], str], file: str) -> str:
+    """For a node's `fingerprint_inputs`: another one when the file has changed."""
+    try:
+        path = find(file)
+    except ValueError:
+        return ""
+    return f"{os.path.getmtime(path)}:{os.path.getsize(path)}"

@@ -42,6 +42,14 @@ def wait_for(editor, test, what, timeout=60):
     raise AssertionError(f"no {what} within {timeout} s")
 
 
+def saved_png(editor):
+    """The first picture that the last run saved, as bytes."""
+    history = json.loads(editor.page.request.get(f"{editor.server.url}/history?max_items=1").text())
+    outputs = next(iter(history.values()))["outputs"]
+    entry = next(o["images"][0] for o in outputs.values() if "images" in o and o["images"][0]["type"] == "output")
+    return editor.page.request.get(f"{editor.server.url}/view", params=entry).body()
+
+
 # What differs little between them is looked at in the oldest way to see a node, and in the newest.
 ENDS = pytest.mark.parametrize(("frontend", "window"), [("1.32.9", "classic"), ("1.58.1", "vue")], indirect=True)
 
@@ -74,10 +82,7 @@ def test_points_arrive_and_the_kept_iterate_is_marked(quickstart):
     editor.shot("done")
     editor.wait_idle()
     # The record travels in the image that ComfyUI's own Save Image wrote.
-    history = json.loads(editor.page.request.get(f"{editor.server.url}/history?max_items=1").text())
-    outputs = next(iter(history.values()))["outputs"]
-    entry = next(o["images"][0] for o in outputs.values() if "images" in o and o["images"][0]["type"] == "output")
-    png = editor.page.request.get(f"{editor.server.url}/view", params=entry).body()
+    png = saved_png(editor)
     (trace,) = json.loads(Image.open(io.BytesIO(png)).info["mira_traces"]).values()
     assert [r["iteration"] for r in trace["rows"]] == list(range(6))
     editor.js("async () => { await app.extensionManager.setting.set('Comfy.ColorPalette', 'light'); }")
@@ -103,10 +108,7 @@ def test_a_picture_that_is_dropped_brings_its_record(quickstart):
     editor.queue()
     wait_for(editor, lambda: "kept iteration 5" in editor.page.inner_text(STATUS), "end")
     editor.wait_idle()
-    history = json.loads(editor.page.request.get(f"{editor.server.url}/history?max_items=1").text())
-    outputs = next(iter(history.values()))["outputs"]
-    entry = next(o["images"][0] for o in outputs.values() if "images" in o and o["images"][0]["type"] == "output")
-    png = editor.page.request.get(f"{editor.server.url}/view", params=entry).body()
+    png = saved_png(editor)
     editor.set(OPTIMIZER, iterations=2)
     editor.queue()
     wait_for(editor, lambda: "kept iteration 2" in editor.page.inner_text(STATUS), "end of the shorter run")
