@@ -23,6 +23,7 @@ from dynamic import KNOWN, Dynamic, dynamic
 pytestmark = [
     pytest.mark.every_host,
     pytest.mark.skipif(not KNOWN, reason="this ComfyUI has no dynamic VRAM"),
+    pytest.mark.usefixtures("trained"),  # its files are what a dynamic model is read from
 ]
 
 
