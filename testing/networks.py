@@ -1,4 +1,4 @@
-"""UNets of SD1.5's architecture with random weights: its own size, and one for tests that ask for no picture."""
+"""UNets of SD1.5's architecture with random weights: its own size, and one, with a VAE, for tests that ask for no picture."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ with_comfyui()
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
 import torch
 
 from testing.world import demo
@@ -41,6 +42,19 @@ def random_unet(config: dict, dtype: torch.dtype | None = None) -> comfy.model_p
                 p.fill_(name.endswith("weight"))
         model.diffusion_model.out[-1].weight.mul_(0.3)  # as smooth a path as a trained model's
     return comfy.model_patcher.ModelPatcher(model, device, comfy.model_management.unet_offload_device())
+
+
+def thin_vae() -> comfy.sd.VAE:
+    """The demo's with the two smallest of its residual blocks in either direction: a quarter of the time."""
+    with torch.inference_mode():
+        vae = demo.load_vae()
+        decoder, encoder = vae.first_stage_model.taesd_decoder, vae.first_stage_model.taesd_encoder
+        for layers, kept in ((decoder, (3, 8)), (encoder, (7, 11))):
+            for number, layer in enumerate(layers):
+                if type(layer).__name__ == "Block" and number not in kept:
+                    layers[number] = torch.nn.Identity()
+        decoder[-1].weight.mul_(0.02)  # without the others its colours are far outside of an image's
+    return vae
 
 
 def sd15(dtype: torch.dtype | None = None, **config) -> comfy.model_patcher.ModelPatcher:

@@ -22,13 +22,14 @@ class World:
     """apart: the sampler's own noises have another seed than the initial one. With the same, as KSampler gives it,
     ComfyUI 0.3.75 draws on a CPU (not on a GPU) the initial noise once more at the first step, and the two add up to
     more noise than the model knows there. side: of a latent, if none is given; the demo model was trained at 16.
-    model: another than the demo's own.
+    model, vae: others than the demo's own.
     """
 
-    def __init__(self, apart: bool = True, side: int = 16, model=None):
+    def __init__(self, apart: bool = True, side: int = 16, model=None, vae=None):
         self.apart, self.side = 1_000_003 if apart else 0, side
         with torch.inference_mode():
-            self.model, self.clip, self.vae = model or demo.load_model(), demo.load_clip(), demo.load_vae()
+            self.model, self.vae = model or demo.load_model(), vae or demo.load_vae()
+            self.clip = demo.load_clip()
             self.positive, self.negative = self.encode(PROMPT), self.encode("")
 
     @torch.inference_mode()

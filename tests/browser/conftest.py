@@ -142,7 +142,8 @@ class Editor:
 @pytest.fixture(scope="session")
 def context(browser, frontend):
     """One for all pages of a frontend, whose thousands of files are then fetched once."""
-    context = browser.new_context(viewport={"width": 1500, "height": 1000})
+    # Drawn without a GPU, movement takes more of the processor than all that is tested.
+    context = browser.new_context(viewport={"width": 1500, "height": 1000}, reduced_motion="reduce")
     yield context
     context.close()
 
@@ -150,7 +151,8 @@ def context(browser, frontend):
 def opened(context, server, label: str) -> Editor:
     page = context.new_page()
     settings = {"Comfy.VueNodes.Enabled": label.endswith("vue"), "Comfy.TutorialCompleted": True}
-    page.request.post(f"{server.url}/settings", data=settings | {"Comfy.Minimap.Visible": False})
+    settings |= {"Comfy.Minimap.Visible": False, "LiteGraph.Canvas.MaximumFps": 12}
+    page.request.post(f"{server.url}/settings", data=settings)
     return Editor(page, server, label)
 
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from testing.networks import SMALL, random_unet
+from testing.networks import SMALL, random_unet, thin_vae
 from testing.pack import mira
 from testing.world import World  # puts ComfyUI on the path
 
@@ -16,14 +16,20 @@ import server  # isort: skip
 
 @pytest.fixture(scope="session")
 def world():
-    """A small network that paints nothing, in a quarter of the time. apart: as the nodes are."""
-    return World(apart=False, side=8, model=random_unet(SMALL, torch.float32))
+    """Small networks that paint nothing, in a quarter of the time. apart: as the nodes are."""
+    return World(apart=False, side=8, model=random_unet(SMALL, torch.float32), vae=thin_vae())
 
 
 @pytest.fixture(scope="session")
 def demo_model():
     with torch.inference_mode():
         return mira("nodes.demo").load_model()
+
+
+@pytest.fixture(scope="session")
+def demo_vae():
+    with torch.inference_mode():
+        return mira("nodes.demo").load_vae()
 
 
 @pytest.fixture
@@ -33,9 +39,10 @@ def larger(world, monkeypatch):
 
 
 @pytest.fixture
-def trained(world, demo_model, monkeypatch):
+def trained(world, demo_model, demo_vae, monkeypatch):
     """For what is about pictures: the demo model, at the size of its training."""
     monkeypatch.setattr(world, "model", demo_model)
+    monkeypatch.setattr(world, "vae", demo_vae)
     monkeypatch.setattr(world, "side", 16)
 
 

@@ -21,9 +21,10 @@ STEPS = 6
 
 
 @pytest.fixture(autouse=True)
-def tunable(world, demo_model, monkeypatch):
-    """What the LoRA was made for."""
+def tunable(world, demo_model, demo_vae, monkeypatch):
+    """What the LoRA was made for, at half the side."""
     monkeypatch.setattr(world, "model", demo_model)
+    monkeypatch.setattr(world, "vae", demo_vae)
 
 
 @pytest.fixture(scope="module")

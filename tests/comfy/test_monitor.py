@@ -42,20 +42,21 @@ def watch(**inputs):
 
 
 @pytest.fixture(scope="module")
-def decode(world):
+def decode(demo_vae):
     def images(latent):
         with torch.inference_mode():
-            return world.vae.decode(latent)
+            return demo_vae.decode(latent)
 
     return images
 
 
 @pytest.fixture(scope="module")
-def runs(world):
+def runs(world, demo_vae):
     """One that stays near, and one that is driven to white."""
     options = dict(
-        steps=8, reward=PixelReward("brightness"), regularizer="none", beta=0.0, memory="none", gradient_steps=3
-    )
+        steps=8, reward=PixelReward("brightness"), regularizer="none", beta=0.0, memory="none", gradient_steps=3,
+        vae=demo_vae,
+    )  # fmt: skip
     return {
         "near": world.optimize(**options, iterations=2, lr=0.005),
         "white": world.optimize(**options, iterations=14, lr=0.2),

@@ -7,20 +7,14 @@ import json
 
 import pytest
 
-from tools.comfy import ROOT, Client, Server
+from tools.comfy import ROOT, Client
 from tools.examples import EXAMPLES, NOTES, gallery, graph
 from tools.help import page, pages
 from tools.workflow import find, to_prompt
 
 FOLDER = ROOT / "example_workflows"
 NAMES = sorted(p.stem for p in FOLDER.glob("*.json"))
-SHORT = {"steps": 3, "iterations": 2}
-
-
-@pytest.fixture(scope="module")
-def server():
-    with Server() as server:
-        yield server
+SHORT = {"steps": 3, "iterations": 2, "width": 64, "height": 64}
 
 
 @pytest.fixture(scope="module")

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 
 import pytest
 
-from tools.comfy import ROOT, Client, Server, ServerError
+from tools.comfy import Client, ServerError
 
 PROMPT = "generate an image of a fox"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("loras")
-    shutil.copy(ROOT / "demo" / "weights" / "bright_lora.safetensors", folder / "bright.safetensors")
-    config = folder / "paths.yaml"
-    config.write_text(f"mine:\n    base_path: {folder.parent}\n    loras: {folder.name}\n")
-    with Server(arguments=("--extra-model-paths-config", config)) as server:
-        yield server
 
 
 def node(kind, /, **inputs):

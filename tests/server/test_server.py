@@ -11,17 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.comfy import ROOT, Client, Server, ServerError
+from tools.comfy import ROOT, Client, ServerError
 from tools.workflow import find, to_prompt
 
 QUICKSTART = json.loads((ROOT / "example_workflows" / "mira_quickstart.json").read_text())
 OPTIMIZER = "MiraOptimizeKSampler"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with Server() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
