@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -43,10 +44,10 @@ KEY = "mira_tuned"
 THRIFTIEST = 2
 
 
-def share_of_noise(sampling, sigma: Tensor) -> Tensor:
+def share_of_noise(sampling: Any, sigma: Tensor) -> Tensor:
     """(B,) sigmas -> (B,) on the CPU: how much of the noise schedule is to come, 1 at its start and 0 at its end."""
 
-    def time(value) -> Tensor:
+    def time(value: Any) -> Tensor:
         return torch.as_tensor(sampling.timestep(torch.as_tensor(value).float())).float().cpu()
 
     low, high = time(sampling.sigma_min), time(sampling.sigma_max)
@@ -61,7 +62,7 @@ def own_control(args: dict) -> dict:
     return args | {"c": args["c"] | {"control": {k: list(v) for k, v in control.items()}}}
 
 
-def on_its_own(tuned, model: ModelPatcher):
+def on_its_own(tuned: ModelPatcher, model: ModelPatcher) -> ModelPatcher:
     """A patcher of `tuned` that can be loaded beside `model`: a LoRA's clone shares the base model's weights, which
     hold either with it or without it, so it gets a copy of its own.
     """
@@ -149,10 +150,10 @@ class MiraRLGuidance(io.ComfyNode):
         guided.set_additional_models(KEY, [*inner, second])
         before = guided.model_options.get("model_function_wrapper")
 
-        def call(apply, args):
+        def call(apply: Callable, args: dict) -> Tensor:
             return before(apply, args) if before else apply(args["input"], args["timestep"], **args["c"])
 
-        def both(apply, args):
+        def both(apply: Callable, args: dict) -> Tensor:
             sigma = args["timestep"]
             noise = share_of_noise(kinds[0], sigma)
             w = anneal(weight, noise, power) if schedule == "annealed" else torch.full_like(noise, weight)
@@ -177,7 +178,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
 
     def __init__(
         self, model: ModelPatcher, vae: VAE, reward: Reward, prompt: str, scale: float, start: float, end: float
-    ):
+    ) -> None:
         patcher = static(model.clone(), f"{DYMO}: model")
         self.vae = copy.copy(vae)
         self.vae.patcher = static(vae.patcher, f"{DYMO}: vae")
@@ -188,11 +189,21 @@ class DyMOGuider(comfy.samplers.CFGGuider):
         self.scale, self.start, self.end = scale, start, end
         self.thrift = 0  # up to THRIFTIEST
 
-    def set_conds(self, positive, negative):
+    def set_conds(self, positive: list, negative: list) -> None:
         super().set_conds(positive, negative)
         self.original_conds = with_static_controls(self.original_conds, DYMO)
 
-    def inner_sample(self, noise, latent_image, device, sampler, sigmas, denoise_mask: Tensor = None, *args, **kwargs):
+    def inner_sample(
+        self,
+        noise: Tensor,
+        latent_image: Tensor,
+        device: torch.device,
+        sampler: Any,
+        sigmas: Tensor,
+        denoise_mask: Tensor = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         if why := self.reward.unfit(len(noise)):
             raise ValueError(f"{DYMO}: reward {self.reward.facts.name!r}: {why}")
         # ComfyUI has loaded the model in inference mode, where nothing has a gradient; from here on it would want one.
@@ -230,7 +241,9 @@ class DyMOGuider(comfy.samplers.CFGGuider):
         finally:
             self.scale = scale
 
-    def predict_noise(self, x: Tensor, timestep, model_options=None, seed=None):
+    def predict_noise(
+        self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None
+    ) -> Tensor:
         noise = share_of_noise(self.inner_model.model_sampling, timestep)
         if not within(noise, self.start, self.end).all() or not self.scale:
             return super().predict_noise(x, timestep, model_options or {}, seed)
@@ -239,7 +252,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
         options.setdefault("transformer_options", {})["optimized_attention_override"] = sdpa
         found: list[Tensor] = []
 
-        def capture(args):
+        def capture(args: dict) -> Tensor:
             found[:] = [args["cond_denoised"] - args["uncond_denoised"]]
             return args["denoised"]
 
@@ -347,7 +360,7 @@ class MiraDyMOGuider(io.ComfyNode):
         scale: float,
         start_percent: float,
         end_percent: float,
-        prompt="",
+        prompt: str = "",
     ) -> io.NodeOutput:
         check_links(DYMO, model=model, positive=positive, negative=negative, vae=vae)
         check_reward(DYMO, reward)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +63,7 @@ class Words:
     tokens: int
 
 
-def locate(clip, prompt: str, words: Sequence[str]) -> Words:
+def locate(clip: Any, prompt: str, words: Sequence[str]) -> Words:
     """Raises ValueError for a word that the prompt does not have."""
 
     def chunks(text: str) -> list[list]:
@@ -99,7 +99,7 @@ class _Listener:
     By hooks on the projections, which every version of ComfyUI has, and which run whatever patches the attention.
     """
 
-    def __init__(self, tokens: int):
+    def __init__(self, tokens: int) -> None:
         self.tokens, self.positions = tokens, 0
         self.seen: set[tuple[str, int]] = set()
         self.listen()
@@ -125,10 +125,10 @@ class _Listener:
             for handle in handles:
                 handle.remove()
 
-    def _query(self, of_this: list, module, inputs, q: Tensor) -> None:
+    def _query(self, of_this: list, module: torch.nn.Module, inputs: tuple, q: Tensor) -> None:
         of_this[:] = [q]
 
-    def _key(self, of_this: list, heads: int, module, inputs, k: Tensor) -> None:
+    def _key(self, of_this: list, heads: int, module: torch.nn.Module, inputs: tuple, k: Tensor) -> None:
         q = of_this.pop()
         kind = {self.tokens: "cross", q.shape[1]: "own"}.get(k.shape[1])
         if kind:
@@ -153,21 +153,21 @@ def probabilities(q: Tensor, k: Tensor, heads: int) -> Tensor:
 class _Attending(comfy.samplers.Sampler):
     """Where ComfyUI samples one image, makes its noise better instead. Afterwards: `found`."""
 
-    def __init__(self, words: Words, settings: Settings, generator: torch.Generator, report):
+    def __init__(self, words: Words, settings: Settings, generator: torch.Generator, report: Callable) -> None:
         self.words, self.settings, self.generator, self.report = words, settings, generator, report
         self.found: Found | None = None
 
     def sample(
         self,
         model_wrap: Any,
-        sigmas,
+        sigmas: Tensor,
         extra_args: dict,
-        callback,
-        noise,
-        latent_image=None,
+        callback: Callable | None,
+        noise: Tensor,
+        latent_image: Tensor = None,
         denoise_mask: Tensor = None,
-        _=False,
-    ):
+        _: Any = False,
+    ) -> Tensor:
         inner = model_wrap.inner_model
         patchers = [model_wrap.model_patcher, *model_wrap.loaded_models]
         need = 3 * inner.memory_required([2, *noise.shape[1:]])
@@ -178,7 +178,7 @@ class _Attending(comfy.samplers.Sampler):
             )
         return noise
 
-    def _improve(self, model_wrap: Any, sigmas, extra_args: dict, noise, latent_image) -> Found:
+    def _improve(self, model_wrap: Any, sigmas: Tensor, extra_args: dict, noise: Tensor, latent_image: Tensor) -> Found:
         inner = model_wrap.inner_model
         full, sigma = self.max_denoise(model_wrap, sigmas), sigmas[:1].to(noise)
 
@@ -305,10 +305,10 @@ class MiraInitNONoise(io.ComfyNode):
     def execute(
         cls,
         model: ModelPatcher,
-        clip,
+        clip: Any,
         latent_image: dict,
         sigmas: Tensor,
-        prompt,
+        prompt: str,
         words: str,
         seed: int,
         rounds: int,
@@ -344,7 +344,7 @@ class MiraInitNONoise(io.ComfyNode):
         for b in range(len(noise)):
             done = iter(range(b * evaluations + 1, (b + 1) * evaluations + 1))
 
-            def report(*_, done=done) -> None:
+            def report(*_: Any, done: Iterator[int] = done) -> None:
                 bar.update_absolute(next(done, bar.current))
 
             attending = _Attending(where, settings, stream(seed, int(numbers[b])), report)

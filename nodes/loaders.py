@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import torch
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..rewards import files as weight_files
 from ..rewards import known
@@ -132,7 +134,7 @@ class MiraLoadAestheticReward(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, head: str | None = None, clip=None):
+    def validate_inputs(cls, head: str | None = None, clip: Any = None) -> bool | str:
         return (
             files.missing(head, known.AESTHETIC_HEAD)
             or (clip != CONNECTED and files.missing(clip, known.CLIP_L, *CLIP_FOLDERS))
@@ -140,7 +142,7 @@ class MiraLoadAestheticReward(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, head: str, clip, precision: str, clip_vision=None) -> io.NodeOutput:
+    def execute(cls, head: str, clip: Any, precision: str, clip_vision: Any = None) -> io.NodeOutput:
         path = path_of(cls.NAME, head, known.AESTHETIC_HEAD)
         with opening(cls.NAME, path):
             linear = head_of(weight_files.read(path), path.name)
@@ -157,7 +159,7 @@ class MiraLoadAestheticReward(io.ComfyNode):
         return io.NodeOutput(Aesthetic(linear, network, network, preprocessing))
 
     @classmethod
-    def check_width(cls, head, width: int, what: str) -> None:
+    def check_width(cls, head: Any, width: int, what: str) -> None:
         if width != head.width:
             raise ValueError(
                 f"{cls.NAME}: {what} makes embeddings of {width} numbers, but this head reads {head.width}: use CLIP "
@@ -165,7 +167,7 @@ class MiraLoadAestheticReward(io.ComfyNode):
             )
 
     @classmethod
-    def connected(cls, head, clip_vision) -> Aesthetic:
+    def connected(cls, head: str | None, clip_vision: Any) -> Aesthetic:
         if clip_vision is None:
             raise ValueError(
                 f"{cls.NAME}: clip says {CONNECTED}, but none is: connect Load CLIP Vision, or choose a file"
@@ -177,7 +179,7 @@ class MiraLoadAestheticReward(io.ComfyNode):
         cls.check_width(head, network.visual_projection.weight.shape[0], "clip_vision")
         network.mira_patcher = patcher  # it is in ComfyUI's memory management already
 
-        def encode(pixels):
+        def encode(pixels: Tensor) -> Tensor:
             with OutOfPlace():  # its residuals are in place
                 return network(pixel_values=pixels.float(), intermediate_output=-2)[2]
 
@@ -215,7 +217,7 @@ class MiraLoadHPSReward(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None):
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
         return files.missing(file, known.HPS_21) or True
 
     @classmethod
@@ -251,7 +253,7 @@ class MiraLoadPickScoreReward(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None):
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
         return files.missing(file, known.PICKSCORE) or True
 
     @classmethod
@@ -283,7 +285,7 @@ class MiraLoadImageReward(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None):
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
         return files.missing(file, known.IMAGE_REWARD) or True
 
     @classmethod
@@ -334,7 +336,7 @@ class MiraLoadCLIPScore(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None, text_file: str | None = None):
+    def validate_inputs(cls, file: str | None = None, text_file: str | None = None) -> bool | str:
         return (
             files.missing(file, known.CLIP_L, *CLIP_FOLDERS)
             or (text_file != SAME_FILE and files.missing(text_file, known.CLIP_L, *CLIP_FOLDERS))

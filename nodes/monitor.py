@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import comfy.model_management
 import folder_paths
@@ -54,7 +55,7 @@ class Run:
         return sum(values) / len(values) if values else math.nan
 
 
-def run_of(number: int, trace, images: Tensor | None) -> Run:
+def run_of(number: int, trace: Trace, images: Tensor | None) -> Run:
     """Raises ValueError for what is no trace, and for images that are not the trace's."""
     if not isinstance(trace, Trace) or not trace.rows:
         found = "an empty trace" if isinstance(trace, Trace) else f"a {type(trace).__name__}"
@@ -121,7 +122,7 @@ def clip_scores(clip: Similarity, images: Tensor, prompt: str) -> Tensor:
     return score_images(clip, images, [prompt] * len(images))[0]
 
 
-def measure(run: Run, metric: str, clip, prompt: str, base: dict | None) -> dict:
+def measure(run: Run, metric: str, clip: Any, prompt: str, base: dict | None) -> dict:
     """The numbers of one run: its kept iterates against its plain samples, and against the base model's images."""
     first = run.means[0]
     out = {"run": run.label, "kept": run.trace.kept, "reward_plain": first.get("reward", math.nan)}
@@ -283,7 +284,13 @@ class MiraDriftMonitor(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, drift_metric: str, filename_prefix: str, base_images: Tensor = None, clip=None, prompt="", **inputs
+        cls,
+        drift_metric: str,
+        filename_prefix: str,
+        base_images: Tensor = None,
+        clip: Any = None,
+        prompt: str = "",
+        **inputs: Any,
     ) -> io.NodeOutput:
         numbers = [i for i in range(1, SLOTS + 1) if inputs.get(f"trace_{i}") is not None]
         stray = [i for i in range(1, SLOTS + 1) if inputs.get(f"images_{i}") is not None and i not in numbers]

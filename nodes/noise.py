@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import comfy.samplers
 import folder_paths
@@ -49,7 +50,7 @@ class MiraSaveNoise(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, noise, sampler, filename_prefix: str) -> io.NodeOutput:
+    def execute(cls, noise: Any, sampler: Any, filename_prefix: str) -> io.NodeOutput:
         check_links(SAVE, noise=noise, sampler=sampler)
         check_values(SAVE, cls.define_schema().inputs, {"filename_prefix": filename_prefix})
         if not isinstance(noise, ReplayNoise) or not isinstance(sampler, ReplaySampler):
@@ -98,15 +99,15 @@ class MiraLoadNoise(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None):
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
         return why_not(noise_path, file)
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, sampler=None):
+    def fingerprint_inputs(cls, file: str, sampler: Any = None) -> Any:
         return stamp(noise_path, file)
 
     @classmethod
-    def execute(cls, file: str, sampler=None) -> io.NodeOutput:
+    def execute(cls, file: str, sampler: Any = None) -> io.NodeOutput:
         try:
             segments, facts = replay.load(Path(noise_path(file)))
             if not isinstance(facts.get("seed"), int) or not isinstance(facts.get("sampler", {}), dict | None):

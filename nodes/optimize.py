@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import comfy.samplers
 from comfy.model_patcher import ModelPatcher
@@ -48,8 +49,8 @@ def fill_unsaid(inputs: Sequence[io.Input], values: dict) -> dict:
 
 
 def run(
-    node: str, hidden, values: dict, effective: dict, overruled: list[str], *, latent: dict, reward, prompt: str,
-    identity: dict, **given,
+    node: str, hidden: Any, values: dict, effective: dict, overruled: list[str], *, latent: dict, reward: Reward,
+    prompt: str, identity: dict, **given: Any,
 ) -> io.NodeOutput:  # fmt: skip
     """Optimise and wrap: the outputs of both nodes. values: the widgets; effective, overruled: see
     `presets.applied`; given: the rest of a `host.Job`.
@@ -70,8 +71,17 @@ def run(
 
 
 def run_optimization(
-    node, hidden, values: dict, overruled: list[str], *, latent: dict, reward, prompt, guider, **given
-):
+    node: str,
+    hidden: Any,
+    values: dict,
+    overruled: list[str],
+    *,
+    latent: dict,
+    reward: Reward,
+    prompt: str,
+    guider: Any,
+    **given: Any,
+) -> io.NodeOutput:
     """One run: (what came out, what the editor was told)."""
     model, sampler, sigmas = guider.model_patcher, given["sampler"], given["sigmas"]
     samples = host.samples_of(model, latent)
@@ -163,11 +173,11 @@ class MiraOptimizeKSampler(io.ComfyNode):
         patience: int | None = None,
         denoise: float | None = None,
         stop: str | None = None,
-    ):
+    ) -> bool | str:
         return complain(locals(), cls.define_schema().inputs) or True
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs):
+    def fingerprint_inputs(cls, **inputs: Any) -> Any:
         return memo.cuts(inputs)
 
     @classmethod
@@ -181,8 +191,8 @@ class MiraOptimizeKSampler(io.ComfyNode):
         reward: Reward,
         seed: int,
         cfg: float,
-        prompt="",
-        **values,
+        prompt: str = "",
+        **values: Any,
     ) -> io.NodeOutput:
         node, inputs = "MIRA Optimize KSampler", cls.define_schema().inputs
         check_values(node, inputs, values | {"cfg": cfg})
@@ -248,16 +258,25 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         clip_norm: float | None = None,
         patience: int | None = None,
         stop: str | None = None,
-    ):
+    ) -> bool | str:
         return complain(locals(), cls.define_schema().inputs) or True
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs):
+    def fingerprint_inputs(cls, **inputs: Any) -> Any:
         return memo.cuts(inputs)
 
     @classmethod
     def execute(
-        cls, noise, guider, sampler, sigmas: Tensor, latent_image: dict, vae: VAE, reward: Reward, prompt="", **values
+        cls,
+        noise: Any,
+        guider: Any,
+        sampler: Any,
+        sigmas: Tensor,
+        latent_image: dict,
+        vae: VAE,
+        reward: Reward,
+        prompt: str = "",
+        **values: Any,
     ) -> io.NodeOutput:
         node, inputs = "MIRA Optimize Sampler (Advanced)", cls.define_schema().inputs
         check_links(node, sigmas=sigmas)
@@ -272,7 +291,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         check_reach(node, model, sampler, len(sigmas) - 1, effective)
         samples = host.samples_of(model, latent_image)
 
-        def initial(seed: int):
+        def initial(seed: int) -> Tensor:
             other = copy.copy(noise)
             if seed != noise.seed:
                 other.seed = seed

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import comfy.samplers
 import torch
@@ -50,7 +52,7 @@ DEFAULT = PreferenceSettings(method="dueling", explore=0.6, keep="incumbent", lr
 TAKE_BACK = 3  # choices
 
 
-def preferring(judge, seed: int, history: int):
+def preferring(judge: Any, seed: int, history: int) -> Callable:
     """The work of `host.run`: other candidates start from noises of their own."""
 
     def work(process: host.Process, noises: tuple[Tensor, ...]) -> Result:
@@ -217,11 +219,11 @@ class MiraDPOPreference(io.ComfyNode):
         judge: str | None = None,
         method: str | None = None,
         candidates: int | None = None,
-    ):
+    ) -> bool | str:
         return complain(locals(), cls.define_schema().inputs) or wrong_judge(locals()) or True
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs):
+    def fingerprint_inputs(cls, **inputs: Any) -> Any:
         return memo.cuts(inputs)
 
     @classmethod
@@ -235,10 +237,10 @@ class MiraDPOPreference(io.ComfyNode):
         seed: int,
         cfg: float,
         reward: Reward = None,
-        choices="",
-        prompt="",
+        choices: str = "",
+        prompt: str = "",
         iterate: int = -1,
-        **values,
+        **values: Any,
     ) -> io.NodeOutput:
         values = fill_in(cls.define_schema().inputs, values)
         linked = dict(model=model, positive=positive, negative=negative, latent=latent_image, vae=vae, reward=reward)
@@ -252,7 +254,21 @@ class MiraDPOPreference(io.ComfyNode):
         return finish(NODE, cls.hidden, done, live, latent_image, iterate, record)
 
     @classmethod
-    def run_preference(cls, *, model, positive, negative, latent, vae: VAE, reward, seed, cfg, choices, prompt, values):
+    def run_preference(
+        cls,
+        *,
+        model: ModelPatcher,
+        positive: list,
+        negative: list,
+        latent: dict,
+        vae: VAE,
+        reward: Reward,
+        seed: int,
+        cfg: float,
+        choices: str,
+        prompt: str,
+        values: dict,
+    ) -> io.NodeOutput:
         """One run: (what came out, what the editor was told)."""
         check_values(NODE, cls.define_schema().inputs, values | {"cfg": cfg})
         check_links(NODE, positive=positive, negative=negative)
@@ -303,7 +319,7 @@ def wrong_judge(values: dict) -> str | None:
     return None
 
 
-def person(node: str, context, values: dict, seed: int):
+def person(node: str, context: Any, values: dict, seed: int) -> Callable[[host.Process], PersonJudge]:
     client = PromptServer.instance.client_id
     if client is None and not values["timeout"]:
         raise ValueError(
@@ -322,7 +338,7 @@ def person(node: str, context, values: dict, seed: int):
     return lambda process: judge
 
 
-def recorded(text: str):
+def recorded(text: str) -> Callable[[host.Process], RecordedJudge]:
     try:
         judge = RecordedJudge(read_choices(text))
     except ValueError as problem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -74,11 +75,11 @@ class MiraLoadTrace(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None):
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
         return why_not(trace_path, file)
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, index: int):
+    def fingerprint_inputs(cls, file: str, index: int) -> Any:
         return stamp(trace_path, file)
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from typing import Any
 
 import comfy.model_management
 from comfy_api.latest import io
@@ -133,7 +134,7 @@ class MiraCombineRewards(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, scaling: str = "by typical range", **inputs) -> io.NodeOutput:
+    def execute(cls, scaling: str = "by typical range", **inputs: Any) -> io.NodeOutput:
         given = {k: v for k, v in inputs.items() if k.startswith("weight")} | {"scaling": scaling}
         check_values("MIRA Combine Rewards", cls.define_schema().inputs, given)
         used = [i for i in range(1, SLOTS + 1) if inputs.get(f"reward_{i}") is not None]
@@ -241,18 +242,18 @@ class MiraRewardFromPython(io.ComfyNode):
         )
 
     @classmethod
-    def missing(cls, file) -> str | None:
+    def missing(cls, file: str) -> str | None:
         # Only a name that the folder lists is ever run, whatever a workflow says.
         if file is None or (file in files.scripts() and files.find(file)):
             return None
         return f"{file} is not in models/mira_rewards: put the reward's .py file there and refresh the nodes (key R)"
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None):
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
         return cls.missing(file) or True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str):
+    def fingerprint_inputs(cls, file: str) -> Any:
         path = files.find(file)
         return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
@@ -308,7 +309,7 @@ class MiraRewardFromHTTP(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls, url: str | None = None, typical_low: float | None = None, typical_high: float | None = None
-    ):
+    ) -> bool | str:
         if url is not None:
             try:
                 host_of(url, allowed_hosts())

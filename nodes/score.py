@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import comfy.model_management
 import torch
 from comfy_api.latest import io
@@ -85,7 +88,7 @@ class MiraScoreImages(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images: Tensor, reward: Reward, prompt=("",)) -> io.NodeOutput:
+    def execute(cls, images: list[Tensor], reward: Any, prompt: Sequence[str] = ("",)) -> io.NodeOutput:
         (reward,) = reward
         check_reward(cls.NAME, reward)
         batches = [to_core(batch, f"{cls.NAME}: images") for batch in images]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import comfy.samplers
 from comfy.model_patcher import ModelPatcher
@@ -12,6 +13,7 @@ from comfy_api.latest import io
 from ..rewards.base import Reward
 from ..sampler.search import METHODS, POTENTIALS, SearchSettings
 from ..sampler.surrogates import REGULARIZERS
+from ..sampler.trace import Trace
 from . import host
 from .editor.live import LiveRun
 from .host.probe import goes_in_pieces, injects_noise
@@ -49,7 +51,7 @@ NODE = "MIRA Search KSampler"
 DEFAULT = SearchSettings(particles=8)
 
 
-def can_steer(method: str, sampler, model_sampling, values: dict) -> None:
+def can_steer(method: str, sampler: Any, model_sampling: Any, values: dict) -> None:
     """Raise ValueError where particles could not part, or would be sampled by another sampler than the plain one."""
     name, instead = values["sampler_name"], "use euler_ancestral, or method best_of_n or zero_order"
     if values["steps"] < 2:
@@ -199,11 +201,11 @@ class MiraSearchKSampler(io.ComfyNode):
         denoise: float | None = None,
         learning_rate: float | None = None,
         beta: float | None = None,
-    ):
+    ) -> bool | str:
         return complain(locals(), cls.define_schema().inputs) or True
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs):
+    def fingerprint_inputs(cls, **inputs: Any) -> Any:
         return memo.cuts(inputs)
 
     @classmethod
@@ -217,9 +219,9 @@ class MiraSearchKSampler(io.ComfyNode):
         reward: Reward,
         seed: int,
         cfg: float,
-        prompt="",
+        prompt: str = "",
         iterate: int = -1,
-        **values,
+        **values: Any,
     ) -> io.NodeOutput:
         linked = dict(model=model, positive=positive, negative=negative, latent=latent_image, vae=vae, reward=reward)
         values = fill_in(cls.define_schema().inputs, values)
@@ -234,7 +236,20 @@ class MiraSearchKSampler(io.ComfyNode):
         )
 
 
-def run_search(hidden, *, model, positive, negative, latent, vae: VAE, reward, seed, cfg, prompt, values):
+def run_search(
+    hidden: Any,
+    *,
+    model: ModelPatcher,
+    positive: list,
+    negative: list,
+    latent: dict,
+    vae: VAE,
+    reward: Reward,
+    seed: int,
+    cfg: float,
+    prompt: str,
+    values: dict,
+) -> io.NodeOutput:
     """One run: (what came out, what the editor was told)."""
     check_values(NODE, MiraSearchKSampler.define_schema().inputs, values | {"cfg": cfg})
     settings = read_settings(NODE, values, SearchSettings)
@@ -272,5 +287,5 @@ def run_search(hidden, *, model, positive, negative, latent, vae: VAE, reward, s
     return done, live
 
 
-def kept_no_best(trace) -> bool:
+def kept_no_best(trace: Trace) -> bool:
     return all(trace.of(b)[0]["reward"] > trace.of(b)[-1]["reward"] for b in range(len(trace.kept)))

@@ -19,7 +19,7 @@ LAYERS = (0, 2, 4, 6, 7)  # the released file keeps the numbers of the dropouts 
 class LinearHead(nn.Module):
     """(B, D) -> (B,)."""
 
-    def __init__(self, weights: dict[str, Tensor], prefix: str = "layers."):
+    def __init__(self, weights: dict[str, Tensor], prefix: str = "layers.") -> None:
         super().__init__()
         self.width = weights[f"{prefix}{LAYERS[0]}.weight"].shape[1]
         parts = [(weights[f"{prefix}{i}.weight"], weights[f"{prefix}{i}.bias"]) for i in LAYERS]
@@ -59,7 +59,7 @@ class Aesthetic(Reward):
         network: nn.Module,
         encode_image: Callable[[Tensor], Tensor],
         preprocessing: Preprocessing,
-    ):
+    ) -> None:
         self.head, self.network, self.encode_image, self.preprocessing = head, network, encode_image, preprocessing
         self.modules = (network, head)
         self.facts = Facts("Aesthetic", 1.0, 10.0, (4.5, 6.5), preprocessing=words(preprocessing))

@@ -34,7 +34,7 @@ class Encoder:
 class Similarity(Reward):
     """scale * cos(image, prompt), per image."""
 
-    def __init__(self, encoder: Encoder, facts: Facts, scale: float):
+    def __init__(self, encoder: Encoder, facts: Facts, scale: float) -> None:
         self.encoder, self.facts, self.scale = encoder, facts, scale
         self.modules = (encoder.network,)
         self._text: tuple[tuple, Tensor] | None = None

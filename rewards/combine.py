@@ -37,7 +37,7 @@ def scaled(rewards: Sequence[Reward], weights: Sequence[float], scaling: str) ->
 class WeightedSum(Reward):
     """sum_i w_i r_i; every part stays in the record, in its own units. A negative weight asks for less of it."""
 
-    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]):
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]) -> None:
         if not rewards or len(rewards) != len(weights):
             raise ValueError(f"a weighted sum needs one weight per reward (got {len(rewards)} and {len(weights)})")
         self.rewards, self.weights = tuple(rewards), tuple(weights)
@@ -84,7 +84,7 @@ class Relative(Reward):
     Raises ValueError for a reward that reads no prompt, and where both words are the same.
     """
 
-    def __init__(self, reward: Reward, wanted: str, unwanted: str):
+    def __init__(self, reward: Reward, wanted: str, unwanted: str) -> None:
         facts = reward.facts
         if not facts.needs_prompt:
             raise ValueError(f"reward {facts.name!r} does not read the prompt, so words make no difference to it")
@@ -127,7 +127,7 @@ class Augmented(Reward):
 
     def __init__(
         self, reward: Reward, crops: int, smallest: float, flip: bool, stream: Callable[[int], torch.Generator]
-    ):
+    ) -> None:
         if crops < 1 or not 0 < smallest <= 1:
             raise ValueError(f"crops must be 1 or more and the smallest side in (0, 1] (got {crops} and {smallest})")
         self.reward, self.crops, self.smallest, self.flip, self.stream = reward, crops, smallest, flip, stream

@@ -8,6 +8,7 @@ import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def require(state: dict[str, Tensor], wanted: tuple[Kind, ...], file: str, node:
     return kind
 
 
-def _read_one(path: Path):
+def _read_one(path: Path) -> Any:
     if path.stat().st_size == 0:
         raise WrongFile(f"{path.name} is empty: download it again")
     if path.suffix in (".safetensors", ".sft"):
@@ -166,7 +167,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return state
 
 
-def _unwrapped(loaded, path: Path) -> dict[str, Tensor]:
+def _unwrapped(loaded: Any, path: Path) -> dict[str, Tensor]:
     """The state dict inside a checkpoint, its names without what training put before them."""
     for _ in WRAPPERS:
         inner = next(

@@ -18,6 +18,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def png(image: Tensor) -> str:
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect could lead away from the host that was allowed."""
 
-    def redirect_request(self, *args, **kwargs):
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
@@ -81,7 +82,7 @@ class HTTPReward(Reward):
         typical: tuple[float, float] = (0.0, 1.0),
         allowed: Sequence[str] = (),
         poll: Callable[[], None] = lambda: None,
-    ):
+    ) -> None:
         host_of(url, allowed)
         self.url, self.timeout, self.retries, self.poll = url, timeout, retries, poll
         self.facts = Facts(name, -math.inf, math.inf, typical, False, needs_prompt, "8-bit PNG")
@@ -140,7 +141,7 @@ class HTTPReward(Reward):
         return f"{NODE}: the reward server at {self.url} was asked {times}: {reason}. Is it running, and is url right?"
 
     def _scores(self, answer: bytes, count: int) -> list[float]:
-        def nonsense(what: str):
+        def nonsense(what: str) -> RuntimeError:
             return RuntimeError(
                 f'{NODE}: the reward server at {self.url} answered {what}; it must answer {{"scores": [...]}} with '
                 f"{count} finite number(s), one per image"

@@ -38,7 +38,7 @@ BLOCK = {
 class Network(nn.Module):
     """transformers' BLIP halves; sizes as in the file's tensors."""
 
-    def __init__(self, state: dict[str, Tensor]):
+    def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
         from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisionConfig
         from transformers.models.blip.modeling_blip import BlipVisionModel
@@ -99,7 +99,7 @@ def network_of(state: dict[str, Tensor], path: Path) -> Network:
 class ImageReward(Reward):
     """(raw - mean) / deviation: about -2 to 2."""
 
-    def __init__(self, network: Network, head: LinearHead):
+    def __init__(self, network: Network, head: LinearHead) -> None:
         self.network, self.head = network, head
         self.modules = (network, head)
         self.tokens = BertTokens()

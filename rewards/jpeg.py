@@ -86,7 +86,7 @@ def estimated_bytes(images: Tensor, quality: int = QUALITY) -> Tensor:
 class JPEG(Reward):
     """Minus the kilobytes (1000 bytes) of every image's JPEG. A black box: it has no gradient."""
 
-    def __init__(self, quality: int = QUALITY):
+    def __init__(self, quality: int = QUALITY) -> None:
         self.quality = quality
         self.facts = Facts("JPEG kB", -math.inf, 0.0, (-200.0, -5.0), differentiable=False, preprocessing="8 bits")
 
@@ -97,7 +97,7 @@ class JPEG(Reward):
 class JPEGSurrogate(Reward):
     """Minus an estimate of the same kilobytes, which has a gradient."""
 
-    def __init__(self, quality: int = QUALITY):
+    def __init__(self, quality: int = QUALITY) -> None:
         self.quality = quality
         self.facts = Facts("JPEG kB (estimate)", -math.inf, 0.0, (-200.0, -5.0))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -204,7 +204,7 @@ def _complete(state: dict[str, Tensor], names: tuple[str, ...], file: str) -> No
 class SigLIP(nn.Module):
     """transformers' SigLIP with open_clip's two methods."""
 
-    def __init__(self, vision, text):
+    def __init__(self, vision: Any, text: Any) -> None:
         super().__init__()
         from transformers.models.siglip.modeling_siglip import SiglipTextModel, SiglipVisionModel
 
@@ -234,7 +234,7 @@ def siglip_of(state: dict[str, Tensor], kind: Kind, path: Path) -> Encoder:
     context, text_width = state["text_model.embeddings.position_embedding.weight"].shape
     heads = config_beside(path)
 
-    def config(cls, part, width, **more):
+    def config(cls: type, part: str, width: int, **more: Any) -> Any:
         layers = depth(state, rf"{part}\.encoder\.layers\.(\d+)\.")
         hidden = len(state[f"{part}.encoder.layers.0.mlp.fc1.bias"])
         # SO400M's heads are 72 wide; of the usual sizes all others' are 64.
@@ -275,12 +275,12 @@ def _siglip_from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """open_clip's SigLIP (timm's image tower) in Hugging Face's layout: the same numbers under other names."""
     out = {}
 
-    def both(theirs: str, ours: str, source=state):
+    def both(theirs: str, ours: str, source: dict[str, Tensor] = state) -> None:
         for kind in ("weight", "bias"):
             if f"{theirs}.{kind}" in source:
                 out[f"{ours}.{kind}"] = source[f"{theirs}.{kind}"]
 
-    def split(theirs: str, ours: str, names: str):
+    def split(theirs: str, ours: str, names: str) -> None:
         for end, kind in ((".weight", "weight"), (".bias", "bias")):
             key = theirs + end if theirs + end in state else f"{theirs}_{kind}"
             for name, part in zip(names, state[key].chunk(len(names)), strict=True):

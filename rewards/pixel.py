@@ -91,7 +91,7 @@ class PixelReward(Reward):
     tensor([0.5000, 0.5000])
     """
 
-    def __init__(self, measure: str):
+    def __init__(self, measure: str) -> None:
         if measure not in MEASURES:
             raise ValueError(f"pixel reward {measure!r} is not one of {', '.join(MEASURES)}")
         self.measure = MEASURES[measure]
@@ -107,7 +107,7 @@ class MatchReference(Reward):
     reference: (1, 3, H, W) for all images, or one per image, in [0, 1].
     """
 
-    def __init__(self, reference: Tensor):
+    def __init__(self, reference: Tensor) -> None:
         self.reference = reference
         self.facts = Facts(REFERENCE, -1.0, 0.0, (-0.6, -0.2), preprocessing="the reference resized, bicubic")
 

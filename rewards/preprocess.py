@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +40,13 @@ class _Resampled(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
+    def forward(ctx: Any, images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
         ctx.sides, ctx.mode = tuple(zip(images.shape[-2:], shape, strict=True)), mode
         return F.interpolate(images, size=shape, mode=mode, antialias=True, align_corners=False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
         (height, width), like = ctx.sides, gradient
         if width[0] != width[1]:
             gradient = gradient @ _weights(*width, ctx.mode).to(like).T

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ DEFAULTS = {"low": -math.inf, "high": math.inf}
 class _Fresh(importlib.machinery.SourceFileLoader):
     """Compiles the file as it is now: compiled files are told apart by their second, and a user edits faster."""
 
-    def path_stats(self, path):
+    def path_stats(self, path: str) -> None:
         raise OSError
 
 
@@ -51,13 +52,13 @@ def located(problem: BaseException, path: Path) -> str:
     return f"{path.name}, line {lines[-1].lineno} ({lines[-1].line}): {kind}"
 
 
-def _is_range(value) -> bool:
+def _is_range(value: Any) -> bool:
     """(low, high), two numbers."""
     numbers = isinstance(value, (tuple, list)) and len(value) == 2
     return numbers and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
 
 
-def facts_of(declared, path: Path) -> Facts:
+def facts_of(declared: Any, path: Path) -> Facts:
     fields = {f.name for f in dataclasses.fields(Facts)}
     if not isinstance(declared, dict):
         raise ValueError(f'{path.name} defines no FACTS: add FACTS = {{"name": "...", "typical": (0.0, 1.0)}}')
@@ -76,7 +77,7 @@ def facts_of(declared, path: Path) -> Facts:
 class PythonReward(Reward):
     """Runs the file once, when made. Raises ValueError for a file that does not fit, with its line."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         linecache.checkcache(str(path))
         loader = _Fresh(f"mira_reward_{path.stem}", str(path))
@@ -107,7 +108,7 @@ class PythonReward(Reward):
             raise RuntimeError(located(problem, self.path)) from problem
         return self._checked(score, images)
 
-    def _checked(self, score, images: Tensor) -> Tensor:
+    def _checked(self, score: Any, images: Tensor) -> Tensor:
         if not isinstance(score, Tensor) or score.shape != (len(images),):
             found = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor) else f"a {type(score).__name__}"
             raise RuntimeError(f"{self.path.name}: score gave {found}; it must be a tensor of shape ({len(images)},)")

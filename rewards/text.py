@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ BERT_VOCABULARY = Path(__file__).parent / "vocabulary" / "bert-base-uncased.txt"
 class ClipTokens:
     """CLIP's byte pairs, cut at the context's end with the end token kept."""
 
-    def __init__(self, context: int = 77):
+    def __init__(self, context: int = 77) -> None:
         import open_clip
 
         self.context = context
@@ -30,7 +31,7 @@ class ClipTokens:
 class BertTokens:
     """BERT's uncased word pieces. Gives ids and the attention mask, stacked: (B, 2, context)."""
 
-    def __init__(self, context: int = 35):
+    def __init__(self, context: int = 35) -> None:
         from tokenizers.implementations import BertWordPieceTokenizer
 
         self.context = context
@@ -53,7 +54,7 @@ class FolderTokens:
 
     FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 
-    def __init__(self, folder: Path, context: int):
+    def __init__(self, folder: Path, context: int) -> None:
         from transformers import AutoTokenizer
 
         self.context = context
@@ -73,7 +74,7 @@ class FolderTokens:
         return len(self.tokenizer(prompt)["input_ids"])
 
 
-def cut(prompts: Sequence[str], tokens) -> list[str]:
+def cut(prompts: Sequence[str], tokens: Any) -> list[str]:
     """What to tell the user of prompts that the network sees only in part."""
     return [
         f"prompt of {length} tokens cut to {tokens.context}: {prompt[:60]!r} ..."

@@ -6,7 +6,7 @@ import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .memory import give_back, out_of_memory
 
@@ -35,7 +35,7 @@ class Cut:
         return "out of memory" if self.memory else "interrupted"
 
 
-def attempt(interrupts: Interrupts, work: Callable[..., T], *args) -> tuple[T | None, Cut | None]:
+def attempt(interrupts: Interrupts, work: Callable[..., T], *args: Any) -> tuple[T | None, Cut | None]:
     """(work(*args), None), or (None, what cut it short): an exception of `interrupts`, running out of memory, or any
     other error, which is logged with where it came from: a loop that has an image hands it back, whatever happens.
 
@@ -52,7 +52,7 @@ def attempt(interrupts: Interrupts, work: Callable[..., T], *args) -> tuple[T | 
     return None, _ended(cut)
 
 
-def within_memory(work: Callable[..., T], *args) -> tuple[T | None, Cut | None]:
+def within_memory(work: Callable[..., T], *args: Any) -> tuple[T | None, Cut | None]:
     """As `attempt`, for what may be done with less memory: every other exception goes through."""
     try:
         return work(*args), None

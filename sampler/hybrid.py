@@ -45,7 +45,7 @@ class _Hybrid:
         on_iteration: Callable[[int, list[dict], Score], None],
         interrupts: Interrupts,
         memory: Callable[[], float],
-    ):
+    ) -> None:
         self.rollout, self.score, self.settings, self.generator = rollout, score, settings, generator
         self.on_iteration, self.interrupts, self.memory = on_iteration, interrupts, memory
         self.inner = Settings(

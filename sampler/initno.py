@@ -51,7 +51,7 @@ class Settings:
     response: float = 0.2
     conflict: float = 0.3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ValueError(f"rounds is {self.rounds}: use 1 for the given noise alone, or more")
         if self.iterations < 0:

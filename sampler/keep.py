@@ -48,7 +48,7 @@ class Keeper(Kept):
     drift is at most `drift_limit` (0: no limit). The plain sample has drift 0, so there always is one.
     """
 
-    def __init__(self, policy: str, drift_limit: float):
+    def __init__(self, policy: str, drift_limit: float) -> None:
         super().__init__()
         self.policy = policy
         self.limit = drift_limit if policy == "best_within_drift" and drift_limit > 0 else math.inf

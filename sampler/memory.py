@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,11 +80,11 @@ def saved_bytes(fn: Callable[[Tensor], object], x: Tensor, most: float = math.in
 def offloaded() -> AbstractContextManager:
     """Within, what autograd keeps waits in the CPU's memory. Weights stay where they are."""
 
-    def pack(t: Tensor):
+    def pack(t: Tensor) -> Any:
         # Bare tensors, as in `saved_bytes`. torch's own `save_on_cpu` returns a CPU tensor as it is, with its history.
         return t if _is_weight(t) else (t.device, t.detach().cpu())
 
-    def unpack(packed) -> Tensor:
+    def unpack(packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         device, t = packed

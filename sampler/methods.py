@@ -45,7 +45,7 @@ class Dpo(Method):
     def trajectories(candidates: int) -> int:
         return candidates
 
-    def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]):
+    def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]) -> None:
         self.run = run
         self.z = [[n.detach().clone() for n in t] for t in trajectories]
         self.references: list[Path] = []
@@ -106,7 +106,7 @@ class Challenged(Method):
 
     incumbent_first = True
 
-    def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]):
+    def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]) -> None:
         self.run, self.noises = run, list(trajectories[0])
         self.first = list(trajectories[1]) if len(trajectories) > 1 else None  # the first challenger
         self.incumbent: Candidate | None = None
@@ -188,7 +188,7 @@ class Hybrid2(Method):
 
     gradient = numbers = True
 
-    def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]):
+    def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]) -> None:
         self.run = run
         self.z = [n.detach().clone() for n in trajectories[0]]
         self.reference: Path | None = None

@@ -96,7 +96,7 @@ class Settings:
     restart_denoise: float = 0.8
     loss_scale: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         tables = {
             "regularizer": REGULARIZERS,
             "optimizer": OPTIMIZERS,
@@ -318,14 +318,14 @@ def optimize(
     return Result(state.keeper.latent, latest, tuple(state.keeper.noises), trace, reason, iterates, cut_short)
 
 
-def _evaluate(rollout: Rollout, score, state: _State, settings: Settings, gradient: bool) -> _Evaluation:
+def _evaluate(rollout: Rollout, score: Callable, state: _State, settings: Settings, gradient: bool) -> _Evaluation:
     try:
         return _evaluated(rollout, score, state, settings, gradient)
     finally:
         rollout.let_go()
 
 
-def _evaluated(rollout: Rollout, score, state: _State, settings: Settings, gradient: bool) -> _Evaluation:
+def _evaluated(rollout: Rollout, score: Callable, state: _State, settings: Settings, gradient: bool) -> _Evaluation:
     with torch.set_grad_enabled(gradient):
         path = rollout(state.variables.noises())
         result = score(path.x0)

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class Particles:
         on_plain: Callable[[Tensor], None],
         on_iteration: Callable[[int, list[dict], Score], None],
         memory: Callable[[], float],
-    ):
+    ) -> None:
         self.chain, self.rollout, self.evaluate = chain, rollout, score
         self.noises = [n.detach() for n in noises]
         self.count, self.steered, self.most = count, steered, most
@@ -182,7 +182,7 @@ class Particles:
         parts = {name: join([s.parts[name] for s in found]) for name in found[0].parts}
         return total, parts, torch.cat([s.images for s in found]).unflatten(0, (-1, self.batch))
 
-    def advance(self, population: Population, i: int, j: int, noise: Callable, known: Tensor | None = None):
+    def advance(self, population: Population, i: int, j: int, noise: Callable, known: Tensor | None = None) -> None:
         """All particles from step i to step j, in place. noise(some, call, like): the noises (p, B, ...) of a call.
 
         known (P, B, C, ...): the prediction at step i, where it was made already.
@@ -197,7 +197,7 @@ class Particles:
             ready = None if known is None else known[list(some)].flatten(0, 1)
 
             def wrap(denoiser: Denoiser) -> Denoiser:
-                def measured(x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
+                def measured(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
                     nonlocal calls, ready
                     if ready is None or escapes(denoiser, kwargs):
                         out = denoiser(x, sigma, **kwargs)
@@ -259,7 +259,14 @@ class Particles:
         self.report(0, population, reward, parts, images, complete=True)
 
     def report(
-        self, k: int, population: Population, reward: Tensor, parts: dict, images: Tensor, complete: bool, more=None
+        self,
+        k: int,
+        population: Population,
+        reward: Tensor,
+        parts: dict,
+        images: Tensor,
+        complete: bool,
+        more: dict | None = None,
     ) -> Tensor:
         """A row per image for the best particle; the best image so far is kept. Returns the best particle, (B,)."""
         best = reward.argmax(0)
@@ -297,7 +304,9 @@ class Particles:
         missing = len(self.noises) - len(noises)  # not drawn yet
         self.kept.take(k, better, latent, [*noises, *[torch.zeros_like(noises[0])] * missing])
 
-    def gradient(self, x: Tensor, sigma: Tensor, scale: float):
+    def gradient(
+        self, x: Tensor, sigma: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, dict[str, Tensor], Tensor]]:
         """D(x), the gradient of r(D(x)) with respect to x, and the score, all (P, B, ...), chunk by chunk."""
         found: list[tuple[Tensor, Tensor, Score]] = []
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class PreferenceSettings:
     patience: int = 5
     loss_scale: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         tables: dict[str, Collection[str]] = {
             "method": METHODS,
             "energy": ENERGIES,
@@ -242,7 +243,7 @@ class _Back(BaseException):
 class _Book:
     """What a run has come to, and how it was before its last comparisons, so that a choice can be taken back."""
 
-    def __init__(self, method, generator: torch.Generator, history: int):
+    def __init__(self, method: Any, generator: torch.Generator, history: int) -> None:
         self.method, self.generator, self.history = method, generator, history
         self.k, self.ties, self.kept, self.trace = 0, 0, _Kept(), Trace()
         self.choices: list[list] = []
@@ -266,7 +267,7 @@ class _Book:
 
 
 def _better(
-    ask: Callable, method, s: PreferenceSettings, kept: _Kept, winner: Candidate, score: Tensor | None
+    ask: Callable, method: Any, s: PreferenceSettings, kept: _Kept, winner: Candidate, score: Tensor | None
 ) -> Tensor:
     """(B,): where the winner takes the kept image's place."""
     everywhere = torch.ones(len(winner.images), dtype=torch.bool)
@@ -280,7 +281,10 @@ def _better(
     return (asked.best == 1) & ~asked.tie
 
 
-def _rows(k, run, found, verdict, references, norms, seconds, memory) -> list[dict[str, float]]:
+def _rows(
+    k: int, run: Run, found: Sequence[Candidate], verdict: Verdict, references: Sequence[Path], norms: Tensor | None,
+    seconds: float, memory: float,
+) -> list[dict[str, float]]:  # fmt: skip
     columns = {"preferred": torch.where(verdict.tie, -1, verdict.best).double()}
     if verdict.scores is not None:
         columns["reward"] = verdict.scores.gather(1, verdict.best[:, None])[:, 0]

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,14 +111,14 @@ class _Recomputed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, run: Callable):
+    def forward(ctx: Any, x: Tensor, run: Callable) -> Any:
         ctx.run = run
         ctx.save_for_backward(x)
         return run(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients: Tensor):
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
         with torch.enable_grad():
             x = ctx.saved_tensors[0].detach().requires_grad_()
             out = ctx.run(x)
@@ -159,7 +160,7 @@ class _Call:
     watched: bool = False
     first: Tensor | None = None
 
-    def __call__(self, x: Tensor):
+    def __call__(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         out = self.denoiser(x, self.sigma, **self.kwargs)
         if self.watched:
             self._watch((out[0] if isinstance(out, tuple) else out).detach())
@@ -238,7 +239,7 @@ class Rollout:
         score_bytes: Callable[[Tensor, float], float] = lambda x, most: 0.0,
         blocks: Callable[[], AbstractContextManager] | None = None,
         random: Callable[[int], AbstractContextManager] = lambda n: nullcontext(),
-    ):
+    ) -> None:
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting {weighting!r} is not one of {', '.join(WEIGHTINGS)}")
         if memory not in (*self.POLICIES, "auto"):
@@ -281,7 +282,7 @@ class Rollout:
             return noise
 
         def wrap(denoiser: Denoiser) -> Denoiser:
-            def measured(x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
+            def measured(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
                 n = len(record.eps)
                 if self._constant(sigma):
                     with torch.no_grad(), self.random(n):
@@ -309,7 +310,7 @@ class Rollout:
 
     def predict(
         self, denoiser: Denoiser, x: Tensor, sigma: Tensor, kwargs: dict, within: AbstractContextManager | None = None
-    ):
+    ) -> Any:
         """One call of the denoiser, checkpointed as the policy says. within: its context, to be entered again."""
         call, within = _Call(denoiser, sigma, kwargs), within or nullcontext()
         if not torch.is_grad_enabled():
@@ -329,7 +330,7 @@ class Rollout:
         call.watched = not self._watched
         self._watching = True
 
-        def run(x: Tensor):
+        def run(x: Tensor) -> Any:
             with within, self.thrifty():
                 return call(x)
 
@@ -393,7 +394,7 @@ class Rollout:
 class Record:
     """What a run's denoiser calls leave behind, in the units of `rollout`."""
 
-    def __init__(self, rollout: Rollout):
+    def __init__(self, rollout: Rollout) -> None:
         self.rollout = rollout
         self.eps: list[Tensor] = []
         self.sigmas: list[Tensor] = []

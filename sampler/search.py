@@ -57,7 +57,7 @@ class SearchSettings:
     restart_denoise: float = 0.8
     loss_scale: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, table in {"method": METHODS, "potential": POTENTIALS}.items():
             if getattr(self, name) not in table:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(table)}")

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -110,7 +111,7 @@ def rows_of(iteration: int, columns: dict[str, Tensor], **of_the_run: float) -> 
     ]
 
 
-def _is_row(row) -> bool:
+def _is_row(row: Any) -> bool:
     """Numbers by name, null for one that is not finite, and an iteration and an image."""
     return (
         isinstance(row, dict)

@@ -31,7 +31,7 @@ class Variables:
     Raises ValueError when the run has no such noises.
     """
 
-    def __init__(self, name: str, noises: Sequence[Tensor]):
+    def __init__(self, name: str, noises: Sequence[Tensor]) -> None:
         self.name = name
         self.start = [n.detach().clone() for n in noises]
         if name == "initno":

@@ -1,4 +1,4 @@
-"""UNets of SD1.5's architecture with random weights: its own size, and one, with a VAE, for tests that ask for no picture."""
+"""UNets of SD1.5's architecture with random weights, its own size and a small one; and a small VAE."""
 
 from __future__ import annotations
 

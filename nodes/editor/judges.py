@@ -29,7 +29,7 @@ ON_TIMEOUT = ("stop", "tie")
 class RewardJudge:
     """score(images) -> (B,): every candidate's reward decides."""
 
-    def __init__(self, score: Callable[[Tensor], Tensor]):
+    def __init__(self, score: Callable[[Tensor], Tensor]) -> None:
         self.score = score
 
     def __call__(self, k: int, candidates: Sequence[Tensor]) -> Verdict:
@@ -40,7 +40,7 @@ class RewardJudge:
 class RecordedJudge:
     """Repeats the choices of a record, in their order; when they are used up, it has had enough."""
 
-    def __init__(self, choices: list[list]):
+    def __init__(self, choices: list[list]) -> None:
         self.choices = list(choices)
 
     def __call__(self, k: int, candidates: Sequence[Tensor]) -> Verdict:
@@ -152,7 +152,7 @@ class PersonJudge:
 
     def __init__(
         self, node: str, prompt: str, client: str | None, total: int, seed: int, timeout: float, on_timeout: str
-    ):
+    ) -> None:
         self.node, self.prompt, self.client, self.total = node, prompt, client, total
         self.timeout, self.on_timeout = timeout, on_timeout
         self.order = stream(seed, -1)

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 from collections import OrderedDict, deque
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -32,7 +33,7 @@ _runs: OrderedDict[str, dict] = OrderedDict()  # by node id, the newest last
 _previews: deque[dict[int, dict]] = deque()  # of the last runs, whatever their nodes, the newest last
 
 
-def store(image: Image.Image, name: str, **options) -> dict:
+def store(image: Image.Image, name: str, **options: Any) -> dict:
     """Into ComfyUI's temporary folder; returns what /view needs to show it."""
     folder = os.path.join(folder_paths.get_temp_directory(), "mira")
     os.makedirs(folder, exist_ok=True)
@@ -60,7 +61,7 @@ def running(node: str) -> tuple[str | None, str | None]:
 class LiveRun:
     """Progress bar, preview, stored thumbnails and an event per iteration, to the client that asked for the run."""
 
-    def __init__(self, hidden, iterations: int, told: dict, settings: dict):
+    def __init__(self, hidden: Any, iterations: int, told: dict, settings: dict) -> None:
         """hidden: the node's own. told: what the chart needs to know; settings: of the run, as its record has them."""
         node = hidden.unique_id
         self.node, self.iterations = node, iterations

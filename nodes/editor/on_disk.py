@@ -82,7 +82,7 @@ def what_is_asked(prompt: dict, node: str) -> str:
     return node + digest(node)
 
 
-def is_link(value, prompt: dict) -> bool:
+def is_link(value: object, prompt: dict) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 2
@@ -113,7 +113,7 @@ class Unfinished:
     settings: of the run, as its record has them; `keep`, `drift_metric` and `drift_limit` tell what is the best.
     """
 
-    def __init__(self, node: str, settings: dict, extra_pnginfo: dict | None):
+    def __init__(self, node: str, settings: dict, extra_pnginfo: dict | None) -> None:
         self.node, self.extra = node, extra_pnginfo or {}
         self.metric = settings.get("drift_metric")
         self.keeper: Keeper = None  # made of the first rows

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -92,7 +93,7 @@ def _panel(canvas: ImageDraw.ImageDraw, panel: Panel, left: int, width: int, hei
         canvas.text((x0 + 28 * SCALE, y), line.label, fill=INK, font=small, anchor="lm")
 
 
-def _line(canvas: ImageDraw.ImageDraw, line: Line, at) -> None:
+def _line(canvas: ImageDraw.ImageDraw, line: Line, at: Any) -> None:
     places = [at(x, y) if math.isfinite(x + y) else None for x, y in zip(line.x, line.y, strict=True)]
     for i, (a, b) in enumerate(pairwise(places)):
         if a and b and not (line.dashed and i % 2):

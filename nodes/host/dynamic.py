@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -26,7 +27,7 @@ def is_dynamic(patcher: ModelPatcher) -> bool:
     return hasattr(patcher, "is_dynamic") and bool(patcher.is_dynamic())
 
 
-def static(patcher: ModelPatcher, what: str, own: bool = False):
+def static(patcher: ModelPatcher, what: str, own: bool = False) -> ModelPatcher:
     """The same patches on a copy of the network that stays where it is; a patcher that is not dynamic, as it is.
 
     what: node and input, for the error. own: a copy that nobody else is given. Raises ValueError where none can be had.
@@ -94,7 +95,7 @@ def with_static_controls(conds: dict[str, list[dict]], what: str) -> dict[str, l
     """A guider's conditioning, whose ControlNets stay where they are too: see `static`."""
     done = {}  # the same one stays the same one: conditionings that share it run in one batch
 
-    def of(control):
+    def of(control: Any) -> Any:
         chain = control
         while chain is not None and not is_dynamic(getattr(chain, "control_model_wrapped", None)):
             chain = getattr(chain, "previous_controlnet", None)

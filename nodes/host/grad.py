@@ -29,7 +29,7 @@ BLOCK_LAYERS = 3
 MOST_OF_IT = 0.8
 
 
-def normal(value):
+def normal(value: Any) -> Any:
     """A copy, outside inference mode, of every tensor in nested lists, tuples, dicts and ComfyUI's conditioning; the
     rest as it is.
     """
@@ -81,7 +81,7 @@ def replace_tensors(thing: object) -> None:
             vars(thing)[name] = normal(value)
 
 
-def _holds_one(value, depth: int = 2) -> bool:
+def _holds_one(value: Any, depth: int = 2) -> bool:
     if isinstance(value, Tensor):
         return made_in_inference_mode(value)
     if depth and type(value) in (list, tuple, dict):
@@ -172,7 +172,7 @@ def pytorch_kernels() -> Iterator[None]:
             namespace[name] = value
 
 
-def _pytorch_kernel(name: str, value) -> Callable | None:
+def _pytorch_kernel(name: str, value: object) -> Callable | None:
     """What takes the place of a module's function of this name, or None: it stays."""
     if name in ATTENTION:
         return comfy.ldm.modules.attention.attention_pytorch
@@ -239,7 +239,7 @@ class OutOfPlace(TorchFunctionMode):
     But in ComfyUI's own sampling code, which adds regions of the image into one tensor, and means it.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if torch.is_grad_enabled() and func in OUT_OF_PLACE and not _called_by("comfy.samplers"):
             return OUT_OF_PLACE[func](*args, **kwargs).to(args[0].dtype)
@@ -249,7 +249,7 @@ class OutOfPlace(TorchFunctionMode):
 class SlicesToo(OutOfPlace):
     """And a slice is a copy: x[:, :n] = f(x[:, :n]) writes over what f has saved (FreeU V2)."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = super().__torch_function__(func, types, args, kwargs)
         return out.clone() if func is Tensor.__getitem__ and torch.is_grad_enabled() else out
 
@@ -258,7 +258,7 @@ class SlicesToo(OutOfPlace):
 PLACES = (nullcontext, OutOfPlace, SlicesToo)
 
 
-def sdpa(_, *args, **kwargs):
+def sdpa(_: Any, *args: Any, **kwargs: Any) -> Tensor:
     """PyTorch's attention: sage, flash, sub-quadratic and split have no backward, or change with free memory."""
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
@@ -312,7 +312,7 @@ class _Block(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, given: tuple[Tensor, ...], again: Callable, *inputs: Tensor):
+    def forward(ctx: Any, given: tuple[Tensor, ...], again: Callable, *inputs: Tensor) -> Any:
         ctx.again = again
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
@@ -320,7 +320,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients: Tensor | None):
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
             outputs = zip(_tensors(ctx.again(inputs)), gradients, strict=True)
@@ -331,13 +331,13 @@ class _Block(torch.autograd.Function):
         return None, None, *found
 
 
-def _tensors(out) -> tuple[Tensor, ...] | None:
+def _tensors(out: Any) -> tuple[Tensor, ...] | None:
     """What a block returns, as a tuple, or None where it is more than tensors."""
     out = (out,) if isinstance(out, Tensor) else out
     return tuple(out) if type(out) in (tuple, list) and all(isinstance(t, Tensor) for t in out) else None
 
 
-def _holds_gradient(value, depth: int = 2) -> bool:
+def _holds_gradient(value: object, depth: int = 2) -> bool:
     """Whether a tensor that carries a gradient is inside a container."""
     if isinstance(value, Tensor):
         return value.requires_grad
@@ -345,7 +345,7 @@ def _holds_gradient(value, depth: int = 2) -> bool:
     return depth > 0 and any(_holds_gradient(v, depth - 1) for v in inner)
 
 
-def _checkpointed(inside: Callable, args: list, kwargs: dict):
+def _checkpointed(inside: Callable, args: list, kwargs: dict) -> Any:
     """inside(*args, **kwargs), computed again in backward."""
     carrying = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
     named = [k for k, a in kwargs.items() if isinstance(a, Tensor) and a.requires_grad]
@@ -361,7 +361,7 @@ def _checkpointed(inside: Callable, args: list, kwargs: dict):
     args = [None if i in carrying else a for i, a in enumerate(args)]
     kwargs = {k: None if k in named else a for k, a in kwargs.items()}
 
-    def again(inputs):
+    def again(inputs: Any) -> Any:
         given, rest = list(args), dict(kwargs)
         values = iter(inputs)
         for i in carrying:
@@ -386,12 +386,12 @@ def _checkpointed(inside: Callable, args: list, kwargs: dict):
     return type(out)(made if isinstance(made, tuple) else (made,))
 
 
-def _checkpointed_by_torch(inside: Callable, args: list, kwargs: dict, random: bool = False):
+def _checkpointed_by_torch(inside: Callable, args: list, kwargs: dict, random: bool = False) -> Any:
     """The same for what has more than tensors going in and out, gradients by other ways, or draws random numbers."""
     lists = [copy.copy(a) if type(a) is list else None for a in args]
     done: list[bool] = []
 
-    def once_more(*args, **kwargs):
+    def once_more(*args: Any, **kwargs: Any) -> Any:
         begun = args  # computed again, lists begin as they were
         if done:
             begun = tuple(a if was is None else copy.copy(was) for a, was in zip(args, lists, strict=True))
@@ -416,12 +416,12 @@ def blocks_checkpointed(
 
     @contextmanager
     def patched() -> Iterator[None]:
-        def wrap(forward):
-            def inside(*args, **kwargs):
+        def wrap(forward: Callable) -> Callable:
+            def inside(*args: Any, **kwargs: Any) -> Any:
                 with place():
                     return forward(*args, **kwargs)
 
-            def run(*args, **kwargs):
+            def run(*args: Any, **kwargs: Any) -> Any:
                 if not torch.is_grad_enabled():
                     return forward(*args, **kwargs)
                 # A network writes into its options where it is, which guidance by attention reads.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import comfy.hooks
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 OURS = __package__.rpartition(".")[0]
 
 
-def _names(value, key: str = "") -> Iterator[str]:
+def _names(value: object, key: str = "") -> Iterator[str]:
     """Of every function in nested dicts and lists: where it is from, as a person may know it."""
     if isinstance(value, dict):
         for k, v in value.items():
@@ -34,7 +35,7 @@ def named(model_options: dict) -> str:
     return f", probably {' or '.join(found[:4])}" if found else ""
 
 
-def networks_in(value, seen: set | None = None, depth: int = 6) -> Iterator[nn.Module]:
+def networks_in(value: object, seen: set | None = None, depth: int = 6) -> Iterator[nn.Module]:
     """Networks that patches bring along (hypernetworks, adapters): in containers, objects and closures."""
     seen = set() if seen is None else seen
     if depth < 0 or id(value) in seen or isinstance(value, (str, int, float, type, type(None), torch.Tensor)):
@@ -55,7 +56,7 @@ def networks_in(value, seen: set | None = None, depth: int = 6) -> Iterator[nn.M
         yield from networks_in(v, seen, depth - 1)
 
 
-def _filled(cell) -> bool:
+def _filled(cell: Any) -> bool:
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:
@@ -63,7 +64,7 @@ def _filled(cell) -> bool:
     return True
 
 
-def why_no_gradient(guider) -> str | None:
+def why_no_gradient(guider: Any) -> str | None:
     """None, or what of the guider's conditioning a gradient does not survive.
 
     Hooks that change weights write over them in place while a trajectory is sampled, which backward does not see.
@@ -88,7 +89,7 @@ def why_no_gradient(guider) -> str | None:
     return None
 
 
-def _weight_hooks(group) -> dict[object, set[float]]:
+def _weight_hooks(group: Any) -> dict[object, set[float]]:
     """Hooks on the model's weights, with the strengths that they take."""
     if group is None:
         return {}

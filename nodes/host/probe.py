@@ -18,7 +18,7 @@ from .replay import ReplaySampler
 from .samplers import StandIn, Twins
 
 
-def why_not_differentiable(sampler, model_sampling) -> str | None:
+def why_not_differentiable(sampler: Any, model_sampling: Any) -> str | None:
     """Run the sampler's twin on a toy model for three steps: None, or why its trajectory cannot be optimised."""
     if not isinstance(sampler, comfy.samplers.KSAMPLER):
         if isinstance(sampler, ReplaySampler):
@@ -28,7 +28,7 @@ def why_not_differentiable(sampler, model_sampling) -> str | None:
         return _try_on_a_toy(run, x)
 
 
-def injects_noise(sampler, model_sampling) -> bool:
+def injects_noise(sampler: Any, model_sampling: Any) -> bool:
     """Whether noise beyond the initial one changes what the sampler gives. (Some draw it, and take none of it.)"""
     with _toy(sampler, model_sampling) as (run, x, _):
         noises: list = []
@@ -36,7 +36,7 @@ def injects_noise(sampler, model_sampling) -> bool:
         return not torch.equal(run(x, [z + 1 for z in noises], replay=True), out)
 
 
-def begins_anew(sampler, model_sampling) -> bool:
+def begins_anew(sampler: Any, model_sampling: Any) -> bool:
     """Whether a step of the sampler takes nothing of the noise before it but by way of the network (lcm).
 
     Where the network counts as a constant (`gradient_steps`), no gradient comes to the noises before it then.
@@ -55,7 +55,7 @@ def begins_anew(sampler, model_sampling) -> bool:
         return not gradient.abs().sum() > 0
 
 
-def goes_in_pieces(sampler, model_sampling) -> bool:
+def goes_in_pieces(sampler: Any, model_sampling: Any) -> bool:
     """Whether the sampler's steps one by one give what it gives at once: not where it remembers earlier ones."""
     with _toy(sampler, model_sampling) as (run, x, sigmas):
         noises: list = []
@@ -71,7 +71,7 @@ def goes_in_pieces(sampler, model_sampling) -> bool:
 
 @contextmanager
 def _toy(
-    sampler, model_sampling, gradient: bool = False, constant: bool = False
+    sampler: Any, model_sampling: Any, gradient: bool = False, constant: bool = False
 ) -> Iterator[tuple[Callable, Tensor, Tensor]]:
     """(run(x, noises, replay, sigmas), a state to begin from, all sigmas): the sampler's twin on a model of one line,
     outside ComfyUI's inference mode. constant: the model has no gradient.
@@ -85,8 +85,8 @@ def _toy(
         yield _runner(sampler, model_sampling, schedule, constant), start, schedule
 
 
-def _runner(sampler, model_sampling, schedule: Tensor, constant: bool) -> Callable:
-    def toy(x: Tensor, sigma: Tensor, **kwargs):
+def _runner(sampler: Any, model_sampling: Any, schedule: Tensor, constant: bool) -> Callable:
+    def toy(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         # Any function that depends on x at every noise level will do.
         x = x.detach() if constant else x
         denoised = x / (1 + sigma.reshape(-1, 1, 1, 1))
@@ -105,7 +105,7 @@ def _runner(sampler, model_sampling, schedule: Tensor, constant: bool) -> Callab
         """noises: a list, to be filled with what the sampler draws; with `replay` any iterable of noises."""
         rest = iter(noises)
 
-        def source(draw):
+        def source(draw: Callable) -> Tensor:
             if replay:
                 return next(rest)
             noises.append(draw())

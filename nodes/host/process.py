@@ -25,6 +25,7 @@ import comfy.samplers
 import comfy.utils
 import psutil
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -74,7 +75,7 @@ def decode(vae: VAE, latent: Tensor) -> Tensor:
 SCALES = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of an empty latent that was made for another model
 
 
-def samples_of(model, latent: dict) -> Tensor:
+def samples_of(model: ModelPatcher, latent: dict) -> Tensor:
     """The latents as the model works on them, as KSampler finds them: an empty one has no channels of its own."""
     known = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters
     scales = {name: latent.get(name) for name in SCALES if name in known}
@@ -127,7 +128,9 @@ class Job:
 class Process:
     """The frozen model's sampling process, inside ComfyUI's `guider.sample`."""
 
-    def __init__(self, job: Job, model_wrap: Any, sigmas, extra_args: dict, latent_image, mask):
+    def __init__(
+        self, job: Job, model_wrap: Any, sigmas: Tensor, extra_args: dict, latent_image: Tensor, mask: Tensor | None
+    ) -> None:
         self.job, self.model_wrap, self.sigmas = job, model_wrap, sigmas
         self.vae = copy.copy(job.vae)
         self.vae.patcher = static(job.vae.patcher, f"{job.node}: vae")
@@ -309,7 +312,9 @@ class Process:
             yield
 
     def _run(self, noise: Tensor, function: Callable, options: dict) -> Tensor:
-        """ComfyUI's own sampler object, with `function` and `options` in place of its own."""
+        """ComfyUI's own sampler object, with `function` and `options` in place of its own. Without a callback, and
+        without a progress bar: the options that `function` is called with say so.
+        """
         sampler = copy.copy(self.job.sampler)
         sampler.sampler_function, sampler.extra_options = function, options
         return sampler.sample(
@@ -323,20 +328,18 @@ class Process:
     def _sample(self, noise: Tensor, source: NoiseSource, denoiser: Callable[..., tuple[dict, Callable]]) -> Tensor:
         twin, options = self.twin(source)
 
-        def function(model_k: Any, x: Tensor, sigmas, extra_args: dict, callback, disable, **options):
+        def function(model_k: Any, x: Tensor, sigmas: Tensor, extra_args: dict, **options: Any) -> Tensor:
             extra_args, call = denoiser(model_k, extra_args)
-            return twin(
-                StandIn(model_k, call), x, sigmas, extra_args=extra_args, callback=None, disable=True, **options
-            )
+            return twin(StandIn(model_k, call), x, sigmas, extra_args=extra_args, **options)
 
         return self._run(noise, function, options)
 
-    def plain(self, noise: Tensor, source: NoiseSource, wrap) -> Tensor:
+    def plain(self, noise: Tensor, source: NoiseSource, wrap: Callable) -> Tensor:
         """ComfyUI's own sample, bit for bit, with its noises and random states seen on their way."""
         first, calls = not self.states, itertools.count()
 
-        def denoiser(model_k: Any, extra_args: dict):
-            def call(x: Tensor, sigma: Tensor, **kwargs):
+        def denoiser(model_k: Any, extra_args: dict) -> tuple[dict, Callable]:
+            def call(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 if first:
                     self.states.append(random_state(x.device))
@@ -349,8 +352,8 @@ class Process:
         self.begin()
         return self._sample(noise, source, denoiser)
 
-    def differentiable(self, noise: Tensor, source: NoiseSource, wrap) -> Tensor:
-        def denoiser(model_k: Any, extra_args: dict):
+    def differentiable(self, noise: Tensor, source: NoiseSource, wrap: Callable) -> Tensor:
+        def denoiser(model_k: Any, extra_args: dict) -> tuple[dict, Callable]:
             extra_args, call = self._network(model_k, extra_args)
             return extra_args, wrap(call)
 
@@ -403,7 +406,7 @@ class Process:
         conditional: list[Tensor] = []
         if self.job.measured == "conditional":
 
-            def capture(args):
+            def capture(args: dict) -> Tensor:
                 conditional[:] = [args["cond_denoised"]]
                 return args["denoised"]
 
@@ -411,11 +414,11 @@ class Process:
 
         own = len(options.get("sampler_post_cfg_function", ()))
 
-        def escapes(kwargs) -> bool:
+        def escapes(kwargs: dict) -> bool:
             # CFG++ samplers add a function of theirs, and take the unconditional prediction out of it.
             return len(kwargs.get("model_options", {}).get("sampler_post_cfg_function", ())) > own
 
-        def call(x: Tensor, sigma: Tensor, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
+        def call(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
             comfy.model_management.throw_exception_if_processing_interrupted()
             with self.place():
                 out = model_k(x, sigma, **kwargs)
@@ -499,7 +502,7 @@ class Process:
                         stack.enter_context(within)
                     return job.reward(images, prompts)
 
-            def rewarded(images: Tensor):
+            def rewarded(images: Tensor) -> tuple:
                 with without_tf32():
                     return job.reward(images, prompts)
 
@@ -509,7 +512,7 @@ class Process:
         """`work` inside ComfyUI's sampler call, where a run can be stopped and continued at any noise level."""
         found: list[Result] = []
 
-        def function(model_k: Any, x: Tensor, sigmas, extra_args: dict, callback, disable, **options):
+        def function(model_k: Any, x: Tensor, sigmas: Tensor, extra_args: dict, **options: Any) -> Tensor:
             found.append(work(Chain(self, model_k, extra_args)))
             return x
 
@@ -615,7 +618,7 @@ class Process:
         """(of the gradient, of the predicted noise with a gradient against without), both relative."""
         found: list[tuple[float, float]] = []
 
-        def function(model_k: Any, x: Tensor, sigmas, extra_args: dict, callback, disable, **options):
+        def function(model_k: Any, x: Tensor, sigmas: Tensor, extra_args: dict, **options: Any) -> Tensor:
             extra_args, call = self._network(model_k.inner_model, extra_args)
             extra_args.pop("denoise_mask", None)  # a mask is no business of the network's
             last = len(sigmas) - 2
@@ -670,7 +673,7 @@ def same_state(a: tuple, b: tuple) -> bool:
 class _RandomState:
     """A context in which torch's global generators go on from a given state, and forget it afterwards."""
 
-    def __init__(self, state: tuple):
+    def __init__(self, state: tuple) -> None:
         self.state = state
 
     def _set(self, state: tuple) -> None:
@@ -684,14 +687,14 @@ class _RandomState:
         self.before = torch.get_rng_state(), None if cuda is None else torch.cuda.get_rng_state()
         self._set(self.state)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         self._set(self.before)
 
 
 class Chain:
     """ComfyUI's own sampler function in pieces, on particles of the whole batch: `particles.Chain`."""
 
-    def __init__(self, process: Process, model_k: Any, extra_args: dict):
+    def __init__(self, process: Process, model_k: Any, extra_args: dict) -> None:
         self.process, self.model_k, self.extra_args = process, model_k, extra_args
 
     def _on(self, count: int) -> tuple[object, dict, Callable]:
@@ -719,13 +722,13 @@ class Chain:
         out = self.process.rollout.predict(call, x, sigma, extra_args)
         return out[0] if isinstance(out, tuple) else out
 
-    def segment(self, x: Tensor, i: int, j: int, source: NoiseSource, wrap) -> Tensor:
+    def segment(self, x: Tensor, i: int, j: int, source: NoiseSource, wrap: Callable) -> Tensor:
         process = self.process
         process.begin()  # particles take turns, so what follows the steps finds its place anew
         model_k, extra_args, call = self._on(len(x))
         numbers = itertools.count(i)
 
-        def drawing(x: Tensor, sigma: Tensor, **kwargs):
+        def drawing(x: Tensor, sigma: Tensor, **kwargs: Any) -> Any:
             with process.random(next(numbers)):  # exact where a step is one call
                 return call(x, sigma, **kwargs)
 

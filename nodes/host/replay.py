@@ -23,7 +23,7 @@ from .samplers import twin_of
 class ReplayNoise:
     """z_T. facts: of the run, for whoever saves it."""
 
-    def __init__(self, segments: Sequence[Segment], facts: dict):
+    def __init__(self, segments: Sequence[Segment], facts: dict) -> None:
         self.segments, self.facts = segments, facts
         self.seed = facts.get("seed", 0)
 
@@ -43,7 +43,7 @@ class ReplaySampler(comfy.samplers.Sampler):
     optimized: as an optimisation samples, with PyTorch's attention, so that the same bits come out.
     """
 
-    def __init__(self, sampler: Any, segments: Sequence[Segment], optimized: bool = True):
+    def __init__(self, sampler: Any, segments: Sequence[Segment], optimized: bool = True) -> None:
         self.sampler, self.segments, self.optimized = sampler, segments, optimized
 
     def sample(
@@ -51,7 +51,7 @@ class ReplaySampler(comfy.samplers.Sampler):
         model_wrap: Any,
         sigmas: Tensor,
         extra_args: dict,
-        callback,
+        callback: Callable | None,
         noise: Tensor,
         latent_image: Tensor | None = None,
         denoise_mask: Tensor | None = None,
@@ -88,8 +88,8 @@ class ReplaySampler(comfy.samplers.Sampler):
         return x
 
     def _run(
-        self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback, noise: Tensor, latent_image, mask, disable,
-        segment: Segment,
+        self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Callable | None, noise: Tensor,
+        latent_image: Tensor | None, mask: Tensor | None, disable: bool, segment: Segment,
     ) -> Tensor:  # fmt: skip
         given = segment.source(len(sigmas) - 1)
 

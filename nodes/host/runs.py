@@ -183,7 +183,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
     which `optimized` tells whether any is other than the plain sample's.
     """
 
-    def __init__(self, job: Job, work: Callable):
+    def __init__(self, job: Job, work: Callable) -> None:
         self.job, self.work = job, work
         self.plain: Tensor | None = None
         self.result: Result | None = None
@@ -191,14 +191,14 @@ class _WorkingSampler(comfy.samplers.Sampler):
     def sample(
         self,
         model_wrap: Any,
-        sigmas,
+        sigmas: Tensor,
         extra_args: dict,
-        callback,
-        noise,
-        latent_image=None,
+        callback: Callable | None,
+        noise: Tensor,
+        latent_image: Tensor = None,
         denoise_mask: Tensor = None,
-        _=False,
-    ):
+        _: Any = False,
+    ) -> Tensor:
         job = self.job
         # First as ComfyUI itself samples, before anything is loaded or switched for the work.
         process = Process(job, model_wrap, sigmas, extra_args, latent_image, denoise_mask)

@@ -39,7 +39,7 @@ def _attached(code: types.CodeType) -> types.CodeType:
 class Twins:
     """Makes the twins of sampler functions whose every noise is `source(draw)`."""
 
-    def __init__(self, source: NoiseSource):
+    def __init__(self, source: NoiseSource) -> None:
         self.source = source
         self.namespaces: dict[int, dict] = {}
         self.functions: dict[types.FunctionType, types.FunctionType] = {}
@@ -55,7 +55,7 @@ class Twins:
     def _making_noise(self, factory: Callable) -> Callable:
         """A noise sampler factory whose sampler is made only when it is asked for a noise of its own."""
 
-        def make(*args, **kwargs):
+        def make(*args: Any, **kwargs: Any) -> Any:
             sampler = functools.cache(lambda: factory(*args, **kwargs))
             return lambda sigma, sigma_next: self.source(lambda: sampler()(sigma, sigma_next))
 
@@ -99,13 +99,13 @@ def twin_of(sampler: Any, source: NoiseSource) -> tuple[Callable, dict]:
 class StandIn:
     """Stands where ComfyUI's `KSamplerX0Inpaint` stands in a sampler function."""
 
-    def __init__(self, model_k: Any, call: Callable):
+    def __init__(self, model_k: Any, call: Callable) -> None:
         self.inner_model = model_k.inner_model
         self.model_k = model_k
         self.call = call
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.model_k, name)
 
-    def __call__(self, x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         return self.call(x, sigma, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from comfy import sd1_clip
@@ -49,7 +50,7 @@ def complain(values: dict, inputs: Sequence[io.Input]) -> str | None:
     return None
 
 
-def _shown(value) -> str:
+def _shown(value: object) -> str:
     return str(value) if len(str(value)) < 25 else f"{str(value)[:20]}..."
 
 
@@ -74,7 +75,7 @@ def check_reward(node: str, reward: Reward, name: str = "reward") -> None:
         raise ValueError(f"{node}: {name} is {_kind(reward)}: connect a MIRA reward node")
 
 
-def _kind(value) -> str:
+def _kind(value: object) -> str:
     return "empty" if value is None else f"a {type(value).__name__}"
 
 
@@ -94,7 +95,7 @@ def wrong_sigmas(sigmas: torch.Tensor) -> str | None:
 def check(
     node: str,
     model: ModelPatcher,
-    sampler,
+    sampler: Any,
     latent: dict,
     vae: VAE,
     reward: Reward,
@@ -118,7 +119,7 @@ def check(
         )
 
 
-def check_reach(node: str, model: ModelPatcher, sampler, steps: int, values: dict) -> None:
+def check_reach(node: str, model: ModelPatcher, sampler: Any, steps: int, values: dict) -> None:
     """Raise ValueError where the gradient would not come to what is optimised."""
     free, through = values.get("variables", "trajectory"), gradient_steps(values, steps)
     if free not in ("initial", "early", "initno") or not 0 < through < steps:
@@ -147,7 +148,7 @@ def needs(node: str, reward: Reward, prompt: str, count: int | None) -> None:
         )
 
 
-def name_of(sampler) -> str:
+def name_of(sampler: Any) -> str:
     """A SAMPLER's name as KSampler's list has it, or that of its class."""
     function = getattr(sampler, "sampler_function", None)
     return getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
@@ -162,7 +163,7 @@ def spoken(prompt: str) -> str:
     return re.sub(r"[ \t]{2,}", " ", NO_WORDS.sub(" ", text)).strip() if NO_WORDS.search(text) else text
 
 
-def prompts_of(prompt: str, guider, count: int) -> tuple[list[str], list[str]]:
+def prompts_of(prompt: str, guider: Any, count: int) -> tuple[list[str], list[str]]:
     """(the text that each of `count` images is scored against, notices).
 
     Where the conditioning is a batch of several prompts, their texts are given one a line.
@@ -184,7 +185,7 @@ def prompts_of(prompt: str, guider, count: int) -> tuple[list[str], list[str]]:
     return [prompt] * count, notices
 
 
-def _is_conditioning(value) -> bool:
+def _is_conditioning(value: Any) -> bool:
     pairs = isinstance(value, list) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in value)
     return pairs and all(torch.is_tensor(t) and isinstance(more, dict) for t, more in value)
 
@@ -205,7 +206,7 @@ LINKS: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 
 
-def check_links(node: str, **given) -> None:
+def check_links(node: str, **given: Any) -> None:
     """Raise ValueError for a link, by its input's name, that is of another kind: a literal in its place, or nothing."""
     for name, value in given.items():
         fits, source = LINKS[name]
@@ -221,11 +222,11 @@ def check_links(node: str, **given) -> None:
 
 
 def check_latent(
-    node: str, model: ModelPatcher, latent: dict, vae: VAE, sampler, values: dict, gradient: bool = True
+    node: str, model: ModelPatcher, latent: dict, vae: VAE, sampler: Any, values: dict, gradient: bool = True
 ) -> None:
     """The latent, the VAE and, where a gradient is needed, the sampler: as `check`."""
 
-    def fail(message: str):
+    def fail(message: str) -> None:
         raise ValueError(f"{node}: {message}")
 
     check_links(node, model=model, vae=vae, latent_image=latent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -12,7 +13,16 @@ from ..editor.on_disk import travel
 from . import memo
 
 
-def finish(node: str, hidden, done: host.Optimized, live: LiveRun, latent: dict, iterate: int, *more, noises=True):
+def finish(
+    node: str,
+    hidden: Any,
+    done: host.Optimized,
+    live: LiveRun,
+    latent: dict,
+    iterate: int,
+    *more: Any,
+    noises: Any = True,
+) -> io.NodeOutput:
     """more: outputs after the trace; then, with `noises`, those that sample the kept iterates again."""
     samples, kept, notices = memo.take_iterate(done, iterate, node)
     trace = replace(done.result.trace, kept=kept, notices=[*done.result.trace.notices, *live.notices, *notices])

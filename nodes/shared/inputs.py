@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from torch import Tensor
 
 from ...sampler.optimize import HOLD, KEEP, OPTIMIZERS, STOP, Settings
 from ...sampler.rollout import WEIGHTINGS, Rollout
@@ -59,7 +61,7 @@ def sampling_inputs(seed: str) -> list:
     ]
 
 
-def schedule(model: ModelPatcher, values: dict):
+def schedule(model: ModelPatcher, values: dict) -> Tensor:
     """The sigmas that KSampler would take of a model that is loaded, (steps + 1,).
 
     A scheduler reads the model's own table, which lies in the CPU's memory until the model was first loaded, and a
@@ -345,7 +347,7 @@ def iterate_input():
     )
 
 
-def learning_rate_input(default: float, tooltip: str, optional: bool = False):
+def learning_rate_input(default: float, tooltip: str, optional: bool = False) -> io.Float.Input:
     return io.Float.Input(
         "learning_rate",
         default=default,
@@ -358,11 +360,11 @@ def learning_rate_input(default: float, tooltip: str, optional: bool = False):
     )
 
 
-def beta_input(default: float, tooltip: str, optional: bool = False):
+def beta_input(default: float, tooltip: str, optional: bool = False) -> io.Float.Input:
     return io.Float.Input("beta", default=default, min=0.0, max=1000.0, step=0.01, tooltip=tooltip, optional=optional)
 
 
-def restart_denoise_input(how: str = "How"):
+def restart_denoise_input(how: str = "How") -> io.Float.Input:
     return io.Float.Input(
         "restart_denoise",
         default=DEFAULT.restart_denoise,
@@ -407,7 +409,7 @@ def noise_outputs() -> list:
     ]
 
 
-def settings_of(values: dict, kind: type = Settings):
+def settings_of(values: dict, kind: type = Settings) -> Any:
     """The `kind` of settings, `Settings` or `PreferenceSettings`, that a node's values say."""
     names = {field.name for field in fields(kind)}
     chosen = {k: v for k, v in values.items() if k in names} | {"lr": values["learning_rate"]}
@@ -417,7 +419,7 @@ def settings_of(values: dict, kind: type = Settings):
     return kind(**chosen)
 
 
-def read_settings(node: str, values: dict, kind: type = Settings):
+def read_settings(node: str, values: dict, kind: type = Settings) -> Any:
     """The settings, before anything is sampled. Raises ValueError, naming the node, for what does not go together."""
     try:
         return settings_of(values, kind)

@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import comfy.sample
 import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
+from torch import Tensor
 
 from .. import host
 from .checks import prompts_of
 from .inputs import restart_sigmas, schedule
 
 
-def cfg_guider(model, positive, negative, cfg: float) -> comfy.samplers.CFGGuider:
+def cfg_guider(model: ModelPatcher, positive: list, negative: list, cfg: float) -> comfy.samplers.CFGGuider:
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
     return guider
 
 
-def ksampler_noise(samples, latent: dict) -> Callable:
+def ksampler_noise(samples: Tensor, latent: dict) -> Callable:
     """seed -> the initial noise that KSampler makes for these latents."""
     return lambda seed: comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
 
 
 def ksampler_job(
-    model: ModelPatcher, positive, negative, latent: dict, vae: VAE, seed: int, cfg: float, prompt: str, values, **more
-):
+    model: ModelPatcher,
+    positive: list,
+    negative: list,
+    latent: dict,
+    vae: VAE,
+    seed: int,
+    cfg: float,
+    prompt: str,
+    values: dict,
+    **more: Any,
+) -> host.Job:
     """What KSampler would sample; values: the node's widgets by name, more: the rest of the job."""
     samples = host.samples_of(model, latent)
     initial = ksampler_noise(samples, latent)

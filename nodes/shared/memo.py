@@ -5,6 +5,9 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
 
 from ..editor.on_disk import place_in_list
 from ..host import Optimized
@@ -17,7 +20,7 @@ _runs: OrderedDict[str, tuple[dict, tuple, int]] = OrderedDict()  # by node: inp
 _cuts: list[dict] = []  # the widgets of runs that were cut short
 
 
-def _held(value) -> Callable:
+def _held(value: object) -> Callable:
     """Gives the value back. Models and the like are not kept alive by having been used."""
     if isinstance(value, PLAIN):
         return lambda: value
@@ -35,7 +38,7 @@ def _same(a: dict, b: dict) -> bool:
     return all(x is y or (isinstance(x, PLAIN) and isinstance(y, PLAIN) and x == y) for x, y in pairs)
 
 
-def of(node: str, inputs: dict, iterate: int, run: Callable[[], tuple[Optimized, object]]):
+def of(node: str, inputs: dict, iterate: int, run: Callable[[], tuple[Optimized, object]]) -> tuple[Optimized, Any]:
     """What `run` gave for these very inputs when they were asked for before, or gives now.
 
     A run that was cut short is repeated when it is asked for again as it was: who queues it again wants its end.
@@ -67,7 +70,7 @@ def cuts(inputs: dict) -> int:
     return sum(all(cut.get(k, v) == v for k, v in given.items()) for cut in _cuts)
 
 
-def take_iterate(done: Optimized, iterate: int, node: str):
+def take_iterate(done: Optimized, iterate: int, node: str) -> tuple[Tensor, list[int], list[str]]:
     """(latent, kept iterations, notices): the kept ones for -1, else that iterate of every image. Raises ValueError
     for one that the run never had; of a run that was cut short before it, the kept ones.
     """
