@@ -34,6 +34,7 @@ from .host.grad import (
     without_tf32,
 )
 from .shared.checks import check_links, check_reward, check_values, needs, needs_gradient
+from .shared.inputs import vae_input
 from .shared.types import MiraReward, aliases
 
 RLG = "MIRA RL Guidance"
@@ -312,7 +313,7 @@ class MiraDyMOGuider(io.ComfyNode):
                 io.Model.Input("model"),
                 io.Conditioning.Input("positive"),
                 io.Conditioning.Input("negative"),
-                io.Vae.Input("vae", tooltip="The model's own VAE: the reward looks at decoded images."),
+                vae_input(),
                 MiraReward.Input("reward"),
                 io.Float.Input(
                     "cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Classifier-free guidance."

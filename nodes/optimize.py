@@ -21,11 +21,13 @@ from .shared import memo
 from .shared.checks import check, check_links, check_reach, check_values, complain, fill_in, prompts_of, wrong_sigmas
 from .shared.finish import finish
 from .shared.inputs import (
+    HIDDEN,
     advanced,
     advanced_inputs,
     denoise_input,
     dial_inputs,
     gradient_steps,
+    linked_inputs,
     noise_outputs,
     prompt_input,
     read_settings,
@@ -33,6 +35,7 @@ from .shared.inputs import (
     sampling_inputs,
     schedule,
     trace_outputs,
+    vae_input,
 )
 from .shared.job import cfg_guider, describe, ksampler_noise
 from .shared.presets import apply_preset
@@ -81,7 +84,7 @@ def run_optimization(
     prompt: str,
     guider: Any,
     **given: Any,
-) -> io.NodeOutput:
+) -> tuple[host.Optimized, LiveRun]:
     """One run: (what came out, what the editor was told)."""
     model, sampler, sigmas = guider.model_patcher, given["sampler"], given["sigmas"]
     samples = host.samples_of(model, latent)
@@ -145,11 +148,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
                 "near what the model would paint. Cancel stops it and hands back the best image so far."
             ),
             inputs=[
-                io.Model.Input("model"),
-                io.Conditioning.Input("positive"),
-                io.Conditioning.Input("negative"),
-                io.Latent.Input("latent_image"),
-                io.Vae.Input("vae", tooltip="The model's own VAE: the reward looks at decoded images."),
+                *linked_inputs(),
                 MiraReward.Input("reward"),
                 *sampling_inputs("Makes the noises that the optimisation starts from, as KSampler's does."),
                 *dial_inputs(),
@@ -158,7 +157,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
                 *advanced_inputs(),
             ],
             outputs=[*trace_outputs(), *noise_outputs()],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
+            hidden=HIDDEN,
         )
 
     @classmethod
@@ -238,14 +237,14 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
                 io.Sampler.Input("sampler"),
                 io.Sigmas.Input("sigmas"),
                 io.Latent.Input("latent_image"),
-                io.Vae.Input("vae", tooltip="The model's own VAE: the reward looks at decoded images."),
+                vae_input(),
                 MiraReward.Input("reward"),
                 *dial_inputs(),
                 prompt_input(),
                 *advanced_inputs(),
             ],
             outputs=[*trace_outputs(), *noise_outputs()],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
+            hidden=HIDDEN,
         )
 
     @classmethod

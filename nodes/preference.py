@@ -28,11 +28,13 @@ from .shared import memo
 from .shared.checks import check_latent, check_links, check_reward, check_values, complain, fill_in, needs
 from .shared.finish import finish
 from .shared.inputs import (
+    HIDDEN,
     advanced,
     beta_input,
     denoise_input,
     iterate_input,
     learning_rate_input,
+    linked_inputs,
     memory_input,
     noise_outputs,
     prompt_input,
@@ -41,7 +43,7 @@ from .shared.inputs import (
     sampling_inputs,
     trace_outputs,
 )
-from .shared.job import describe, ksampler_job
+from .shared.job import KSamplerInputs, describe, ksampler_job
 from .shared.types import MiraReward, aliases
 
 log = logging.getLogger("mira")
@@ -166,11 +168,7 @@ class MiraDPOPreference(io.ComfyNode):
                 "without a gradient, you, or the choices of an earlier run), and moves its noises accordingly."
             ),
             inputs=[
-                io.Model.Input("model"),
-                io.Conditioning.Input("positive"),
-                io.Conditioning.Input("negative"),
-                io.Latent.Input("latent_image"),
-                io.Vae.Input("vae", tooltip="The model's own VAE: the judge looks at decoded images."),
+                *linked_inputs("judge"),
                 io.Combo.Input(
                     "judge",
                     options=list(JUDGES),
@@ -206,7 +204,7 @@ class MiraDPOPreference(io.ComfyNode):
                 io.String.Output("choices_made", display_name="choices", tooltip="The choices, to repeat the run."),
                 *noise_outputs(),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
+            hidden=HIDDEN,
         )
 
     @classmethod
@@ -242,64 +240,50 @@ class MiraDPOPreference(io.ComfyNode):
         iterate: int = -1,
         **values: Any,
     ) -> io.NodeOutput:
-        values = fill_in(cls.define_schema().inputs, values)
-        linked = dict(model=model, positive=positive, negative=negative, latent=latent_image, vae=vae, reward=reward)
-        inputs = values | linked | dict(seed=seed, cfg=cfg, choices=choices, prompt=prompt)
-
-        def work():
-            return cls.run_preference(**linked, seed=seed, cfg=cfg, choices=choices, prompt=prompt, values=values)
-
-        done, live = memo.of(cls.hidden.unique_id, inputs, iterate, work)
+        given = KSamplerInputs(model, positive, negative, latent_image, vae, seed, cfg, prompt)
+        values, hidden = fill_in(cls.define_schema().inputs, values), cls.hidden
+        identity = values | vars(given) | {"reward": reward, "choices": choices}
+        done, live = memo.of(
+            hidden.unique_id, identity, iterate, lambda: run_preference(hidden, given, reward, choices, values)
+        )
         record = json.dumps(done.result.trace.settings["choices"])
-        return finish(NODE, cls.hidden, done, live, latent_image, iterate, record)
+        return finish(NODE, hidden, done, live, latent_image, iterate, record)
 
-    @classmethod
-    def run_preference(
-        cls,
-        *,
-        model: ModelPatcher,
-        positive: list,
-        negative: list,
-        latent: dict,
-        vae: VAE,
-        reward: Reward,
-        seed: int,
-        cfg: float,
-        choices: str,
-        prompt: str,
-        values: dict,
-    ) -> io.NodeOutput:
-        """One run: (what came out, what the editor was told)."""
-        check_values(NODE, cls.define_schema().inputs, values | {"cfg": cfg})
-        check_links(NODE, positive=positive, negative=negative)
-        sampler = comfy.samplers.sampler_object(values["sampler_name"])
-        if message := wrong_judge(values):
-            raise ValueError(f"{NODE}: {message}")
-        check_latent(NODE, model, latent, vae, sampler, values, METHODS[values["method"]].gradient)
-        judge, context = values["judge"], get_executing_context()
-        if judge == "reward":
-            check_reward(NODE, reward)
-            needs(NODE, reward, prompt, len(latent["samples"]))
-        made = {
-            "reward": lambda: lambda process: RewardJudge(lambda images: process.reward(images)[0]),
-            "person": lambda: person(cls.hidden.unique_id, context, values, seed),
-            "recorded choices": lambda: recorded(choices),
-        }[judge]()
-        settings = read_settings(NODE, values, PreferenceSettings)
-        by = reward.facts.name if judge == "reward" else judge
-        record = describe(NODE, values | {"cfg": cfg}, seed, prompt, by)
-        live = LiveRun(cls.hidden, settings.iterations - 1, {"drift_metric": "path_kl"}, record)
-        job = ksampler_job(
-            model, positive, negative, latent, vae, seed, cfg, prompt, values, node=NODE,
-            reward=reward if judge == "reward" else None, settings=settings, gradient=METHODS[settings.method].gradient,
-            on_iteration=live,
-        )  # fmt: skip
-        done = host.run(job, preferring(made, seed, TAKE_BACK if judge == "person" else 0))
-        trace = done.result.trace
-        trace.settings |= record
-        if judge == "reward":
-            trace.notices += reward.notices(job.prompts)
-        return done, live
+
+def run_preference(
+    hidden: Any, given: KSamplerInputs, reward: Reward | None, choices: str, values: dict
+) -> tuple[host.Optimized, LiveRun]:
+    """One run: (what came out, what the editor was told)."""
+    told = values | {"cfg": given.cfg}
+    check_values(NODE, MiraDPOPreference.define_schema().inputs, told)
+    check_links(NODE, positive=given.positive, negative=given.negative)
+    sampler = comfy.samplers.sampler_object(values["sampler_name"])
+    if message := wrong_judge(values):
+        raise ValueError(f"{NODE}: {message}")
+    check_latent(NODE, given.model, given.latent, given.vae, sampler, values, METHODS[values["method"]].gradient)
+    judge, context = values["judge"], get_executing_context()
+    if judge == "reward":
+        check_reward(NODE, reward)
+        needs(NODE, reward, given.prompt, len(given.latent["samples"]))
+    made = {
+        "reward": lambda: lambda process: RewardJudge(lambda images: process.reward(images)[0]),
+        "person": lambda: person(hidden.unique_id, context, values, given.seed),
+        "recorded choices": lambda: recorded(choices),
+    }[judge]()
+    settings = read_settings(NODE, values, PreferenceSettings)
+    by = reward.facts.name if judge == "reward" else judge
+    record = describe(NODE, told, given.seed, given.prompt, by)
+    live = LiveRun(hidden, settings.iterations - 1, {"drift_metric": "path_kl"}, record)
+    job = ksampler_job(
+        given, values, node=NODE, reward=reward if judge == "reward" else None, settings=settings,
+        gradient=METHODS[settings.method].gradient, on_iteration=live,
+    )  # fmt: skip
+    done = host.run(job, preferring(made, given.seed, TAKE_BACK if judge == "person" else 0))
+    trace = done.result.trace
+    trace.settings |= record
+    if judge == "reward":
+        trace.notices += reward.notices(job.prompts)
+    return done, live
 
 
 def wrong_judge(values: dict) -> str | None:

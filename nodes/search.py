@@ -30,11 +30,13 @@ from .shared.checks import (
 )
 from .shared.finish import finish
 from .shared.inputs import (
+    HIDDEN,
     advanced,
     beta_input,
     denoise_input,
     iterate_input,
     learning_rate_input,
+    linked_inputs,
     memory_input,
     prompt_input,
     read_settings,
@@ -43,7 +45,7 @@ from .shared.inputs import (
     sampling_inputs,
     trace_outputs,
 )
-from .shared.job import describe, ksampler_job
+from .shared.job import KSamplerInputs, describe, ksampler_job
 from .shared.types import MiraReward, aliases
 
 log = logging.getLogger("mira")
@@ -148,11 +150,7 @@ class MiraSearchKSampler(io.ComfyNode):
                 "side."
             ),
             inputs=[
-                io.Model.Input("model"),
-                io.Conditioning.Input("positive"),
-                io.Conditioning.Input("negative"),
-                io.Latent.Input("latent_image"),
-                io.Vae.Input("vae", tooltip="The model's own VAE: the reward looks at decoded images."),
+                *linked_inputs(),
                 MiraReward.Input("reward", tooltip="It needs a gradient for das and mira_fk only."),
                 *sampling_inputs("Makes the first candidate's noises, as KSampler's does, and all others from there."),
                 io.Combo.Input(
@@ -191,7 +189,7 @@ class MiraSearchKSampler(io.ComfyNode):
                 *particulars(),
             ],
             outputs=trace_outputs(),
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt],
+            hidden=HIDDEN,
         )
 
     @classmethod
@@ -223,43 +221,26 @@ class MiraSearchKSampler(io.ComfyNode):
         iterate: int = -1,
         **values: Any,
     ) -> io.NodeOutput:
-        linked = dict(model=model, positive=positive, negative=negative, latent=latent_image, vae=vae, reward=reward)
-        values = fill_in(cls.define_schema().inputs, values)
-        inputs = values | linked | dict(seed=seed, cfg=cfg, prompt=prompt)
-        hidden = cls.hidden
-
-        def work():
-            return run_search(hidden, **linked, seed=seed, cfg=cfg, prompt=prompt, values=values)
-
-        return finish(
-            NODE, hidden, *memo.of(hidden.unique_id, inputs, iterate, work), latent_image, iterate, noises=False
-        )
+        given = KSamplerInputs(model, positive, negative, latent_image, vae, seed, cfg, prompt)
+        values, hidden = fill_in(cls.define_schema().inputs, values), cls.hidden
+        identity = values | vars(given) | {"reward": reward}
+        run = memo.of(hidden.unique_id, identity, iterate, lambda: run_search(hidden, given, reward, values))
+        return finish(NODE, hidden, *run, latent_image, iterate, noises=False)
 
 
-def run_search(
-    hidden: Any,
-    *,
-    model: ModelPatcher,
-    positive: list,
-    negative: list,
-    latent: dict,
-    vae: VAE,
-    reward: Reward,
-    seed: int,
-    cfg: float,
-    prompt: str,
-    values: dict,
-) -> io.NodeOutput:
+def run_search(hidden: Any, given: KSamplerInputs, reward: Reward, values: dict) -> tuple[host.Optimized, LiveRun]:
     """One run: (what came out, what the editor was told)."""
-    check_values(NODE, MiraSearchKSampler.define_schema().inputs, values | {"cfg": cfg})
+    model, latent, prompt = given.model, given.latent, given.prompt
+    told = values | {"cfg": given.cfg}
+    check_values(NODE, MiraSearchKSampler.define_schema().inputs, told)
     settings = read_settings(NODE, values, SearchSettings)
     method = METHODS[settings.method]
-    check_links(NODE, positive=positive, negative=negative)
+    check_links(NODE, positive=given.positive, negative=given.negative)
     check_reward(NODE, reward)
     if method.gradient:
         needs_gradient(NODE, reward, f"a method that needs none than {settings.method}, such as fk_steering")
     sampler = comfy.samplers.sampler_object(values["sampler_name"])
-    check_latent(NODE, model, latent, vae, sampler, values, method.gradient)
+    check_latent(NODE, model, latent, given.vae, sampler, values, method.gradient)
     needs(NODE, reward, prompt, len(latent["samples"]))
     if method.restarts and values["steps"] < 2:
         raise ValueError(
@@ -268,14 +249,12 @@ def run_search(
         )
     if method.steers:
         can_steer(settings.method, sampler, model.get_model_object("model_sampling"), values)
+    record = describe(NODE, told, given.seed, prompt, reward.facts.name)
     # Another seed is far from the plain sample by every distance; its score energy need not be.
-    told = {"drift_metric": "mira_two_sided"}
-    record = describe(NODE, values | {"cfg": cfg}, seed, prompt, reward.facts.name)
-    live = LiveRun(hidden, settings.rows(values["steps"]), told, record)
+    live = LiveRun(hidden, settings.rows(values["steps"]), {"drift_metric": "mira_two_sided"}, record)
     job = ksampler_job(
-        model, positive, negative, latent, vae, seed, cfg, prompt, values, node=NODE,
-        reward=reward, settings=settings, gradient=method.gradient, on_iteration=live,
-    )  # fmt: skip
+        given, values, node=NODE, reward=reward, settings=settings, gradient=method.gradient, on_iteration=live
+    )
     done = host.run(job, host.searching)
     trace = done.result.trace
     for notice in reward.notices(job.prompts):

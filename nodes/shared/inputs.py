@@ -26,6 +26,24 @@ FEW_STEPS = 10
 AUTO = "auto"
 
 
+HIDDEN = [io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.prompt]
+
+
+def vae_input(who: str = "reward") -> io.Input:
+    return io.Vae.Input("vae", tooltip=f"The model's own VAE: the {who} looks at decoded images.")
+
+
+def linked_inputs(who: str = "reward") -> list[io.Input]:
+    """What KSampler is connected to, and a VAE."""
+    return [
+        io.Model.Input("model"),
+        io.Conditioning.Input("positive"),
+        io.Conditioning.Input("negative"),
+        io.Latent.Input("latent_image"),
+        vae_input(who),
+    ]
+
+
 def sampling_inputs(seed: str) -> list:
     """KSampler's own widgets. seed: the tooltip of the seed."""
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.sample
@@ -28,33 +29,37 @@ def ksampler_noise(samples: Tensor, latent: dict) -> Callable:
     return lambda seed: comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
 
 
-def ksampler_job(
-    model: ModelPatcher,
-    positive: list,
-    negative: list,
-    latent: dict,
-    vae: VAE,
-    seed: int,
-    cfg: float,
-    prompt: str,
-    values: dict,
-    **more: Any,
-) -> host.Job:
+@dataclass(frozen=True)
+class KSamplerInputs:
+    """What a node that samples as KSampler does is given, but for its other widgets."""
+
+    model: ModelPatcher
+    positive: list
+    negative: list
+    latent: dict
+    vae: VAE
+    seed: int
+    cfg: float
+    prompt: str
+
+
+def ksampler_job(given: KSamplerInputs, values: dict, **more: Any) -> host.Job:
     """What KSampler would sample; values: the node's widgets by name, more: the rest of the job."""
+    model, latent = given.model, given.latent
     samples = host.samples_of(model, latent)
     initial = ksampler_noise(samples, latent)
-    guider = cfg_guider(model, positive, negative, cfg)
-    prompts, notices = prompts_of(prompt, guider, len(samples))
+    guider = cfg_guider(model, given.positive, given.negative, given.cfg)
+    prompts, notices = prompts_of(given.prompt, guider, len(samples))
     return host.Job(
         guider=guider,
         sampler=comfy.samplers.sampler_object(values["sampler_name"]),
         sigmas=schedule(model, values),
-        noise=initial(seed),
+        noise=initial(given.seed),
         initial=initial,
         restart_sigmas=restart_sigmas(model, values),
         latent=samples,
-        vae=vae,
-        seed=seed,
+        vae=given.vae,
+        seed=given.seed,
         mask=latent.get("noise_mask"),
         prompts=prompts,
         notices=notices,
