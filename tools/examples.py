@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import uuid
 from dataclasses import dataclass, field
 
@@ -258,9 +259,80 @@ def relative() -> dict[str, Node]:
     }  # fmt: skip
 
 
+def hires_fix() -> dict[str, Node]:
+    """Optimise small, enlarge, let the model paint the details."""
+    nodes = demo()
+    nodes["latent"].values |= {"width": 96, "height": 96}
+    return {
+        **nodes,
+        "reward": Node("MiraPixelReward", 1, values={"measure": "colourfulness"}),
+        "mira": Node(
+            "MiraOptimizeKSampler", 2, "1. Optimise small", {**OPTIMISED, "reward": "reward.reward"},
+            {"seed": 7, "iterations": 9},
+        ),
+        "larger": Node(
+            "LatentUpscale", 3, "2. Enlarge", {"samples": "mira.optimized"},
+            {"upscale_method": "bicubic", "width": 128, "height": 128, "crop": "disabled"},
+        ),
+        "refined": Node(
+            "KSampler", 3, "3. Paint the details", {**SAMPLED, "latent_image": "larger.LATENT"},
+            {"seed": 7, "steps": 20, "cfg": 5.0, "sampler_name": "euler_ancestral", "denoise": 0.5},
+        ),
+        **saved("large", "refined.LATENT", 4, "Large", "mira/hires"),
+        **saved("small", "mira.optimized", 4, "Small", "mira/hires_small"),
+    }  # fmt: skip
+
+
+def refiner() -> dict[str, Node]:
+    """The first half of the steps by the stock sampler, the second half optimised."""
+    guided = {"model": "model.model", "positive": "positive.CONDITIONING", "negative": "negative.CONDITIONING"}
+    half = {"guider": "guider.GUIDER", "sampler": "sampler.SAMPLER"}
+    return {
+        **demo(),
+        "reward": Node("MiraPixelReward", 1, values={"measure": "colourfulness"}),
+        "guider": Node("CFGGuider", 1, links=guided, values={"cfg": 5.0}),
+        "sampler": Node("KSamplerSelect", 1, values={"sampler_name": "euler_ancestral"}),
+        "sigmas": Node("BasicScheduler", 2, links={"model": "model.model"}, values={"steps": 20}),
+        "split": Node("SplitSigmas", 2, links={"sigmas": "sigmas.SIGMAS"}, values={"step": 8}),
+        "noise": Node("RandomNoise", 2, values={"noise_seed": 7}),
+        "none": Node("DisableNoise", 2),
+        "base": Node(
+            "SamplerCustomAdvanced", 3, "Steps 1 to 8",
+            {**half, "noise": "noise.NOISE", "sigmas": "split.high_sigmas", "latent_image": "latent.LATENT"},
+        ),
+        "mira": Node(
+            "MiraOptimizeSamplerAdvanced", 3, "Steps 9 to 20, optimised",
+            {
+                **half, "noise": "none.NOISE", "sigmas": "split.low_sigmas", "latent_image": "base.output",
+                "vae": "model.vae", "reward": "reward.reward", "prompt": "prompt.STRING",
+            },
+            {"preset": "custom", "iterations": 9, "rounds": 1, "seeds": 1},
+        ),
+        **saved("optimized", "mira.optimized", 4, "Optimized", "mira/refined"),
+        **saved("plain", "mira.plain", 4, "Plain", "mira/refined_plain"),
+    }  # fmt: skip
+
+
+def seed_sweep() -> dict[str, Node]:
+    """Four seeds in columns, two drift limits in rows."""
+    found = {**OPTIMISED, "reward": "reward.reward"}
+    shared = {"seed": 11, "steps": 12, "iterations": 9, "seeds": 1, "preset": "custom"}
+    return {
+        **demo(batch=4),
+        "reward": Node("MiraPixelReward", 1, values={"measure": "brightness"}),
+        "near": Node("MiraOptimizeKSampler", 2, "drift_limit 0.02", found, {**shared, "drift_limit": 0.02}),
+        "far": Node("MiraOptimizeKSampler", 3, "drift_limit 0.1", found, {**shared, "drift_limit": 0.1}),
+        **saved("plain", "near.plain", 4, "Four seeds, plain", "mira/sweep_plain"),
+        **saved("near_image", "near.optimized", 4, "drift_limit 0.02", "mira/sweep_near"),
+        **saved("far_image", "far.optimized", 4, "drift_limit 0.1", "mira/sweep_far"),
+    }
+
+
+PAINTED = "a watercolour painting of a fox in the snow"
+
+
 def checkpoint(file: str, size: int, loader: Node, values: dict) -> dict[str, Node]:
-    prompt = "a watercolour painting of a fox in the snow"
-    base = demo(prompt)
+    base = demo(PAINTED)
     base["model"] = Node("CheckpointLoaderSimple", 0, values={"ckpt_name": file})
     base["latent"].values = {"width": size, "height": size, "batch_size": 1}
     nodes = {
@@ -292,6 +364,120 @@ def sdxl() -> dict[str, Node]:
     return checkpoint("sd_xl_base_1.0.safetensors", 1024, loader, {"memory": "per_block"})
 
 
+def lightning() -> dict[str, Node]:
+    loader = Node("MiraLoadPickScoreReward", 1, values={"file": "PickScore_v1.safetensors"})
+    few = {"steps": 4, "cfg": 1.0, "sampler_name": "euler_ancestral", "scheduler": "sgm_uniform"}
+    return checkpoint("sdxl_lightning_4step.safetensors", 1024, loader, few)
+
+
+def in_parts(unet: str, clip: str, kind: str, vae: str, size: int, latent: str = "EmptySD3LatentImage") -> dict:
+    """A model whose parts are files of their own."""
+    return {
+        "model": Node("UNETLoader", 0, values={"unet_name": unet}),
+        "clip": Node("CLIPLoader", 0, values={"clip_name": clip, "type": kind}),
+        "vae": Node("VAELoader", 0, values={"vae_name": vae}),
+        "prompt": Node("PrimitiveStringMultiline", 0, "Prompt", values={"value": PAINTED}, height=120),
+        "latent": Node(latent, 0, values={"width": size, "height": size, "batch_size": 1}),
+        "positive": Node("CLIPTextEncode", 1, "Positive", {"clip": "clip.CLIP", "text": "prompt.STRING"}),
+        "negative": Node("CLIPTextEncode", 1, "Negative", {"clip": "clip.CLIP"}, {"text": ""}),
+        "reward": Node("MiraLoadHPSReward", 1, values={"file": "HPS_v2.1_compressed.pt", "version": "v2.1"}),
+    }
+
+
+def both(optimizer: str) -> dict[str, Node]:
+    """The optimised image and the plain one, by a VAE of its own."""
+    nodes = {
+        **saved("optimized", f"{optimizer}.optimized", 3, "Optimized", "mira/optimized"),
+        **saved("plain", f"{optimizer}.plain", 3, "Plain sample of the same seed", "mira/plain"),
+    }
+    for node in nodes.values():
+        node.links = {k: v.replace("model.vae", "vae.VAE") for k, v in node.links.items()}
+    return nodes
+
+
+def flow(parts: dict[str, Node], shift: float, values: dict) -> dict[str, Node]:
+    links = {
+        **OPTIMISED, "model": "shifted.MODEL", "vae": "vae.VAE", "reward": "reward.reward",
+    }  # fmt: skip
+    return {
+        **parts,
+        "shifted": Node("ModelSamplingAuraFlow", 1, links={"model": "model.MODEL"}, values={"shift": shift}),
+        "mira": Node("MiraOptimizeKSampler", 2, links=links, values={"seed": 3, "scheduler": "simple", **values}),
+        **both("mira"),
+    }
+
+
+def z_image() -> dict[str, Node]:
+    parts = in_parts("z_image_turbo_bf16.safetensors", "qwen_3_4b.safetensors", "lumina2", "ae.safetensors", 1024)
+    return flow(parts, 3.0, {"steps": 8, "cfg": 1.0, "sampler_name": "euler_ancestral"})
+
+
+def qwen_image() -> dict[str, Node]:
+    files = "qwen_image_fp8_e4m3fn.safetensors", "qwen_2.5_vl_7b_fp8_scaled.safetensors"
+    parts = in_parts(*files, "qwen_image", "qwen_image_vae.safetensors", 1024)
+    return flow(parts, 3.1, {"steps": 20, "cfg": 4.0, "sampler_name": "euler"})
+
+
+def flux2_klein() -> dict[str, Node]:
+    files = "flux-2-klein-4b-fp8.safetensors", "qwen_3_4b.safetensors"
+    size = {"width": 1024, "height": 1024}
+    return {
+        **in_parts(*files, "flux2", "flux2-vae.safetensors", 1024, "EmptyFlux2LatentImage"),
+        "guider": Node(
+            "CFGGuider", 2, values={"cfg": 1.0}, links={
+                "model": "model.MODEL", "positive": "positive.CONDITIONING", "negative": "negative.CONDITIONING",
+            },
+        ),
+        "sampler": Node("KSamplerSelect", 2, values={"sampler_name": "euler_ancestral"}),
+        "sigmas": Node("Flux2Scheduler", 2, values={"steps": 4, **size}),
+        "noise": Node("RandomNoise", 2, values={"noise_seed": 3}),
+        "mira": Node(
+            "MiraOptimizeSamplerAdvanced", 2, links={
+                "noise": "noise.NOISE", "guider": "guider.GUIDER", "sampler": "sampler.SAMPLER",
+                "sigmas": "sigmas.SIGMAS", "latent_image": "latent.LATENT", "vae": "vae.VAE",
+                "reward": "reward.reward", "prompt": "prompt.STRING",
+            },
+        ),
+        **both("mira"),
+    }  # fmt: skip
+
+
+HUB = "https://huggingface.co/"
+SPLIT = HUB + "Comfy-Org/{}/resolve/main/split_files/{}/"
+# What the editor may offer to fetch, where it is missing: file -> (folder below models, where it is published).
+MODELS = {
+    "v1-5-pruned-emaonly.safetensors": (
+        "checkpoints", HUB + "stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/",
+    ),
+    "sd_xl_base_1.0.safetensors": ("checkpoints", HUB + "stabilityai/stable-diffusion-xl-base-1.0/resolve/main/"),
+    "sdxl_lightning_4step.safetensors": ("checkpoints", HUB + "ByteDance/SDXL-Lightning/resolve/main/"),
+    "z_image_turbo_bf16.safetensors": ("diffusion_models", SPLIT.format("z_image_turbo", "diffusion_models")),
+    "qwen_3_4b.safetensors": ("text_encoders", SPLIT.format("z_image_turbo", "text_encoders")),
+    "ae.safetensors": ("vae", SPLIT.format("z_image_turbo", "vae")),
+    "flux-2-klein-4b-fp8.safetensors": (
+        "diffusion_models", HUB + "black-forest-labs/FLUX.2-klein-4b-fp8/resolve/main/",
+    ),
+    "flux2-vae.safetensors": ("vae", SPLIT.format("flux2-dev", "vae")),
+    "qwen_image_fp8_e4m3fn.safetensors": ("diffusion_models", SPLIT.format("Qwen-Image_ComfyUI", "diffusion_models")),
+    "qwen_2.5_vl_7b_fp8_scaled.safetensors": (
+        "text_encoders", SPLIT.format("Qwen-Image_ComfyUI", "text_encoders"),
+    ),
+    "qwen_image_vae.safetensors": ("vae", SPLIT.format("Qwen-Image_ComfyUI", "vae")),
+}  # fmt: skip
+
+
+def published() -> dict[str, tuple[str, str]]:
+    """file -> (folder below models, its whole address): those above, and the scorers of pyproject.toml."""
+    entries = re.findall(r'location = "(.+)/(.+)"\nmodel_url = "(.+)"', (ROOT / "pyproject.toml").read_text())
+    scorers = {file: (folder, url) for folder, file, url in entries}
+    return {file: (folder, url + file) for file, (folder, url) in MODELS.items()} | scorers
+
+
+def needs_files(name: str) -> bool:
+    """Whether an example cannot run without a checkpoint."""
+    return any(value in MODELS for node in EXAMPLES[name]().values() for value in node.values.values())
+
+
 EXAMPLES = {
     "mira_quickstart": quickstart,
     "mira_against_dno": against_dno,
@@ -306,8 +492,15 @@ EXAMPLES = {
     "mira_guidance": guidance,
     "mira_relative_reward": relative,
     "mira_reuse_noise": reuse,
+    "mira_hires_fix": hires_fix,
+    "mira_base_refiner": refiner,
+    "mira_seed_sweep": seed_sweep,
     "mira_sd15_aesthetic": sd15,
     "mira_sdxl_hps": sdxl,
+    "mira_sdxl_lightning": lightning,
+    "mira_z_image_turbo": z_image,
+    "mira_flux2_klein": flux2_klein,
+    "mira_qwen_image": qwen_image,
 }
 
 
@@ -341,8 +534,30 @@ NOTES = {
         "The noises that were found for one prompt, sampled with another by the stock sampler node, without optimising "
         "again. **MIRA Save Noise** keeps them as a file; MIRA Load Noise gives them back."
     ),
+    "mira_hires_fix": (
+        "Optimised at 96 pixels, where an iteration is cheap; enlarged; and the details painted by the stock KSampler "
+        "with `denoise` 0.5. Most of what the optimisation gained is still there."
+    ),
+    "mira_base_refiner": (
+        "The stock sampler paints the first eight steps, and what they decided stays; **MIRA Optimize Sampler "
+        "(Advanced)** goes on from there, without new noise at its start, and optimises what is injected later."
+    ),
+    "mira_seed_sweep": (
+        "One batch, four seeds: plain, held near (`drift_limit` 0.02), and let go further (0.1). Every image has its "
+        "own line in the chart; `image` chooses."
+    ),
     "mira_sd15_aesthetic": "Needs SD1.5, the aesthetic head and CLIP ViT-L/14; the loader says where each file goes.",
     "mira_sdxl_hps": "Needs SDXL and HPSv2.1's file. On a 12 GB card leave `memory` as it is, and expect minutes.",
+    "mira_sdxl_lightning": (
+        "Four steps and no negative prompt: an iteration takes a fifth of SDXL's time. Needs SDXL Lightning (4 steps) "
+        "and PickScore. Of so few steps the gradient goes through all."
+    ),
+    "mira_z_image_turbo": "Eight steps at CFG 1. Needs Z-Image-Turbo's three files and HPSv2.1.",
+    "mira_flux2_klein": (
+        "Four steps, by the custom sampling nodes that FLUX.2 is used with. Needs FLUX.2 klein 4B's three files and "
+        "HPSv2.1."
+    ),
+    "mira_qwen_image": "Needs Qwen-Image's three files, a large card, and HPSv2.1.",
 }
 
 
@@ -361,7 +576,7 @@ def graph(title: str, nodes: dict[str, Node], info: dict, note: str) -> dict:
     Raises KeyError for an input or output that a node does not have.
     """
     ids = {key: number for number, key in enumerate(nodes, 1)}
-    made, links, bottoms = [], [], {}
+    made, links, bottoms, known = [], [], {}, published()
     for key, node in nodes.items():
         of = info[node.kind]
         specs = {**of["input"].get("required", {}), **of["input"].get("optional", {})}
@@ -376,6 +591,11 @@ def graph(title: str, nodes: dict[str, Node], info: dict, note: str) -> dict:
                 values.append("fixed")
         slots = [n for n in specs if n not in names or n in node.links]
         mine = node.kind.startswith("Mira")  # the stock nodes' differ between cores
+        wanted = [
+            {"name": value, "url": known[value][1], "directory": known[value][0]}
+            for value in node.values.values()
+            if value in known
+        ]
         shown = [n for n in names if not (mine and len(specs[n]) > 1 and specs[n][1].get("advanced"))]
         height = node.height or 60 + 26 * (len(shown) + 1 + max(len(slots), len(of["output"]))) + 40
         if node.kind.startswith(("MiraOptimize", "MiraDPO", "MiraSearch")):
@@ -399,8 +619,11 @@ def graph(title: str, nodes: dict[str, Node], info: dict, note: str) -> dict:
                 "outputs": [
                     {"name": n, "type": t, "links": []} for n, t in zip(of["output_name"], of["output"], strict=True)
                 ],
-                "properties": {"Node name for S&R": node.kind}
-                | ({"cnr_id": REGISTRY_NAME} if node.kind.startswith("Mira") else {"cnr_id": "comfy-core"}),
+                "properties": {
+                    "Node name for S&R": node.kind,
+                    "cnr_id": REGISTRY_NAME if mine else "comfy-core",
+                    **({"models": wanted} if wanted else {}),
+                },
                 "widgets_values": values,
                 **({"title": node.title} if node.title else {}),
             }

@@ -13,15 +13,23 @@ import sys
 from PIL import Image, ImageDraw, ImageFont
 
 from .comfy import Client, Server
-from .examples import EXAMPLES, FOLDER
+from .examples import EXAMPLES, FOLDER, needs_files
 from .workflow import to_prompt
 
 SIDE, GAP = 256, 8
-FILES = ("mira_sd15_aesthetic", "mira_sdxl_hps")  # need checkpoints, which are not here
+IN_A_ROW = 4
 
 
 def joined(pictures: list[Image.Image]) -> Image.Image:
-    """Side by side, the wide ones (plots) as they are."""
+    """Side by side, the wide ones (plots) as they are; many in rows."""
+    if len(pictures) > IN_A_ROW:
+        rows = [joined(pictures[i : i + IN_A_ROW]) for i in range(0, len(pictures), IN_A_ROW)]
+        out = Image.new(
+            "RGB", (max(r.width for r in rows), sum(r.height for r in rows) + GAP * (len(rows) - 1)), "white"
+        )
+        for number, row in enumerate(rows):
+            out.paste(row, (0, number * (SIDE + GAP)))
+        return out.resize((out.width // 2, out.height // 2), Image.Resampling.LANCZOS)
     scaled = [p.resize((max(1, round(p.width * SIDE / p.height)), SIDE), Image.Resampling.LANCZOS) for p in pictures]
     out = Image.new("RGB", (sum(p.width for p in scaled) + GAP * (len(scaled) - 1), SIDE), "white")
     x = 0
@@ -77,7 +85,7 @@ async def make(names: list[str]) -> None:
         async with Client(server.url) as client:
             info = await client.get("/object_info")
             for name in names:
-                made = card(name) if name in FILES else joined(await results(client, name, info))
+                made = card(name) if needs_files(name) else joined(await results(client, name, info))
                 made.save(FOLDER / f"{name}.jpg", quality=88)
                 print(FOLDER / f"{name}.jpg", flush=True)
 

@@ -9,13 +9,19 @@ import os
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.samplers
 import comfy.supported_models as models
 import pytest
 import torch
 from comfy.ldm.flux.model import FluxParams
+from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
+from mira import nodes
 from mira.nodes import host
 from mira.nodes.host import process
 from mira.rewards.pixel import PixelReward
+
+from testing.pack import as_node
+from tools.examples import EXAMPLES, needs_files
 
 UNET = dict(
     image_size=32, in_channels=4, out_channels=4, model_channels=32, channel_mult=[1, 2], num_res_blocks=[1, 1],
@@ -104,6 +110,16 @@ FAMILIES = {
         16, 1, False,
     ),
 }  # fmt: skip
+if hasattr(models, "Flux2"):
+    FAMILIES["Flux2"] = (
+        models.Flux2,
+        FLUX | dict(
+            image_model="flux2", in_channels=128, out_channels=128, axes_dim=[8, 8, 8, 8], mlp_ratio=3.0, theta=2000,
+            patch_size=1, qkv_bias=False, global_modulation=True, vec_in_dim=None, mlp_silu_act=True, ops_bias=False,
+            default_ref_method="index", ref_index_scale=10.0,
+        ),
+        128, 0, False,
+    )  # fmt: skip
 HERE = [name for name, family in FAMILIES.items() if family[-1] or os.environ.get("MIRA_FAMILIES") == "all"]
 
 
@@ -222,6 +238,43 @@ def test_a_frame_is_an_image_and_a_video_is_refused(world):
     with pytest.raises(ValueError, match="only images"):
         check_latent("here", model, {"samples": torch.zeros(1, 16, 5, 16, 16)}, vae, sampler, {})
     assert PixelReward("brightness").facts.differentiable
+
+
+# What the examples for checkpoints are about.
+OF = {
+    "mira_sd15_aesthetic": "SD15", "mira_sdxl_hps": "SDXL", "mira_sdxl_lightning": "SDXL",
+    "mira_z_image_turbo": "ZImage", "mira_flux2_klein": "Flux2", "mira_qwen_image": "QwenImage",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if needs_files(name)])
+def test_an_example_runs_on_a_small_network_of_its_family(world, name):
+    """As it is saved, but for sizes, the scorer, and how often."""
+    if OF[name] not in FAMILIES:
+        pytest.skip("this ComfyUI does not know the model")
+    model, vae, conds, latent = made(OF[name])
+    described = EXAMPLES[name]()
+    said = described["mira"].values
+    shared = dict(
+        latent_image={"samples": latent}, vae=vae, reward=PixelReward("brightness"), prompt="a fox",
+        preset=said.get("preset", "balanced"), iterations=4,
+    )  # fmt: skip
+    with torch.inference_mode():
+        if described["mira"].kind == "MiraOptimizeKSampler":
+            options = {"steps": 20, "cfg": 5.0, "sampler_name": "euler_ancestral", "scheduler": "normal"} | said
+            options["steps"] = min(options["steps"], 8)
+            done = as_node(nodes.MiraOptimizeKSampler).execute(model=model, **conds, **(options | shared))
+        else:
+            done = as_node(nodes.MiraOptimizeSamplerAdvanced).execute(
+                noise=Noise_RandomNoise(described["noise"].values["noise_seed"]),
+                guider=world.guider(model, **conds, cfg=described["guider"].values["cfg"]),
+                sampler=comfy.samplers.sampler_object(described["sampler"].values["sampler_name"]),
+                sigmas=world.sigmas(model, steps=described["sigmas"].values["steps"], scheduler="simple"), **shared,
+            )  # fmt: skip
+    optimized, plain, trace = done.args[:3]
+    rows = trace.of(0)
+    assert optimized["samples"].shape == plain["samples"].shape and len(rows) > 4
+    assert rows[trace.kept[0]]["reward"] > rows[0]["reward"]
 
 
 @pytest.mark.parametrize("memory", ["none", "per_block"])
