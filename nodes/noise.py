@@ -66,7 +66,7 @@ class MiraSaveNoise(io.ComfyNode):
         replay.save(half, noise.segments, noise.facts | {"optimized": sampler.optimized})
         os.replace(half, path)
         shown = os.path.relpath(path, folder_paths.get_output_directory())
-        return io.NodeOutput(ui={"text": (f"saved {shown}",)})
+        return io.NodeOutput(ui={"mira_text": [f"saved {shown} in the output folder"]})
 
 
 class MiraLoadNoise(io.ComfyNode):

@@ -52,10 +52,11 @@ function element(tag, className, attributes = {}) {
 
 /**
  * onTake(iteration): the user wants this iterate; null leaves the button out.
+ * onLook(preview): of a run that is done, this iterate is looked at: the kept one first, then where the slider goes.
  * imageUrl(preview): the address of a stored preview.
  * Returns { element, inner, set(run), run(), destroy() }: `element` is for the host, `inner` may be measured.
  */
-export function createChart({ onTake = null, imageUrl = () => "", saveAs = () => {} } = {}) {
+export function createChart({ onTake = null, onLook = () => {}, imageUrl = () => "", saveAs = () => {} } = {}) {
   const outer = element("div");
   const inner = element("div", "mira-box", { role: "group", "aria-label": "MIRA record" });
   const head = element("div", "mira-head");
@@ -193,6 +194,11 @@ export function createChart({ onTake = null, imageUrl = () => "", saveAs = () =>
     chart?.redraw(false);
   }
 
+  function look() {
+    const preview = run.previews?.[Number(slider.value)];
+    if (run.done && preview && image === 0) onLook(preview);
+  }
+
   function draw() {
     frame = 0;
     ink();
@@ -208,9 +214,11 @@ export function createChart({ onTake = null, imageUrl = () => "", saveAs = () =>
     const last = Math.max(0, ...run.rows.map((r) => r.iteration));
     const following = Number(slider.value) >= Number(slider.max);
     slider.max = String(last);
-    if (run.done && run.fresh) slider.value = String(run.kept[image] ?? last);
+    const finished = run.done && run.fresh;
+    if (finished) slider.value = String(run.kept[image] ?? last);
     else if (following && !run.done) slider.value = String(last);
     run.fresh = false;
+    if (finished) look();
     scrub.hidden = run.rows.length === 0;
     const wanted = names();
     if (wanted.list.length === 0) return showIterate();
@@ -237,7 +245,10 @@ export function createChart({ onTake = null, imageUrl = () => "", saveAs = () =>
     chart?.redraw(false);
   });
   themed.observe(document.documentElement, { attributeFilter: ["style", "class"] });
-  slider.addEventListener("input", showIterate);
+  slider.addEventListener("input", () => {
+    showIterate();
+    look();
+  });
   which.addEventListener("change", () => {
     image = Number(which.value);
     redraw();

@@ -5,15 +5,19 @@ import { addStyles, createChart } from "./chart.js";
 import { CSS as CHOICE_CSS, createChooser, validPair } from "./choice.js";
 import { migrated, presetAfter, presetValues } from "./layout.js";
 import { recordsOf } from "./png.js";
-import { addStep, csv, fromOutput, newRun } from "./series.js";
+import { addStep, csv, fromOutput, newRun, status } from "./series.js";
 import { textElement, textOf } from "./text.js";
 
 // In pixels, of the chart with its status, of the slider and its buttons, and of a pair to choose from.
 const [CHART_HEIGHT, SCRUB_HEIGHT, CHOOSER_HEIGHT] = [206, 78, 330];
 const TYPE_COLOURS = { MIRA_REWARD: "#e0a458", MIRA_TRACE: "#4db6ac" };
-const SCORES = "MiraScoreImages";
 const PREFERENCE = "MiraDPOPreference";
 const MONITOR = "MiraDriftMonitor";
+const TEXTS = new Map([
+  ["MiraScoreImages", "Scores appear here."],
+  [MONITOR, "The verdict appears here."],
+  ["MiraSaveNoise", "The file's name appears here."],
+]);
 const CHARTED = new Set(["MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced", "MiraSearchKSampler", PREFERENCE]);
 const PRESETS = new Map(); // by a node's class: { presets, dials }
 const VIEW = Symbol("MIRA view"); // on a node, and seen through the proxies that Vue hands out: { chart, chooser, text }
@@ -27,6 +31,34 @@ function nodeOf(id) {
     graph = node?.subgraph;
   }
   return node;
+}
+
+/** The execution id of a node: [...the subgraph nodes around it, its own], or null for one that is in no graph. */
+function pathOf(node, graph = app.rootGraph ?? app.graph) {
+  for (const other of graph?.nodes ?? []) {
+    if (other === node || (other.id === node.id && other.graph === node.graph)) return [other.id];
+    const inner = other.subgraph && pathOf(node, other.subgraph);
+    if (inner) return [other.id, ...inner];
+  }
+  return null;
+}
+
+/** ComfyUI's own preview on the node shows this iterate, as it showed each one while the run went on. */
+async function preview(node, stored) {
+  const view = node[VIEW];
+  view.looked = stored;
+  const reply = await fetch(imageUrl(stored));
+  const path = pathOf(node);
+  if (!reply.ok || !path || view.looked !== stored) return;
+  const ids = { nodeId: path.join(":"), displayNodeId: path.join(":"), realNodeId: path.join(":"), parentNodeId: path.slice(0, -1).join(":") };
+  api.dispatchEvent(new CustomEvent("b_preview_with_metadata", { detail: { blob: await reply.blob(), ...ids } }));
+}
+
+/** What the status of a node inside a subgraph says, on the node outside. */
+function tellOutside(node, run) {
+  const path = run.rows.length ? pathOf(node) : null;
+  if (!path || path.length < 2) return;
+  api.dispatchEvent(new CustomEvent("progress_text", { detail: { nodeId: String(path[0]), text: status(run, 0) } }));
 }
 
 /** Whether a run is of this node: another workflow may have the same ids. What the server does not know fits. */
@@ -92,7 +124,8 @@ function take(node, chart, iterate) {
 function addCharted(node) {
   addStyles(document, new URL("./vendor/uPlot.min.css", import.meta.url).href);
   const onTake = node.comfyClass === MONITOR ? null : (k) => take(node, chart, k);
-  const chart = createChart({ imageUrl, saveAs, onTake });
+  const onLook = (stored) => preview(node, stored).catch((problem) => console.warn("MIRA: no preview:", problem));
+  const chart = createChart({ imageUrl, saveAs, onTake, onLook });
   const view = { ...node[VIEW], chart };
   if (node.comfyClass === PREFERENCE) {
     if (!document.getElementById("mira-choice-styles")) {
@@ -179,12 +212,13 @@ function widgetsOf({ input, input_order: order }) {
 function showRun(node, chart, run) {
   const empty = chart.run().rows.length === 0;
   chart.set(run);
+  tellOutside(node, run);
   if (empty && run.rows.length) fit(node);
 }
 
-function addScores(node) {
+function addText(node) {
   addStyles(document, new URL("./vendor/uPlot.min.css", import.meta.url).href);
-  const { outer, inner } = textElement(document);
+  const { outer, inner } = textElement(document, TEXTS.get(node.comfyClass));
   addDom(node, "mira_text", outer, () => Math.min(Math.max(inner.scrollHeight + 8, 48), 248));
   const show = (output) => {
     const text = textOf(output);
@@ -328,7 +362,7 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (node.comfyClass?.startsWith("Mira")) colourTypes();
-    if (node.comfyClass === SCORES || node.comfyClass === MONITOR) addScores(node);
+    if (TEXTS.has(node.comfyClass)) addText(node);
     if (CHARTED.has(node.comfyClass)) foldAdvanced(node);
     if (CHARTED.has(node.comfyClass) || node.comfyClass === MONITOR) addCharted(node);
     if (CHARTED.has(node.comfyClass)) {

@@ -1,11 +1,11 @@
 // Pure: elements for a node's text. No side effects, nothing of ComfyUI.
 
 /** An element to hand to `addDOMWidget`; its inner div is what may be measured. */
-export function textElement(document) {
+export function textElement(document, first) {
   const outer = document.createElement("div");
   const inner = document.createElement("div");
   inner.setAttribute("role", "status");
-  inner.setAttribute("aria-label", "Scores");
+  inner.setAttribute("aria-label", "Result");
   Object.assign(inner.style, {
     font: "12px/1.4 monospace",
     whiteSpace: "pre-wrap",
@@ -18,7 +18,7 @@ export function textElement(document) {
     background: "var(--comfy-input-bg, #222)",
     border: "1px solid var(--border-color, #444)",
   });
-  inner.textContent = "Scores appear here.";
+  inner.textContent = first;
   // The list scrolls; the canvas must not zoom.
   inner.addEventListener("wheel", (event) => event.stopPropagation(), { passive: true });
   outer.append(inner);

@@ -24,8 +24,7 @@ from .on_disk import Unfinished
 
 log = logging.getLogger("mira")
 ROUTE = "/mira/live"
-PREVIEW = 512  # pixels of the longer side of ComfyUI's own preview
-THUMBNAIL = 256  # and of a stored one
+PREVIEW = 512  # pixels of the longer side, of ComfyUI's own preview and of a stored one
 MOST = 8  # runs that are remembered
 FILED = 32  # runs whose thumbnails stay
 
@@ -116,7 +115,7 @@ class LiveRun:
         self.run["rows"] = [r for r in self.run["rows"] if r["iteration"] < k] + rows
         shown = picture(score.images[0])
         small = shown.copy()
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        small.thumbnail((PREVIEW, PREVIEW))
         preview = None
         try:
             preview = self.run["previews"][k] = store(small, f"{self.name}_{k}.jpg", quality=88)

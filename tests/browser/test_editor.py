@@ -213,11 +213,20 @@ def test_another_iterate_is_taken(quickstart):
     wait_for(editor, lambda: "kept iteration 5" in editor.page.inner_text(STATUS), "end")
     editor.wait_idle()
     editor.look_at(OPTIMIZER, bottom=True)
+    big = f"""async () => {{
+        const node = app.graph.nodes.find(n => n.comfyClass === '{OPTIMIZER}');
+        const same = async url => url && (await (await fetch(url)).arrayBuffer()).byteLength;
+        const small = document.querySelector('.mira-scrub img').src;
+        return await same(app.nodePreviewImages[node.id]?.[0]) === await same(small);
+    }}"""
+    wait_for(editor, lambda: editor.js(big), "the kept image as the node's preview")
     slider = editor.page.locator(".mira-scrub input")
     slider.focus()
     for _ in range(3):
         slider.press("ArrowLeft")
     assert "iteration 2" in editor.page.inner_text(".mira-values")
+    wait_for(editor, lambda: editor.js(big), "the chosen image as the node's preview")
+    editor.shot("looked")
     editor.page.click(".mira-scrub button")
     wait_for(editor, lambda: "kept iteration 2" in editor.page.inner_text(STATUS), "the other iterate")
     editor.shot("taken")
@@ -453,6 +462,11 @@ def test_inside_a_subgraph(quickstart):
         return node.widgets.find(w => w.name === 'mira_chart').element.querySelector('.mira-status').textContent;
     }}"""
     wait_for(editor, lambda: "kept iteration 5" in editor.js(inner), "the record of the node inside")
+    outside = (
+        """() => app.graph.nodes.find(n => n.subgraph).widgets?.find(w => w.name === '$$node-text-preview')?.value"""
+    )
+    wait_for(editor, lambda: "kept iteration 5" in (editor.js(outside) or ""), "its status on the node outside")
+    editor.shot("subgraph")
 
 
 @ENDS

@@ -90,7 +90,7 @@ def test_a_round_that_is_not_kept_is_left_out(world):
 def test_saved_and_loaded_it_is_the_same(world, output):
     latent, _, trace, noise, sampler = optimized(world, rounds=2, iterations=4)
     ui = as_node(nodes.MiraSaveNoise).execute(noise, sampler, "mira_noise/fox").ui
-    assert ui["text"] == ("saved mira_noise/fox_00001_.safetensors",)
+    assert ui["mira_text"] == ["saved mira_noise/fox_00001_.safetensors in the output folder"]
     assert [p.name for p in (output / "mira_noise").iterdir()] == ["fox_00001_.safetensors"]
     file = "mira_noise/fox_00001_.safetensors [output]"
     assert file in nodes.MiraLoadNoise.GET_SCHEMA().inputs[0].options

@@ -571,7 +571,7 @@ def test_what_a_network_cached_in_the_plain_sample_is_no_obstacle(world):
 def test_fused_positions_give_way_where_there_is_no_switch(monkeypatch):
     """ComfyUI 0.8 to 0.13 has kernels for rotary positions without a backward."""
     eager = ModuleType("comfy_kitchen.backends.eager")
-    eager.apply_rope1 = lambda x, freqs: "differentiable"
+    eager.apply_rope = eager.apply_rope1 = lambda x, freqs: "differentiable"
     parents = {"comfy_kitchen": ModuleType("comfy_kitchen"), "comfy_kitchen.backends": ModuleType("backends")}
     parents["comfy_kitchen.backends"].eager = eager
     for name, module in {**parents, "comfy_kitchen.backends.eager": eager}.items():
