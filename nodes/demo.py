@@ -21,7 +21,7 @@ from ..demo.weights import load
 from ..rewards.aesthetic import Aesthetic, head_of
 from ..rewards.clip import Encoder, Similarity, clip_score
 from ..rewards.preprocess import Preprocessing
-from ..rewards.text import ClipTokens
+from ..rewards.text import ClipTokens, open_clip
 from .shared.types import MiraReward
 
 TEXT = demo_clip.CONFIG["text_cfg"]
@@ -78,6 +78,7 @@ def load_vae() -> comfy.sd.VAE:
 @functools.cache
 def _clip_network() -> torch.nn.Module:
     """One network for every node that asks, as ComfyUI's memory management knows it by its identity."""
+    open_clip()  # which says what to do where it is not there
     network = demo_clip.new_clip()
     network.load_state_dict(demo_clip.expand(load("clip")))
     return network.eval().requires_grad_(False)

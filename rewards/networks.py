@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .clip import Encoder
 from .files import HF_CLIP, HF_SIGLIP, OPEN_CLIP, OPEN_SIGLIP, Kind, WrongFile
 from .preprocess import Preprocessing, crop_torchvision, crop_transformers, squash
-from .text import ClipTokens, FolderTokens
+from .text import ClipTokens, FolderTokens, open_clip
 
 # Widths of attention heads that are not 64, by the width of the image transformer (open_clip's configurations).
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
@@ -138,8 +138,6 @@ def name_of(state: dict[str, Tensor]) -> str:
 
 def clip_of(state: dict[str, Tensor], kind: Kind, path: Path, quick_gelu: bool | None = None) -> Encoder:
     """A CLIP with both halves. kind: OPEN_CLIP or HF_CLIP, the layout. quick_gelu None: found out."""
-    import open_clip
-
     marks = state
     if kind is not OPEN_CLIP:
         state = open_clip_layout(state)
@@ -157,7 +155,7 @@ def clip_of(state: dict[str, Tensor], kind: Kind, path: Path, quick_gelu: bool |
     )
     vision = vision_sizes(state)
     with torch.device("meta"):
-        network = open_clip.CLIP(state["visual.proj"].shape[1], vision, text, quick_gelu=quick_gelu)
+        network = open_clip().CLIP(state["visual.proj"].shape[1], vision, text, quick_gelu=quick_gelu)
     # Made without storage like the rest, but in no file.
     network.attn_mask = torch.full((context, context), float("-inf")).triu(1)
     network = adopt(network, {"logit_scale": torch.zeros(()), **state}, path.name)
@@ -170,8 +168,7 @@ def clip_image_half(
     state: dict[str, Tensor], kind: Kind, path: Path, quick_gelu: bool | None = None
 ) -> tuple[nn.Module, Preprocessing, str]:
     """The image transformer alone: pixels -> embedding (B, D)."""
-    from open_clip.transformer import QuickGELU, VisionTransformer
-
+    transformer = open_clip().transformer
     marks = state
     if kind is not OPEN_CLIP:
         state = open_clip_layout(state)
@@ -181,11 +178,11 @@ def clip_image_half(
         quick_gelu = uses_quick_gelu(marks, path, name)
     heads = sizes["width"] // sizes.pop("head_width")
     with torch.device("meta"):
-        network = VisionTransformer(
+        network = transformer.VisionTransformer(
             **sizes,
             heads=heads,
             output_dim=state["visual.proj"].shape[1],
-            act_layer=QuickGELU if quick_gelu else nn.GELU,
+            act_layer=transformer.QuickGELU if quick_gelu else nn.GELU,
         )
     visual = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
     # Every reference of an image score is made of torchvision's transforms.

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def open_clip() -> ModuleType:
+    """The library, imported late: it takes seconds. Raises ImportError with what to type where it is missing."""
+    try:
+        return importlib.import_module("open_clip")
+    except ModuleNotFoundError as problem:
+        if problem.name != "open_clip":
+            raise
+        raise ImportError(
+            "open_clip is not installed in the Python that runs ComfyUI. Install it there, and start ComfyUI again:\n"
+            f"  {sys.executable} -m pip install open_clip_torch"
+        ) from None
+
 
 BERT_VOCABULARY = Path(__file__).parent / "vocabulary" / "bert-base-uncased.txt"
 
@@ -16,10 +33,8 @@ class ClipTokens:
     """CLIP's byte pairs, cut at the context's end with the end token kept."""
 
     def __init__(self, context: int = 77) -> None:
-        import open_clip
-
         self.context = context
-        self.tokenizer = open_clip.SimpleTokenizer(context_length=context)
+        self.tokenizer = open_clip().SimpleTokenizer(context_length=context)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         return self.tokenizer(list(prompts))

@@ -65,3 +65,18 @@ def test_the_registry_finds_its_name_in_every_place():
     text = (ROOT / "pyproject.toml").read_text()
     assert f'name = "{REGISTRY_NAME}"' in text and f'PublisherId = "{REGISTRY_NAME}"' in text
     assert "[[tool.comfy.Models]]" in text and "requires-comfyui" in text
+
+
+def test_the_registry_reads_what_the_project_says(capsys):
+    """By comfy-cli's own parser, which passes over what it does not understand."""
+    from comfy_cli.registry.config_parser import extract_node_configuration
+
+    read = extract_node_configuration(str(ROOT / "pyproject.toml"))
+    said = capsys.readouterr()
+    assert "Warning" not in said.out + said.err
+    assert read.project.name == read.tool_comfy.publisher_id == "mira-alignment"
+    assert read.tool_comfy.display_name == "MIRA Alignment" and read.project.license.file == "LICENSE"
+    assert read.project.supported_os and read.project.supported_accelerators
+    assert read.project.supported_comfyui_version == ">=0.3.64" and read.project.dependencies == ["open_clip_torch"]
+    assert {m.location.split("/")[0] for m in read.tool_comfy.models} == {"mira_rewards"}
+    assert len(read.tool_comfy.models) == 6 and all(m.model_url for m in read.tool_comfy.models)

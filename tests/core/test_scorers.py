@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,3 +192,9 @@ def test_siglip_in_open_clips_layout(tmp_path):
     image, ids = torch.rand(2, 3, 64, 64), encoder.tokens([small.PROMPT, "a fox"])
     torch.testing.assert_close(encoder.network.encode_image(image), theirs.encode_image(image), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(encoder.network.encode_text(ids), theirs.encode_text(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_a_missing_open_clip_says_what_to_type(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ImportError, match=f"{sys.executable} -m pip install open_clip_torch"):
+        ClipTokens()
