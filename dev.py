@@ -269,7 +269,8 @@ def existing_installation(path: Path) -> tuple[Path, Path]:
     else:
         python = Path(sys.executable)
     needed = (
-        "torch aiohttp tqdm PIL psutil open_clip matplotlib playwright pytest pytest_timeout hypothesis ruff mypy comfy_cli"
+        "torch aiohttp tqdm PIL psutil open_clip matplotlib playwright pytest pytest_timeout hypothesis ruff mypy "
+        "comfy_cli"
     ).split()
     code = f"import importlib.util as u; print(' '.join(n for n in {needed} if u.find_spec(n) is None))"
     missing = subprocess.run([str(python), "-c", code], capture_output=True, text=True)

@@ -14,6 +14,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..rewards.base import Reward
+from ..sampler.resume import Left
 from . import host
 from .editor.live import LiveRun
 from .host.probe import begins_anew
@@ -66,8 +67,9 @@ def run(
     inputs = widgets | {"vae": given["vae"], "reward": reward, "prompt": prompt, "seed": given["seed"]} | identity
 
     def work():
+        before = memo.left_of(node_id, inputs, effective.get("rounds", 1))
         return run_optimization(
-            node, hidden, effective, overruled, latent=latent, reward=reward, prompt=prompt, **given
+            node, hidden, effective, overruled, before, latent=latent, reward=reward, prompt=prompt, **given
         )
 
     return finish(node, hidden, *memo.of(node_id, inputs, iterate, work), latent, iterate)
@@ -78,6 +80,7 @@ def run_optimization(
     hidden: Any,
     values: dict,
     overruled: list[str],
+    before: tuple[Left, LiveRun] | None,
     *,
     latent: dict,
     reward: Reward,
@@ -85,7 +88,7 @@ def run_optimization(
     guider: Any,
     **given: Any,
 ) -> tuple[host.Optimized, LiveRun]:
-    """One run: (what came out, what the editor was told)."""
+    """One run: (what came out, what the editor was told). before: the run that it goes on from, if any."""
     model, sampler, sigmas = guider.model_patcher, given["sampler"], given["sigmas"]
     samples = host.samples_of(model, latent)
     settings = read_settings(node, values)
@@ -95,7 +98,10 @@ def run_optimization(
     told = {"drift_metric": settings.drift_metric, "drift_limit": settings.drift_limit}
     record = describe(node, values, given["seed"], prompt, reward.facts.name)
     live = LiveRun(hidden, settings.iterations + settings.rounds - 1, told, record)
+    if before:
+        live.go_on(before[1], before[0].done)
     job = host.Job(
+        resume=before[0] if before else None,
         guider=guider,
         noise=given["initial"](given["seed"]),
         node=node,

@@ -12,6 +12,7 @@ from torch import Tensor
 from .ending import Interrupts, attempt
 from .keep import Keeper
 from .replay import Segment
+from .resume import Left, frozen, thawed
 from .rollout import Path, Rollout, mean_square, per_image, total
 from .surrogates import REGULARIZERS, SURROGATES
 from .trace import Trace, rows_of
@@ -160,6 +161,7 @@ class Result:
 
     iterates: the latents of every iteration, on the CPU. cut_short: by an interrupt, an error, or for want of memory.
     segments: what the best images are sampled from, where that is more than best_noises: restarts.
+    left: where it stood, to go on from there; None where it cannot, or every image has ended by itself.
     """
 
     best: Tensor
@@ -170,6 +172,7 @@ class Result:
     iterates: list[Tensor]
     cut_short: bool = False
     segments: Sequence[Segment] = ()
+    left: Left | None = None
 
 
 @dataclass
@@ -230,6 +233,7 @@ def optimize(
     on_iteration: Callable[[int, list[dict], Score], None] = lambda k, rows, score: None,
     interrupts: Interrupts = (),
     memory: Callable[[], float] = lambda: 0.0,
+    resume: Left | None = None,
 ) -> Result:
     """Optimise `noises` (z_T, ..., z_1), each (B, C, ...), so that score(x0) rises.
 
@@ -238,6 +242,10 @@ def optimize(
     the reward has a gradient by itself.
     `on_iteration(k, rows, score)` is the only side channel. An exception of `interrupts`, running out of memory,
     any other error and values that are not finite end the run after iteration 0 with the best so far.
+
+    resume: `Result.left` of a run of the same noises, reward and settings, `iterations` apart. It goes on there, with
+    the optimiser's state: the result is that of a run that never ended. Its last iterate is made once more, with a
+    gradient.
 
     Raises NoGradient when the reward has no gradient with respect to the noises.
 
@@ -269,7 +277,10 @@ def optimize(
         reasons=[None] * batch,
     )
     trace, iterates = Trace(), []
-    k, reason, latest, cut_short = 0, "", None, False
+    k, reason, latest, cut_short, whole = 0, "", None, False, True
+    if resume:
+        state, trace, iterates, latest = thawed(resume.data)
+        k = len(iterates)
 
     def iteration(k: int) -> _Evaluation | None:
         """Evaluate, keep and report; None where the gradients overflowed, and a smaller scale is to be tried."""
@@ -298,6 +309,7 @@ def optimize(
         evaluation, cut = attempt(interrupts, iteration, k)
         if evaluation is not None and k < settings.iterations:
             _, cut = attempt(interrupts, update, k, evaluation)
+            whole = cut is None  # half of an update is no state to go on from
         if cut:
             if cut.memory and len(iterates) == k and rollout.shrink():
                 trace.notices.append(f"{cut} at iteration {k}: went on with {rollout.memory} checkpointing")
@@ -313,9 +325,14 @@ def optimize(
             break
         k += 1
     reason = reason or "all iterations done"
+    done = min(k, settings.iterations)  # of the last iterate there may be no gradient yet
+    so_far = Trace(rows=trace.rows[: done * batch], notices=list(trace.notices))
+    left = Left(frozen((state, so_far, iterates[:done], latest)), done) if whole and state.active.any() else None
     trace.kept = state.keeper.iteration.tolist()
     trace.reasons = [r or reason for r in state.reasons]
-    return Result(state.keeper.latent, latest, tuple(state.keeper.noises), trace, reason, iterates, cut_short)
+    return Result(
+        state.keeper.latent, latest, tuple(state.keeper.noises), trace, reason, iterates, cut_short, left=left
+    )
 
 
 def _evaluate(rollout: Rollout, score: Callable, state: _State, settings: Settings, gradient: bool) -> _Evaluation:

@@ -9,10 +9,11 @@ and the self-recurrence of universal guidance (arXiv 2302.07121).
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from .ending import Interrupts, attempt
 from .keep import Kept, chosen
 from .optimize import Result, Score, Settings, optimize
 from .replay import Segment
+from .resume import Left, frozen, thawed
 from .rollout import Rollout, per_image
 from .search import SearchSettings
 from .surrogates import SURROGATES
@@ -56,6 +58,55 @@ class Stretch:
     noises: Sequence[Tensor]
 
 
+@dataclass
+class _Rounds:
+    """What rounds have come to. number: how many are done. way, kept_way (B, rounds): which of them an image has gone
+    through, the one that goes on and the one that is kept. base: what the next one restarts. last, reasons: of the
+    newest one.
+    """
+
+    number: int = 0
+    trace: Trace = field(default_factory=Trace)
+    kept: Kept = field(default_factory=Kept)
+    best: Tensor | None = None
+    iterates: list[Tensor] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    way: Tensor | None = None
+    kept_way: Tensor | None = None
+    base: Tensor | None = None
+    last: Tensor | None = None
+    reasons: list[str] = field(default_factory=list)
+
+    def snapshot(self) -> _Rounds:
+        """As it is now. Tensors are never changed in place."""
+        trace = Trace(rows=list(self.trace.rows), notices=list(self.trace.notices))
+        return replace(
+            self, trace=trace, kept=copy.copy(self.kept), iterates=list(self.iterates), segments=list(self.segments)
+        )
+
+    def add(self, done: Result, segment: Segment, settings: Settings) -> None:
+        """A round's result: better images take the place of what was kept."""
+        first, rounds = len(self.iterates), settings.rounds
+        rewards = {(row["image"], row["iteration"]): row["reward"] for row in done.trace.rows}
+        its = torch.tensor(done.trace.kept) + first
+        reward = torch.tensor([rewards[b, k] for b, k in enumerate(its.tolist())], dtype=torch.double)
+        finite, reward = reward.isfinite(), reward.nan_to_num(nan=-math.inf)
+        better = finite if self.best is None or settings.keep == "last" else reward > self.best
+        self.best = reward if self.best is None else torch.where(better, reward, self.best)
+        self.kept.take(its, better, done.best, done.best_noises)
+        way = torch.zeros(len(its), rounds, dtype=torch.bool) if self.way is None else self.way.clone()
+        way[:, self.number] = True
+        self.kept_way = way if self.kept_way is None else chosen(better, way, self.kept_way)
+        self.base = chosen(finite, done.best, self.kept.latent)  # what is no image is no beginning either
+        self.way = chosen(finite, way, self.kept_way)
+        self.segments.append(segment)
+        self.trace.rows += done.trace.rows
+        self.trace.notices += [n for n in done.trace.notices if n not in self.trace.notices]
+        self.iterates += done.iterates
+        self.last, self.reasons = done.last, done.trace.reasons
+        self.number += 1
+
+
 def in_rounds(
     stretch: Stretch,
     score: Callable[[Tensor], Score],
@@ -65,6 +116,7 @@ def in_rounds(
     on_iteration: Callable[[int, list[dict], Score], None] = lambda k, rows, score: None,
     interrupts: Interrupts = (),
     memory: Callable[[], float] = lambda: 0.0,
+    resume: Left | None = None,
 ) -> Result:
     """`settings.rounds` times `optimize`, each but the first from a restart of what the one before kept.
 
@@ -72,19 +124,15 @@ def in_rounds(
     measured from the plain run of its own stretch. The record goes on over rounds: a round's iteration 0 is its
     restart, and has a number of its own; rows of several rounds have `round` and `level` (the stretch's first sigma).
     Of every image the best over all rounds comes back, by the criterion of `settings.keep`. An interrupt, running
-    out of memory and any other error end the run with that.
+    out of memory and any other error end the run with that. resume: `Result.left` of such a run, to go on in its round;
+    of a run of one round, with more iterations too.
     """
     lengths = [len(part) for part in torch.arange(settings.iterations).tensor_split(settings.rounds)]
-    trace, kept, best = Trace(), Kept(), None
-    iterates: list[Tensor] = []
-    done = reason = base = None
-    # Which rounds an image has gone through, (B, rounds): the one that is kept, and the one that goes on.
-    kept_way: Tensor | None = None
-    way: Tensor | None = None
-    segments: list[Segment] = []
+    rounds, inner = thawed(resume.data) if resume else (_Rounds(), None)
+    before, done, reason = rounds, None, ""
 
     def optimized(number: int, stretch: Stretch) -> Result:
-        first, level = len(iterates), stretch.rollout.schedule[0].item()
+        first, level = len(rounds.iterates), stretch.rollout.schedule[0].item()
 
         def seen(k: int, rows: list[dict], score: Score) -> None:
             for row in rows:
@@ -96,54 +144,46 @@ def in_rounds(
         run = replace(settings, iterations=lengths[number], rounds=1)
         return optimize(
             stretch.rollout, score, stretch.noises, run, check_reward=number == 0, on_iteration=seen,
-            interrupts=interrupts, memory=memory,
+            interrupts=interrupts, memory=memory, resume=inner,
         )  # fmt: skip
 
-    for number in range(len(lengths)):
+    for number in range(rounds.number, len(lengths)):
+        before, done = rounds.snapshot(), None
         if number:
-            stretch, cut = attempt(interrupts, restart, number, base)
+            stretch, cut = attempt(interrupts, restart, number, rounds.base)
             if cut:
                 reason = f"{cut} before round {number + 1}"
                 break
-        first = len(iterates)
         found, cut = attempt(interrupts, optimized, number, stretch)
         if cut:
             if not number:
                 raise cut.problem
             reason = f"{cut} in round {number + 1}"
             break
-        done = found
-        rewards = {(row["image"], row["iteration"]): row["reward"] for row in done.trace.rows}
-        its = torch.tensor(done.trace.kept) + first
-        reward = torch.tensor([rewards[b, k] for b, k in enumerate(its.tolist())], dtype=torch.double)
-        finite, reward = reward.isfinite(), reward.nan_to_num(nan=-math.inf)
-        better = finite if best is None or settings.keep == "last" else reward > best
-        best = reward if best is None else torch.where(better, reward, best)
-        kept.take(its, better, done.best, done.best_noises)
-        way = torch.zeros(len(its), len(lengths), dtype=torch.bool) if way is None else way.clone()
-        way[:, number] = True
-        kept_way = way if kept_way is None else chosen(better, way, kept_way)
-        base = chosen(finite, done.best, kept.latent)  # what is no image is no beginning either
-        way = chosen(finite, way, kept_way)
+        done, inner = found, None
         noises = tuple(z.detach().cpu() for z in done.best_noises)
+        part = torch.ones(len(done.best), dtype=torch.bool)  # until it is known what was kept
         denoise = settings.restart_denoise if number else 1.0
-        segments.append(Segment(stretch.rollout.schedule.detach().cpu(), noises, kept_way[:, number], denoise))
-        trace.rows += done.trace.rows
-        trace.notices += [n for n in done.trace.notices if n not in trace.notices]
-        iterates += done.iterates
+        rounds.add(done, Segment(stretch.rollout.schedule.detach().cpu(), noises, part, denoise), settings)
         if done.cut_short:
             break
+    trace, kept = rounds.trace, rounds.kept
     trace.kept = kept.iteration.tolist()
-    trace.reasons = [reason] * len(trace.kept) if reason else done.trace.reasons
+    trace.reasons = [reason] * len(trace.kept) if reason else rounds.reasons
+    left = Left(frozen((before, None)), len(before.iterates))  # the round that was cut is begun anew
+    if done:
+        there = done.left
+        left = Left(frozen((before, there)), len(before.iterates) + there.done) if there else None
     return Result(
         kept.latent,
-        done.last,
+        rounds.last,
         tuple(kept.noises),
         trace,
         reason or done.reason,
-        iterates,
+        rounds.iterates,
         bool(reason or done.cut_short),
-        [s for s in (replace(s, part=kept_way[:, n]) for n, s in enumerate(segments)) if s.part.any()],
+        [s for s in (replace(s, part=rounds.kept_way[:, n]) for n, s in enumerate(rounds.segments)) if s.part.any()],
+        left=left,
     )
 
 

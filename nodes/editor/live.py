@@ -67,6 +67,7 @@ class LiveRun:
         self.unfinished = Unfinished(node, told | settings, hidden.extra_pnginfo)
         self.name = secrets.token_hex(8)
         self.notices: list[str] = []  # what could not be reported, once
+        self.whole = False  # whether the next event tells of earlier iterations too
         self.bar = comfy.utils.ProgressBar(iterations + 1, node_id=node)
         self.server = PromptServer.instance
         context = get_executing_context()
@@ -90,6 +91,13 @@ class LiveRun:
         _runs.move_to_end(node)
         while len(_runs) > MOST:
             _runs.popitem(last=False)
+
+    def go_on(self, before: LiveRun, done: int) -> None:
+        """Begin with the first `done` iterations of an earlier run."""
+        self.run["rows"] = [r for r in before.run["rows"] if r["iteration"] < done]
+        self.run["previews"] |= {k: p for k, p in before.run["previews"].items() if k < done}
+        self.unfinished.go_on(before.unfinished, done)
+        self.whole = True
 
     def __call__(self, k: int, rows: list[dict], score: Score) -> None:
         """Nothing that fails here may cost the image, but for the interrupt that a progress bar raises."""
@@ -122,7 +130,8 @@ class LiveRun:
         except OSError as problem:  # a full disk; chart and progress can do without
             self._note(f"previews could not be stored in ComfyUI's temp folder: {problem}")
         event = {name: self.run[name] for name in ("node", "workflow", "kind", "iterations")}
-        event |= {"iteration": k, "rows": rows, "preview": preview}
+        event |= {"iteration": k, "rows": self.run["rows"] if self.whole else rows, "preview": preview}
+        self.whole = False
         self.server.send_sync("mira.step", event | {"settings": self.run["settings"]}, self.server.client_id)
         self.bar.update_absolute(k + 1, self.iterations + 1, ("JPEG", shown, PREVIEW))
 

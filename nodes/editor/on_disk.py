@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -121,6 +122,11 @@ class Unfinished:
         name = re.sub(r"\W+", "-", f"{datetime.now():%Y%m%d-%H%M%S-%f}_{node}")
         self.stem = Path(folder_paths.get_output_directory(), FOLDER, name)
         self.due = 0.0
+
+    def go_on(self, before: Unfinished, done: int) -> None:
+        """Begin with what an earlier run's first `done` iterations came to."""
+        self.keeper = copy.copy(before.keeper)
+        self.trace.rows = [r for r in before.trace.rows if r["iteration"] < done]
 
     def files(self) -> list[Path]:
         return [self.stem.with_name(f"{self.stem.name}_{b}.png") for b in range(len(self.trace.kept))]

@@ -36,6 +36,7 @@ from ...sampler.memory import offloaded, out_of_memory, saved_bytes
 from ...sampler.optimize import Result, Score, Settings
 from ...sampler.preference import PreferenceSettings
 from ...sampler.restart import Stretch, tail
+from ...sampler.resume import Left
 from ...sampler.rollout import USABLE, NoiseSource, Rollout, difference, draw
 from ...sampler.search import METHODS, SearchSettings
 from ...sampler.seeds import Start, another, fresh, stream
@@ -98,7 +99,8 @@ class Job:
 
     node: the node's title, for messages. notices: what the user should know of the inputs. initial: seed -> the initial
     noise that the graph gives for it; without one, any. repeatable: the same bits every time, on a GPU too.
-    restart_sigmas: share of the schedule -> the sigmas of a restart; without one, the tail of `sigmas`.
+    restart_sigmas: share of the schedule -> the sigmas of a restart; without one, the tail of `sigmas`. resume: what a
+    run of the same job left, to go on from.
     """
 
     guider: Any
@@ -122,6 +124,7 @@ class Job:
     memory: str = "auto"
     repeatable: bool = True
     gradient: bool = True  # whether the work needs one through the model
+    resume: Left | None = None
     on_iteration: Callable = lambda k, rows, score: None
 
 

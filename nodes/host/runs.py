@@ -20,6 +20,7 @@ from ...sampler.memory import out_of_memory
 from ...sampler.optimize import Result
 from ...sampler.replay import Segment
 from ...sampler.restart import Stretch, in_rounds, search_by_restarts
+from ...sampler.resume import frozen, thawed
 from ...sampler.rollout import USABLE, NotTheSame, Rollout, per_image
 from ...sampler.search import METHODS, SearchSettings, search
 from ...sampler.seeds import Start, best_of
@@ -89,11 +90,16 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
 
 def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
     """Follow the gradient of the reward, from the best of the seeds."""
-    settings, start, notices = process.settings, None, []
+    settings, start, notices, resume = process.settings, None, [], process.job.resume
     count = settings.seeds
     if count > 1 and len(noises) == 1 and not process.depends_on_seed:
         notices = [f"seeds is {count}, but neither the noise nor the sampler depends on a seed: the given one was used"]
         count = 1
+    if resume:
+        process.start, inner = thawed(resume.data)
+        resume = replace(resume, data=inner)
+        process.evaluations = resume.done  # a reward that draws random numbers goes on with the next ones
+        notices.append(f"went on from iteration {resume.done} of the run before, which had ended there")
     if count > 1:
         process.redraw = False  # seeds are compared under the same draw
         start = process.start or best_of(process.sample_of, lambda x0: process.score(x0).total, count, INTERRUPTS)
@@ -104,6 +110,8 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
     if settings.rounds > 1 and (why := process.why_no_restart):
         notices.append(f"rounds is {settings.rounds}, but was taken as 1: {why}")
         settings = replace(settings, rounds=1)
+    if resume:
+        process.expected = None  # its first trajectory is of other noises
     result = in_rounds(
         Stretch(process.rollout, noises),
         process.score,
@@ -112,7 +120,12 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
         on_iteration=process.job.on_iteration,
         interrupts=INTERRUPTS,
         memory=used_bytes,
+        resume=resume,
     )
+    if start and start.cut:
+        result.left = None  # the other seeds are still to be tried
+    if result.left:
+        result.left = replace(result.left, data=frozen((start, result.left.data)))
     result.trace.notices[:0] = notices
     if settings.rounds > 1:
         result.trace.settings["restart_seeds"] = [process.seed_of(RESTART + n) for n in range(1, settings.rounds)]

@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ...sampler.resume import Left
 from ..editor.on_disk import place_in_list
 from ..host import Optimized
 
 PLAIN = (int, float, str, bool, type(None))
 MOST = 8  # runs whose iterates are held
 MOST_CUTS = 64
+MOST_LEFT = 2  # runs that can be gone on with: an optimiser's state is several times the noises
 
 _runs: OrderedDict[str, tuple[dict, tuple, int]] = OrderedDict()  # by node: inputs, the run, the iterate last asked for
 _cuts: list[dict] = []  # the widgets of runs that were cut short
@@ -31,7 +33,9 @@ def _held(value: object) -> Callable:
 
 
 def _same(a: dict, b: dict) -> bool:
-    """Plain values by value; models and the like by identity, as ComfyUI hands the same ones to an unchanged node."""
+    """a: held, b: as they are. Plain values by value; models and the like by identity, as ComfyUI hands the same ones
+    to an unchanged node.
+    """
     if a.keys() != b.keys():
         return False
     pairs = [(a[k](), b[k]) for k in a]
@@ -53,12 +57,29 @@ def of(node: str, inputs: dict, iterate: int, run: Callable[[], tuple[Optimized,
     done = run()
     _runs[node] = {k: _held(v) for k, v in inputs.items()}, done, iterate
     _runs.move_to_end(node)
+    for _, (older, _), _ in list(_runs.values())[:-MOST_LEFT]:
+        older.result.left = None
     while len(_runs) > MOST:
         _runs.popitem(last=False)
     if done[0].result.cut_short:
         _cuts.append({k: v for k, v in inputs.items() if isinstance(v, PLAIN)})
         del _cuts[:-MOST_CUTS]
     return done
+
+
+def left_of(node: str, inputs: dict, rounds: int) -> tuple[Left, Any] | None:
+    """(what a run of these inputs can go on from, what the editor was told of it): the node's last run, where that was
+    cut short, or had fewer iterations. Over several `rounds` other iterations are another run from the start.
+    """
+    before = _runs.get(f"{node}#{place_in_list()}")
+    if before is None:
+        return None
+    (optimized, live), left = before[1], before[1][0].result.left
+    known = {k: v for k, v in before[0].items() if k != "iterations"}
+    if left is None or not _same(known, {k: v for k, v in inputs.items() if k != "iterations"}):
+        return None
+    more = inputs["iterations"] - before[0]["iterations"]()
+    return (left, live) if (optimized.result.cut_short and more == 0) or (rounds == 1 and more > 0) else None
 
 
 def cuts(inputs: dict) -> int:

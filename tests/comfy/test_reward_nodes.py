@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.clip_vision
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from testing.pack import ROOT, as_node, mira
 from tools.comfy import comfyui_folder
 
+host, Settings = mira("nodes.host"), mira("sampler.optimize").Settings
 nodes, score = mira("nodes"), mira("nodes.score")
 PixelReward = mira("rewards.pixel").PixelReward
 IMAGE = small.tensor_of(small.images()["512x512"])
@@ -420,6 +422,42 @@ def test_augmented_runs_repeat_bit_for_bit(world):
     runs = [world.optimize(reward=reward, steps=2, iterations=3, memory=m) for m in ("none", "none", "per_step")]
     rows = [[r["reward"] for r in run.result.trace.rows] for run in runs]
     assert rows[0] == rows[1] and rows[2] == pytest.approx(rows[0], rel=1e-2)
+
+
+def test_a_reward_that_draws_goes_on_with_the_draws_it_would_have_had(world):
+    """Over seeds and rounds, in a batch: cancelled within a call of the network, and gone on with."""
+    base = PixelReward("brightness")
+    settings = Settings(iterations=4, lr=0.02, seeds=2, rounds=2, keep="best_reward", drift_metric="path_kl")
+    reward = reward_of(nodes.MiraAugmentReward, reward=base, crops=2, smallest=0.7, flip=True, seed=3)
+    model, calls = world.model.clone(), []
+
+    def counted(apply, args):
+        calls.append(1)
+        if len(calls) == at:
+            comfy.model_management.interrupt_current_processing()
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(counted)
+
+    def run(resume=None):
+        with torch.inference_mode():
+            job = world.job(model=model, reward=reward, steps=2, batch=2)
+            return host.run(replace(job, settings=settings, resume=resume))
+
+    at = 0
+    whole = run()
+    count = len(calls)
+    for share in (0.75, 0.9):
+        calls.clear()
+        at = round(count * share)
+        cut = run()
+        assert cut.result.cut_short and cut.result.left
+        at = 0
+        again = run(cut.result.left)
+        assert torch.equal(again.latent, whole.latent) and again.result.trace.kept == whole.result.trace.kept
+        rows = [[r["reward"] for r in done.result.trace.rows] for done in (whole, again)]
+        assert rows[0] == rows[1]
+    comfy.model_management.interrupt_current_processing(False)
 
 
 def test_starting_comfyui_does_not_import_the_scorers_libraries():

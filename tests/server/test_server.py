@@ -214,18 +214,46 @@ def test_cancel_hands_back_the_best_so_far(server, quickstart):
     assert len(steps_of(run(server, small(quickstart, seed=6))[0])) == 4
 
 
-def test_what_was_cancelled_runs_when_it_is_queued_again(server, quickstart):
-    prompt = changed(quickstart, steps=3, iterations=6, seed=15, seeds=1, stop="never")
+@pytest.mark.parametrize("more", [{"seeds": 1}, {"seeds": 2, "rounds": 2}], ids=["one seed", "seeds and rounds"])
+def test_what_was_cancelled_goes_on_when_it_is_queued_again(server, quickstart, more):
+    """To what it would have been, and then stays."""
+    prompt = changed(quickstart, steps=3, iterations=6, seed=15, stop="never", **more)
+    node, count = find(prompt, OPTIMIZER), 6 + more.get("rounds", 1)
 
     async def go():
         async with Client(server.url) as client:
             seen = await cancelled(client, await client.submit(prompt), after=2)
-            again = [e async for e in client.events(await client.submit(prompt))]
-            cached = [e async for e in client.events(await client.submit(prompt))]
-            return seen, len(steps_of(again)), len(steps_of(cached))
+            again, outputs = await follow(client, prompt)
+            cached, _ = await follow(client, prompt)
+            await follow(client, changed(prompt, seed=16, iterations=1, rounds=1))
+            _, anew = await follow(client, prompt)
+            images = [await pixels(client, o, prompt, "mira/optimized") for o in (outputs, anew)]
+            return seen, steps_of(again), steps_of(cached), [o[node]["mira"][0] for o in (outputs, anew)], images
 
-    seen, again, cached = asyncio.run(go())
-    assert seen < 7 and again == 7 and cached == 0
+    seen, again, cached, (one, other), images = asyncio.run(go())
+    assert 2 <= seen < count and not cached and seen - 1 <= count - len(again) <= seen
+    # The first that is told has what was there before, too.
+    assert [r["iteration"] for r in again[0]["rows"]] == list(range(count - len(again) + 1))
+    assert [r["reward"] for r in one["rows"]] == [r["reward"] for r in other["rows"]] and len(one["rows"]) == count
+    assert (images[0] == images[1]).all() and one["previews"].keys() == other["previews"].keys()
+    assert any("went on from iteration" in n for n in one["notices"]) and "went on" not in str(other["notices"])
+
+
+def test_more_iterations_go_on_from_the_last(server, quickstart):
+    prompt = changed(quickstart, steps=3, iterations=3, seed=17, seeds=2, stop="never")
+    longer, node = changed(prompt, iterations=5), find(prompt, OPTIMIZER)
+
+    async def go():
+        async with Client(server.url) as client:
+            await follow(client, prompt)
+            more, outputs = await follow(client, longer)
+            await follow(client, changed(prompt, seed=18, iterations=1))
+            anew, fresh = await follow(client, longer)
+            images = [await pixels(client, o, prompt, "mira/optimized") for o in (outputs, fresh)]
+            return len(steps_of(more)), len(steps_of(anew)), outputs[node]["mira"][0], images
+
+    more, anew, record, (one, other) = asyncio.run(go())
+    assert (more, anew) == (3, 6) and len(record["rows"]) == 6 and (one == other).all()
 
 
 def test_a_client_that_comes_back_goes_on_listening(server, quickstart):

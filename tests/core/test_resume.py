@@ -1,0 +1,147 @@
+"""A run that goes on where it stood is the run that never ended."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import gaussian
+import pytest
+import torch
+from mira.sampler.optimize import Score, Settings
+from mira.sampler.restart import Stretch, in_rounds, noised
+from mira.sampler.resume import frozen, thawed
+from mira.sampler.rollout import Rollout
+
+PLAIN = Settings(iterations=6, lr=0.1, keep="best_reward", drift_metric="path_kl")
+MEASURED = ("seconds", "memory_mb")  # of the machine
+
+
+class Stopped(Exception):
+    pass
+
+
+def score(x0):
+    reward = -(x0 - 2).square().flatten(1).mean(1)
+    return Score(reward, {"r": reward.detach()}, x0.detach())
+
+
+def first() -> Stretch:
+    return Stretch(gaussian.rollout(), gaussian.noises())
+
+
+def restart(number: int, x0: torch.Tensor) -> Stretch:
+    """The Gaussian process from x0 on, noised to 1."""
+    schedule = gaussian.schedule(6)
+    schedule = schedule / schedule[0]
+    chain = gaussian.Chain(gaussian.denoiser(), schedule)
+
+    def sample(z, source, wrap):
+        return chain.segment(noised(x0, schedule[0], z), 0, 6, source, wrap)
+
+    return Stretch(Rollout(sample, schedule, memory="none"), gaussian.noises(6, seed=number))
+
+
+def run(settings, resume=None, cancel=None, reported=None):
+    def on_iteration(k, rows, s):
+        if reported is not None:
+            reported.append(k)
+        if k == cancel:
+            raise Stopped
+
+    return in_rounds(first(), score, settings, restart, on_iteration=on_iteration, interrupts=(Stopped,), resume=resume)
+
+
+def rows(result):
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in result.trace.rows]
+
+
+def same(one, other):
+    assert rows(one) == rows(other)
+    assert (one.trace.kept, one.trace.reasons, one.reason) == (other.trace.kept, other.trace.reasons, other.reason)
+    for a, b in zip((one.best, one.last, *one.best_noises), (other.best, other.last, *other.best_noises), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(one.iterates, other.iterates, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(one.segments, other.segments, strict=True):
+        assert torch.equal(a.part, b.part) and all(map(torch.equal, a.noises, b.noises))
+
+
+WAYS = {
+    "adamw": PLAIN,
+    "momentum": replace(PLAIN, optimizer="normalized", regularizer="mira", beta=0.1),
+    "on the sphere": replace(PLAIN, optimizer="sphere", keep="last"),
+    "held": replace(PLAIN, hold="projection", drift_limit=0.02, stop="plateau_at_limit"),
+    "a weight that adapts": replace(
+        PLAIN, hold="dual_ascent", drift_limit=0.02, regularizer="path_kl", beta=1.0, keep="best_within_drift"
+    ),
+    "other variables": replace(PLAIN, variables="initno"),
+    "rounds": replace(PLAIN, rounds=3),
+    "rounds, to the last": replace(PLAIN, rounds=2, keep="last"),
+}
+
+
+@pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("cancel", [1, 4, 6])
+def test_a_run_that_was_cancelled_goes_on_as_if_it_had_not(settings, cancel):
+    whole = run(settings)
+    if cancel >= len(whole.iterates):
+        pytest.skip("it ends before")
+    cut = run(settings, cancel=cancel)
+    assert cut.cut_short and cut.left.done == cancel
+    reported = []
+    same(run(settings, resume=cut.left, reported=reported), whole)
+    assert reported == list(range(cancel, len(whole.iterates)))
+
+
+def test_what_ended_by_itself_has_nothing_left():
+    ended = run(WAYS["held"])
+    assert len(ended.iterates) < 7 and not ended.cut_short and ended.left is None
+
+
+def test_it_can_be_cancelled_again_and_again():
+    settings, left = WAYS["rounds"], None
+    for cancel in (1, 1, 3, 5, 8):
+        left = run(settings, resume=left, cancel=cancel).left
+        assert left.done == cancel
+    same(run(settings, resume=left), run(settings))
+
+
+@pytest.mark.parametrize("name", ["adamw", "momentum", "a weight that adapts", "other variables"])
+def test_more_iterations_go_on_from_the_last(name):
+    settings = WAYS[name]
+    longer = replace(settings, iterations=10)
+    same(run(longer, resume=run(settings).left), run(longer))
+
+
+def test_a_cancelled_restart_is_begun_anew():
+    calls = []
+
+    def once(number, x0):
+        calls.append(number)
+        if len(calls) == 2:
+            raise Stopped
+        return restart(number, x0)
+
+    cut = in_rounds(first(), score, WAYS["rounds"], once, interrupts=(Stopped,))
+    assert "before round 3" in cut.reason and cut.left.done == 6
+    same(run(WAYS["rounds"], resume=cut.left), run(WAYS["rounds"]))
+
+
+def test_half_an_update_is_no_state_to_go_on_from(monkeypatch):
+    steps = []
+
+    def step(self, closure=None):
+        steps.append(1)
+        if len(steps) == 3:
+            raise RuntimeError("broken in the middle")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    cut = run(PLAIN)
+    assert cut.cut_short and cut.left is None
+
+
+def test_what_is_frozen_keeps_its_identities():
+    leaf = torch.ones(2, requires_grad=True)
+    optimizer = torch.optim.Adam([leaf])
+    again, other = thawed(frozen((leaf, optimizer)))
+    assert again is other.param_groups[0]["params"][0] and again is not leaf and again.requires_grad
