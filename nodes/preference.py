@@ -127,11 +127,13 @@ def particulars() -> list[io.Input]:
             options=list(KEEP),
             default=DEFAULT.keep,
             tooltip=(
-                "last_winner: of the last comparison, as in the paper. incumbent: never an image that lost to "
-                "an earlier one (a person is asked about both)."
+                "last_winner: of the last comparison; dpo's is moved once more first, as in the paper. incumbent: "
+                "never an image that lost to an earlier one (a person is asked about both)."
             ),
         ),
-        io.Boolean.Input("skip_ties", default=False, tooltip="Learn nothing from a tie. Else the first wins."),
+        io.Boolean.Input(
+            "skip_ties", default=False, tooltip="Learn nothing from a tie. Else the last wins, as in the paper."
+        ),
         io.Float.Input(
             "kick",
             default=0.0,
@@ -273,7 +275,7 @@ def run_preference(
     settings = read_settings(NODE, values, PreferenceSettings)
     by = reward.facts.name if judge == "reward" else judge
     record = describe(NODE, told, given.seed, given.prompt, by)
-    live = LiveRun(hidden, settings.iterations - 1, {"drift_metric": "path_kl"}, record)
+    live = LiveRun(hidden, settings.iterations - 1 + settings.ends_with_update, {"drift_metric": "path_kl"}, record)
     job = ksampler_job(
         given, values, node=NODE, reward=reward if judge == "reward" else None, settings=settings,
         gradient=METHODS[settings.method].gradient, on_iteration=live,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -93,19 +93,22 @@ def clipped(gradients: list[Tensor], norm: float) -> tuple[list[Tensor], Tensor]
     return [g * per_image(scale.to(g), g) for g in gradients], size
 
 
-def pick(found: list[Candidate], index: Tensor) -> Candidate:
-    """The candidate that each image of the batch has at `index` (B,)."""
+def picked(tensors: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Of several (B, ...) the one that each image of the batch has at `index` (B,)."""
+    stacked = torch.stack(tuple(tensors), 1)
+    return stacked[torch.arange(len(index), device=stacked.device), index.to(stacked.device)]
 
-    def picked(tensors: Sequence[Tensor]) -> Tensor:
-        stacked = torch.stack(tuple(tensors), 1)
-        return stacked[torch.arange(len(index), device=stacked.device), index.to(stacked.device)]
 
-    path = Path(
-        picked([c.path.x0 for c in found]),
-        tuple(picked(z) for z in zip(*(c.noises for c in found), strict=True)),
-        tuple(picked(e) for e in zip(*(c.path.eps for c in found), strict=True)),
-        found[0].path.sigmas,
-        found[0].path.weights,
-        found[0].path.mask,
+def pick_path(paths: Sequence[Path], index: Tensor) -> Path:
+    return replace(
+        paths[0],
+        x0=picked([p.x0 for p in paths], index),
+        noises=tuple(picked(z, index) for z in zip(*(p.noises for p in paths), strict=True)),
+        eps=tuple(picked(e, index) for e in zip(*(p.eps for p in paths), strict=True)),
     )
-    return Candidate(list(path.noises), path, picked([c.images for c in found]), picked([c.energy for c in found]))
+
+
+def pick(found: list[Candidate], index: Tensor) -> Candidate:
+    path = pick_path([c.path for c in found], index)
+    images, energy = picked([c.images for c in found], index), picked([c.energy for c in found], index)
+    return Candidate(list(path.noises), path, images, energy)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .candidates import Candidate, Run, clipped, towards
+from .candidates import Candidate, Run, clipped, pick_path, picked, towards
 from .keep import chosen
 from .optimize import OPTIMIZERS
 from .rollout import Path, mean_square, per_image, total
@@ -26,9 +26,10 @@ SAME = 1e-2  # of the first candidates' distance: below it, candidates have beco
 class Method:
     """gradient: it goes through the model. numbers: it needs how much better, not only which. several: every candidate
     is a trajectory of its own, with its own reference. incumbent_first: the first candidate is the best so far.
+    moves_winner: the noises of a comparison's winner are moved after it, to `updated()`.
     """
 
-    gradient = numbers = several = incumbent_first = False
+    gradient = numbers = several = incumbent_first = moves_winner = False
 
     @staticmethod
     def trajectories(candidates: int) -> int:
@@ -39,7 +40,7 @@ class Method:
 class Dpo(Method):
     """Algorithm 2: the winner and the loser are pushed apart along the energy of their scores."""
 
-    gradient = several = True
+    gradient = several = moves_winner = True
 
     @staticmethod
     def trajectories(candidates: int) -> int:
@@ -63,11 +64,12 @@ class Dpo(Method):
     def learn(self, found: list[Candidate], verdict: Verdict) -> Tensor:
         s = self.run.settings
         energies = torch.stack([c.energy for c in found], 1)  # (B, n)
-        best, worst = verdict.best.to(energies.device), verdict.worst.to(energies.device)
+        # One candidate cannot be both: of equal ones the last is the winner, and the first the loser.
+        self.winner = torch.where(verdict.tie, len(found) - 1, verdict.best)
+        best = self.winner.to(energies.device)
+        worst = torch.where(verdict.tie, 0, verdict.worst).to(energies.device)
         margin = s.beta * (energies.gather(1, best[:, None]) - energies.gather(1, worst[:, None]))[:, 0]
         push = -s.beta * torch.sigmoid(-margin)  # d loss / d R_winner, and minus that for the loser
-        # One candidate cannot be both: where all are equal, the first is the winner and the last the loser.
-        worst = torch.where(best == worst, len(found) - 1 - best, worst)
         moves = torch.ones_like(push, dtype=torch.bool)
         if s.skip_ties:
             moves &= ~verdict.tie.to(moves.device)
@@ -88,6 +90,11 @@ class Dpo(Method):
         if s.kick:
             self._kick(found, best, worst)
         return size
+
+    def updated(self) -> tuple[list[Tensor], Path]:
+        """Of every image the last comparison's winner: its noises, moved by what was learned, and its reference."""
+        noises = [picked(z, self.winner) for z in zip(*self.z, strict=True)]
+        return noises, pick_path(self.references, self.winner)
 
     def _kick(self, found: list[Candidate], best: Tensor, worst: Tensor) -> None:
         latents = torch.stack([c.path.x0 for c in found], 1)

@@ -36,9 +36,9 @@ class PreferenceSettings:
     the probes of "hybrid2". lr: the optimiser's step in units of the noise's deviation. beta, energy: of the loss, see
     `ENERGIES`. explore: the spread of "dueling"'s challenger and of "hybrid2"'s probes, in units of the noise's
     deviation. step: how far a win of "dueling"'s challenger moves the noises, as a share of `explore`. keep:
-    "last_winner" (Algorithm 2), or "incumbent": never return what the judge liked less. skip_ties: learn nothing from a
-    tie, rather than take the first as the winner. kick: how much fresh noise the loser gets when the candidates have
-    become the same image; 0 is none.
+    "last_winner" (Algorithm 2: of "dpo" its noises after their update, sampled once more), or "incumbent": never return
+    what the judge liked less. skip_ties: learn nothing from a tie, rather than take the last as the winner. kick: how
+    much fresh noise the loser gets when the candidates have become the same image; 0 is none.
     clip_norm: the largest gradient norm of one image; 0 does not clip. patience: ties of every image in a row after
     which nothing can be learned. loss_scale: multiplies the energy in backward and divides the gradients, for networks
     in float16.
@@ -59,6 +59,11 @@ class PreferenceSettings:
     clip_norm: float = 1.0
     patience: int = 5
     loss_scale: float = 1.0
+
+    @property
+    def ends_with_update(self) -> bool:
+        """Whether what comes back is sampled after the last comparison."""
+        return self.keep == "last_winner" and METHODS[self.method].moves_winner
 
     def __post_init__(self) -> None:
         tables: dict[str, Collection[str]] = {
@@ -224,12 +229,19 @@ def prefer(
             reason = f"{book.ties} ties in a row: the judge finds the images equal, so no preference can be learned"
             break
         book.k += 1
+    done = not reason
+    if done and settings.ends_with_update:
+        _, cut = attempt(interrupts, _end_with_update, book, run, judge, on_iteration, memory)
+        rollout.let_go()
+        if cut:
+            reason, cut_short = f"{cut} at iteration {book.k}", True
     reason, kept = reason or "all comparisons done", book.kept
     trace.kept = kept.iteration.tolist()
     trace.reasons = [reason] * len(trace.kept)
     trace.settings["choices"] = book.choices
     trace.settings["evaluations"] = {"forward": run.evaluations, "backward": run.backwards}
-    return Result(kept.latent, found[0].path.x0, tuple(kept.noises), trace, reason, book.iterates, cut_short)
+    latest = book.iterates[-1] if done and settings.ends_with_update else found[0].path.x0
+    return Result(kept.latent, latest, tuple(kept.noises), trace, reason, book.iterates, cut_short)
 
 
 class _Stop(BaseException):
@@ -264,6 +276,21 @@ class _Book:
         self.k, self.ties, self.kept, rows, choices = state
         del self.trace.rows[rows:], self.choices[choices:]
         self.generator.set_state(generator)
+
+
+def _end_with_update(book: _Book, run: Run, judge: Judge, on_iteration: Callable, memory: Callable) -> None:
+    """Algorithm 2's last line: what comes back is the last winner after its update, which nobody has compared."""
+    started = time.perf_counter()
+    noises, reference = book.method.updated()
+    winner = run.look(noises, reference, gradient=False)
+    nobody = torch.zeros(len(winner.images), dtype=torch.long)
+    scores = judge(book.k, [winner.images]).scores if book.kept.score is not None else None
+    verdict = Verdict(nobody, nobody, torch.zeros_like(nobody, dtype=torch.bool), scores)
+    rows = _rows(book.k, run, [winner], verdict, [reference], None, time.perf_counter() - started, memory())
+    book.kept.update(book.k, nobody == 0, winner, None if scores is None else scores[:, 0])
+    book.iterates = [*book.iterates[: book.k], winner.path.x0.cpu()]
+    book.trace.rows += rows
+    on_iteration(book.k, rows, [winner.images])
 
 
 def _better(
