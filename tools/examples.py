@@ -1,4 +1,5 @@
-"""Writes example_workflows/*.json from short descriptions, by what the server says of its nodes, and docs/gallery.md.
+"""Writes example_workflows/*.json and the blueprint in subgraphs/ from short descriptions, by what the server says of
+its nodes, and docs/gallery.md.
 
 python -m tools.examples      (in ComfyUI's environment, $MIRA_COMFYUI set, as dev.py sets it)
 """
@@ -663,6 +664,95 @@ def graph(title: str, nodes: dict[str, Node], info: dict, note: str) -> dict:
     }  # fmt: skip
 
 
+BLUEPRINT = "MIRA Optimize to Image"
+# What of the nodes inside is to be connected or set outside, in this order.
+OUTSIDE = {
+    "mira": (
+        "model", "positive", "negative", "latent_image", "vae", "prompt", "seed", "steps", "cfg", "preset",
+        "iterations", "drift_limit",
+    ),
+    "reward": ("measure",),
+}  # fmt: skip
+
+
+def blueprint(info: dict) -> dict:
+    """The smallest useful graph as a node of the library: a subgraph of reward, optimiser and decoder.
+
+    Cores that show blueprints (0.3.7x on) take it from the pack's `subgraphs` folder.
+    """
+    vae = {"optimized": "mira.optimized", "plain": "mira.plain"}
+    nodes = {
+        "reward": Node("MiraPixelReward", 0, values={"measure": "brightness"}),
+        "mira": Node("MiraOptimizeKSampler", 1, links={"reward": "reward.reward"}),
+        **{key: Node("VAEDecode", 2, links={"samples": source}) for key, source in vae.items()},
+    }
+    inner = graph("blueprint", nodes, info, "")
+    made = dict(zip(nodes, inner["nodes"], strict=True))
+    names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    links = [dict(zip(names, link, strict=True)) for link in inner["links"]]
+    inputs, outputs = [], []
+
+    def uid(*parts: str) -> str:
+        return str(uuid.uuid5(uuid.NAMESPACE_URL, "/".join((REGISTRY_NAME, BLUEPRINT, *parts))))
+
+    def link(origin: tuple[int, int], target: tuple[int, int], kind: str) -> int:
+        links.append(dict(zip(names, (len(links) + 1, *origin, *target, kind), strict=True)))
+        return len(links)
+
+    def with_widgets(node: dict) -> None:
+        """A slot for every widget, in order, as the editor saves them: older ones read the values by these."""
+        of = info[node["type"]]
+        specs = {**of["input"].get("required", {}), **of["input"].get("optional", {})}
+        for name in widgets(of):
+            kind = specs[name][0] if isinstance(specs[name][0], str) else "COMBO"
+            node["inputs"].append({"name": name, "type": kind, "widget": {"name": name}, "link": None})
+
+    def expose(key: str, name: str) -> None:
+        node = made[key]
+        slot = next(s for s in node["inputs"] if s["name"] == name)
+        known = next((i for i in inputs if i["name"] == name), None)
+        if known is None:
+            known = {"id": uid("in", name), "name": name, "type": slot["type"], "linkIds": []}
+            known |= {"widget": slot["widget"]} if "widget" in slot else {}
+            inputs.append(known)
+        slot["link"] = link((-10, inputs.index(known)), (node["id"], node["inputs"].index(slot)), slot["type"])
+        known["linkIds"].append(slot["link"])
+
+    for node in made.values():
+        with_widgets(node)
+    for key, of in OUTSIDE.items():
+        for name in of:
+            expose(key, name)
+    for place, key in enumerate(vae):
+        expose(key, "vae")
+        given = link((made[key]["id"], 0), (-20, place), "IMAGE")
+        made[key]["outputs"][0]["links"].append(given)
+        outputs.append({"id": uid("out", key), "name": key, "type": "IMAGE", "linkIds": [given]})
+    outside = [{"name": i["name"], "type": i["type"], "link": None} for i in inputs]
+    for slot, of in zip(outside, inputs, strict=True):
+        if widget := of.pop("widget", None):
+            slot["widget"] = widget
+    subgraph = {
+        "id": uid(), "version": 1, "revision": 0, "name": BLUEPRINT, "config": {}, "groups": [], "widgets": [],
+        "state": {"lastGroupId": 0, "lastNodeId": len(made), "lastLinkId": len(links), "lastRerouteId": 0},
+        "inputNode": {"id": -10, "bounding": [-240, 60, 140, 60 + 20 * len(inputs)]},
+        "outputNode": {"id": -20, "bounding": [1360, 60, 120, 80]},
+        "inputs": inputs, "outputs": outputs, "nodes": inner["nodes"], "links": links, "extra": {},
+        "category": "MIRA Alignment",
+        "description": "KSampler and VAE Decode in one, optimised towards a pixel reward.",
+    }  # fmt: skip
+    node = {
+        "id": 1, "type": uid(), "pos": [40, 60], "size": [400, 420], "flags": {}, "order": 0, "mode": 0,
+        "title": BLUEPRINT, "inputs": outside, "widgets_values": [],
+        "outputs": [{"name": o["name"], "type": o["type"], "links": []} for o in outputs],
+        "properties": {"cnr_id": REGISTRY_NAME},
+    }  # fmt: skip
+    return {
+        "revision": 0, "last_node_id": 1, "last_link_id": 0, "nodes": [node], "links": [], "version": 0.4,
+        "definitions": {"subgraphs": [subgraph]}, "extra": {},
+    }  # fmt: skip
+
+
 def gallery() -> str:
     """docs/gallery.md: every example with its picture and what to look at."""
     lines = ["# Examples", "", "All of them are in ComfyUI's template browser; a PNG that one saves holds it, too.", ""]
@@ -680,6 +770,8 @@ async def write() -> None:
         (FOLDER / f"{name}.json").write_text(json.dumps(graph(name, nodes(), info, NOTES[name]), indent=1) + "\n")
         print(FOLDER / f"{name}.json")
     (ROOT / "docs" / "gallery.md").write_text(gallery())
+    (ROOT / "subgraphs").mkdir(exist_ok=True)
+    (ROOT / "subgraphs" / f"{BLUEPRINT}.json").write_text(json.dumps(blueprint(info), indent=1) + "\n")
 
 
 if __name__ == "__main__":

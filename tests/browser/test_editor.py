@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tools.comfy import ROOT
+from tools.examples import BLUEPRINT
 from tools.workflow import to_prompt
 
 QUICKSTART = json.loads((ROOT / "example_workflows" / "mira_quickstart.json").read_text())
@@ -467,6 +468,49 @@ def test_inside_a_subgraph(quickstart):
     )
     wait_for(editor, lambda: "kept iteration 5" in (editor.js(outside) or ""), "its status on the node outside")
     editor.shot("subgraph")
+
+
+@ENDS
+def test_the_blueprint_is_a_node_that_runs(editor):
+    """Between stock nodes, as a person connects it."""
+    known = json.loads(editor.page.request.get(f"{editor.server.url}/global_subgraphs").text())
+    (mine,) = (key for key, entry in known.items() if entry["name"] == BLUEPRINT)
+    data = json.loads(editor.page.request.get(f"{editor.server.url}/global_subgraphs/{mine}").text())["data"]
+    editor.load(json.loads(data))
+    outer = "app.graph.nodes.find(n => n.subgraph)"
+    editor.js(
+        f"""() => {{
+            const add = (kind, place) => {{
+                const node = LiteGraph.createNode(kind);
+                app.graph.add(node);
+                node.pos = [40 + 340 * place[0], 40 + 200 * place[1]];
+                return node;
+            }};
+            const model = add("MiraDemoModel", [0, 3]), text = add("CLIPTextEncode", [1, 3]);
+            const latent = add("EmptyLatentImage", [2, 3]), shown = add("PreviewImage", [3, 0]);
+            for (const w of latent.widgets) if (w.name !== "batch_size") w.value = 64;
+            const mira = {outer};
+            const into = name => mira.inputs.findIndex(i => i.name === name);
+            model.connect(0, mira, into("model"));
+            model.connect(1, text, 0);
+            model.connect(2, mira, into("vae"));
+            text.connect(0, mira, into("positive"));
+            text.connect(0, mira, into("negative"));
+            latent.connect(0, mira, into("latent_image"));
+            mira.connect(0, shown, 0);
+            for (const [name, value] of Object.entries({{ steps: 3, iterations: 3, seed: 5 }}))
+                mira.widgets.find(w => w.name === name).value = value;
+        }}"""
+    )
+    editor.settle()
+    (optimizer,) = (n["inputs"] for n in editor.prompt().values() if n["class_type"] == OPTIMIZER)
+    assert [optimizer[k] for k in ("steps", "iterations", "seed", "preset")] == [3, 3, 5, "balanced"]
+    editor.shot("blueprint")
+    editor.queue()
+    told = f"""() => {outer}.subgraph.nodes.find(n => n.comfyClass === '{OPTIMIZER}')
+        .widgets.find(w => w.name === 'mira_chart').element.querySelector('.mira-status').textContent"""
+    wait_for(editor, lambda: "kept iteration" in editor.js(told), "the end of the run inside")
+    assert editor.errors == []
 
 
 @ENDS

@@ -80,11 +80,20 @@ FAMILIES = {
         16, 0, False,
     ),
     "ZImage": (
-        models.ZImage,
+        getattr(models, "ZImage", None),
         dict(image_model="lumina2", patch_size=2, in_channels=16, dim=256, n_layers=2, n_refiner_layers=1, n_heads=8,
              n_kv_heads=8, axes_dims=[8, 12, 12], axes_lens=[300, 64, 64], cap_feat_dim=48, qk_norm=True,
              ffn_dim_multiplier=2.0, rope_theta=256.0, z_image_modulation=True, time_scale=1000.0,
              pad_tokens_multiple=32), 16, 0, False,
+    ),
+    "Flux2": (
+        getattr(models, "Flux2", None),
+        FLUX | dict(
+            image_model="flux2", in_channels=128, out_channels=128, axes_dim=[8, 8, 8, 8], mlp_ratio=3.0, theta=2000,
+            patch_size=1, qkv_bias=False, global_modulation=True, vec_in_dim=None, mlp_silu_act=True, ops_bias=False,
+            default_ref_method="index", ref_index_scale=10.0,
+        ),
+        128, 0, False,
     ),
     "OmniGen2": (
         models.Omnigen2,
@@ -110,16 +119,7 @@ FAMILIES = {
         16, 1, False,
     ),
 }  # fmt: skip
-if hasattr(models, "Flux2"):
-    FAMILIES["Flux2"] = (
-        models.Flux2,
-        FLUX | dict(
-            image_model="flux2", in_channels=128, out_channels=128, axes_dim=[8, 8, 8, 8], mlp_ratio=3.0, theta=2000,
-            patch_size=1, qkv_bias=False, global_modulation=True, vec_in_dim=None, mlp_silu_act=True, ops_bias=False,
-            default_ref_method="index", ref_index_scale=10.0,
-        ),
-        128, 0, False,
-    )  # fmt: skip
+FAMILIES = {name: family for name, family in FAMILIES.items() if family[0]}  # older cores lack the newest
 HERE = [name for name, family in FAMILIES.items() if family[-1] or os.environ.get("MIRA_FAMILIES") == "all"]
 
 

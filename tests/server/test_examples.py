@@ -7,12 +7,13 @@ import json
 
 import pytest
 
-from tools.comfy import ROOT, Client
-from tools.examples import EXAMPLES, NOTES, gallery, graph, needs_files, published
+from tools.comfy import ROOT, Client, comfyui_folder
+from tools.examples import BLUEPRINT, EXAMPLES, NOTES, blueprint, gallery, graph, needs_files, published
 from tools.help import page, pages
 from tools.workflow import find, to_prompt
 
 FOLDER = ROOT / "example_workflows"
+HAS_BLUEPRINTS = (comfyui_folder() / "app" / "subgraph_manager.py").is_file()
 NAMES = sorted(p.stem for p in FOLDER.glob("*.json"))
 SHORT = {"steps": 3, "step": 1, "iterations": 2, "width": 64, "height": 64}
 
@@ -110,6 +111,18 @@ def test_every_node_has_a_help_page_that_is_up_to_date(info):
         text = (ROOT / "web" / "docs" / f"{node}.md").read_text()
         assert text == page(node, info[node]), f"{node}.md is out of date: run python -m tools.help"
         assert (ROOT / "web" / "docs" / "pictures" / f"{node}.jpg").stat().st_size > 1000
+
+
+@pytest.mark.skipif(not HAS_BLUEPRINTS, reason="this ComfyUI shows no blueprints")
+def test_the_blueprint_is_up_to_date_and_offered(server, info):
+    saved = json.loads((ROOT / "subgraphs" / f"{BLUEPRINT}.json").read_text())
+    assert saved == blueprint(info), "run python -m tools.examples"
+
+    async def get():
+        async with Client(server.url) as client:
+            return await client.get("/global_subgraphs")
+
+    assert BLUEPRINT in [entry["name"] for entry in asyncio.run(get()).values()]
 
 
 def test_the_gallery_shows_every_example():
