@@ -67,6 +67,7 @@ def test_weight_0_is_the_base_and_1_the_tuned_model(world, bright):
     assert torch.equal(sample(world, bright), tuned)
 
 
+@pytest.mark.usefixtures("trained")
 def test_a_larger_weight_is_brighter(world, bright):
     found = [brightness(world, sample(world, rlg(world.model, bright, w))) for w in (0.0, 0.5, 1.0, 1.6)]
     assert found == sorted(found) and found[3] > found[2] + 0.02

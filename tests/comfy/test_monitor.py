@@ -51,11 +51,11 @@ def decode(demo_vae):
 
 
 @pytest.fixture(scope="module")
-def runs(world, demo_vae):
-    """One that stays near, and one that is driven to white."""
+def runs(world, demo_model, demo_vae):
+    """One that stays near, and one that is driven to white: of a picture, as the verdict is about prompts."""
     options = dict(
         steps=8, reward=PixelReward("brightness"), regularizer="none", beta=0.0, memory="none", gradient_steps=3,
-        vae=demo_vae,
+        model=demo_model, vae=demo_vae, latent=torch.zeros(1, 4, 16, 16),
     )  # fmt: skip
     return {
         "near": world.optimize(**options, iterations=2, lr=0.005),
@@ -64,8 +64,9 @@ def runs(world, demo_vae):
 
 
 @pytest.fixture(scope="module")
-def base(world, decode):
-    return decode(world.ksampler(steps=8, seed=123, batch=8))
+def base(world, demo_model, decode):
+    latent = torch.zeros(8, 4, 16, 16)
+    return decode(world.ksampler(model=demo_model, steps=8, seed=123, latent=latent))
 
 
 def test_a_verdict_by_the_base_models_own_spread(runs, decode, base):
