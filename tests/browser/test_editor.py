@@ -19,6 +19,7 @@ from tools.workflow import to_prompt
 QUICKSTART = json.loads((ROOT / "example_workflows" / "mira_quickstart.json").read_text())
 OPTIMIZER, PREFERENCE = "MiraOptimizeKSampler", "MiraDPOPreference"
 STATUS = ".mira-status"
+EMPTY_GRAPH = QUICKSTART | {"nodes": [], "links": []}
 FAST = dict(preset="custom", steps=3, iterations=5, seeds=1, rounds=1, stop="never", keep="last", drift_limit=0.0)
 
 
@@ -115,7 +116,7 @@ def test_a_picture_that_is_dropped_brings_its_record(quickstart):
     editor.queue()
     wait_for(editor, lambda: "kept iteration 2" in editor.page.inner_text(STATUS), "end of the shorter run")
     editor.wait_idle()
-    editor.load(QUICKSTART | {"nodes": [], "links": [], "id": str(uuid.uuid4())})
+    editor.load(EMPTY_GRAPH | {"id": str(uuid.uuid4())})
     editor.js(DROP, [base64.b64encode(png).decode(), "fox.png"])
     wait_for(editor, lambda: editor.page.query_selector(STATUS), "node")
     wait_for(editor, lambda: "kept iteration 5" in editor.page.inner_text(STATUS), "record of the picture")
@@ -524,4 +525,71 @@ def test_a_search_shows_every_look(editor, request):
     assert rows(editor, search) == 6
     assert "NaN" not in editor.page.inner_text(STATUS)
     editor.shot("search")
+    assert editor.errors == []
+
+
+LINKED = """outside => {
+    const of = (kind, k = 0) => app.graph.nodes.filter(n => n.comfyClass === kind)[k];
+    const mira = of("MiraOptimizeKSampler"), model = of("MiraDemoModel");
+    const [positive, negative] = [of("CLIPTextEncode", 0), of("CLIPTextEncode", 1)];
+    const sources = {
+        model: [model, 0], positive: [positive, 0], negative: [negative, 0], latent_image: [of("EmptyLatentImage"), 0],
+        vae: [model, 2], reward: [of("MiraPixelReward"), 0],
+    };
+    for (const [name, [node, slot]] of Object.entries(sources))
+        node.connect(slot, mira, mira.inputs.findIndex(i => i.name === name));
+    for (const slot of [0, 1]) mira.connect(slot, of("VAEDecode", slot), 0);
+}"""
+
+
+@ENDS
+def test_the_first_minute(editor):
+    """A node that is looked for, connected, run, looked at, taken, saved and found again; then left out and muted."""
+    page = editor.page
+    editor.load(QUICKSTART | {"id": str(uuid.uuid4())})
+    editor.js(f"() => app.graph.remove(app.graph.nodes.find(n => n.comfyClass === '{OPTIMIZER}'))")
+    editor.js(
+        "() => { Object.assign(app.canvas.ds, { scale: 0.6, offset: [900, 900] }); app.canvas.setDirty(true, true); }"
+    )
+    editor.settle()
+    page.mouse.dblclick(420, 300)  # where nothing is
+    page.wait_for_timeout(700)
+    page.keyboard.type("mira optimize")
+    page.wait_for_timeout(1200)
+    editor.shot("first_search")
+    page.keyboard.press("Enter")
+    wait_for(editor, lambda: editor.js(f"() => app.graph.nodes.some(n => n.comfyClass === '{OPTIMIZER}')"), "the node")
+    page.mouse.click(420, 300)
+    editor.js(LINKED)
+    editor.set("EmptyLatentImage", width=64, height=64)
+    editor.set(OPTIMIZER, steps=4, iterations=6, seed=zlib.crc32(editor.label.encode()))
+    editor.look_at(OPTIMIZER)
+    page.keyboard.press("Control+Enter")
+    wait_for(editor, lambda: "kept iteration" in page.inner_text(STATUS), "end of the run")
+    editor.wait_idle()
+    assert editor.js(f"() => app.graph.nodes.find(n => n.comfyClass === '{OPTIMIZER}').widgets[6].value") == "balanced"
+    editor.look_at(OPTIMIZER, 0.55)
+    slider = page.locator(".mira-scrub input")
+    slider.focus()
+    slider.press("Home")
+    slider.press("ArrowRight")
+    page.click(".mira-scrub button")
+    wait_for(editor, lambda: "kept iteration 1" in page.inner_text(STATUS), "the iterate that was taken")
+    editor.wait_idle()
+    png, workflow = saved_png(editor), editor.js("() => app.graph.serialize()")
+    editor.reload()
+    editor.load(EMPTY_GRAPH | {"id": str(uuid.uuid4())})
+    editor.js(DROP, [base64.b64encode(png).decode(), "taken.png"])
+    wait_for(editor, lambda: page.query_selector(STATUS), "the workflow of the picture")
+    wait_for(editor, lambda: "kept iteration 1" in page.inner_text(STATUS), "its record")
+    assert len(editor.js("() => app.graph.serialize().nodes")) == len(workflow["nodes"])
+    for mode, there in ((4, False), (2, False), (0, True)):  # bypassed, muted, and back
+        editor.js(f"m => {{ app.graph.nodes.find(n => n.comfyClass === '{OPTIMIZER}').mode = m; }}", mode)
+        kinds = [n["class_type"] for n in editor.prompt().values()]
+        assert (OPTIMIZER in kinds) == there
+        if mode == 4:  # what comes in goes through
+            editor.queue()
+            editor.wait_idle()
+            history = json.loads(page.request.get(f"{editor.server.url}/history?max_items=1").text())
+            assert next(iter(history.values()))["status"]["status_str"] == "success"
     assert editor.errors == []
