@@ -7,6 +7,7 @@ cost; see docs/speed.md). So K iterations of noise optimisation cost (K + 1) + 2
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -102,6 +103,20 @@ def guided(guider: Callable, cost: int, **more) -> Method:
     return replace(searching("best_of_n", lambda b: {"particles": max(1, b // cost)}), guider=guider, **more)
 
 
+def most_to_halve(budget: int, steps: int = 8) -> int:
+    """The most seeds whose halving costs no more than so many plain samples, its own plain one among them."""
+
+    def cost(n: int) -> float:
+        passes, at, alive = steps, 0, n
+        for step in SearchSettings(method="halving", particles=n).looks(steps):
+            left = math.ceil(alive / 2) if step < steps else alive
+            passes += alive * (step - at) + alive - left  # a survivor's prediction is its next step's
+            at, alive = step, left
+        return passes / steps
+
+    return max((n for n in range(1, 8 * budget) if cost(n) <= budget), default=1)
+
+
 METHODS: dict[str, Method] = {
     # A step of the authors' length would need the authors' number of iterations: all get the benchmark's.
     **{
@@ -121,6 +136,7 @@ METHODS: dict[str, Method] = {
     "reno": optimising(**RIVALS["reno"]),
     "initno": optimising(**{k: v for k, v in RIVALS["initno"].items() if k != "lr"}),
     "best_of_n": searching("best_of_n", lambda b: {"particles": b}),
+    "halving": searching("halving", lambda b: {"particles": most_to_halve(b)}),
     "zero_order": searching("zero_order", lambda b: {"particles": max(1, (b - 1) // 4), "rounds": 4}),
     "fk_steering": searching("fk_steering", lambda b: {"particles": b - 1}),
     "code": searching("code", lambda b: {"particles": b - 1}),

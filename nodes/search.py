@@ -58,10 +58,10 @@ def can_steer(method: str, sampler: Any, model_sampling: Any, values: dict) -> N
     name, instead = values["sampler_name"], "use euler_ancestral, or method best_of_n or zero_order"
     if values["steps"] < 2:
         raise ValueError(
-            f"{NODE}: steps is {values['steps']}, but method {method} steers by the noise that the sampler injects "
-            "between steps: use 2 or more, or method best_of_n or zero_order"
+            f"{NODE}: steps is {values['steps']}, but method {method} looks at particles between two steps: use 2 or "
+            "more, or method best_of_n or zero_order"
         )
-    if not injects_noise(sampler, model_sampling):
+    if METHODS[method].copies and not injects_noise(sampler, model_sampling):
         raise ValueError(
             f"{NODE}: method {method} needs a sampler that injects noise, by which particles part, but {name} injects "
             f"none: {instead}"
@@ -159,6 +159,7 @@ class MiraSearchKSampler(io.ComfyNode):
                     default=DEFAULT.method,
                     tooltip=(
                         "best_of_n: so many seeds, the best stays. zero_order: climbs around the best noise. "
+                        "halving: the half of the seeds that promises less is given up, again and again. "
                         "fk_steering: particles are resampled by their predicted reward while they are sampled. code: "
                         "the best of several continuations, again and again. das: FK's sequential Monte Carlo with "
                         "proposals that follow the gradient. mira_fk: MIRA on several trajectories, of which the "

@@ -1,8 +1,8 @@
 """Search and steering: several particles of one frozen model, of which the better ones survive.
 
-Best-of-N, zero-order search (arXiv 2501.09732), FK steering (arXiv 2501.06848), CoDe (arXiv 2502.00968) and DAS
-(arXiv 2501.05803); the hybrid of MIRA and FK has a file of its own. All of them sample from, or climb within, the
-model's distribution tilted by exp(strength * reward); none of these needs a gradient but DAS.
+Best-of-N, zero-order search (arXiv 2501.09732), FK steering (arXiv 2501.06848), CoDe (arXiv 2502.00968), DAS (arXiv
+2501.05803) and successive halving; the hybrid of MIRA and FK has a file of its own. All of them sample from, or climb
+within, the model's distribution tilted by exp(strength * reward); none of these needs a gradient but DAS.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .optimize import Result, Score, Settings
 from .particles import Chain, Particles
 from .resampling import select
 from .rollout import Rollout, per_image
-from .steering import code, das, fk_steering
+from .steering import code, das, fk_steering, halving
 
 POTENTIALS = ("max", "difference")
 
@@ -31,7 +31,7 @@ class SearchSettings:
 
     particles: N, how many are alive at once (best_of_n: in all). rounds: of zero_order, each of N candidates.
     interval: sampling steps between two looks at the particles; 0: a fifth of the steps for FK steering, a twentieth
-        for CoDe (their papers' 20 and 5 of 100). DAS looks at every step.
+        for CoDe (their papers' 20 and 5 of 100), and for halving as many looks as leave one. DAS looks at every step.
     strength: lambda of FK steering, 1 / alpha of DAS: the target is p(x) exp(strength r(x)).
     potential: FK's, "max" over the lineage so far or "difference" of successive rewards.
     ess: resample when the effective sample size falls below this share of the particles.
@@ -74,8 +74,9 @@ class SearchSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}: use a value above 0 and up to 1")
 
     def looks(self, steps: int) -> list[int]:
-        """The steps, of 1 to `steps`, after which FK steering and CoDe look at their particles."""
+        """The steps, of 1 to `steps`, after which a steering method looks at its particles."""
         looks = METHODS[self.method].looks
+        looks = looks(self.particles) if callable(looks) else looks
         if not looks:
             return list(range(1, steps + 1))
         every = self.interval or max(1, round(steps / looks))
@@ -142,14 +143,16 @@ class Method:
 
     run: what goes on from the plain sample, (particles, settings) -> (latents, log weights). None: another loop has it,
         `hybrid.hybrid` (optimizes: whole trajectories) or `restart.search_by_restarts` (restarts: whole images).
-    gradient: it needs the reward's. steers: it looks at particles that are still noisy, which part by the noise that
-        the sampler injects. looks: so many times a run, if nothing else is said; 0: at every step.
+    gradient: it needs the reward's. steers: it looks at particles that are still noisy. looks: so many times a run, of
+        so many particles, if nothing else is said; 0: at every step. copies: one particle may go on as several, which
+        part by the noise that the sampler injects.
     """
 
     run: Callable[[Particles, SearchSettings], tuple[Tensor, Tensor]] | None = None
     gradient: bool = False
     steers: bool = False
-    looks: int = 0
+    looks: int | Callable[[int], int] = 0
+    copies: bool = True
     optimizes: bool = False
     restarts: bool = False
 
@@ -159,6 +162,7 @@ METHODS = {
     "zero_order": Method(zero_order),
     "fk_steering": Method(fk_steering, steers=True, looks=5),
     "code": Method(code, steers=True, looks=20),
+    "halving": Method(halving, steers=True, copies=False, looks=lambda n: math.ceil(math.log2(n)) + 1),
     "das": Method(das, gradient=True, steers=True),
     "mira_fk": Method(gradient=True, optimizes=True),
     "restarts": Method(restarts=True),
@@ -196,7 +200,7 @@ def search(
         raise ValueError(f"method is {settings.method}, which optimises whole trajectories: call `hybrid`")
     if method.restarts:
         raise ValueError(f"method is {settings.method}, which noises whole images: call `search_by_restarts`")
-    if method.steers and len(noises) < 2:
+    if method.steers and method.copies and len(noises) < 2:
         raise ValueError(
             f"method is {settings.method}, whose particles part by the noise that the sampler injects, but here it "
             "injects none: use an ancestral or SDE sampler and more than one step, or best_of_n or zero_order"

@@ -1,7 +1,8 @@
 """Steering: particles are looked at while they are still noisy, and the promising ones go on.
 
-FK steering (arXiv 2501.06848), CoDe (arXiv 2502.00968) and DAS (arXiv 2501.05803). Each takes the particles, after
-their plain sample, to the end and returns the last population and its log weights, (P, B, C, ...) and (P, B).
+FK steering (arXiv 2501.06848), CoDe (arXiv 2502.00968), DAS (arXiv 2501.05803), and successive halving (arXiv
+1502.07943) of seeds. Each takes the particles, after their plain sample, to the end and returns the last population and
+its log weights, (P, B, C, ...) and (P, B).
 """
 
 from __future__ import annotations
@@ -54,6 +55,18 @@ def code(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
         if not last:
             population = population.take(best[None].expand(run.count, -1))
     return population.x, torch.zeros(run.count, run.batch)
+
+
+def halving(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
+    """Successive halving: at every look the half with the better predictions goes on, until one is left."""
+    population, at = start(run), 0
+    for n, step in enumerate(settings.looks(run.steps), 1):
+        reward, parts, images = look(run, population, at, step)
+        at, last = step, step == run.steps
+        run.report(n, population, reward, parts, images, last)
+        if not last:
+            population = population.take(reward.topk(math.ceil(len(reward) / 2), 0).indices)
+    return population.x, torch.zeros(len(population.x), run.batch)
 
 
 def das(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,7 @@ def test_fewest_steps_and_no_guidance(world, method):
         ({"sampler_name": "euler", "method": "code"}, "injects none: use euler_ancestral, or method best_of_n"),
         ({"sampler_name": "res_multistep", "method": "code"}, "injects none: use euler_ancestral"),
         ({"sampler_name": "sa_solver", "method": "das"}, "would sample otherwise in pieces: use euler_ancestral"),
-        ({"steps": 1, "method": "das"}, "between steps: use 2 or more"),
+        ({"steps": 1, "method": "das"}, "between two steps: use 2 or more"),
         ({"steps": 1, "method": "restarts"}, "a level in between: use 2 or more"),
         ({"steps": 0}, "steps is 0"),
         ({"latent_image": {"samples": torch.zeros(0, 4, 16, 16)}}, "the batch is empty"),

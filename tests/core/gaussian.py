@@ -63,10 +63,10 @@ def noises(steps: int = 6, batch: int = 2, seed: int = 0) -> list[torch.Tensor]:
 
 
 class Chain:
-    """`ancestral` in pieces, as `particles.Chain`."""
+    """`ancestral` in pieces, as `particles.Chain`; without noise in between, Euler's method."""
 
-    def __init__(self, D, schedule):
-        self.D, self.schedule = D, schedule
+    def __init__(self, D, schedule, injects=True):
+        self.D, self.schedule, self.injects = D, schedule, injects
 
     def start(self, z_T):
         return z_T * (1 + self.schedule[0] ** 2).sqrt()
@@ -81,9 +81,11 @@ class Chain:
             denoised = model(x, s * ones)
             if t == 0:
                 return denoised
-            up = (t**2 * (s**2 - t**2) / s**2).sqrt()
+            up = (t**2 * (s**2 - t**2) / s**2).sqrt() * self.injects
             down = (t**2 - up**2).sqrt()
-            x = x + (x - denoised) / s * (down - s) + up * source(lambda x=x: torch.randn_like(x))
+            x = x + (x - denoised) / s * (down - s)
+            if self.injects:
+                x = x + up * source(lambda x=x: torch.randn_like(x))
         return x
 
 

@@ -262,7 +262,7 @@ def test_running_out_of_memory_halves_what_runs_at_once():
     assert "went on with 3" in tight.trace.notices[0] and "went on with 1" in tight.trace.notices[1]
 
 
-@pytest.mark.parametrize("method", STEERING)
+@pytest.mark.parametrize("method", [m for m in STEERING if METHODS[m].copies])
 def test_steering_needs_noise_to_steer(method):
     chain, rollout, z = problem()
     with pytest.raises(ValueError, match="injects none"):
@@ -300,3 +300,53 @@ def test_papers_looks():
     assert SearchSettings("das").looks(3) == [1, 2, 3]
     assert SearchSettings("fk_steering", interval=3).looks(8) == [3, 6, 8]
     assert SearchSettings("code").looks(1) == [1]
+
+
+# -- successive halving
+
+
+def test_halving_gives_up_the_worse_half_until_one_is_left():
+    """On a Gaussian the prediction orders the particles as their ends are ordered, but for the noise that is to come:
+    the survivor of n is nearly the best of n, for less of the work.
+    """
+    batch, steps, n = 150, 16, 8
+    chain, rollout, noises = problem(batch=batch, steps=steps)
+    settings = SearchSettings(method="halving", particles=n)
+    result = search(chain, rollout, value(linear), noises, settings, most=4)
+    assert settings.looks(steps) == [4, 8, 12, 16] and settings.rows(steps) == 4
+    assert result.particles.shape[0] == 1 and (result.log_weights == 0).all()
+    # 8 particles for four steps, 4 for four more, and so on; a prediction for each that is given up (another is the
+    # next step of its particle); and the plain sample.
+    assert result.trace.settings["evaluations"] == steps + (8 + 4 + 2 + 1) * 4 + 4 + 2 + 1
+    best = search(chain, rollout, value(linear), noises, SearchSettings(particles=n), most=n)
+    kept, plain, whole = (r.double().mean().item() for r in (result.best, noises_end(chain, noises), best.best))
+    assert abs(plain) < 0.25 and whole > 1.0 and kept > plain + 0.7 * (whole - plain)
+    assert result.trace.settings["evaluations"] < 0.75 * best.trace.settings["evaluations"]
+
+
+def noises_end(chain, noises):
+    rest = iter(noises[1:])
+    return chain.segment(chain.start(noises[0]), 0, len(chain.schedule) - 1, lambda draw: next(rest), lambda d: d)
+
+
+def test_halving_needs_no_noise_between_the_steps():
+    schedule = problem(steps=4)[0].schedule
+    chain = gaussian.Chain(gaussian.denoiser(), schedule, injects=False)
+    z = [torch.randn(2, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))]
+
+    def sample(z, source, wrap):
+        return chain.segment(chain.start(z), 0, 4, source, wrap)
+
+    rollout = Rollout(sample, schedule, memory="none")
+    result = search(chain, rollout, value(linear), z, SearchSettings(method="halving", particles=5))
+    assert result.particles.shape[0] == 1
+    with pytest.raises(ValueError, match="injects none"):
+        search(chain, rollout, value(linear), z, SearchSettings(method="fk_steering", particles=5))
+
+
+def test_halving_ends_with_what_is_left_where_steps_are_few():
+    chain, rollout, noises = problem(steps=2, batch=3)
+    result = search(chain, rollout, value(linear), noises, SearchSettings(method="halving", particles=9))
+    assert result.particles.shape[0] == 5 and SearchSettings(method="halving", particles=1).looks(2) == [2]
+    ends = result.particles[..., 0, 0, 0]
+    torch.testing.assert_close(result.best[:, 0, 0, 0], ends.max(0).values)
