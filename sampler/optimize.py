@@ -12,7 +12,7 @@ from torch import Tensor
 from .ending import Interrupts, attempt
 from .keep import Keeper
 from .replay import Segment
-from .resume import Left, frozen, thawed
+from .resume import Left, leave, thawed
 from .rollout import Path, Rollout, mean_square, per_image, total
 from .surrogates import REGULARIZERS, SURROGATES
 from .trace import Trace, rows_of
@@ -327,7 +327,7 @@ def optimize(
     reason = reason or "all iterations done"
     done = min(k, settings.iterations)  # of the last iterate there may be no gradient yet
     so_far = Trace(rows=trace.rows[: done * batch], notices=list(trace.notices))
-    left = Left(frozen((state, so_far, iterates[:done], latest)), done) if whole and state.active.any() else None
+    left = leave((state, so_far, iterates[:done], latest), done) if whole and state.active.any() else None
     trace.kept = state.keeper.iteration.tolist()
     trace.reasons = [r or reason for r in state.reasons]
     return Result(

@@ -22,7 +22,7 @@ from .ending import Interrupts, attempt
 from .keep import Kept, chosen
 from .optimize import Result, Score, Settings, optimize
 from .replay import Segment
-from .resume import Left, frozen, thawed
+from .resume import Left, leave, thawed
 from .rollout import Rollout, per_image
 from .search import SearchSettings
 from .surrogates import SURROGATES
@@ -170,10 +170,9 @@ def in_rounds(
     trace, kept = rounds.trace, rounds.kept
     trace.kept = kept.iteration.tolist()
     trace.reasons = [reason] * len(trace.kept) if reason else rounds.reasons
-    left = Left(frozen((before, None)), len(before.iterates))  # the round that was cut is begun anew
-    if done:
-        there = done.left
-        left = Left(frozen((before, there)), len(before.iterates) + there.done) if there else None
+    there = done.left if done else None  # a round that was cut before it began is begun anew
+    goes_on = there is not None or done is None
+    left = leave((before, there), len(before.iterates) + (there.done if there else 0)) if goes_on else None
     return Result(
         kept.latent,
         rounds.last,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+log = logging.getLogger("mira")
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,15 @@ class Left:
 
     data: bytes
     done: int
+
+
+def leave(value: Any, done: int) -> Left | None:
+    """What a run goes on from; None, with a warning, where it cannot be kept: that may not cost what the run came to."""
+    try:
+        return Left(frozen(value), done)
+    except Exception as problem:
+        log.warning("this run cannot be gone on with: %s", problem)
+        return None
 
 
 def frozen(value: Any) -> bytes:

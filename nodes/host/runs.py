@@ -20,7 +20,7 @@ from ...sampler.memory import out_of_memory
 from ...sampler.optimize import Result
 from ...sampler.replay import Segment
 from ...sampler.restart import Stretch, in_rounds, search_by_restarts
-from ...sampler.resume import frozen, thawed
+from ...sampler.resume import leave, thawed
 from ...sampler.rollout import USABLE, NotTheSame, Rollout, per_image
 from ...sampler.search import METHODS, SearchSettings, search
 from ...sampler.seeds import Start, best_of
@@ -125,7 +125,7 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
     if start and start.cut:
         result.left = None  # the other seeds are still to be tried
     if result.left:
-        result.left = replace(result.left, data=frozen((start, result.left.data)))
+        result.left = leave((start, result.left.data), result.left.done)
     result.trace.notices[:0] = notices
     if settings.rounds > 1:
         result.trace.settings["restart_seeds"] = [process.seed_of(RESTART + n) for n in range(1, settings.rounds)]

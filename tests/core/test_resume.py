@@ -145,3 +145,14 @@ def test_what_is_frozen_keeps_its_identities():
     optimizer = torch.optim.Adam([leaf])
     again, other = thawed(frozen((leaf, optimizer)))
     assert again is other.param_groups[0]["params"][0] and again is not leaf and again.requires_grad
+
+
+def test_what_cannot_be_kept_costs_nothing(monkeypatch, caplog):
+    def full(*_):
+        raise MemoryError("no memory left")
+
+    whole = run(WAYS["rounds"])
+    monkeypatch.setattr(torch, "save", full)
+    result = run(WAYS["rounds"])
+    assert torch.equal(result.best, whole.best) and result.left is None and not result.cut_short
+    assert "cannot be gone on with: no memory left" in caplog.text
