@@ -21,7 +21,7 @@ class Left:
 
 
 def leave(value: Any, done: int) -> Left | None:
-    """What a run goes on from; None, with a warning, where it cannot be kept: that may not cost what the run came to."""
+    """What a run goes on from; None, with a warning, where it cannot be kept: that must not cost what it came to."""
     try:
         return Left(frozen(value), done)
     except Exception as problem:
