@@ -193,7 +193,7 @@ def against(mine: torch.Tensor, plain: torch.Tensor, animals: list[str], level: 
 
 LEVELS = {
     "brightness": (0.4, 0.5, 0.6, 0.65, 0.72), "darkness": (0.45, 0.52, 0.55), "aesthetic": (5.7, 6.0, 6.2),
-    "JPEG": (-2.0, -1.8, -1.6),
+    "JPEG": (-5.4, -5.2, -5.05),
 }  # fmt: skip
 
 
