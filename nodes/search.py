@@ -84,7 +84,7 @@ def particulars() -> list[io.Input]:
             max=10000,
             tooltip=(
                 "Sampling steps between two looks of fk_steering and code. 0: a fifth and a twentieth of the "
-                "steps, as in their papers."
+                "steps, as in their papers; of halving, as often as it takes to leave one."
             ),
         ),
         io.Float.Input(
@@ -262,7 +262,8 @@ def run_search(hidden: Any, given: KSamplerInputs, reward: Reward, values: dict)
         log.warning("%s: %s", NODE, notice)
         trace.notices.append(notice)
     if method.steers and kept_no_best(trace):
-        trace.notices.append("the plain sample scored higher than every particle: raise strength or particles")
+        remedy = "raise strength or particles" if method.copies else "it came back; raise particles"
+        trace.notices.append(f"the plain sample scored higher than every particle: {remedy}")
     trace.settings |= record
     return done, live
 

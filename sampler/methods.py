@@ -64,10 +64,8 @@ class Dpo(Method):
     def learn(self, found: list[Candidate], verdict: Verdict) -> Tensor:
         s = self.run.settings
         energies = torch.stack([c.energy for c in found], 1)  # (B, n)
-        # One candidate cannot be both: of equal ones the last is the winner, and the first the loser.
-        self.winner = torch.where(verdict.tie, len(found) - 1, verdict.best)
-        best = self.winner.to(energies.device)
-        worst = torch.where(verdict.tie, 0, verdict.worst).to(energies.device)
+        self.winner = verdict.best
+        best, worst = verdict.best.to(energies.device), verdict.worst.to(energies.device)
         margin = s.beta * (energies.gather(1, best[:, None]) - energies.gather(1, worst[:, None]))[:, 0]
         push = -s.beta * torch.sigmoid(-margin)  # d loss / d R_winner, and minus that for the loser
         moves = torch.ones_like(push, dtype=torch.bool)

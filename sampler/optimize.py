@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor
 from .ending import Interrupts, attempt
 from .keep import Keeper
 from .replay import Segment
-from .resume import Left, leave, thawed
+from .resume import Left
 from .rollout import Path, Rollout, mean_square, per_image, total
 from .surrogates import REGULARIZERS, SURROGATES
 from .trace import Trace, rows_of
@@ -278,13 +279,14 @@ def optimize(
     )
     trace, iterates = Trace(), []
     k, reason, latest, cut_short, whole = 0, "", None, False, True
+    keeper, made = state.keeper, -1  # before the newest iterate; which iterate that is, of this call
     if resume:
-        state, trace, iterates, latest = thawed(resume.data)
-        k = len(iterates)
+        state, keeper, trace, iterates, latest = resume.value
+        k = resume.done
 
     def iteration(k: int) -> _Evaluation | None:
         """Evaluate, keep and report; None where the gradients overflowed, and a smaller scale is to be tried."""
-        nonlocal latest
+        nonlocal latest, keeper, made
         started = time.perf_counter()
         evaluation = _evaluate(rollout, score, state, settings, gradient=k < settings.iterations)
         if _overflowed(state, evaluation):
@@ -293,9 +295,11 @@ def optimize(
         latest = evaluation.path.x0.detach()
         rows = _rows(k, state, evaluation, settings, time.perf_counter() - started, memory())
         on_cpu = latest.cpu()
+        if k < len(iterates):  # of the run that is gone on with, whose last iterate may have had no gradient
+            state.keeper = keeper
+        keeper = copy.copy(state.keeper)  # which changes nothing in place
         state.keeper.update(k, evaluation.score.total, evaluation.drift, latest, evaluation.path.noises, state.active)
-        trace.rows += rows
-        iterates.append(on_cpu)
+        trace.rows[k * batch :], iterates[k:], made = rows, [on_cpu], k
         trace.notices.extend(_not_finite(k, evaluation, state.active))
         on_iteration(k, rows, evaluation.score)  # a host's progress bar raises its interrupts too
         return evaluation
@@ -311,7 +315,7 @@ def optimize(
             _, cut = attempt(interrupts, update, k, evaluation)
             whole = cut is None  # half of an update is no state to go on from
         if cut:
-            if cut.memory and len(iterates) == k and rollout.shrink():
+            if cut.memory and made != k and rollout.shrink():
                 trace.notices.append(f"{cut} at iteration {k}: went on with {rollout.memory} checkpointing")
                 continue
             if state.keeper.latent is None:
@@ -325,9 +329,8 @@ def optimize(
             break
         k += 1
     reason = reason or "all iterations done"
-    done = min(k, settings.iterations)  # of the last iterate there may be no gradient yet
-    so_far = Trace(rows=trace.rows[: done * batch], notices=list(trace.notices))
-    left = leave((state, so_far, iterates[:done], latest), done) if whole and state.active.any() else None
+    goes_on = whole and state.active.any()
+    left = Left((state, keeper, trace, iterates, latest), min(k, settings.iterations)) if goes_on else None
     trace.kept = state.keeper.iteration.tolist()
     trace.reasons = [r or reason for r in state.reasons]
     return Result(

@@ -294,7 +294,9 @@ class Particles:
         return best
 
     def keep(self, k: int, reward: Tensor, latent: Tensor, noises: Sequence[Tensor], whole: bool) -> None:
-        """The best image so far."""
+        """The best image so far. Where particles are not steered, a prediction is none."""
+        if not whole and not self.steered:
+            return
         better = reward > self.best_reward
         if self.kept.latent is None:
             better = torch.ones_like(better)

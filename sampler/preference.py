@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -179,6 +179,9 @@ def prefer(
         found = book.method.candidates()
         references = references or [c.path for c in found]
         verdict = ask([c.images for c in found])
+        if book.method.moves_winner:  # one candidate cannot be both: of equal ones the last has won, the first lost
+            best = torch.where(verdict.tie, len(found) - 1, verdict.best)
+            verdict = replace(verdict, best=best, worst=torch.where(verdict.tie, 0, verdict.worst))
         winner = pick(found, verdict.best)
         score = None if verdict.scores is None else verdict.scores.gather(1, verdict.best[:, None])[:, 0]
         better = _better(ask, book.method, settings, book.kept, winner, score)
@@ -285,7 +288,7 @@ def _end_with_update(book: _Book, run: Run, judge: Judge, on_iteration: Callable
     winner = run.look(noises, reference, gradient=False)
     nobody = torch.zeros(len(winner.images), dtype=torch.long)
     scores = judge(book.k, [winner.images]).scores if book.kept.score is not None else None
-    verdict = Verdict(nobody, nobody, torch.zeros_like(nobody, dtype=torch.bool), scores)
+    verdict = Verdict(nobody, nobody, torch.ones_like(nobody, dtype=torch.bool), scores)  # it was not compared
     rows = _rows(book.k, run, [winner], verdict, [reference], None, time.perf_counter() - started, memory())
     book.kept.update(book.k, nobody == 0, winner, None if scores is None else scores[:, 0])
     book.iterates = [*book.iterates[: book.k], winner.path.x0.cpu()]

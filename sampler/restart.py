@@ -22,7 +22,7 @@ from .ending import Interrupts, attempt
 from .keep import Kept, chosen
 from .optimize import Result, Score, Settings, optimize
 from .replay import Segment
-from .resume import Left, leave, thawed
+from .resume import Left
 from .rollout import Rollout, per_image
 from .search import SearchSettings
 from .surrogates import SURROGATES
@@ -128,7 +128,7 @@ def in_rounds(
     of a run of one round, with more iterations too.
     """
     lengths = [len(part) for part in torch.arange(settings.iterations).tensor_split(settings.rounds)]
-    rounds, inner = thawed(resume.data) if resume else (_Rounds(), None)
+    rounds, inner = resume.value if resume else (_Rounds(), None)
     before, done, reason = rounds, None, ""
 
     def optimized(number: int, stretch: Stretch) -> Result:
@@ -172,7 +172,7 @@ def in_rounds(
     trace.reasons = [reason] * len(trace.kept) if reason else rounds.reasons
     there = done.left if done else None  # a round that was cut before it began is begun anew
     goes_on = there is not None or done is None
-    left = leave((before, there), len(before.iterates) + (there.done if there else 0)) if goes_on else None
+    left = Left((before, there), len(before.iterates) + (there.done if there else 0)) if goes_on else None
     return Result(
         kept.latent,
         rounds.last,

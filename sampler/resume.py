@@ -14,25 +14,22 @@ log = logging.getLogger("mira")
 
 @dataclass(frozen=True)
 class Left:
-    """What a run goes on from. done: its iterations that are not done again; data: all else, for `thawed`."""
+    """What a run goes on from. done: its iterations that are not made again. value: all else, for the same function."""
 
-    data: bytes
+    value: Any
     done: int
 
 
-def leave(value: Any, done: int) -> Left | None:
-    """What a run goes on from; None, with a warning, where it cannot be kept: that must not cost what it came to."""
+def frozen(value: Any) -> bytes | None:
+    """Tensors, optimisers and all, in the computer's own memory, apart from what goes on with the originals. None, with
+    a warning, where that does not work: it must not cost what a run came to.
+    """
+    out = io.BytesIO()
     try:
-        return Left(frozen(value), done)
+        torch.save(value, out)
     except Exception as problem:
         log.warning("this run cannot be gone on with: %s", problem)
         return None
-
-
-def frozen(value: Any) -> bytes:
-    """Tensors, optimisers and all, in the computer's own memory, apart from what goes on with the originals."""
-    out = io.BytesIO()
-    torch.save(value, out)
     return out.getvalue()
 
 

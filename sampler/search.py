@@ -31,7 +31,8 @@ class SearchSettings:
 
     particles: N, how many are alive at once (best_of_n: in all). rounds: of zero_order, each of N candidates.
     interval: sampling steps between two looks at the particles; 0: a fifth of the steps for FK steering, a twentieth
-        for CoDe (their papers' 20 and 5 of 100), and for halving as many looks as leave one. DAS looks at every step.
+        for CoDe (their papers' 20 and 5 of 100), and for halving as often as it takes to leave one. DAS looks at every
+        step.
     strength: lambda of FK steering, 1 / alpha of DAS: the target is p(x) exp(strength r(x)).
     potential: FK's, "max" over the lineage so far or "difference" of successive rewards.
     ess: resample when the effective sample size falls below this share of the particles.
@@ -76,10 +77,10 @@ class SearchSettings:
     def looks(self, steps: int) -> list[int]:
         """The steps, of 1 to `steps`, after which a steering method looks at its particles."""
         looks = METHODS[self.method].looks
-        looks = looks(self.particles) if callable(looks) else looks
         if not looks:
             return list(range(1, steps + 1))
-        every = self.interval or max(1, round(steps / looks))
+        often = steps // looks(self.particles) if callable(looks) else round(steps / looks)
+        every = self.interval or max(1, often)
         return [*range(every, steps, every), steps]
 
     def rows(self, steps: int) -> int:
@@ -206,7 +207,8 @@ def search(
             "injects none: use an ancestral or SDE sampler and more than one step, or best_of_n or zero_order"
         )
     run = Particles(
-        chain, rollout, score, noises, count=settings.particles, steered=method.steers, seed=seed, most=most,
+        chain, rollout, score, noises, count=settings.particles, seed=seed, most=most,
+        steered=method.steers and method.copies,
         initial=initial, on_plain=on_plain, on_iteration=on_iteration, memory=memory,
     )  # fmt: skip
 

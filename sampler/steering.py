@@ -58,7 +58,7 @@ def code(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
 
 
 def halving(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
-    """Successive halving: at every look the half with the better predictions goes on, until one is left."""
+    """Successive halving: at every look the half with the better predictions goes on. The plain sample competes too."""
     population, at = start(run), 0
     for n, step in enumerate(settings.looks(run.steps), 1):
         reward, parts, images = look(run, population, at, step)

@@ -43,12 +43,17 @@ function pathOf(node, graph = app.rootGraph ?? app.graph) {
   return null;
 }
 
+/** Where a run of this node was: the id of its execution, or what its place in the graph gives. */
+function ranAt(node) {
+  return node[VIEW]?.ran?.split(":") ?? pathOf(node);
+}
+
 /** ComfyUI's own preview on the node shows this iterate, as it showed each one while the run went on. */
 async function preview(node, stored) {
   const view = node[VIEW];
   view.looked = stored;
   const reply = await fetch(imageUrl(stored));
-  const path = pathOf(node);
+  const path = ranAt(node);
   if (!reply.ok || !path || view.looked !== stored) return;
   const ids = { nodeId: path.join(":"), displayNodeId: path.join(":"), realNodeId: path.join(":"), parentNodeId: path.slice(0, -1).join(":") };
   api.dispatchEvent(new CustomEvent("b_preview_with_metadata", { detail: { blob: await reply.blob(), ...ids } }));
@@ -56,7 +61,7 @@ async function preview(node, stored) {
 
 /** What the status of a node inside a subgraph says, on the node outside. */
 function tellOutside(node, run) {
-  const path = run.rows.length ? pathOf(node) : null;
+  const path = run.rows.length ? ranAt(node) : null;
   if (!path || path.length < 2) return;
   api.dispatchEvent(new CustomEvent("progress_text", { detail: { nodeId: String(path[0]), text: status(run, 0) } }));
 }
@@ -334,7 +339,9 @@ app.registerExtension({
     api.addEventListener("mira.step", ({ detail }) => {
       const node = nodeOf(detail?.node);
       const chart = isOf(node, detail) ? node[VIEW]?.chart : null;
-      if (chart) showRun(node, chart, addStep(chart.run(), detail));
+      if (!chart) return;
+      node[VIEW].ran = String(detail.node);
+      showRun(node, chart, addStep(chart.run(), detail));
     });
     // A run that begins shows nothing of the last one, and says what it does until its first image is there.
     api.addEventListener("executing", ({ detail }) => {

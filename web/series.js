@@ -22,8 +22,9 @@ function isRow(row) {
 export function addStep(run, event) {
   if (!Array.isArray(event?.rows)) return run;
   const rows = event.rows.filter(isRow);
-  const known = event.iteration === 0 ? [] : run.rows.filter((r) => r.iteration < event.iteration);
-  const previews = event.iteration === 0 ? {} : { ...run.previews };
+  const first = Math.min(event.iteration, ...rows.map((r) => r.iteration)); // of a run that goes on, all are told again
+  const known = run.rows.filter((r) => r.iteration < first);
+  const previews = event.iteration === 0 ? {} : { ...run.previews, ...event.previews };
   if (event.preview) previews[event.iteration] = event.preview;
   return {
     ...newRun(),

@@ -130,7 +130,9 @@ class LiveRun:
         except OSError as problem:  # a full disk; chart and progress can do without
             self._note(f"previews could not be stored in ComfyUI's temp folder: {problem}")
         event = {name: self.run[name] for name in ("node", "workflow", "kind", "iterations")}
-        event |= {"iteration": k, "rows": self.run["rows"] if self.whole else rows, "preview": preview}
+        event |= {"iteration": k, "rows": rows, "preview": preview}
+        if self.whole:
+            event |= {"rows": self.run["rows"], "previews": self.run["previews"]}
         self.whole = False
         self.server.send_sync("mira.step", event | {"settings": self.run["settings"]}, self.server.client_id)
         self.bar.update_absolute(k + 1, self.iterations + 1, ("JPEG", shown, PREVIEW))

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ...sampler.hybrid import hybrid
 from ...sampler.memory import out_of_memory
-from ...sampler.optimize import Result
+from ...sampler.optimize import Result, Score
 from ...sampler.replay import Segment
 from ...sampler.restart import Stretch, in_rounds, search_by_restarts
-from ...sampler.resume import leave, thawed
+from ...sampler.resume import Left, frozen, thawed
 from ...sampler.rollout import USABLE, NotTheSame, Rollout, per_image
 from ...sampler.search import METHODS, SearchSettings, search
 from ...sampler.seeds import Start, best_of
@@ -96,9 +96,10 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
         notices = [f"seeds is {count}, but neither the noise nor the sampler depends on a seed: the given one was used"]
         count = 1
     if resume:
-        process.start, inner = thawed(resume.data)
-        resume = replace(resume, data=inner)
-        process.evaluations = resume.done  # a reward that draws random numbers goes on with the next ones
+        process.start, process.evaluations, process.repeatable, inner = thawed(resume.value)
+        resume = replace(resume, value=inner)
+        if not process.repeatable:
+            torch.use_deterministic_algorithms(False)  # until `repeatable` ends
         notices.append(f"went on from iteration {resume.done} of the run before, which had ended there")
     if count > 1:
         process.redraw = False  # seeds are compared under the same draw
@@ -112,20 +113,30 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
         settings = replace(settings, rounds=1)
     if resume:
         process.expected = None  # its first trajectory is of other noises
+    # A reward that draws random numbers goes on with the ones that it would have had: one at each evaluation, of which
+    # an iterate may have had several.
+    drawn = {-1: process.evaluations}
+
+    def on_iteration(k: int, rows: list[dict], score: Score) -> None:
+        drawn[k] = process.evaluations
+        process.job.on_iteration(k, rows, score)
+
     result = in_rounds(
         Stretch(process.rollout, noises),
         process.score,
         settings,
         process.restarted,
-        on_iteration=process.job.on_iteration,
+        on_iteration=on_iteration,
         interrupts=INTERRUPTS,
         memory=used_bytes,
         resume=resume,
     )
-    if start and start.cut:
-        result.left = None  # the other seeds are still to be tried
-    if result.left:
-        result.left = leave((start, result.left.data), result.left.done)
+    left, result.left = result.left, None
+    # Over several rounds more iterations are another run; and where seeds are still to be tried, it begins with them.
+    if left and (result.cut_short or settings.rounds == 1) and not (start and start.cut):
+        next_one = drawn[left.done] - 1 if left.done in drawn else drawn[max(drawn)]
+        state = frozen((start, next_one, process.repeatable, left.value))
+        result.left = Left(state, left.done) if state else None
     result.trace.notices[:0] = notices
     if settings.rounds > 1:
         result.trace.settings["restart_seeds"] = [process.seed_of(RESTART + n) for n in range(1, settings.rounds)]

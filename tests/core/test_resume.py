@@ -9,7 +9,7 @@ import pytest
 import torch
 from mira.sampler.optimize import Score, Settings
 from mira.sampler.restart import Stretch, in_rounds, noised
-from mira.sampler.resume import frozen, thawed
+from mira.sampler.resume import Left, frozen, thawed
 from mira.sampler.rollout import Rollout
 
 PLAIN = Settings(iterations=6, lr=0.1, keep="best_reward", drift_metric="path_kl")
@@ -41,14 +41,27 @@ def restart(number: int, x0: torch.Tensor) -> Stretch:
     return Stretch(Rollout(sample, schedule, memory="none"), gaussian.noises(6, seed=number))
 
 
-def run(settings, resume=None, cancel=None, reported=None):
+def run(settings, resume=None, cancel=None, reported=None, fails=0, score=score):
+    """cancel: after the report of this iterate; fails: within so many-th evaluation of this call."""
+    calls = []
+
     def on_iteration(k, rows, s):
         if reported is not None:
             reported.append(k)
         if k == cancel:
             raise Stopped
 
-    return in_rounds(first(), score, settings, restart, on_iteration=on_iteration, interrupts=(Stopped,), resume=resume)
+    def scored(x0):
+        calls.append(1)
+        if len(calls) == fails:
+            raise Stopped
+        return score(x0)
+
+    options = dict(on_iteration=on_iteration, interrupts=(Stopped,), resume=resume)
+    done = in_rounds(first(), scored, settings, restart, **options)
+    if done.left:  # as the host keeps it
+        done.left = Left(thawed(frozen(done.left.value)), done.left.done)
+    return done
 
 
 def rows(result):
@@ -113,6 +126,33 @@ def test_more_iterations_go_on_from_the_last(name):
     same(run(longer, resume=run(settings).left), run(longer))
 
 
+@pytest.mark.parametrize("name", ["adamw", "rounds", "rounds, to the last"])
+def test_a_second_cancel_before_anything_is_new_hands_back_what_there_was(name):
+    """Within the first evaluation: of an iterate that was seen already, or of one that was not."""
+    settings = WAYS[name]
+    cases = [(run(settings, cancel=5), settings), (run(settings, fails=5), settings)]
+    if settings.rounds == 1:
+        cases.append((run(settings), replace(settings, iterations=12)))
+    for before, longer in cases:
+        cut = run(longer, resume=before.left, fails=1)
+        assert cut.cut_short and cut.trace.kept == before.trace.kept and torch.equal(cut.best, before.best)
+        assert rows(cut) == rows(before)
+        same(run(longer, resume=cut.left), run(longer))
+
+
+def test_an_iterate_that_is_made_again_takes_its_own_place():
+    """Without a gradient it may differ in the last bits: of a longer run it counts as it is with one."""
+
+    def rounded(x0):
+        found = score(x0)
+        return found if torch.is_grad_enabled() else replace(found, total=found.total + 10)
+
+    longer = replace(PLAIN, iterations=9)
+    short = run(PLAIN, score=rounded)
+    assert short.trace.kept == [6, 6]
+    same(run(longer, resume=short.left, score=rounded), run(longer, score=rounded))
+
+
 def test_a_cancelled_restart_is_begun_anew():
     calls = []
 
@@ -151,8 +191,6 @@ def test_what_cannot_be_kept_costs_nothing(monkeypatch, caplog):
     def full(*_):
         raise MemoryError("no memory left")
 
-    whole = run(WAYS["rounds"])
     monkeypatch.setattr(torch, "save", full)
-    result = run(WAYS["rounds"])
-    assert torch.equal(result.best, whole.best) and result.left is None and not result.cut_short
+    assert frozen(torch.ones(1)) is None
     assert "cannot be gone on with: no memory left" in caplog.text

@@ -190,7 +190,7 @@ def test_the_record_holds_the_result_and_its_cost(method):
     assert kept["reward"] == pytest.approx(result.best.flatten()[1].item(), rel=1e-5)
     assert kept["evaluations"] <= result.trace.settings["evaluations"] == sum(calls) / 2
     assert (result.trace.settings["backwards"] > 0) == (method == "das")
-    if method in STEERING:  # the last row is of whole paths
+    if method in STEERING and METHODS[method].copies:  # the last row is of whole paths
         assert result.trace.kept == [result.trace.rows[-1]["iteration"]] * 2
         assert math.isnan(result.trace.of(0)[1]["path_kl"]) and result.trace.of(0)[-1]["path_kl"] > 0
     assert len(result.iterates) == len(result.trace.of(0))
@@ -348,5 +348,6 @@ def test_halving_ends_with_what_is_left_where_steps_are_few():
     chain, rollout, noises = problem(steps=2, batch=3)
     result = search(chain, rollout, value(linear), noises, SearchSettings(method="halving", particles=9))
     assert result.particles.shape[0] == 5 and SearchSettings(method="halving", particles=1).looks(2) == [2]
-    ends = result.particles[..., 0, 0, 0]
+    # The plain sample, which is known, competes.
+    ends = torch.cat([result.particles, noises_end(chain, noises)[None]])[..., 0, 0, 0]
     torch.testing.assert_close(result.best[:, 0, 0, 0], ends.max(0).values)
