@@ -103,18 +103,19 @@ def guided(guider: Callable, cost: int, **more) -> Method:
     return replace(searching("best_of_n", lambda b: {"particles": max(1, b // cost)}), guider=guider, **more)
 
 
-def most_to_halve(budget: int, steps: int = 8) -> int:
-    """The most seeds whose halving costs no more than so many plain samples, its own plain one among them."""
+def halving_cost(n: int, steps: int = 8) -> float:
+    """Of halving n seeds, in plain samples, its own plain one among them."""
+    passes, at, alive = steps, 0, n
+    for step in SearchSettings(method="halving", particles=n).looks(steps):
+        left = math.ceil(alive / 2) if step < steps else alive
+        passes += alive * (step - at) + alive - left  # a survivor's prediction is its next step's
+        at, alive = step, left
+    return passes / steps
 
-    def cost(n: int) -> float:
-        passes, at, alive = steps, 0, n
-        for step in SearchSettings(method="halving", particles=n).looks(steps):
-            left = math.ceil(alive / 2) if step < steps else alive
-            passes += alive * (step - at) + alive - left  # a survivor's prediction is its next step's
-            at, alive = step, left
-        return passes / steps
 
-    return max((n for n in range(1, 8 * budget) if cost(n) <= budget), default=1)
+def most_to_halve(budget: int) -> int:
+    """The most seeds whose halving costs no more than so many plain samples."""
+    return max((n for n in range(1, 8 * budget) if halving_cost(n) <= budget), default=1)
 
 
 METHODS: dict[str, Method] = {

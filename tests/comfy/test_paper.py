@@ -9,7 +9,7 @@ import pytest
 
 from bench import paper
 from bench.grid import Failure, Store
-from bench.methods import ALL, METHODS
+from bench.methods import ALL, METHODS, halving_cost, most_to_halve
 
 SMALL = ["--animals", "5", "--seeds", "1", "--iterations", "1", "--steps", "2", "--rewards", "JPEG"]
 
@@ -22,15 +22,27 @@ def run(monkeypatch, *arguments):
 
 def test_every_kind_of_method_at_the_cost_that_it_says(monkeypatch, tmp_path, capsys):
     folder = tmp_path / "out"
-    assert run(monkeypatch, "--out", folder, "--methods", "dno", "fk_steering", "das", "mira_dpo", "dymo", "rlg") == 0
+    assert (
+        run(
+            monkeypatch, "--out", folder, "--methods", "dno", "fk_steering", "halving", "das", "mira_dpo", "dymo", "rlg"
+        )
+        == 0
+    )
     store = Store(folder, json.loads((folder / "config.json").read_text()))
     rows = [r for r in store.rows() if r.get("k") == -1]
-    assert len(rows) == 25 and all(r["reward"] < 0 and 0 <= r["adherence"] <= 1 for r in rows)
+    assert len(rows) == 30 and all(r["reward"] < 0 and 0 <= r["adherence"] <= 1 for r in rows)
     cost = {r["method"]: (r["forward"], r["backward"]) for r in rows}
     # Budget 4, two steps each. DNO: two runs and one backward. FK: the plain sample and three particles. DAS: the plain
     # sample, and one particle that is looked at and steered. DPO: both candidates, there and back, once. DyMO: one
     # sample, whose first step is left alone; RLG has no tuned model for this reward.
-    assert cost == {"dno": (4, 2), "fk_steering": (8, 0), "das": (4, 2), "mira_dpo": (4, 4), "dymo": (2, 1)}
+    assert cost == {
+        "dno": (4, 2),
+        "fk_steering": (8, 0),
+        "halving": (2 * halving_cost(most_to_halve(4), 2), 0),
+        "das": (4, 2),
+        "mira_dpo": (4, 4),
+        "dymo": (2, 1),
+    }
     assert [r["k"] for r in store.rows() if r["method"] == "dno" and r["animal"] == "cat"] == [0, 1, -1]
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     capsys.readouterr()
@@ -68,7 +80,8 @@ def test_no_method_asks_for_more_than_the_budget(budget):
             cost = s.particles * {"dymo": 3, "rlg": 2, "aig": 2}[name]
         elif hasattr(s, "particles"):
             cost = {
-                "best_of_n": s.particles, "zero_order": 1 + s.rounds * s.particles, "fk_steering": 1 + s.particles,
+                "halving": halving_cost(s.particles), "best_of_n": s.particles,
+                "zero_order": 1 + s.rounds * s.particles, "fk_steering": 1 + s.particles,
                 "code": 1 + s.particles, "das": 1 + 3 * s.particles,
                 "mira_fk": 2 + s.rounds * s.particles * (3 * s.iterations + 1),
             }[s.method]  # fmt: skip
