@@ -543,8 +543,9 @@ LINKED = """outside => {
 
 
 @ENDS
-def test_the_first_minute(editor):
+def test_the_first_minute(own_editor):
     """A node that is looked for, connected, run, looked at, taken, saved and found again; then left out and muted."""
+    editor = own_editor
     page = editor.page
     editor.load(QUICKSTART | {"id": str(uuid.uuid4())})
     editor.js(f"() => app.graph.remove(app.graph.nodes.find(n => n.comfyClass === '{OPTIMIZER}'))")
@@ -554,8 +555,9 @@ def test_the_first_minute(editor):
     editor.settle()
     page.mouse.dblclick(420, 300)  # where nothing is
     page.wait_for_timeout(700)
-    page.keyboard.type("mira optimize")
-    page.wait_for_timeout(1200)
+    page.keyboard.type("MIRA Optimize KSampler")
+    page.get_by_text("MIRA Optimize KSampler").first.wait_for()
+    page.wait_for_timeout(700)
     editor.shot("first_search")
     page.keyboard.press("Enter")
     wait_for(editor, lambda: editor.js(f"() => app.graph.nodes.some(n => n.comfyClass === '{OPTIMIZER}')"), "the node")
