@@ -100,6 +100,7 @@ def picked(tensors: Sequence[Tensor], index: Tensor) -> Tensor:
 
 
 def pick_path(paths: Sequence[Path], index: Tensor) -> Path:
+    """The path that each image of the batch has at `index` (B,)."""
     return replace(
         paths[0],
         x0=picked([p.x0 for p in paths], index),
@@ -109,6 +110,7 @@ def pick_path(paths: Sequence[Path], index: Tensor) -> Path:
 
 
 def pick(found: list[Candidate], index: Tensor) -> Candidate:
+    """The candidate that each image of the batch has at `index` (B,)."""
     path = pick_path([c.path for c in found], index)
     images, energy = picked([c.images for c in found], index), picked([c.energy for c in found], index)
     return Candidate(list(path.noises), path, images, energy)

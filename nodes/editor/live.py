@@ -122,11 +122,10 @@ class LiveRun:
         # A choice that was taken back, or a retry, is reported again.
         self.run["rows"] = [r for r in self.run["rows"] if r["iteration"] < k] + rows
         shown = picture(score.images[0])
-        small = shown.copy()
-        small.thumbnail((PREVIEW, PREVIEW))
+        shown.thumbnail((PREVIEW, PREVIEW))
         preview = None
         try:
-            preview = self.run["previews"][k] = store(small, f"{self.name}_{k}.jpg", quality=88)
+            preview = self.run["previews"][k] = store(shown, f"{self.name}_{k}.jpg", quality=88)
         except OSError as problem:  # a full disk; chart and progress can do without
             self._note(f"previews could not be stored in ComfyUI's temp folder: {problem}")
         event = {name: self.run[name] for name in ("node", "workflow", "kind", "iterations")}

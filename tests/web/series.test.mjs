@@ -135,3 +135,11 @@ test("values from before presets go where they belong, and today's stay", () => 
   for (const bad of [null, undefined, {}, []]) assert.equal(layout.migrated("MiraOptimizeSamplerAdvanced", bad, today), null);
   assert.equal(layout.migrated("KSampler", [1, 2], today), null);
 });
+
+test("a run that goes on tells its earlier rows once more, and they stay once", () => {
+  const restored = { ...series.newRun(), rows: [row(0), row(1)], previews: {} };
+  const event = { iteration: 2, rows: [row(0), row(1), row(2)], previews: { 0: "a", 1: "b" }, preview: "c" };
+  const run = series.addStep(restored, event);
+  assert.deepEqual(run.rows.map((r) => r.iteration), [0, 1, 2]);
+  assert.deepEqual(run.previews, { 0: "a", 1: "b", 2: "c" });
+});
