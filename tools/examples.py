@@ -285,7 +285,7 @@ def hires_fix() -> dict[str, Node]:
 
 
 def refiner() -> dict[str, Node]:
-    """The first half of the steps by the stock sampler, the second half optimised."""
+    """The first eight of twenty steps by the stock sampler, the others optimised."""
     guided = {"model": "model.model", "positive": "positive.CONDITIONING", "negative": "negative.CONDITIONING"}
     half = {"guider": "guider.GUIDER", "sampler": "sampler.SAMPLER"}
     return {
