@@ -7,8 +7,9 @@
     python dev.py test --host 0.33     the tests of the adapter, the nodes and the server on another ComfyUI: one of
                             the known ones, a path, or all, which writes docs/compatibility.md
     python dev.py fuzz      prompts that nobody would think of, on the real server (--seconds 600, --seed 1)
-    python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference, front, restart, paper,
-                            gpu, few-steps; of paper's images: study (a page for people), judge (a vision-language one)
+    python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference, front, restart, beta,
+                            paper, gpu, few-steps; of paper's images: study (a page for people), judge (a vision-language
+                            one)
     python dev.py docs      make again what is made, or some of it: help (pages), examples, thumbnails (of them),
                             pictures (of the nodes)
     python dev.py train     retrain the demo model: data, vae, clip, judge, unet, export, taste, lora
@@ -69,6 +70,7 @@ BENCHES = {
     "preference": "bench.preference",
     "front": "bench.front",
     "restart": "bench.restart",
+    "beta": "bench.beta",
     "gpu": "bench.gpu",
     "few-steps": "bench.few_steps",
     "paper": "bench.paper",

@@ -118,12 +118,14 @@ def most_to_halve(budget: int) -> int:
     return max((n for n in range(1, 8 * budget) if halving_cost(n) <= budget), default=1)
 
 
+def rival(name: str, **more) -> Method:
+    """A step of its authors' length would need their number of iterations: all get the benchmark's."""
+    return optimising(**{k: v for k, v in RIVALS[name].items() if k != "lr"} | more)
+
+
 METHODS: dict[str, Method] = {
-    # A step of the authors' length would need the authors' number of iterations: all get the benchmark's.
-    **{
-        name: optimising(**{k: v for k, v in RIVALS[name].items() if k != "lr"}) for name in ("dno", "dno_prno")
-    },
-    "mira": optimising(**{k: v for k, v in RIVALS["mira"].items() if k != "lr"}, beta=BETA.__getitem__),
+    **{name: rival(name) for name in ("dno", "dno_prno")},
+    "mira": rival("mira", beta=BETA.__getitem__, relative_beta=False),
     "mira_two_sided": optimising(regularizer="mira_two_sided", beta=0.3),
     "score_distance": optimising(regularizer="score_distance", beta=0.1),
     # The nodes' defaults: from the best of several seeds, within a named drift.
@@ -135,7 +137,7 @@ METHODS: dict[str, Method] = {
     ),
     "projection": optimising(drift_metric="path_kl", drift_limit=0.05, hold="projection"),
     "reno": optimising(**RIVALS["reno"]),
-    "initno": optimising(**{k: v for k, v in RIVALS["initno"].items() if k != "lr"}),
+    "initno": rival("initno"),
     "best_of_n": searching("best_of_n", lambda b: {"particles": b}),
     "halving": searching("halving", lambda b: {"particles": most_to_halve(b)}),
     "zero_order": searching("zero_order", lambda b: {"particles": max(1, (b - 1) // 4), "rounds": 4}),
@@ -160,8 +162,7 @@ METHODS: dict[str, Method] = {
 
 # Not in the comparison unless they are asked for: the ablation of beta, and reward against sampling steps.
 BETAS, STEPS = (0.05, 0.2, 1.0, 5.0), (4, 16)
-SWEEPS: dict[str, Method] = {
-    f"mira_beta_{b:g}": optimising(**({k: v for k, v in RIVALS["mira"].items() if k != "lr"} | {"beta": b}))
-    for b in BETAS
-} | {f"{name}_steps_{n}": replace(METHODS[name], steps=n) for name in ("dno", "mira", "default") for n in STEPS}
+SWEEPS: dict[str, Method] = {f"mira_beta_{b:g}": rival("mira", beta=b, relative_beta=False) for b in BETAS} | {
+    f"{name}_steps_{n}": replace(METHODS[name], steps=n) for name in ("dno", "mira", "default") for n in STEPS
+}
 ALL = METHODS | SWEEPS

@@ -36,11 +36,13 @@ ROUNDS = {"iterations": 16, "rounds": 4, "lr": 0.04}
 @dataclass(frozen=True)
 class Variant:
     """settings: over those of plain optimisation. then: every iterate restarted once from this share of the schedule.
-    seed: added to the study's."""
+    seed: added to the study's. weighting, gradient_steps: the job's."""
 
     settings: dict = field(default_factory=dict)
     then: float = 0.0
     seed: int = 0
+    weighting: str = "marginal"
+    gradient_steps: int = GRADIENT_STEPS
 
 
 def default(**changes) -> Variant:
@@ -78,18 +80,18 @@ VARIANTS = {
 class Observer:
     """Rows of (iterate, image), with what it had cost by then, in plain samples: a backward pass counts twice."""
 
-    def __init__(self, judge, clip, reward, animals, prompts, steps: int):
+    def __init__(self, judge, clip, reward, animals, prompts, gradient: float):
+        """gradient: the share of the steps that a backward pass goes through."""
         self.judge, self.clip, self.reward = judge, clip, reward
-        self.animals, self.prompts, self.steps = list(animals), prompts, steps
+        self.animals, self.prompts, self.gradient = list(animals), prompts, gradient
         self.passes, self.rows, self.shown, self.round = 0.0, [], [], None
 
     def __call__(self, k: int, new: list[dict], score) -> None:
-        gradient = 2 * min(GRADIENT_STEPS, self.steps) / self.steps
         begins = k == 0 or new[0].get("round") != self.round
         self.round = new[0].get("round")
         # A round begins with its plain run, without a gradient; the last iterate of a round has no update either, but
         # which one that is depends on the plan: an iterate is counted with the update that led to it.
-        self.passes += 2 if begins else 1 + gradient
+        self.passes += 2 if begins else 1 + 2 * self.gradient
         surrogates = {a: {c: row[c] for c in ("path_kl", "mira")} for a, row in zip(self.animals, new, strict=True)}
         self.look(k, score.images, self.passes, surrogates)
 
@@ -109,18 +111,21 @@ class Observer:
         self.shown.append(images)
 
 
-def run(world, judge, clip, name: str, reward: str, part: int, steps: int, seed: int) -> tuple[list[dict], Observer]:
-    variant, real = VARIANTS[name], rewards()[reward]
-    animals = vocabulary.ANIMALS[part * COUNT : (part + 1) * COUNT]
+def run(
+    world, judge, clip, variant: Variant, reward: str, part: int, steps: int, seed: int, count: int = COUNT
+) -> tuple[list[dict], Observer]:
+    real, animals = rewards()[reward], vocabulary.ANIMALS[part * count : (part + 1) * count]
     prompts = [vocabulary.caption(a, prefix=True) for a in animals]
     positive = world.encode_batch(prompts)
-    observer = Observer(judge, clip, real, animals, prompts, steps)
+    through = min(variant.gradient_steps or steps, steps)
+    observer = Observer(judge, clip, real, animals, prompts, through / steps)
     seed = seed + 1000 * part + variant.seed
     settings = Settings(**{"iterations": 12, "lr": LR, "keep": "last"} | variant.settings)
     observer.passes = settings.seeds - 1.0
     job = world.job(
-        positive=positive, steps=steps, batch=len(prompts), prompts=prompts, reward=real, seed=seed, memory="none",
-        gradient_steps=GRADIENT_STEPS, on_iteration=observer,
+        positive=positive, steps=steps, batch=len(prompts), prompts=prompts, reward=real, seed=seed,
+        memory="none" if through == GRADIENT_STEPS else "per_step", gradient_steps=variant.gradient_steps,
+        weighting=variant.weighting, on_iteration=observer,
         restart_sigmas=lambda share: world.sigmas(steps=steps, denoise=share),
     )  # fmt: skip
     job.settings = settings
@@ -278,7 +283,7 @@ def main() -> None:
                     if path.is_file():
                         continue
                     start = time.perf_counter()
-                    rows, observer = run(world, judge, clip, name, reward, part, args.steps, seed)
+                    rows, observer = run(world, judge, clip, VARIANTS[name], reward, part, args.steps, seed)
                     shown = observer.shown
                     sheet(torch.cat(shown[:: max(1, len(shown) // 6)]), COUNT, path.with_suffix(".jpg"))
                     write(path.with_suffix(".tmp"), rows)

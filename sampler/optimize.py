@@ -15,7 +15,7 @@ from .keep import Keeper
 from .replay import Segment
 from .resume import Left
 from .rollout import Path, Rollout, mean_square, per_image, total
-from .surrogates import REGULARIZERS, SURROGATES
+from .surrogates import REGULARIZERS, SLOPED, SURROGATES
 from .trace import Trace, rows_of
 from .variables import VARIABLES, Variables
 
@@ -61,6 +61,8 @@ class Settings:
 
     iterations: K, updates of the noises. lr: the optimiser's step, in units of the noise's standard deviation.
     regularizer, beta: the penalty beta * R(z) of the loss, one of `REGULARIZERS`.
+    relative_beta: beta counts in units of |grad r| / |grad R| of each image's unchanged noises, so that 1 makes both
+        pull alike there, whatever the reward's scale is. For a regulariser of `SLOPED`.
     clip_norm: the largest gradient norm of one image, over its whole trajectory; 0 does not clip.
     drift_metric, drift_limit: what "drift" means to `keep` and `stop`, and its bound; 0 is no bound.
     keep: which iterate comes back: "last" (Algorithm 1), "best_reward", or "best_within_drift".
@@ -84,6 +86,7 @@ class Settings:
     lr: float = 0.01
     regularizer: str = "none"
     beta: float = 0.0
+    relative_beta: bool = False
     optimizer: str = "adamw"
     clip_norm: float = 1.0
     drift_metric: str = "score_distance"
@@ -143,6 +146,11 @@ class Settings:
             )
         if self.hold == "dual_ascent" and self.regularizer == "none":
             raise ValueError("hold is dual_ascent, which weighs a regularizer, but regularizer is none: choose one")
+        if self.relative_beta and self.beta and self.regularizer not in SLOPED:
+            raise ValueError(
+                f"relative_beta measures the gradient of the regularizer at the unchanged noises, and that of "
+                f"{self.regularizer} is zero there: turn it off, or use {' or '.join(SLOPED)}"
+            )
         if self.variables == "initno" and self.optimizer == "sphere":
             raise ValueError("optimizer sphere moves noises, but variables initno optimises a mean and a deviation")
 
@@ -187,6 +195,7 @@ class _State:
     reference: Path | None = None
     check_reward: bool = True
     good: list[Tensor] | None = None
+    relative: bool = False  # beta is still in units of the first gradients
     active: Tensor = None
     halvings: Tensor = None
     beta: Tensor = None
@@ -272,6 +281,7 @@ def optimize(
         settings.loss_scale,
         reference,
         check_reward,
+        relative=settings.relative_beta and settings.beta > 0,
         active=torch.ones(batch, dtype=torch.bool),
         halvings=torch.zeros(batch, dtype=torch.long),
         beta=torch.full((batch,), max(settings.beta, DUAL_FLOOR * (settings.hold == "dual_ascent"))),
@@ -359,6 +369,10 @@ def _evaluated(rollout: Rollout, score: Callable, state: _State, settings: Setti
             penalties = {settings.regularizer: REGULARIZERS[settings.regularizer](path, state.reference)}
             if (own := state.variables.penalty()) is not None:
                 penalties[settings.variables] = own
+        if gradient and state.relative:
+            ratio = _ratio(result.total, penalties[settings.regularizer], state)
+            if state.loss_scale <= 1 or torch.isfinite(ratio).all():  # else it is lowered, and this comes again
+                state.beta, state.relative = state.beta * ratio, False
         loss = -result.total
         if weighed:
             for penalty in penalties.values():
@@ -374,6 +388,15 @@ def _evaluated(rollout: Rollout, score: Callable, state: _State, settings: Setti
             torch.zeros_like(z) if g is None else g / state.loss_scale for g, z in zip(found, state.z, strict=True)
         ]
     return _Evaluation(path.detach(), result, surrogates, drift, loss.detach(), grads, _norm(grads))
+
+
+def _ratio(reward: Tensor, penalty: Tensor, state: _State) -> Tensor:
+    """(B,), on the CPU: |grad r| / |grad R| with respect to the noises."""
+    norms = []
+    for value in (reward, penalty):
+        found = torch.autograd.grad(value.sum() * state.loss_scale, state.z, retain_graph=True, allow_unused=True)
+        norms.append(_norm([g for g in found if g is not None]).cpu())
+    return norms[0] / norms[1]
 
 
 def _overflowed(state: _State, evaluation: _Evaluation) -> bool:
@@ -437,7 +460,7 @@ def _rows(
     columns |= evaluation.surrogates
     noises = evaluation.path.noises
     columns["noise_norm"] = _norm(noises) / sum(z[0].numel() for z in noises) ** 0.5
-    if settings.hold == "dual_ascent":
+    if settings.hold == "dual_ascent" or settings.relative_beta:
         columns["beta"] = state.beta
     if evaluation.norms is not None:
         columns["gradient_norm"] = evaluation.norms

@@ -1,16 +1,20 @@
 """The rivals of MIRA among noise optimisers, with the settings of their authors, by the fields of `Settings`.
 
-What a rival does not say (the number of iterations, for all; MIRA's beta, which is the reward's) is the user's.
+What a rival does not say (the number of iterations, for all; MIRA's beta, which its authors chose by the reward, and
+which is here a share of the reward's pull) is the user's.
 """
 
 from __future__ import annotations
 
-_ALONE = {"seeds": 1, "rounds": 1, "hold": "no", "stop": "never", "drift_limit": 0.0}
+_ALONE = {"seeds": 1, "rounds": 1, "hold": "no", "stop": "never", "drift_limit": 0.0, "relative_beta": False}
 
 RIVALS: dict[str, dict] = {
     # arXiv 2510.01549, Algorithm 1
     "mira": _ALONE
-    | {"variables": "trajectory", "optimizer": "adamw", "lr": 0.01, "regularizer": "mira", "keep": "last"},
+    | {
+        "variables": "trajectory", "optimizer": "adamw", "lr": 0.01, "clip_norm": 0.0, "regularizer": "mira",
+        "relative_beta": True, "keep": "last",
+    },
     # arXiv 2405.18881, without and with its probability regularisation
     "dno": _ALONE
     | {

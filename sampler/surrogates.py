@@ -109,3 +109,5 @@ def chi(path: Path, reference: Path) -> Tensor:
 
 # What may stand in the loss.
 REGULARIZERS: dict[str, Surrogate] = {**SURROGATES, "prno": prno, "chi": chi, "none": none}
+# Those with a gradient at z = z0: the distances are least there, and prno is flat over much of what is likely.
+SLOPED = ["mira", "chi"]

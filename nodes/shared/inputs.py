@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...sampler.optimize import HOLD, KEEP, OPTIMIZERS, STOP, Settings
 from ...sampler.rollout import WEIGHTINGS, Rollout
-from ...sampler.surrogates import REGULARIZERS, SURROGATES
+from ...sampler.surrogates import REGULARIZERS, SLOPED, SURROGATES
 from ...sampler.variables import VARIABLES
 from .presets import CUSTOM, DEFAULT, PRESETS, SUGGESTED, WORDS
 from .types import MiraTrace
@@ -338,6 +338,16 @@ def advanced_inputs() -> list:
         memory_input(),
         repeatable_input(),
         iterate_input(),
+        io.Boolean.Input(
+            "relative_beta",
+            default=DEFAULT.relative_beta,
+            optional=True,
+            tooltip=(
+                "beta as a share of the reward's pull: 1 makes regularizer and reward pull alike at the start, "
+                f"whatever the reward's scale. For the regularizers {' and '.join(SLOPED)}; the record has the beta "
+                "that it came to."
+            ),
+        ),
     )
 
 

@@ -49,7 +49,8 @@ SUGGESTED: dict[str, dict] = {
     "fast": DIALS | {"iterations": 6},
     "strong": {"iterations": 24, "drift_limit": 0.1},
     "exact_gradient": DIALS,
-    **{name: {"iterations": 50 if name == "mira" else DEFAULT.iterations} for name in RIVALS},
+    **{name: {"iterations": DEFAULT.iterations} for name in RIVALS},
+    "mira": {"iterations": 50, "beta": 0.1},
 }
 WORDS = {
     "balanced": "the measured default",

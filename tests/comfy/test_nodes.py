@@ -109,7 +109,7 @@ def test_registration():
     advanced = [
         "seeds", "rounds", "restart_denoise", "gradient_steps", "learning_rate", "optimizer", "clip_norm",
         "regularizer", "beta", "weighting", "measured", "drift_metric", "hold", "keep", "stop", "patience",
-        "variables", "memory", "repeatable", "iterate",
+        "variables", "memory", "repeatable", "iterate", "relative_beta",
     ]  # fmt: skip
     sampling = [
         "model", "positive", "negative", "latent_image", "vae", "reward", "seed", "steps", "cfg", "sampler_name",

@@ -71,6 +71,31 @@ def test_a_regulariser_is_one_function_and_one_line(monkeypatch):
     assert free[-1]["farness"] > held[-1]["farness"] > 0
 
 
+@pytest.mark.parametrize("memory", ["none", "per_step"])
+def test_a_relative_beta_makes_both_gradients_pull_alike(memory):
+    """One step of a model of N(0, 1) data: x0 = a z and eps_hat = k z, so grad r = a / n and grad S = 2 w k^2 z / n."""
+
+    def sample(z_T, source, wrap):
+        D = wrap(lambda x, sigma: x / (1 + sigma.view(-1, 1) ** 2))
+        return D(z_T * 5**0.5, torch.full((len(z_T),), 2.0))
+
+    z = torch.tensor([[1.0, -2.0, 0.5], [0.1, 0.2, -0.1]])
+    one_step = Rollout(sample, torch.tensor([2.0, 0.0]), memory=memory)
+    w = one_step([z]).weights[0][0].item()
+    a, k = 5**0.5 / 5, 2 * 5**0.5 / 5
+    settings = Settings(
+        iterations=1, lr=0.1, beta=0.25, relative_beta=True, regularizer="mira", optimizer="sgd", clip_norm=0
+    )
+    for scale in (1.0, 1000.0):
+        result = optimize(one_step, lambda x0, f=scale: Score(f * x0.mean(1), {}, x0.detach()), [z], settings)
+        length = z.norm(dim=1, keepdim=True)
+        betas = 0.25 * scale * a * 3**0.5 / (2 * w * k**2 * length.flatten())
+        for b in range(2):
+            assert [row["beta"] for row in result.trace.of(b)] == pytest.approx([betas[b].item()] * 2, rel=1e-5)
+        step = 0.1 * 1.9 * scale * a / 3 * (1 + 0.25 * 3**0.5 * z / length)  # 1.9: the first of Nesterov's momentum
+        torch.testing.assert_close(result.last, a * (z + step))
+
+
 def test_the_record_has_every_surrogate_and_the_truth():
     result = run(Settings(iterations=3))
     rows = result.trace.of(1)
@@ -320,6 +345,7 @@ def test_no_gradient_is_said_and_not_optimised():
         ({"iterations": -1}, "iterations is -1"),
         ({"lr": 0}, "lr is 0"),
         ({"regularizer": "kl"}, "choose one of mira"),
+        ({"relative_beta": True, "beta": 0.1, "regularizer": "path_kl"}, "that of path_kl is zero there"),
         ({"stop": "drift"}, "needs a drift_limit"),
         ({"stop": "plateau", "patience": 0}, "patience is 0"),
     ],
