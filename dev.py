@@ -8,8 +8,8 @@
                             the known ones, a path, or all, which writes docs/compatibility.md
     python dev.py fuzz      prompts that nobody would think of, on the real server (--seconds 600, --seed 1)
     python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference, front, restart, beta,
-                            paper, gpu, few-steps; of paper's images: study (a page for people), judge (a vision-language
-                            one)
+                            paper, gpu, few-steps; of paper's images: study (a page for people), judge (a
+                            vision-language model)
     python dev.py docs      make again what is made, or some of it: help (pages), examples, thumbnails (of them),
                             pictures (of the nodes)
     python dev.py train     retrain the demo model: data, vae, clip, judge, unet, export, taste, lora

@@ -92,7 +92,7 @@ def particulars() -> list[io.Input]:
             default=DEFAULT.method,
             tooltip=(
                 "dpo: the paper's Algorithm 2. dueling: perturb the noises, move towards what is preferred. "
-                "best_of_n: another seed every time, the best stays. hybrid2: DNO's estimator from probes "
+                "best_of_n: other seeds every time, the best stays. hybrid2: DNO's estimator from probes "
                 "(needs a reward's numbers)."
             ),
         ),
@@ -112,7 +112,7 @@ def particulars() -> list[io.Input]:
             min=0.01,
             max=1.0,
             step=0.01,
-            tooltip="How different dueling's challenger (0.6) or hybrid2's probes (0.01) are. 1: another seed.",
+            tooltip="How different dueling's challengers (0.6) or hybrid2's probes (0.01) are. 1: another seed.",
         ),
         io.Float.Input(
             "step",
@@ -149,7 +149,7 @@ def particulars() -> list[io.Input]:
             min=0.0,
             max=86400.0,
             step=1.0,
-            tooltip="Seconds that a person has for a pair. 0: as long as it takes.",
+            tooltip="Seconds that a person has for a choice. 0: as long as it takes.",
         ),
         io.Combo.Input("on_timeout", options=list(ON_TIMEOUT), tooltip="stop with the best so far, or count as a tie."),
         iterate_input(),
@@ -176,7 +176,7 @@ class MiraDPOPreference(io.ComfyNode):
                     options=list(JUDGES),
                     tooltip=(
                         "reward: the connected reward, which needs no gradient. person: you choose on this node, by "
-                        "click or by the keys 1 and 2. recorded choices: those of an earlier run."
+                        "click or by the keys 1, 2, ... recorded choices: those of an earlier run."
                     ),
                 ),
                 *sampling_inputs("Makes the first candidate's noises, as KSampler's does, and all others from there."),
@@ -188,7 +188,10 @@ class MiraDPOPreference(io.ComfyNode):
                     default=DEFAULT.candidates,
                     min=2,
                     max=16,
-                    tooltip="Images per comparison: dpo's best against its worst, hybrid2's probes and one. Person: 2.",
+                    tooltip=(
+                        "Images per comparison: the best so far and its challengers; for dpo the best and the worst "
+                        "are told apart; hybrid2's probes and one."
+                    ),
                 ),
                 prompt_input(),
                 *particulars(),
@@ -218,7 +221,6 @@ class MiraDPOPreference(io.ComfyNode):
         denoise: float | None = None,
         judge: str | None = None,
         method: str | None = None,
-        candidates: int | None = None,
     ) -> bool | str:
         return complain(locals(), cls.define_schema().inputs) or wrong_judge(locals()) or True
 
@@ -290,18 +292,10 @@ def run_preference(
 
 def wrong_judge(values: dict) -> str | None:
     """What does not go together, or None. A value that is not known yet (a linked input) is None."""
-    judge, method, candidates = (values.get(k) for k in ("judge", "method", "candidates"))
+    judge, method = values.get("judge"), values.get("method")
     if judge in ("person", "recorded choices") and method in METHODS and METHODS[method].numbers:
         others = " or ".join(name for name, kind in METHODS.items() if not kind.numbers)
         return f"method is {method}, which needs a reward's numbers, but judge is {judge}: use {others}"
-    if (
-        judge == "person"
-        and method in METHODS
-        and METHODS[method].several
-        and candidates is not None
-        and candidates != 2
-    ):
-        return f"candidates is {candidates}, but a person is shown pairs: use 2"
     return None
 
 
@@ -320,6 +314,7 @@ def person(node: str, context: Any, values: dict, seed: int) -> Callable[[host.P
         seed,
         values["timeout"],
         values["on_timeout"],
+        METHODS[values["method"]].several,
     )
     return lambda process: judge
 

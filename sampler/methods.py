@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .candidates import Candidate, Run, clipped, pick_path, picked, towards
+from .candidates import Candidate, Run, clipped, pick, pick_path, picked, towards
 from .keep import chosen
 from .optimize import OPTIMIZERS
 from .rollout import Path, mean_square, per_image, total
@@ -107,13 +107,13 @@ class Dpo(Method):
 
 
 class Challenged(Method):
-    """An incumbent, and a challenger every time, both as (candidate, its reference)."""
+    """An incumbent, and new challengers every time: one, or as many as there are candidates more than two."""
 
     incumbent_first = True
 
     def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]) -> None:
         self.run, self.noises = run, list(trajectories[0])
-        self.first = list(trajectories[1]) if len(trajectories) > 1 else None  # the first challenger
+        self.first = [list(t) for t in trajectories[1:]]  # challengers of the first comparison
         self.incumbent: Candidate | None = None
         self.reference: Path | None = None
 
@@ -121,15 +121,15 @@ class Challenged(Method):
         if self.incumbent is None:
             self.incumbent = self.run.look(self.noises, None, False)
             self.reference = self.incumbent.path
-        self.challenger = self.run.look(self.challenge(), self.reference, False)
-        return [self.incumbent, self.challenger]
+        challenges = self.challenges(self.run.settings.candidates - 1)
+        return [self.incumbent, *(self.run.look(z, self.reference, False) for z in challenges)]
 
-    def challenge(self) -> list[Tensor]:
+    def challenges(self, count: int) -> list[list[Tensor]]:
         raise NotImplementedError
 
     def won(self, verdict: Verdict) -> Tensor:
-        """(B,): where the challenger is liked more. A tie is not."""
-        return (verdict.best == 1) & ~verdict.tie
+        """(B,): where a challenger is liked most. A tie is not."""
+        return (verdict.best > 0) & ~verdict.tie
 
     def take(self, won: Tensor, other: Candidate) -> None:
         """The incumbent where it stood its ground, `other` where it did not."""
@@ -151,19 +151,19 @@ class Challenged(Method):
 
 
 class BestOfN(Challenged):
-    """The challenger is another seed: after n comparisons, the best of n + 1."""
+    """The challengers are other seeds: after k comparisons of n, the best of 1 + k (n - 1)."""
 
     @staticmethod
     def trajectories(candidates: int) -> int:
-        return 2
+        return candidates
 
-    def challenge(self) -> list[Tensor]:
-        first, self.first = self.first, None
-        return first if first is not None else self.run.fresh(self.noises)
+    def challenges(self, count: int) -> list[list[Tensor]]:
+        first, self.first = self.first, []
+        return first or [self.run.fresh(self.noises) for _ in range(count)]
 
     def learn(self, found: list[Candidate], verdict: Verdict) -> Tensor:
         won = self.won(verdict)
-        self.take(won, found[1])
+        self.take(won, pick(found, verdict.best))
         return torch.zeros(len(won))
 
 
@@ -171,18 +171,21 @@ class Dueling(Challenged):
     """Dueling-bandit gradient descent (Yue and Joachims, 2009): perturb, and move towards what is preferred.
 
     Deviates from the paper: steps keep the variance of the noises, whose typical sphere takes the place of its ball.
+    Several challengers at once are its multi-dueling form (Schuth et al., 2016), winner takes all.
     """
 
-    def challenge(self) -> list[Tensor]:
-        self.direction = self.run.fresh(self.noises)
-        return towards(self.incumbent.noises, self.direction, self.run.settings.explore)
+    def challenges(self, count: int) -> list[list[Tensor]]:
+        self.directions = [self.run.fresh(self.noises) for _ in range(count)]
+        return [towards(self.incumbent.noises, d, self.run.settings.explore) for d in self.directions]
 
     def learn(self, found: list[Candidate], verdict: Verdict) -> Tensor:
         won, s = self.won(verdict), self.run.settings
         if won.any():
-            moved = found[1]
+            moved = pick(found, verdict.best)
             if s.step < 1:
-                nearer = towards(self.incumbent.noises, self.direction, s.step * s.explore)
+                directions = zip(*self.directions, strict=True)
+                liked = [picked(noise, (verdict.best - 1).clamp(min=0)) for noise in directions]
+                nearer = towards(self.incumbent.noises, liked, s.step * s.explore)
                 moved = self.run.look(nearer, self.reference, False)
             self.take(won, moved)
         return torch.zeros(len(won))

@@ -32,8 +32,8 @@ KEEP = ("last_winner", "incumbent")
 class PreferenceSettings:
     """The defaults are Algorithm 2 as published.
 
-    iterations: comparisons. method: one of `METHODS`. candidates: images to choose from each time, for "dpo" (2) and
-    the probes of "hybrid2". lr: the optimiser's step in units of the noise's deviation. beta, energy: of the loss, see
+    iterations: comparisons. method: one of `METHODS`. candidates: images to choose from each time (of "hybrid2", its
+    probes and one). lr: the optimiser's step in units of the noise's deviation. beta, energy: of the loss, see
     `ENERGIES`. explore: the spread of "dueling"'s challenger and of "hybrid2"'s probes, in units of the noise's
     deviation. step: how far a win of "dueling"'s challenger moves the noises, as a share of `explore`. keep:
     "last_winner" (Algorithm 2: of "dpo" its noises after their update, sampled once more), or "incumbent": never return
@@ -148,10 +148,10 @@ def prefer(
 ) -> Result:
     """Optimise noises (z_T, ..., z_1), each (B, C, ...), by what `judge` prefers.
 
-    trajectories: the noises of every first candidate; "dpo" uses all of them, the others the first, and "best_of_n"
-    the second too. seed: of every further noise. history: how many choices can be taken back. Every image of the batch
-    is judged on its own. An exception of `interrupts`, running out of memory and any other error end the run after
-    the first comparison with the best so far.
+    trajectories: the noises of every first candidate; "dpo" and "best_of_n" use all of them, the others the first.
+    seed: of every further noise. history: how many choices can be taken back. Every image of the batch is judged on its
+    own. An exception of `interrupts`, running out of memory and any other error end the run after the first comparison
+    with the best so far.
 
     The record has, for each iteration and image, which candidate won (-1: a tie), the winner's surrogates against its
     own reference, and its reward and the loser's where the judge has numbers. `trace.settings["choices"]` repeats the

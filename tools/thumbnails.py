@@ -40,12 +40,12 @@ def joined(pictures: list[Image.Image]) -> Image.Image:
 
 
 async def choose(client: Client) -> None:
-    """The person at the screen, who likes whatever stands on the left."""
+    """The person at the screen, who likes whatever stands first."""
     while True:
-        for pair in (await client.get(f"/mira/choice?client_id={client.id}"))["pending"]:
-            body = {"prompt_id": pair["prompt_id"], "node_id": pair["node"], "token": pair["token"]}
+        for waiting in (await client.get(f"/mira/choice?client_id={client.id}"))["pending"]:
+            body = {"prompt_id": waiting["prompt_id"], "node_id": waiting["node"], "token": waiting["token"]}
             async with client.session.post(
-                f"{client.url}/mira/choice", json=body | {"choice": "left", "client_id": client.id}
+                f"{client.url}/mira/choice", json=body | {"choice": 1, "client_id": client.id}
             ):
                 pass
         await asyncio.sleep(0.1)

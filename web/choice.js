@@ -1,25 +1,42 @@
-// The chooser of a pair as an element: no side effects beyond it, nothing of ComfyUI.
+// The chooser among images as an element: no side effects beyond it, nothing of ComfyUI.
 
 export const CSS = `
 .mira-choice { display: flex; flex-direction: column; gap: 6px; padding: 6px; border-radius: 6px;
   border: 2px solid #5b9cf5; background: var(--comfy-menu-bg, #353535); }
-.mira-pair { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; }
-.mira-pair button { padding: 4px; display: flex; flex-direction: column; gap: 3px; align-items: center; }
-.mira-pair img { width: 100%; max-height: 420px; object-fit: contain; }
+.mira-offers { display: grid; gap: 6px; }
+.mira-offers button { padding: 4px; display: flex; flex-direction: column; gap: 3px; align-items: center; }
+.mira-offers img { width: 100%; max-height: 420px; object-fit: contain; }
 .mira-more { display: flex; gap: 6px; flex-wrap: wrap; }
 .mira-more span { flex: 1; align-self: center; }
 .mira-error { color: var(--error-text, #ff4444); }
 `;
-const KEYS = { 1: "left", 2: "right", 0: "tie", t: "tie", Backspace: "back", Escape: "stop" };
+const KEYS = { 0: "tie", t: "tie", Backspace: "back", Escape: "stop" };
 
 function isRef(ref) {
   return ref !== null && typeof ref === "object" && typeof ref.filename === "string";
 }
 
-/** A pair as the server sends it, or null for anything else. */
-export function validPair(data) {
+/** A choice as the server asks for it, or null for anything else. */
+export function validChoice(data) {
   const whole = data && typeof data.token === "string" && data.node !== undefined && data.node !== null;
-  return whole && isRef(data.left) && isRef(data.right) ? data : null;
+  return whole && Array.isArray(data.images) && data.images.length > 1 && data.images.every(isRef) ? data : null;
+}
+
+/** In how many columns so many images stand. */
+export function columnsOf(count) {
+  return Math.ceil(Math.sqrt(count));
+}
+
+/** In pixels: what so many images and the buttons take on a node of the usual width. */
+export function heightOf(count) {
+  const columns = columnsOf(count);
+  return 110 + Math.ceil(count / columns) * Math.round(380 / columns + 30);
+}
+
+/** What is asked, in words, of a choice as the server asks for it. */
+export function questionOf({ images, wanted, iteration, iterations, image, batch }) {
+  const asked = wanted === "worst" ? "And which is the least good?" : `Which is ${images.length > 2 ? "best" : "better"}?`;
+  return `${asked} ${iteration + 1} of ${iterations}${batch > 1 ? `, image ${image + 1} of ${batch}` : ""}`;
 }
 
 /** Whether text is being written into this element. */
@@ -27,31 +44,32 @@ export function isWriting(element) {
   return Boolean(element) && (element.isContentEditable === true || /^(INPUT|TEXTAREA|SELECT)$/.test(element.tagName ?? ""));
 }
 
-/** The answer that a key stands for, or null. Keys with a modifier belong to others. */
-export function answerOf(event) {
+/** The answer that a key stands for among so many images, or null. Keys with a modifier belong to others. */
+export function answerOf(event, count) {
   if (event.ctrlKey || event.metaKey || event.altKey) return null;
-  return KEYS[event.key] ?? null;
+  const place = /^[1-9]$/.test(event.key) ? Number(event.key) : null;
+  return place ? (place <= count ? place : null) : (KEYS[event.key] ?? null);
 }
 
 /**
- * onAnswer(pair, answer) -> Promise of null, or of why it was not taken.
- * Returns { element, show(pair), hide(token), pair(), answer(answer) }.
+ * onAnswer(choice, answer) -> Promise of null, or of why it was not taken; answer: an image's place from 1, or a word.
+ * Returns { element, show(choice), hide(token), choice(), answer(answer) }.
  */
 export function createChooser({ imageUrl, onAnswer }) {
   const box = document.createElement("div");
   box.className = "mira-choice";
   box.tabIndex = 0;
   box.setAttribute("role", "group");
-  box.setAttribute("aria-label", "Which image is better? Key 1: left, 2: right, 0: tie, Escape: enough");
+  box.setAttribute("aria-label", "Which image is best? Keys 1, 2, ...: that one, 0: tie, Escape: enough");
   box.hidden = true;
   const grid = document.createElement("div");
-  grid.className = "mira-pair";
+  grid.className = "mira-offers";
   const more = document.createElement("div");
   more.className = "mira-more";
   const error = document.createElement("div");
   error.className = "mira-error";
   error.setAttribute("role", "alert");
-  let pair = null;
+  let choice = null;
   let busy = false;
 
   function button(answer, label, title) {
@@ -64,26 +82,27 @@ export function createChooser({ imageUrl, onAnswer }) {
     return made;
   }
 
-  const pictures = {};
-  for (const [side, key] of [["left", "1"], ["right", "2"]]) {
-    pictures[side] = document.createElement("img");
-    pictures[side].alt = `the ${side} image`;
-    pictures[side].draggable = false;
-    const made = button(side, `${key}`, `The ${side} one is better (key ${key})`);
-    made.prepend(pictures[side]);
-    grid.append(made);
+  function offer(image, place) {
+    const made = button(place, `${place}`, `This one (key ${place})`);
+    const picture = document.createElement("img");
+    picture.alt = `image ${place}`;
+    picture.draggable = false;
+    picture.src = imageUrl(image);
+    made.prepend(picture);
+    return made;
   }
+
   const count = document.createElement("span");
   more.append(
     count,
     button("back", "Back", "Take the last choice back (Backspace)"),
-    button("tie", "Tie", "Neither is better (key 0)"),
+    button("tie", "Tie", "None is better (key 0)"),
     button("stop", "Good enough, stop", "Keep the best so far (Escape)"),
   );
   box.append(grid, more, error);
   for (const type of ["wheel", "pointerdown"]) box.addEventListener(type, (e) => e.stopPropagation());
   box.addEventListener("keydown", (event) => {
-    const answer = answerOf(event);
+    const answer = choice && answerOf(event, choice.images.length);
     if (!answer) return;
     event.preventDefault();
     event.stopPropagation();
@@ -91,10 +110,10 @@ export function createChooser({ imageUrl, onAnswer }) {
   });
 
   async function answered(answer) {
-    if (!pair || busy) return;
+    if (!choice || busy) return;
     busy = true;
     error.textContent = "";
-    const asked = pair;
+    const asked = choice;
     const refused = await onAnswer(asked, answer);
     busy = false;
     if (refused) error.textContent = refused;
@@ -102,23 +121,23 @@ export function createChooser({ imageUrl, onAnswer }) {
   }
 
   function hide(token) {
-    if (pair && token !== undefined && pair.token !== token) return;
-    pair = null;
+    if (choice && token !== undefined && choice.token !== token) return;
+    choice = null;
     box.hidden = true;
   }
 
   return {
     element: box,
     hide,
-    pair: () => pair,
+    choice: () => choice,
     answer: answered,
     show(next) {
-      if (pair?.token === next.token) return;
-      pair = next;
+      if (choice?.token === next.token) return;
+      choice = next;
       error.textContent = "";
-      for (const side of ["left", "right"]) pictures[side].src = imageUrl(next[side]);
-      const of = next.batch > 1 ? `, image ${next.image + 1} of ${next.batch}` : "";
-      count.textContent = `Which is better? ${next.iteration + 1} of ${next.iterations}${of}`;
+      grid.style.gridTemplateColumns = `repeat(${columnsOf(next.images.length)}, 1fr)`;
+      grid.replaceChildren(...next.images.map((image, i) => offer(image, i + 1)));
+      count.textContent = questionOf(next);
       box.hidden = false;
       // Keys choose at once, but never those of somebody who is writing.
       if (!isWriting(document.activeElement)) box.focus({ preventScroll: true });

@@ -2,14 +2,14 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { addStyles, createChart } from "./chart.js";
-import { CSS as CHOICE_CSS, createChooser, validPair } from "./choice.js";
+import { CSS as CHOICE_CSS, createChooser, heightOf, validChoice } from "./choice.js";
 import { migrated, presetAfter, presetValues } from "./layout.js";
 import { recordsOf } from "./png.js";
 import { addStep, csv, fromOutput, newRun, status } from "./series.js";
 import { textElement, textOf } from "./text.js";
 
-// In pixels, of the chart with its status, of the slider and its buttons, and of a pair to choose from.
-const [CHART_HEIGHT, SCRUB_HEIGHT, CHOOSER_HEIGHT] = [206, 78, 330];
+// In pixels, of the chart with its status, and of the slider and its buttons.
+const [CHART_HEIGHT, SCRUB_HEIGHT] = [206, 78];
 const TYPE_COLOURS = { MIRA_REWARD: "#e0a458", MIRA_TRACE: "#4db6ac" };
 const PREFERENCE = "MiraDPOPreference";
 const MONITOR = "MiraDriftMonitor";
@@ -145,8 +145,8 @@ function addCharted(node) {
   }
   addDom(node, "mira_chart", chart.element, () => {
     const scrub = chart.run().rows.length ? SCRUB_HEIGHT : 0;
-    const chooser = view.chooser && !view.chooser.element.hidden ? CHOOSER_HEIGHT : 0;
-    return CHART_HEIGHT + scrub + chooser;
+    const choice = view.chooser?.choice();
+    return CHART_HEIGHT + scrub + (choice ? heightOf(choice.images.length) : 0);
   });
   node[VIEW] = view;
   chain(node, "onExecuted", (output) => {
@@ -245,8 +245,8 @@ function chain(node, name, after) {
 }
 
 /** Post an answer; null when it was taken, else why not. */
-async function answer(pair, choice) {
-  const body = { prompt_id: pair.prompt_id, node_id: pair.node, token: pair.token, choice, client_id: api.clientId };
+async function answer({ prompt_id, node, token }, choice) {
+  const body = { prompt_id, node_id: node, token, choice, client_id: api.clientId };
   try {
     const reply = await api.fetchApi("/mira/choice", {
       method: "POST",
@@ -260,10 +260,10 @@ async function answer(pair, choice) {
   }
 }
 
-function showPair(data) {
-  const pair = validPair(data);
-  const node = pair && nodeOf(pair.node);
-  node?.[VIEW]?.chooser?.show(pair);
+function showChoice(data) {
+  const choice = validChoice(data);
+  const node = choice && nodeOf(choice.node);
+  node?.[VIEW]?.chooser?.show(choice);
 }
 
 async function get(path, more = {}) {
@@ -289,7 +289,7 @@ async function restore(cached = []) {
     if (!chart || chart.run().rows.length >= known.rows.length) continue;
     showRun(node, chart, fromOutput(known.output) ?? { ...newRun(), ...known, done: false });
   }
-  for (const pair of waiting.pending ?? []) showPair(pair);
+  for (const choice of waiting.pending ?? []) showChoice(choice);
 }
 
 /** A picture that is dropped brings its workflow, which ComfyUI opens, and its record, which is shown then. */
@@ -351,12 +351,12 @@ app.registerExtension({
       const seeds = node.widgets?.find((w) => w.name === "seeds")?.value ?? 1;
       chart.set({ ...newRun(), waiting: seeds > 1 ? `Trying ${seeds} seeds ...` : "Sampling the first image ..." });
     });
-    api.addEventListener("mira.choice", ({ detail }) => showPair(detail));
+    api.addEventListener("mira.choice", ({ detail }) => showChoice(detail));
     api.addEventListener("mira.chosen", ({ detail }) => nodeOf(detail?.node)?.[VIEW]?.chooser?.hide(detail.token));
     // A node that is not run again says nothing: its last run is asked for.
     api.addEventListener("execution_cached", ({ detail }) => restoreSoon(detail?.nodes));
     api.addEventListener("reconnected", () => restoreSoon());
-    // A page that was loaded again learns who it is from the socket's first word: until then its pair is not shown to it.
+    // A page that was loaded again learns who it is from the socket's first word: until then no choice is shown to it.
     let known = api.clientId;
     api.addEventListener("status", () => {
       if (api.clientId === known) return;

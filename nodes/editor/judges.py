@@ -22,7 +22,7 @@ from ...sampler.seeds import stream
 from .live import forget, store
 
 ROUTE = "/mira/choice"
-ANSWERS = ("left", "right", "tie", "stop", "back")
+WORDS = ("tie", "stop", "back")  # what may be answered instead of an image's place, from 1
 ON_TIMEOUT = ("stop", "tie")
 
 
@@ -76,7 +76,7 @@ def read_choices(text: str) -> list[list]:
 
 @dataclass
 class Pending:
-    """A pair that the run waits for. It is answered once, with its token, by the client that queued the run."""
+    """A choice that the run waits for. It is made once, with its token, by the client that queued the run."""
 
     prompt: str
     node: str
@@ -84,11 +84,11 @@ class Pending:
     token: str
     shown: dict
     answered: threading.Event = field(default_factory=threading.Event)
-    answer: str = ""
+    answer: int | str = ""
 
 
 _lock = threading.Lock()
-_pending: dict[str, Pending] = {}  # by node id: a node waits for one pair at a time
+_pending: dict[str, Pending] = {}  # by node id: a node waits for one choice at a time
 
 
 def refusal(status: int, message: str) -> web.Response:
@@ -119,8 +119,8 @@ async def choose(request: web.Request) -> web.Response:
     prompt, node, token, answer, client = (
         body.get(k) for k in ("prompt_id", "node_id", "token", "choice", "client_id")
     )
-    if not isinstance(answer, str) or answer not in ANSWERS:
-        return refusal(400, f"choice is {answer!r}: it must be one of {', '.join(ANSWERS)}")
+    if answer not in WORDS if isinstance(answer, str) else type(answer) is not int or answer < 1:
+        return refusal(400, f"choice is {answer!r}: it must be an image's place, from 1, or one of {', '.join(WORDS)}")
     with _lock:
         pending = _pending.get(str(node))
         if pending is None:
@@ -128,7 +128,9 @@ async def choose(request: web.Request) -> web.Response:
         if prompt != pending.prompt:
             return refusal(409, f"the choice is for run {prompt}, but node {node} waits in run {pending.prompt}")
         if not isinstance(token, str) or not secrets.compare_digest(token.encode(), pending.token.encode()):
-            return refusal(409, "this pair is not the one that is waited for: it was answered already")
+            return refusal(409, "these images are not the ones that are waited for: they were chosen from already")
+        if isinstance(answer, int) and answer > len(pending.shown["images"]):
+            return refusal(400, f"choice is {answer}, but {len(pending.shown['images'])} images are shown")
         if not may_answer(pending, client):
             return refusal(403, "another client queued this run, and is still connected: choose there")
         pending.answer = answer
@@ -144,46 +146,59 @@ def register_routes() -> None:
 
 
 class PersonJudge:
-    """Shows pairs on the node and waits for a click.
+    """Shows the candidates on the node and waits for clicks: the best, and of several also the worst if that counts.
 
-    order: draws which candidate stands on the left. timeout: seconds for each pair; 0 waits for ever.
+    worst: whether it does. order: draws who stands where. timeout: seconds for each choice; 0 waits for ever.
     on_timeout: one of `ON_TIMEOUT`.
     """
 
     def __init__(
-        self, node: str, prompt: str, client: str | None, total: int, seed: int, timeout: float, on_timeout: str
-    ) -> None:
+        self, node: str, prompt: str, client: str | None, total: int, seed: int, timeout: float, on_timeout: str,
+        worst: bool,
+    ) -> None:  # fmt: skip
         self.node, self.prompt, self.client, self.total = node, prompt, client, total
-        self.timeout, self.on_timeout = timeout, on_timeout
+        self.timeout, self.on_timeout, self.worst = timeout, on_timeout, worst
         self.order = stream(seed, -1)
 
     def __call__(self, k: int, candidates: Sequence[Tensor]) -> Verdict:
-        best, worst, tie = [], [], []
-        for b in range(len(candidates[0])):
-            swap = bool(torch.randint(2, (), generator=self.order))
-            left, right = (1, 0) if swap else (0, 1)
-            answer = self.ask(k, b, len(candidates[0]), candidates[left][b], candidates[right][b])
-            if answer in ("stop", "back"):
+        verdicts, batch = [], len(candidates[0])
+        for b in range(batch):
+            told = {"iteration": k, "iterations": self.total, "image": b, "batch": batch}
+            answer = self.compare([c[b] for c in candidates], told)
+            if isinstance(answer, str):
                 return Verdict(None, None, None, stop=answer == "stop", back=answer == "back")
-            first = left if answer != "right" else right
-            best.append(first if answer != "tie" else 0)
-            worst.append(1 - best[-1])
-            tie.append(answer == "tie")
-        return Verdict(torch.tensor(best), torch.tensor(worst), torch.tensor(tie))
+            verdicts.append(answer)
+        best, worst, tie = (torch.tensor(of) for of in zip(*verdicts, strict=True))
+        return Verdict(best, worst, tie)
 
-    def ask(self, k: int, image: int, batch: int, left: Tensor, right: Tensor) -> str:
+    def compare(self, images: Sequence[Tensor], told: dict) -> tuple[int, int, bool] | str:
+        """(best, worst, tie), or "stop" or "back"."""
+        order = torch.randperm(len(images), generator=self.order).tolist()
+        while True:
+            best = self.ask(order, images, told | {"wanted": "best"})
+            if isinstance(best, str):
+                return (0, 1, True) if best == "tie" else best
+            others = [n for n in order if n != best]
+            if len(others) == 1 or not self.worst:
+                return best, others[0], False
+            worst = self.ask(others, images, told | {"wanted": "worst"})
+            if worst == "back":
+                continue
+            if isinstance(worst, int) or worst == "tie":  # of equally bad ones, any
+                return best, others[0] if isinstance(worst, str) else worst, False
+            return worst
+
+    def ask(self, order: list[int], images: Sequence[Tensor], told: dict) -> int | str:
+        """Which of the images is chosen, or one of `WORDS`. order: of those that are shown."""
         token = secrets.token_urlsafe(16)
-        shown: dict[str, Any] = {
+        shown: dict[str, Any] = told | {
             "prompt_id": self.prompt,
             "node": self.node,
             "token": token,
-            "iteration": k,
-            "iterations": self.total,
-            "image": image,
-            "batch": batch,
             # The names tell nothing of which candidate is which.
-            "left": store(picture(left), f"{token}_left.png", compress_level=1),
-            "right": store(picture(right), f"{token}_right.png", compress_level=1),
+            "images": [
+                store(picture(images[n]), f"{token}_{place}.png", compress_level=1) for place, n in enumerate(order, 1)
+            ],
             "timeout": self.timeout,
         }
         pending = Pending(self.prompt, self.node, self.client, token, shown)
@@ -200,7 +215,7 @@ class PersonJudge:
             with _lock:
                 if _pending.get(self.node) is pending:
                     del _pending[self.node]
-            forget(shown["left"])
-            forget(shown["right"])
+            for stored in shown["images"]:
+                forget(stored)
             server.send_sync("mira.chosen", {"node": self.node, "token": token}, self.client)
-        return pending.answer
+        return order[pending.answer - 1] if isinstance(pending.answer, int) else pending.answer

@@ -234,7 +234,7 @@ def test_another_iterate_is_taken(quickstart):
     editor.shot("taken")
 
 
-def person(editor, iterations=4):
+def person(editor, candidates=2):
     workflow = copy.deepcopy(editor.prompt())
     number, node = next((k, n) for k, n in workflow.items() if n["class_type"] == OPTIMIZER)
     linked = ("model", "positive", "negative", "latent_image", "vae", "seed", "cfg", "sampler_name", "scheduler")
@@ -242,7 +242,7 @@ def person(editor, iterations=4):
         "class_type": PREFERENCE,
         "inputs": {k: node["inputs"][k] for k in linked}
         | dict(
-            judge="person", steps=3, denoise=1.0, iterations=iterations, method="dueling", candidates=2,
+            judge="person", steps=3, denoise=1.0, iterations=4, method="dueling", candidates=candidates,
             learning_rate=0.05, beta=1.0, energy="mira", explore=0.5, step=1.0, keep="incumbent",
             skip_ties=False, kick=0.0, memory="auto", timeout=0.0, on_timeout="stop", prompt="",
         ),
@@ -258,20 +258,21 @@ def count(editor):
 @ENDS
 def test_choosing_by_click_and_by_key(quickstart):
     editor = quickstart
-    person(editor)
+    person(editor, candidates=3)
     editor.queue()
-    wait_for(editor, lambda: "1 of 4" in count(editor), "the first pair")
+    wait_for(editor, lambda: "1 of 4" in count(editor), "the first three")
     editor.look_at(PREFERENCE)
     editor.page.wait_for_timeout(500)
     editor.shot("choose")
-    editor.page.click(".mira-pair button[data-answer=left]")
-    wait_for(editor, lambda: "2 of 4" in count(editor), "the second pair")
+    assert editor.page.locator(".mira-offers img").count() == 3
+    editor.page.click(".mira-offers button[data-answer='3']")
+    wait_for(editor, lambda: "2 of 4" in count(editor), "the second three")
     editor.page.locator(".mira-choice").press("2")
-    wait_for(editor, lambda: "3 of 4" in count(editor), "the third pair")
+    wait_for(editor, lambda: "3 of 4" in count(editor), "the third three")
     editor.page.locator(".mira-choice").press("Backspace")
-    wait_for(editor, lambda: "2 of 4" in count(editor), "the second pair again")
+    wait_for(editor, lambda: "2 of 4" in count(editor), "the second three again")
     editor.page.locator(".mira-choice").press("0")
-    wait_for(editor, lambda: "3 of 4" in count(editor), "the third pair")
+    wait_for(editor, lambda: "3 of 4" in count(editor), "the third three")
     editor.page.locator(".mira-choice").press("Escape")
     wait_for(editor, lambda: "the judge had enough" in editor.page.inner_text(STATUS), "the end")
     assert not editor.page.is_visible(".mira-choice")
@@ -292,7 +293,7 @@ def test_the_pair_comes_back_after_a_refresh_and_a_cancel_ends_the_wait(quicksta
     wait_for(editor, lambda: "1 of 4" in count(editor), "the pair after the refresh")
     editor.look_at(PREFERENCE, bottom=True)
     editor.shot("returned")
-    editor.page.click(".mira-pair button[data-answer=right]")
+    editor.page.click(".mira-offers button[data-answer='2']")
     wait_for(editor, lambda: "2 of 4" in count(editor), "the second pair")
     editor.page.request.post(f"{editor.server.url}/queue", data={"clear": True})
     editor.page.request.post(f"{editor.server.url}/interrupt")  # as another tab would

@@ -128,8 +128,11 @@ class Person:
         (b"\xff\xfe", 400),
         (b"[" * 100_000, 400),
         (b"[]", 400),
-        (b'{"choice": ["left"]}', 400),
-        (b'{"choice": "left", "node_id": "1"}', 409),
+        (b'{"choice": [1]}', 400),
+        (b'{"choice": 0}', 400),
+        (b'{"choice": true}', 400),
+        (b'{"choice": "left"}', 400),
+        (b'{"choice": 1, "node_id": "1"}', 409),
     ],
 )
 def test_what_is_no_answer_is_refused(body, status):
@@ -139,35 +142,49 @@ def test_what_is_no_answer_is_refused(body, status):
 def test_a_token_in_any_script_is_only_a_wrong_one():
     judges._pending["77"] = judges.Pending("p", "77", None, "token", {})
     try:
-        status, said = posted(
-            json.dumps(dict(prompt_id="p", node_id="77", token="j\u00f8t\u00fcn", choice="left")).encode()
-        )
-        assert status == 409 and "is not the one that is waited for" in said["error"]
+        status, said = posted(json.dumps(dict(prompt_id="p", node_id="77", token="j\u00f8t\u00fcn", choice=1)).encode())
+        assert status == 409 and "are not the ones that are waited for" in said["error"]
     finally:
         del judges._pending["77"]
 
 
 def test_a_person_chooses(world):
-    with Person(["left", "tie", "right"]) as person:
+    with Person([1, "tie", 2]) as person:
         out = prefer(world, judge="person", reward=None)
     assert [s["iteration"] for s in person.seen] == [0, 1, 2]
     choices = json.loads(out.args[3])
     assert [c[4] for c in choices] == [False, True, False]
     again = prefer(world, judge="recorded choices", reward=None, choices=out.args[3])
     assert torch.equal(out.args[0]["samples"], again.args[0]["samples"])
-    status, reply = person.post(**person.last, choice="left")  # late
+    status, reply = person.post(**person.last, choice=1)  # late
     assert status == 409 and "waits for no choice" in reply["error"]
 
 
-def test_left_and_right_are_drawn(world):
-    with Person(["left"] * 12) as person:
+def test_who_stands_where_is_drawn(world):
+    with Person([1] * 12) as person:
         out = prefer(world, judge="person", reward=None, iterations=12, method="best_of_n", steps=1)
     assert len(person.seen) == 12
     assert {c[2] for c in json.loads(out.args[3])} == {0, 1}
 
 
+@pytest.mark.parametrize("method", ["dpo", "dueling", "best_of_n"])
+def test_a_person_chooses_among_several_and_dpo_asks_for_the_worst_too(world, method):
+    answers = [3, 1, 2, "back", 4, "tie", "tie", 1, 3] if method == "dpo" else [3, 4, "tie", 1]
+    settings = dict(reward=None, method=method, candidates=4, iterations=4)
+    with Person(answers) as person:
+        out = prefer(world, judge="person", **settings)
+    best, worst = [(k, "best", 4) for k in range(4)], [(k, "worst", 3) for k in range(4)]
+    both = [best[0], worst[0], best[1], worst[1], best[1], worst[1], best[2], best[3], worst[3]]
+    asked = [(s["iteration"], s["wanted"], len(s["images"])) for s in person.seen]
+    assert asked == (both if method == "dpo" else best)
+    choices = json.loads(out.args[3])
+    assert [c[4] for c in choices[:3]] == [False, False, True] and all(c[2] != c[3] for c in choices)
+    again = prefer(world, judge="recorded choices", choices=out.args[3], **settings)
+    assert torch.equal(out.args[0]["samples"], again.args[0]["samples"])
+
+
 def test_good_enough_and_a_step_back(world):
-    with Person(["left", "right", "back", "left", "stop"]) as person:
+    with Person([1, 2, "back", 1, "stop"]) as person:
         out = prefer(world, judge="person", reward=None, iterations=9)
     assert [s["iteration"] for s in person.seen] == [0, 1, 2, 1, 2]
     assert len(json.loads(out.args[3])) == 2 and out.args[2].reasons == ["the judge had enough"]
@@ -188,8 +205,8 @@ def test_a_cancel_while_paused_keeps_the_best_so_far(world):
             time.sleep(0.01)
         management.interrupt_current_processing()
 
-    with Person(["left"]) as person:
-        person.answers.append("left")
+    with Person([1]) as person:
+        person.answers.append(1)
         thread = threading.Thread(target=cancel, daemon=True)
         thread.start()
         out = prefer(world, judge="person", reward=None, iterations=9)
@@ -205,12 +222,13 @@ def test_an_answer_has_to_fit(world):
         while not judges._pending:
             time.sleep(0.01)
         pending = next(iter(judges._pending.values()))
-        body = dict(prompt_id=pending.prompt, node_id="1", token=pending.token, client_id="me", choice="left")
+        body = dict(prompt_id=pending.prompt, node_id="1", token=pending.token, client_id="me", choice=1)
         person = Person([])
         server.PromptServer.instance.sockets["me"] = object()
         for name, change in {
-            "choice": {"choice": "both"}, "node": {"node_id": "2"}, "prompt": {"prompt_id": "other"},
-            "token": {"token": "x"}, "client": {"client_id": "you"}, "no token": {"token": None},
+            "choice": {"choice": "both"}, "place": {"choice": 3}, "node": {"node_id": "2"},
+            "prompt": {"prompt_id": "other"}, "token": {"token": "x"},
+            "client": {"client_id": "you"}, "no token": {"token": None},
         }.items():  # fmt: skip
             bad[name] = person.post(**(body | change))
         del server.PromptServer.instance.sockets["me"]
@@ -221,7 +239,8 @@ def test_an_answer_has_to_fit(world):
     prefer(world, judge="person", reward=None, iterations=1)
     thread.join()
     assert {k: v[0] for k, v in bad.items()} == {
-        "choice": 400, "node": 409, "prompt": 409, "token": 409, "client": 403, "no token": 409, "gone": 200,
+        "choice": 400, "place": 400, "node": 409, "prompt": 409, "token": 409, "client": 403, "no token": 409,
+        "gone": 200,
     }  # fmt: skip
     assert "another client queued this run" in bad["client"][1]["error"]
 
@@ -238,7 +257,7 @@ def test_a_page_that_was_loaded_again_sees_the_pair(world):
         listed.extend(json.loads(asyncio.run(judges.list_pending(Request())).body)["pending"])
 
     thread = threading.Thread(target=look, daemon=True)
-    with Person(["left"]) as person:
+    with Person([1]) as person:
         person.answers, waiting = [], person.answers
         thread.start()
 
@@ -248,7 +267,7 @@ def test_a_page_that_was_loaded_again_sees_the_pair(world):
 
         threading.Thread(target=release, daemon=True).start()
         prefer(world, judge="person", reward=None, iterations=1)
-    assert listed == person.seen and {"left", "right", "token"} <= listed[0].keys()
+    assert listed == person.seen and {"images", "wanted", "token"} <= listed[0].keys()
 
 
 @pytest.mark.parametrize(
@@ -256,7 +275,6 @@ def test_a_page_that_was_loaded_again_sees_the_pair(world):
     [
         ({"reward": None}, "reward is empty: connect a MIRA reward node"),
         ({"judge": "person", "method": "hybrid2"}, "method is hybrid2, which needs a reward's numbers"),
-        ({"judge": "person", "candidates": 3}, "a person is shown pairs: use 2"),
         ({"judge": "recorded choices"}, "choices is not a record of choices"),
         ({"judge": "recorded choices", "choices": "[]"}, "choices is empty"),
         ({"judge": "recorded choices", "choices": "[[0, 1, 0, 1, false]]"}, "the recorded choices do not fit"),

@@ -128,11 +128,22 @@ def test_methods_that_follow_the_judge_raise_what_it_likes(method):
     assert rows[-1]["reward"] > rows[0]["reward.loser"] + 0.1
 
 
-def test_best_of_n_returns_the_best_of_n():
+@pytest.mark.parametrize("method", ["best_of_n", "dueling"])
+@pytest.mark.parametrize("candidates", [2, 4])
+def test_of_all_challengers_the_best_comes_back(method, candidates):
     seen = []
-    result = run(PreferenceSettings(iterations=10, method="best_of_n", keep="incumbent"), judged(record=seen))
+    settings = PreferenceSettings(iterations=10, method=method, keep="incumbent", candidates=candidates)
+    result = run(settings, judged(record=seen), trajectories=[gaussian.noises(seed=s) for s in range(candidates)])
+    assert {v.scores.shape for v in seen} == {(2, candidates)}
+    assert len({v for of in seen for v in of.scores[0].tolist()}) == 1 + 10 * (candidates - 1)
     best = torch.stack([v.scores.amax(1) for v in seen]).amax(0)
     torch.testing.assert_close(MEAN(result.best), best)
+
+
+def test_several_challengers_and_a_smaller_step():
+    settings = PreferenceSettings(iterations=12, method="dueling", candidates=4, step=0.5, keep="incumbent")
+    rows = run(settings).trace.of(0)
+    assert rows[-1]["reward"] > rows[0]["reward.loser"] + 0.1
 
 
 def test_a_shorter_step_of_dueling_goes_the_same_way():

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import * as series from "../../web/series.js";
-import { isWriting } from "../../web/choice.js";
+import * as choice from "../../web/choice.js";
 import * as layout from "../../web/layout.js";
 import { textOf } from "../../web/text.js";
 
@@ -111,9 +111,9 @@ test("a run that has begun says what it does before its first image", () => {
 });
 
 test("keys of somebody who is writing choose nothing", () => {
-  for (const tagName of ["INPUT", "TEXTAREA", "SELECT"]) assert.ok(isWriting({ tagName }));
-  assert.ok(isWriting({ tagName: "DIV", isContentEditable: true }));
-  for (const other of [null, undefined, { tagName: "BODY" }, { tagName: "CANVAS" }]) assert.ok(!isWriting(other));
+  for (const tagName of ["INPUT", "TEXTAREA", "SELECT"]) assert.ok(choice.isWriting({ tagName }));
+  assert.ok(choice.isWriting({ tagName: "DIV", isContentEditable: true }));
+  for (const other of [null, undefined, { tagName: "BODY" }, { tagName: "CANVAS" }]) assert.ok(!choice.isWriting(other));
 });
 
 const told = { presets: { fast: { rounds: 2, seeds: 2 } }, dials: { fast: { iterations: 6 } } };
@@ -142,4 +142,23 @@ test("a run that goes on tells its earlier rows once more, and they stay once", 
   const run = series.addStep(restored, event);
   assert.deepEqual(run.rows.map((r) => r.iteration), [0, 1, 2]);
   assert.deepEqual(run.previews, { 0: "a", 1: "b", 2: "c" });
+});
+
+test("a choice has at least two images, in a square of them, and a question", () => {
+  const images = [1, 2, 3, 4].map((n) => ({ filename: `${n}.png` }));
+  const asked = { token: "t", node: "3", images, wanted: "best", iteration: 0, iterations: 9, image: 0, batch: 1 };
+  assert.equal(choice.validChoice(asked), asked);
+  for (const bad of [null, {}, { ...asked, images: images.slice(0, 1) }, { ...asked, images: [1, 2] }, { ...asked, node: null }]) {
+    assert.equal(choice.validChoice(bad), null);
+  }
+  assert.deepEqual([2, 3, 4, 5, 9, 10, 16].map(choice.columnsOf), [2, 2, 2, 3, 3, 4, 4]);
+  assert.equal(choice.questionOf(asked), "Which is best? 1 of 9");
+  assert.equal(choice.questionOf({ ...asked, images: images.slice(2), batch: 3 }), "Which is better? 1 of 9, image 1 of 3");
+  assert.equal(choice.questionOf({ ...asked, wanted: "worst" }), "And which is the least good? 1 of 9");
+});
+
+test("a key chooses among the images that are there, and one with a modifier is another's", () => {
+  const answers = ["1", "4", "5", "0", "t", "Backspace", "Escape", "x"].map((key) => choice.answerOf({ key }, 4));
+  assert.deepEqual(answers, [1, 4, null, "tie", "tie", "back", "stop", null]);
+  assert.equal(choice.answerOf({ key: "1", ctrlKey: true }, 4), null);
 });
