@@ -62,8 +62,9 @@ def run(
     identity: what the job's own objects are made of. Guiders and the like are made anew for every execution: what they
     are made of tells whether it is the same run.
     """
-    iterate, node_id = values.get("iterate", -1), hidden.unique_id
-    widgets, effective = ({k: v for k, v in of.items() if k != "iterate"} for of in (values, effective))
+    iterate, share, node_id = values.get("iterate", -1), values.get("final_restart", 0.0), hidden.unique_id
+    later = ("iterate", "final_restart")  # what is done to a run that there is
+    widgets, effective = ({k: v for k, v in of.items() if k not in later} for of in (values, effective))
     inputs = widgets | {"vae": given["vae"], "reward": reward, "prompt": prompt, "seed": given["seed"]} | identity
 
     def work():
@@ -72,7 +73,14 @@ def run(
             node, hidden, effective, overruled, before, latent=latent, reward=reward, prompt=prompt, **given
         )
 
-    return finish(node, hidden, *memo.of(node_id, inputs, iterate, work), latent, iterate)
+    done = memo.of(node_id, inputs, (iterate, share), work)
+    restart = None
+    if share:
+        of = {name: given[name] for name in ("guider", "sampler", "sigmas", "initial", "seed")}
+        restart = host.FinalRestart(
+            share, mask=latent.get("noise_mask"), restart_sigmas=given.get("restart_sigmas"), **of
+        )
+    return finish(node, hidden, *done, latent, iterate, restart=restart)
 
 
 def run_optimization(

@@ -32,6 +32,7 @@ from .shared.inputs import (
     advanced,
     beta_input,
     denoise_input,
+    final_restart_input,
     iterate_input,
     learning_rate_input,
     linked_inputs,
@@ -43,7 +44,7 @@ from .shared.inputs import (
     sampling_inputs,
     trace_outputs,
 )
-from .shared.job import KSamplerInputs, describe, ksampler_job
+from .shared.job import KSamplerInputs, describe, ksampler_job, restart_at_end
 from .shared.types import MiraReward, aliases
 
 log = logging.getLogger("mira")
@@ -203,6 +204,7 @@ class MiraDPOPreference(io.ComfyNode):
                     force_input=True,
                     tooltip="For judge recorded choices: the choices output of an earlier run, or its trace as JSON.",
                 ),
+                *advanced(final_restart_input()),
             ],
             outputs=[
                 *trace_outputs(),
@@ -242,16 +244,30 @@ class MiraDPOPreference(io.ComfyNode):
         choices: str = "",
         prompt: str = "",
         iterate: int = -1,
+        final_restart: float = 0.0,
         **values: Any,
     ) -> io.NodeOutput:
         given = KSamplerInputs(model, positive, negative, latent_image, vae, seed, cfg, prompt)
         values, hidden = fill_in(cls.define_schema().inputs, values), cls.hidden
+        check_values(NODE, [final_restart_input()], {"final_restart": final_restart})
         identity = values | vars(given) | {"reward": reward, "choices": choices}
         done, live = memo.of(
-            hidden.unique_id, identity, iterate, lambda: run_preference(hidden, given, reward, choices, values)
+            hidden.unique_id,
+            identity,
+            (iterate, final_restart),
+            lambda: run_preference(hidden, given, reward, choices, values),
         )
         record = json.dumps(done.result.trace.settings["choices"])
-        return finish(NODE, hidden, done, live, latent_image, iterate, record)
+        return finish(
+            NODE,
+            hidden,
+            done,
+            live,
+            latent_image,
+            iterate,
+            record,
+            restart=restart_at_end(given, values, final_restart),
+        )
 
 
 def run_preference(

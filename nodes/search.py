@@ -34,6 +34,7 @@ from .shared.inputs import (
     advanced,
     beta_input,
     denoise_input,
+    final_restart_input,
     iterate_input,
     learning_rate_input,
     linked_inputs,
@@ -45,7 +46,7 @@ from .shared.inputs import (
     sampling_inputs,
     trace_outputs,
 )
-from .shared.job import KSamplerInputs, describe, ksampler_job
+from .shared.job import KSamplerInputs, describe, ksampler_job, restart_at_end
 from .shared.types import MiraReward, aliases
 
 log = logging.getLogger("mira")
@@ -133,6 +134,7 @@ def particulars() -> list[io.Input]:
         iterate_input(),
         repeatable_input(),
         restart_denoise_input("Of restarts: how"),
+        final_restart_input(),
     )
 
 
@@ -220,13 +222,25 @@ class MiraSearchKSampler(io.ComfyNode):
         cfg: float,
         prompt: str = "",
         iterate: int = -1,
+        final_restart: float = 0.0,
         **values: Any,
     ) -> io.NodeOutput:
         given = KSamplerInputs(model, positive, negative, latent_image, vae, seed, cfg, prompt)
         values, hidden = fill_in(cls.define_schema().inputs, values), cls.hidden
+        check_values(NODE, [final_restart_input()], {"final_restart": final_restart})
         identity = values | vars(given) | {"reward": reward}
-        run = memo.of(hidden.unique_id, identity, iterate, lambda: run_search(hidden, given, reward, values))
-        return finish(NODE, hidden, *run, latent_image, iterate, noises=False)
+        run = memo.of(
+            hidden.unique_id, identity, (iterate, final_restart), lambda: run_search(hidden, given, reward, values)
+        )
+        return finish(
+            NODE,
+            hidden,
+            *run,
+            latent_image,
+            iterate,
+            noises=False,
+            restart=restart_at_end(given, values, final_restart),
+        )
 
 
 def run_search(hidden: Any, given: KSamplerInputs, reward: Reward, values: dict) -> tuple[host.Optimized, LiveRun]:

@@ -51,7 +51,7 @@ function element(tag, className, attributes = {}) {
 }
 
 /**
- * onTake(iteration): the user wants this iterate; null leaves the button out.
+ * onTake(iteration, anew): the user wants this iterate, anew: painted anew; null leaves the buttons out.
  * onLook(preview): of a run that is done, this iterate is looked at: the kept one first, then where the slider goes.
  * imageUrl(preview): the address of a stored preview.
  * Returns { element, inner, set(run), run(), destroy() }: `element` is for the host, `inner` may be measured.
@@ -71,9 +71,14 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
   const slider = element("input", "", { type: "range", min: "0", step: "1", "aria-label": "Iteration to look at" });
   const take = element("button", "", { type: "button", title: "Return this iterate: set `iterate` and queue again" });
   take.textContent = "Take";
+  const anew = element("button", "mira-anew", {
+    type: "button",
+    title: "Return this iterate painted anew, nearer to what the model would paint: set `final_restart`",
+  });
+  anew.textContent = "Restarted";
   const notices = element("div", "mira-notices");
   head.append(line, which, save);
-  scrub.append(shown, slider, ...(onTake ? [take] : []));
+  scrub.append(shown, slider, ...(onTake ? [take, anew] : []));
   inner.append(head, plot, values, scrub, notices);
   outer.append(inner);
   for (const type of ["wheel", "pointerdown"]) inner.addEventListener(type, (e) => e.stopPropagation());
@@ -254,7 +259,8 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
     redraw();
   });
   save.addEventListener("click", () => saveAs("mira_trace.csv", csv(run)));
-  take.addEventListener("click", () => onTake?.(Number(slider.value)));
+  take.addEventListener("click", () => onTake?.(Number(slider.value), false));
+  anew.addEventListener("click", () => onTake?.(Number(slider.value), true));
   draw();
 
   return {

@@ -116,19 +116,23 @@ function foldAdvanced(node) {
   node.setSize([node.size[0], node.computeSize()[1]]);
 }
 
-/** Return iterate k: the run's own seed again, fixed, and `iterate`; everything else is as it was. */
-function take(node, chart, iterate) {
+const ANEW = 0.65; // the share of the noise that an iterate is painted anew from, where none is set
+
+/** Return iterate k, or that painted anew: the run's own seed again, fixed, and `iterate`; all else is as it was. */
+function take(node, chart, iterate, anew) {
   const seed = chart.run().settings.seed;
   if (Number.isSafeInteger(seed)) setWidget(node, "seed", seed);
   setWidget(node, "control_after_generate", "fixed");
   setWidget(node, "iterate", iterate);
+  const usual = (node[VIEW].usual ??= node.widgets?.find((w) => w.name === "final_restart")?.value ?? 0);
+  setWidget(node, "final_restart", anew ? usual || ANEW : 0);
   node.setDirtyCanvas?.(true, true);
   app.queuePrompt(0);
 }
 
 function addCharted(node) {
   addStyles(document, new URL("./vendor/uPlot.min.css", import.meta.url).href);
-  const onTake = node.comfyClass === MONITOR ? null : (k) => take(node, chart, k);
+  const onTake = node.comfyClass === MONITOR ? null : (k, anew) => take(node, chart, k, anew);
   const onLook = (stored) => preview(node, stored).catch((problem) => console.warn("MIRA: no preview:", problem));
   const chart = createChart({ imageUrl, saveAs, onTake, onLook });
   const view = { ...node[VIEW], chart };
@@ -182,9 +186,14 @@ function addPresets(node) {
 
 /** Another seed or setting is another run: of that, the iterate that was taken from the last one means nothing. */
 function forgetTaken(node) {
+  const forget = () => {
+    setWidget(node, "iterate", -1);
+    if (node[VIEW].usual !== undefined) setWidget(node, "final_restart", node[VIEW].usual);
+    delete node[VIEW].usual;
+  };
   for (const widget of node.widgets ?? []) {
-    if (["iterate", "mira_chart"].includes(widget.name)) continue;
-    chain(widget, "callback", () => setWidget(node, "iterate", -1));
+    if (widget.name === "final_restart") chain(widget, "callback", () => delete node[VIEW].usual); // by hand
+    else if (!["iterate", "mira_chart"].includes(widget.name)) chain(widget, "callback", forget);
   }
 }
 

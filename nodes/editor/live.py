@@ -67,7 +67,6 @@ class LiveRun:
         self.unfinished = Unfinished(node, told | settings, hidden.extra_pnginfo)
         self.name = secrets.token_hex(8)
         self.notices: list[str] = []  # what could not be reported, once
-        self.whole = False  # whether the next event tells of earlier iterations too
         self.bar = comfy.utils.ProgressBar(iterations + 1, node_id=node)
         self.server = PromptServer.instance
         context = get_executing_context()
@@ -93,11 +92,12 @@ class LiveRun:
             _runs.popitem(last=False)
 
     def go_on(self, before: LiveRun, done: int) -> None:
-        """Begin with the first `done` iterations of an earlier run."""
+        """Begin with the first `done` iterations of an earlier run, and tell of them."""
         self.run["rows"] = [r for r in before.run["rows"] if r["iteration"] < done]
         self.run["previews"] |= {k: p for k, p in before.run["previews"].items() if k < done}
         self.unfinished.go_on(before.unfinished, done)
-        self.whole = True
+        if done:
+            self._send(iteration=done - 1, rows=self.run["rows"], previews=self.run["previews"])
 
     def __call__(self, k: int, rows: list[dict], score: Score) -> None:
         """Nothing that fails here may cost the image, but for the interrupt that a progress bar raises."""
@@ -128,13 +128,12 @@ class LiveRun:
             preview = self.run["previews"][k] = store(shown, f"{self.name}_{k}.jpg", quality=88)
         except OSError as problem:  # a full disk; chart and progress can do without
             self._note(f"previews could not be stored in ComfyUI's temp folder: {problem}")
-        event = {name: self.run[name] for name in ("node", "workflow", "kind", "iterations")}
-        event |= {"iteration": k, "rows": rows, "preview": preview}
-        if self.whole:
-            event |= {"rows": self.run["rows"], "previews": self.run["previews"]}
-        self.whole = False
-        self.server.send_sync("mira.step", event | {"settings": self.run["settings"]}, self.server.client_id)
+        self._send(iteration=k, rows=rows, preview=preview)
         self.bar.update_absolute(k + 1, self.iterations + 1, ("JPEG", shown, PREVIEW))
+
+    def _send(self, **event: Any) -> None:
+        of = {name: self.run[name] for name in ("node", "workflow", "kind", "iterations", "settings")}
+        self.server.send_sync("mira.step", of | event, self.server.client_id)
 
     def output(self, trace: Trace) -> dict:
         """The node's `ui` output, from which history and a reloaded page draw the same chart."""

@@ -1,4 +1,5 @@
-"""The one adapter to ComfyUI: its sampling as a differentiable process (`process`), runs in it (`runs`), what its
+"""The one adapter to ComfyUI: its sampling as a differentiable process (`process`), runs in it (`runs`), a restart
+of what came out (`restart`), what its
 networks need for a gradient (`grad`), its samplers with noises of ours (`samplers`), and questions to them (`probe`).
 """
 
@@ -14,9 +15,10 @@ from .process import (
     synchronize,
     used_bytes,
 )
+from .restart import FinalRestart
 from .runs import Optimized, optimizing, run, searching
 
 __all__ = [
-    "INTERRUPTS", "SCALES", "Chain", "Job", "Optimized", "Process", "decode", "optimizing", "patcher_of", "run",
-    "samples_of", "searching", "synchronize", "used_bytes",
+    "INTERRUPTS", "SCALES", "Chain", "FinalRestart", "Job", "Optimized", "Process", "decode", "optimizing",
+    "patcher_of", "run", "samples_of", "searching", "synchronize", "used_bytes",
 ]  # fmt: skip

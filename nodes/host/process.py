@@ -128,6 +128,17 @@ class Job:
     on_iteration: Callable = lambda k, rows, score: None
 
 
+def why_no_restart(sigmas: Tensor, initial: Tensor) -> str | None:
+    """Why a restart would mean nothing in such a run, in words; None where it does. initial: z_T."""
+    if len(sigmas) < 3:
+        return "a schedule of one step has no level in between"
+    if sigmas[-1] > 0:
+        return "the sigmas end above 0, and what comes out is no image yet"
+    if not initial.any():
+        return "the graph adds no noise of its own (leftover noise in the latent)"
+    return None
+
+
 class Process:
     """The frozen model's sampling process, inside ComfyUI's `guider.sample`."""
 
@@ -237,14 +248,7 @@ class Process:
 
     @property
     def why_no_restart(self) -> str | None:
-        """Why a restart would mean nothing here, in words; None where it does."""
-        if len(self.sigmas) < 3:
-            return "a schedule of one step has no level in between"
-        if self.sigmas[-1] > 0:
-            return "the sigmas end above 0, and what comes out is no image yet"
-        if not self.initial_of(0).any():
-            return "the graph adds no noise of its own (leftover noise in the latent)"
-        return None
+        return why_no_restart(self.sigmas, self.initial_of(0))
 
     @functools.cached_property
     def restart_schedule(self) -> Tensor:

@@ -25,6 +25,7 @@ from ...sampler.rollout import USABLE, NotTheSame, Rollout, per_image
 from ...sampler.search import METHODS, SearchSettings, search
 from ...sampler.seeds import Start, best_of
 from ...sampler.statistics import expected, noise_statistics
+from ...sampler.trace import Trace
 from .dynamic import static, with_static_controls
 from .grad import has_no_repeatable_way, normal, pytorch_kernels, repeatable, training
 from .patches import named, why_no_gradient
@@ -89,23 +90,19 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
 
 
 def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
-    """Follow the gradient of the reward, from the best of the seeds."""
-    settings, start, notices, resume = process.settings, None, [], process.job.resume
-    count = settings.seeds
-    if count > 1 and len(noises) == 1 and not process.depends_on_seed:
-        notices = [f"seeds is {count}, but neither the noise nor the sampler depends on a seed: the given one was used"]
-        count = 1
+    """Follow the gradient of the reward, from the best of the seeds, in rounds; or go on where a run had ended."""
+    settings, resume, notices = process.settings, process.job.resume, []
     if resume:
-        process.start, process.evaluations, process.repeatable, inner = thawed(resume.value)
-        resume = replace(resume, value=inner)
-        if not process.repeatable:
-            torch.use_deterministic_algorithms(False)  # until `repeatable` ends
+        resume = take_up(process, resume)
         notices.append(f"went on from iteration {resume.done} of the run before, which had ended there")
-    if count > 1:
-        process.redraw = False  # seeds are compared under the same draw
-        start = process.start or best_of(process.sample_of, lambda x0: process.score(x0).total, count, INTERRUPTS)
+    count, start = settings.seeds, None
+    if count > 1 and len(noises) == 1 and not process.depends_on_seed:
+        why = "neither the noise nor the sampler depends on a seed"
+        notices.append(f"seeds is {count}, but {why}: the given one was used")
+    elif count > 1:
+        start = process.start or compare_seeds(process, count)
         process.start = start  # should the run begin again
-        process.redraw, noises, process.expected = True, start.noises, start.x0
+        noises, process.expected = start.noises, start.x0
         if start.cut and start.cut.interrupted:
             settings = replace(settings, iterations=0, rounds=1)
     if settings.rounds > 1 and (why := process.why_no_restart):
@@ -141,19 +138,38 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
     if settings.rounds > 1:
         result.trace.settings["restart_seeds"] = [process.seed_of(RESTART + n) for n in range(1, settings.rounds)]
     if start:
-        chosen = [process.seed_of(n) for n in start.chosen.tolist()]
-        result.trace.settings |= {
-            "seed_rewards": start.rewards.T.tolist(),
-            "seed_chosen": start.chosen.tolist(),
-            "seeds_begun_from": chosen,
-        }
-        result.trace.notices += [began(b, start, seed) for b, seed in enumerate(chosen)]
-        if start.cut:
-            tried = f"after {len(start.rewards)} of {count} seeds"
-            result.trace.notices.append(f"{start.cut} {tried}: the others were not tried")
-            if start.cut.interrupted:
-                result.trace.reasons = ["interrupted while seeds were compared"] * len(start.chosen)
+        tell_seeds(process, start, count, result.trace)
     return result
+
+
+def take_up(process: Process, resume: Left) -> Left:
+    """What the run before had come to, put back into `process`; what is left of it is the optimiser's."""
+    process.start, process.evaluations, process.repeatable, inner = thawed(resume.value)
+    if not process.repeatable:
+        torch.use_deterministic_algorithms(False)  # until `repeatable` ends
+    return replace(resume, value=inner)
+
+
+def compare_seeds(process: Process, count: int) -> Start:
+    """The best of so many seeds of every image, under the same random numbers of the reward."""
+    process.redraw = False
+    start = best_of(process.sample_of, lambda x0: process.score(x0).total, count, INTERRUPTS)
+    process.redraw = True
+    return start
+
+
+def tell_seeds(process: Process, start: Start, count: int, trace: Trace) -> None:
+    chosen = [process.seed_of(n) for n in start.chosen.tolist()]
+    trace.settings |= {
+        "seed_rewards": start.rewards.T.tolist(),
+        "seed_chosen": start.chosen.tolist(),
+        "seeds_begun_from": chosen,
+    }
+    trace.notices += [began(b, start, seed) for b, seed in enumerate(chosen)]
+    if start.cut:
+        trace.notices.append(f"{start.cut} after {len(start.rewards)} of {count} seeds: the others were not tried")
+        if start.cut.interrupted:
+            trace.reasons = ["interrupted while seeds were compared"] * len(start.chosen)
 
 
 def began(image: int, start: Start, seed: int) -> str:

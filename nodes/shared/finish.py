@@ -22,10 +22,17 @@ def finish(
     iterate: int,
     *more: Any,
     noises: Any = True,
+    restart: host.FinalRestart | None = None,
 ) -> io.NodeOutput:
-    """more: outputs after the trace; then, with `noises`, those that sample the kept iterates again."""
+    """more: outputs after the trace; then, with `noises`, those that sample the kept iterates again. restart: of what
+    comes back."""
     samples, kept, notices = memo.take_iterate(done, iterate, node)
-    trace = replace(done.result.trace, kept=kept, notices=[*done.result.trace.notices, *live.notices, *notices])
+    settings = done.result.trace.settings
+    if restart:
+        samples, said, told = restart(samples)
+        settings, notices = settings | said, [*notices, *told]
+    notices = [*done.result.trace.notices, *live.notices, *notices]
+    trace = replace(done.result.trace, kept=kept, notices=notices, settings=settings)
     travel(hidden.extra_pnginfo, hidden.unique_id, trace, getattr(hidden, "prompt", None))
     out = {k: v for k, v in latent.items() if k not in host.SCALES}  # as KSampler's
     plain = out.copy()

@@ -348,6 +348,7 @@ def advanced_inputs() -> list:
                 "that it came to."
             ),
         ),
+        final_restart_input(),
     )
 
 
@@ -403,6 +404,22 @@ def restart_denoise_input(how: str = "How") -> io.Float.Input:
         tooltip=(
             f"{how} far an image is noised again, as KSampler's denoise: high keeps the layout only, low keeps texture "
             "too, which some rewards live in (0.4 for those)."
+        ),
+    )
+
+
+def final_restart_input() -> io.Float.Input:
+    return io.Float.Input(
+        "final_restart",
+        default=0.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        optional=True,
+        tooltip=(
+            "Paint the image that comes back anew at the end, from so much noise, as KSampler's denoise: takes away "
+            "what the model would not have painted, and some of the reward. 0: no. Changing it alone runs nothing else "
+            "again."
         ),
     )
 

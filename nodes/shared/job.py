@@ -69,6 +69,23 @@ def ksampler_job(given: KSamplerInputs, values: dict, **more: Any) -> host.Job:
     )
 
 
+def restart_at_end(given: KSamplerInputs, values: dict, share: float) -> host.FinalRestart | None:
+    """What `final_restart` asks for, of what KSampler would sample; None for 0."""
+    if not share:
+        return None
+    model, latent = given.model, given.latent
+    return host.FinalRestart(
+        share,
+        cfg_guider(model, given.positive, given.negative, given.cfg),
+        comfy.samplers.sampler_object(values["sampler_name"]),
+        schedule(model, values),
+        ksampler_noise(host.samples_of(model, latent), latent),
+        given.seed,
+        latent.get("noise_mask"),
+        restart_sigmas(model, values),
+    )
+
+
 def describe(node: str, values: dict, seed: int, prompt: str, reward: str) -> dict:
     """What a run was asked to do, as its record has it: the widgets' values, and by which reward (or judge)."""
     plain = {k: v for k, v in values.items() if isinstance(v, (int, float, str))}

@@ -18,7 +18,7 @@ MOST = 8  # runs whose iterates are held
 MOST_CUTS = 64
 MOST_LEFT = 2  # runs that can be gone on with: an optimiser's state is several times the noises
 
-_runs: OrderedDict[str, tuple[dict, tuple, int]] = OrderedDict()  # by node: inputs, the run, the iterate last asked for
+_runs: OrderedDict[str, tuple[dict, tuple, Any]] = OrderedDict()  # by node: inputs, the run, what was taken of it last
 _cuts: list[dict] = []  # the widgets of runs that were cut short
 
 
@@ -42,8 +42,8 @@ def _same(a: dict, b: dict) -> bool:
     return all(x is y or (isinstance(x, PLAIN) and isinstance(y, PLAIN) and x == y) for x, y in pairs)
 
 
-def of(node: str, inputs: dict, iterate: int, run: Callable[[], tuple[Optimized, object]]) -> tuple[Optimized, Any]:
-    """What `run` gave for these very inputs when they were asked for before, or gives now.
+def of(node: str, inputs: dict, taken: object, run: Callable[[], tuple[Optimized, object]]) -> tuple[Optimized, Any]:
+    """What `run` gave for these very inputs when they were asked for before, or gives now. taken: what of it is wanted.
 
     A run that was cut short is repeated when it is asked for again as it was: who queues it again wants its end.
     """
@@ -51,11 +51,11 @@ def of(node: str, inputs: dict, iterate: int, run: Callable[[], tuple[Optimized,
     before = _runs.get(node)
     if before and _same(before[0], inputs):
         known, done, last = before
-        if not (done[0].result.cut_short and iterate == last):
-            _runs[node] = known, done, iterate
+        if not (done[0].result.cut_short and taken == last):
+            _runs[node] = known, done, taken
             return done
     done = run()
-    _runs[node] = {k: _held(v) for k, v in inputs.items()}, done, iterate
+    _runs[node] = {k: _held(v) for k, v in inputs.items()}, done, taken
     _runs.move_to_end(node)
     for _, (older, _), _ in list(_runs.values())[:-MOST_LEFT]:
         older.result.left = None

@@ -229,9 +229,17 @@ def test_another_iterate_is_taken(quickstart):
     assert "iteration 2" in editor.page.inner_text(".mira-values")
     wait_for(editor, lambda: editor.js(big), "the chosen image as the node's preview")
     editor.shot("looked")
-    editor.page.click(".mira-scrub button")
+    editor.page.click(".mira-scrub button:first-of-type")
     wait_for(editor, lambda: "kept iteration 2" in editor.page.inner_text(STATUS), "the other iterate")
     editor.shot("taken")
+    editor.wait_idle()
+    node = f"() => app.graph.nodes.find(n => n.comfyClass === '{OPTIMIZER}')"
+    share = f"{node}.widgets.find(w => w.name === 'final_restart')"
+    assert editor.js(f"{share}.value") == 0
+    editor.page.click(".mira-anew")
+    wait_for(editor, lambda: "painted anew" in editor.page.inner_text(".mira-notices"), "it painted anew")
+    assert editor.js(f"{share}.value") == 0.65
+    editor.shot("anew")
 
 
 def person(editor, candidates=2):
@@ -576,7 +584,7 @@ def test_the_first_minute(own_editor):
     slider.focus()
     slider.press("Home")
     slider.press("ArrowRight")
-    page.click(".mira-scrub button")
+    page.click(".mira-scrub button:first-of-type")
     wait_for(editor, lambda: "kept iteration 1" in page.inner_text(STATUS), "the iterate that was taken")
     editor.wait_idle()
     png, workflow = saved_png(editor), editor.js("() => app.graph.serialize()")

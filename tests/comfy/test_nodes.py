@@ -109,7 +109,7 @@ def test_registration():
     advanced = [
         "seeds", "rounds", "restart_denoise", "gradient_steps", "learning_rate", "optimizer", "clip_norm",
         "regularizer", "beta", "weighting", "measured", "drift_metric", "hold", "keep", "stop", "patience",
-        "variables", "memory", "repeatable", "iterate", "relative_beta",
+        "variables", "memory", "repeatable", "iterate", "relative_beta", "final_restart",
     ]  # fmt: skip
     sampling = [
         "model", "positive", "negative", "latent_image", "vae", "reward", "seed", "steps", "cfg", "sampler_name",
@@ -122,7 +122,7 @@ def test_registration():
         "model", "positive", "negative", "latent_image", "vae", "judge", "seed", "steps", "cfg", "sampler_name",
         "scheduler", "iterations", "candidates", "prompt", "denoise", "method", "learning_rate", "beta", "energy",
         "explore", "step", "keep", "skip_ties", "kick", "memory", "timeout", "on_timeout", "iterate", "repeatable",
-        "reward", "choices",
+        "reward", "choices", "final_restart",
     ]  # fmt: skip
     assert [i.id for i in listed["MiraOptimizeSamplerAdvanced"].inputs] == [
         "noise", "guider", "sampler", "sigmas", "latent_image", "vae", "reward", "preset", "iterations", "drift_limit",
@@ -131,6 +131,7 @@ def test_registration():
     assert [i.id for i in listed["MiraSearchKSampler"].inputs] == [
         *sampling, "method", "particles", "rounds", "prompt", "denoise", "interval", "strength", "potential", "radius",
         "iterations", "learning_rate", "regularizer", "beta", "memory", "iterate", "repeatable", "restart_denoise",
+        "final_restart",
     ]  # fmt: skip
     assert [i.id for i in listed["MiraRLGuidance"].inputs] == ["model", "tuned", "weight", "schedule", "power"]
     assert [i.id for i in listed["MiraDyMOGuider"].inputs] == [

@@ -166,3 +166,78 @@ def test_cancelled_in_the_second_round(world, monkeypatch, at):
     rewards = {r["iteration"]: r["reward"] for r in rows_of(out)}
     assert rewards[out.args[2].kept[0]] == max(rewards.values())
     assert any("interrupted" in r for r in out.args[2].reasons)
+
+
+NODES = {
+    "optimize": (nodes.MiraOptimizeKSampler, dict(preset="custom", seeds=1, rounds=1)),
+    "search": (
+        nodes.MiraSearchKSampler,
+        dict(method="best_of_n", particles=2, interval=1, strength=1.0, potential="max", radius=0.1, learning_rate=0.02,
+             regularizer="none", beta=0.0),
+    ),
+    "preference": (
+        nodes.MiraDPOPreference,
+        dict(judge="reward", method="best_of_n", candidates=2, energy="mira", explore=0.3, step=1.0, skip_ties=False,
+             learning_rate=0.02, beta=1.0, kick=0.0, timeout=0.0, on_timeout="stop", keep="incumbent"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.every_host
+@pytest.mark.parametrize("name", NODES)
+def test_a_final_restart_is_a_stock_ksamplers_and_runs_nothing_else(world, monkeypatch, name):
+    node, more = NODES[name]
+    inputs = dict(
+        model=world.model, positive=world.positive, negative=world.negative, vae=world.vae, seed=7, steps=3, cfg=5.0,
+        sampler_name="euler_ancestral", scheduler="normal", reward=PixelReward("brightness"), iterations=1,
+        latent_image={"samples": torch.zeros(2, 4, 8, 8)},
+    )  # fmt: skip
+    before = execute(node, **inputs, **more)
+    monkeypatch.setattr(mira("nodes.host"), "run", None)  # it is not called again
+    after = execute(node, **inputs, **more, final_restart=0.6)
+    settings, latent = after.args[2].settings, before.args[0]["samples"]
+    seed = settings["final_restart_seed"]
+    with torch.inference_mode():
+        stock = comfy.sample.sample(
+            world.model, comfy.sample.prepare_noise(latent, seed), 3, 5.0, "euler_ancestral", "normal",
+            world.positive, world.negative, latent, denoise=0.6, disable_pbar=True, seed=seed,
+        )  # fmt: skip
+    assert torch.equal(after.args[0]["samples"], stock) and not torch.equal(stock, latent)
+    assert settings["final_restart"] == 0.6 and any("painted anew" in n for n in after.args[2].notices)
+    assert "final_restart_seed" not in before.args[2].settings
+    again = execute(node, **inputs, **more)
+    assert torch.equal(again.args[0]["samples"], latent) and again.args[2].notices == before.args[2].notices
+
+
+def test_a_final_restart_that_cannot_be_or_is_cancelled_leaves_the_image_as_it_was(world, monkeypatch):
+    one = optimize(world, steps=1, iterations=1, sampler_name="euler", final_restart=0.5)
+    assert any("final_restart is 0.5, but was left out: a schedule of one step" in n for n in one.args[2].notices)
+    out = advanced(world, Nothing(), final_restart=0.5)
+    assert any("adds no noise of its own" in n and "final_restart" in n for n in out.args[2].notices)
+    with pytest.raises(ValueError, match=r"final_restart is 1\.5: use 0 to 1"):
+        optimize(world, final_restart=1.5)
+    done = optimize(world, **TWO)
+
+    def cancel(*_):
+        raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr("latent_preview.prepare_callback", lambda *_: cancel)
+    cut = optimize(world, **TWO, final_restart=0.6)
+    assert torch.equal(cut.args[0]["samples"], done.args[0]["samples"])
+    assert any("interrupted in the final restart: this is the image before it" in n for n in cut.args[2].notices)
+
+
+def test_a_final_restart_keeps_what_a_mask_does_not_cover_and_draws_where_the_noise_does_not_depend_on_a_seed(world):
+    class Fixed(Noise):
+        def generate_noise(self, latent):
+            return comfy.sample.prepare_noise(latent["samples"], 3)
+
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[..., :64] = 1
+    given = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5
+    latent = {"samples": given, "noise_mask": mask}
+    before, after = (
+        advanced(world, Fixed(), latent_image=latent, final_restart=f).args[0]["samples"] for f in (0, 0.5)
+    )
+    torch.testing.assert_close(after[..., 8:], given[..., 8:], atol=1e-5, rtol=1e-4)
+    assert (after - before)[..., :8].abs().mean() > 0.02
