@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from testing.networks import sd15
 from testing.pack import ROOT, mira
 
 nodes = mira("nodes")
@@ -100,8 +99,6 @@ def test_the_noise_is_optimised_through_a_blend(world, bright):
 
 
 def test_other_models_are_refused(world):
-    model = sd15()
-    model.model.model_sampling = world.model.model.model_sampling
     other = world.model.clone()
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
