@@ -126,6 +126,7 @@ function take(node, chart, iterate, anew) {
   setWidget(node, "iterate", iterate);
   const usual = (node[VIEW].usual ??= node.widgets?.find((w) => w.name === "final_restart")?.value ?? 0);
   setWidget(node, "final_restart", anew ? usual || ANEW : 0);
+  remember(node);
   node.setDirtyCanvas?.(true, true);
   app.queuePrompt(0);
 }
@@ -186,15 +187,25 @@ function addPresets(node) {
 
 /** Another seed or setting is another run: of that, the iterate that was taken from the last one means nothing. */
 function forgetTaken(node) {
-  const forget = () => {
-    setWidget(node, "iterate", -1);
-    if (node[VIEW].usual !== undefined) setWidget(node, "final_restart", node[VIEW].usual);
-    delete node[VIEW].usual;
-  };
+  const view = node[VIEW];
   for (const widget of node.widgets ?? []) {
-    if (widget.name === "final_restart") chain(widget, "callback", () => delete node[VIEW].usual); // by hand
-    else if (!["iterate", "mira_chart"].includes(widget.name)) chain(widget, "callback", forget);
+    if (widget.name === "final_restart") chain(widget, "callback", () => delete view.usual); // by hand
+    else if (!["iterate", "mira_chart"].includes(widget.name)) {
+      chain(widget, "callback", (value) => {
+        if (view.values?.get(widget.name) === value) return; // some frontends call after every run
+        remember(node);
+        setWidget(node, "iterate", -1);
+        if (view.usual !== undefined) setWidget(node, "final_restart", view.usual);
+        delete view.usual;
+      });
+    }
   }
+  chain(node, "onConfigure", () => remember(node));
+}
+
+/** The values that the last run, or the workflow as it was opened, has. */
+function remember(node) {
+  node[VIEW].values = new Map((node.widgets ?? []).map((w) => [w.name, w.value]));
 }
 
 /** Values of a workflow from before presets go where they belong today. */

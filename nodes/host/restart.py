@@ -50,7 +50,7 @@ class FinalRestart:
         if found is None:
             return latent, {}, [f"{cut} in the final restart: this is the image before it"]
         said = {"final_restart": self.share, "final_restart_seed": self.number}
-        told = "painted anew at the end (final_restart): the record, noise and sampler are of the image before that"
+        told = "painted anew at the end (final_restart): the record, noise and sampler are of an image before it"
         return found, said, [told]
 
     def _sample(self, noise: Tensor, latent: Tensor) -> Tensor:

@@ -240,6 +240,10 @@ def test_another_iterate_is_taken(quickstart):
     wait_for(editor, lambda: "painted anew" in editor.page.inner_text(".mira-notices"), "it painted anew")
     assert editor.js(f"{share}.value") == 0.65
     editor.shot("anew")
+    seed = f"{node}.widgets.find(w => w.name === 'seed')"
+    editor.js(f"() => {{ const seed = ({seed})(); seed.value = 77; seed.callback(77); }}")  # another run
+    assert editor.js(f"{node}.widgets.find(w => w.name === 'iterate').value") == -1
+    assert editor.js(f"{share}.value") == 0
 
 
 def person(editor, candidates=2):
