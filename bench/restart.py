@@ -72,6 +72,7 @@ VARIANTS = {
     "default_.4": default(restart_denoise=0.4),
     **{f"dial_{limit:g}": default(drift_limit=limit) for limit in (0.01, 0.02, 0.05, 0.1, 0.2)},
     "dial_free": default(drift_limit=0.0, hold="no"),
+    "short_rounds": default(iterations=9, hold="no", drift_limit=0.0, stop="never"),  # three of three, nothing held
     "fast": preset("fast"),
     "strong": preset("strong"),
 }
