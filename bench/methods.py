@@ -23,9 +23,9 @@ RIVALS = mira("sampler.rivals").RIVALS
 guidance, cfg_guider = mira("nodes.guidance"), mira("nodes.shared.job").cfg_guider
 
 # The paper's weights of the penalty (arXiv 2510.01549).
-BETA = {"aesthetic": 0.2, "brightness": 1.0, "darkness": 0.8, "JPEG": 1.0}
+BETA = {"aesthetic": 0.2, "brightness": 1.0, "darkness": 0.8, "JPEG": 1.0, "hps": 0.5, "pickscore": 0.5}
 # exp(strength * reward) of FK and 1 / alpha of DAS, for rewards of these sizes: of order 10 over a typical gain.
-STRENGTH = {"aesthetic": 10.0, "brightness": 20.0, "darkness": 20.0, "JPEG": 10.0}
+STRENGTH = {"aesthetic": 10.0, "brightness": 20.0, "darkness": 20.0, "JPEG": 10.0, "hps": 200.0, "pickscore": 10.0}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ The whole grid is 45 animals x 5 seeds; `--animals 10 --seeds 2` is a smaller on
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +31,7 @@ JPEG, JPEGSurrogate = mira("rewards.jpeg").JPEG, mira("rewards.jpeg").JPEGSurrog
 statistics = mira("sampler.statistics")
 OUT = ROOT / "output" / "paper"
 REWARDS = ("aesthetic", "brightness", "darkness", "JPEG")
+SCORERS = ("hps", "pickscore")  # rewards and columns, where their files are given
 BLOCK = {"demo": 5}  # animals that are sampled in one batch; 1 for larger models
 BASE = 20  # images of the frozen model per prompt, which CMMD compares with
 
@@ -37,19 +40,41 @@ def rewards_of(name: str, rig: Rig) -> tuple:
     """(what is measured, what is optimised where a gradient is needed)."""
     if name == "JPEG":
         return JPEG(), JPEGSurrogate()
+    if name in SCORERS:
+        return rig.others[name], rig.others[name]
     reward = rig.aesthetic if name == "aesthetic" else PixelReward(name)
     return reward, reward
+
+
+def read_prompts(path: Path, wanted: str | None) -> list[str]:
+    """A prompt a line; of a JSON file the set of that name, {name: [{"prompt": ...}, ...]}. Raises Failure."""
+    try:
+        text = path.read_text()
+        if path.suffix != ".json":
+            return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+        sets = json.loads(text)
+        if wanted not in sets:
+            raise Failure(f"--prompts {path} has the sets {', '.join(sets)}: choose one with --set")
+        return list(dict.fromkeys(item["prompt"] for item in sets[wanted]))
+    except (OSError, ValueError, TypeError, KeyError) as problem:
+        raise Failure(f"--prompts {path} cannot be read: {problem!r}") from problem
 
 
 class Evaluator:
     """What the images are, by models that no reward uses (but for CLIPScore's, which the aesthetic head reads)."""
 
-    def __init__(self, rig: Rig):
-        self.clip, self.judge = rig.clip_score, rig.judge
+    def __init__(self, rig: Rig, animals: bool = True):
+        """animals: whether the prompts are what the judge knows."""
+        self.clip, self.judge, self.others = rig.clip_score, rig.judge if animals else None, rig.others
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, animals: list[str], prompts: list[str]) -> tuple[list[dict], dict]:
         """(columns per image, embeddings by name (B, D))."""
+        found = {name: reward.score(images, prompts).tolist() for name, reward in self.others.items()}
+        rows, embeddings = self._seen(images, animals, prompts)
+        return [row | {name: of[b] for name, of in found.items()} for b, row in enumerate(rows)], embeddings
+
+    def _seen(self, images: torch.Tensor, animals: list[str], prompts: list[str]) -> tuple[list[dict], dict]:
         if self.clip is None:
             return [{} for _ in prompts], {}
         images, encoder = images.to(place_of(self.clip.encoder.network).device), self.clip.encoder
@@ -125,9 +150,8 @@ def worker(options: dict) -> Callable[[str], None]:
         if here != (wanted := options["config"][name]):
             raise Failure(f"this worker's {name} is {here}, not {wanted}: make all workers the same")
     rig = load(options["model"], options["checkpoint"], options["text_encoder"], options["vae"])
-    if options["clip"]:
-        rig.use_scorers(options["aesthetic_head"], options["clip"])
-    evaluator = Evaluator(rig)
+    rig.use_scorers(options["aesthetic_head"], options["clip"], options["hps"], options["pickscore"])
+    evaluator = Evaluator(rig, options["prompts"] is None)
 
     def run(unit: str) -> None:
         if store.has(unit):
@@ -142,23 +166,25 @@ def worker(options: dict) -> Callable[[str], None]:
 
 
 def block_of(index: int, options: dict) -> list[str]:
+    """What the images of a block are of: animals, or prompts where those are given."""
     size = options["block"]
-    return list(vocabulary.ANIMALS[index * size : (index + 1) * size])
+    return list((options["prompts"] or vocabulary.ANIMALS)[index * size : (index + 1) * size])
 
 
-def prompts_of(animals: list[str]) -> list[str]:
-    return [vocabulary.caption(a, prefix=True) for a in animals]
+def prompts_of(animals: list[str], options: dict) -> list[str]:
+    return animals if options["prompts"] else [vocabulary.caption(a, prefix=True) for a in animals]
 
 
 def base_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
     """One image of the frozen model for every prompt of a block."""
     _, number, block = unit.split("__")
     animals = block_of(int(block), options)
-    inputs = rig.inputs(prompts_of(animals), options["pixels"])
+    prompts = prompts_of(animals, options)
+    inputs = rig.inputs(prompts, options["pixels"])
     latent = rig.world.ksampler(**inputs, steps=options["steps"], seed=500_000 + 1000 * int(number) + int(block))
     with torch.inference_mode():
         images = rig.world.vae.decode(latent).movedim(-1, 1).clone()
-    rows, embeddings = evaluator(images, animals, prompts_of(animals))
+    rows, embeddings = evaluator(images, animals, prompts)
     rows = [{"method": "base", "seed": int(number), "animal": a} | r for a, r in zip(animals, rows, strict=True)]
     return rows, {f"final_{k}": v for k, v in embeddings.items()}
 
@@ -166,7 +192,7 @@ def base_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
 def run_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
     method, reward, seed, block = unit.split("__")
     animals = block_of(int(block), options)
-    prompts = prompts_of(animals)
+    prompts = prompts_of(animals, options)
     chosen = ALL[method]
     steps = chosen.steps or options["steps"]
     settings = chosen.settings(options["budget"], reward, options["lr"], steps)
@@ -243,11 +269,22 @@ def kept_columns(row: dict) -> dict:
     return {n: row[n] for n in names if n in row}
 
 
+def about(args: argparse.Namespace, prompts: list[str] | None) -> dict:
+    """What else a result depends on, as the configuration has it."""
+    files = [args.aesthetic_head, args.clip, args.text_encoder, args.vae, args.hps, args.pickscore]
+    if prompts is None:
+        return {"scorers": files}
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
+    return {"scorers": files, "prompts": [args.prompts.name, args.set, digest]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--animals", type=int, default=45, help="the first so many of the 45")
+    parser.add_argument("--animals", type=int, help="the first so many of the 45 (or of --prompts); default: all")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="these, one a line, in place of the animals")
+    parser.add_argument("--set", metavar="NAME", help="of a JSON file of prompts in named sets")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rewards", nargs="*", default=list(REWARDS), choices=REWARDS)
+    parser.add_argument("--rewards", nargs="*", default=list(REWARDS), choices=(*REWARDS, *SCORERS))
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(ALL))
     parser.add_argument("--model", default="demo", choices=list(PAPER))
     parser.add_argument("--checkpoint", help='a file, or "random" for weights of full size that mean nothing')
@@ -255,6 +292,8 @@ def main() -> int:
     parser.add_argument("--vae", help="pixart's VAE")
     parser.add_argument("--aesthetic-head", metavar="NAME", help="the LAION head, a file in models/mira_rewards")
     parser.add_argument("--clip", metavar="NAME", help="CLIP ViT-L/14 for it and for CLIPScore, in the same folder")
+    parser.add_argument("--hps", metavar="NAME", help="HPS v2 or v2.1, in the same folder: a column, and a reward")
+    parser.add_argument("--pickscore", metavar="NAME", help="PickScore, likewise")
     parser.add_argument("--pixels", type=int, help="the image's side (default: the paper's)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the paper's; the demo's are 8)")
     parser.add_argument("--iterations", type=int, help="of noise optimisation; sets the budget of all methods")
@@ -270,14 +309,19 @@ def main() -> int:
         report(args.out, args.report)
         return 0
     paper = PAPER[args.model]
-    if not 1 <= args.animals <= 45 or args.seeds < 1:
-        raise Failure(f"--animals {args.animals} --seeds {args.seeds}: there are 45 animals; use 1 or more of each")
+    prompts = read_prompts(args.prompts, args.set) if args.prompts else None
+    most, what = (len(prompts), "prompts") if args.prompts else (45, "animals")
+    count = most if args.animals is None else args.animals
+    if not 1 <= count <= most or args.seeds < 1:
+        raise Failure(f"--animals {count} --seeds {args.seeds}: there are {most} {what}; use 1 or more of each")
     block = BLOCK.get(args.model, 1)
-    if args.animals % block:
-        raise Failure(f"--animals {args.animals}: they are sampled {block} at a time; use a multiple of that")
+    if count % block:
+        raise Failure(f"--animals {count}: they are sampled {block} at a time; use a multiple of that")
     rewards = args.rewards
     if args.aesthetic_head and not args.clip:
         raise Failure("--aesthetic-head needs --clip, a CLIP ViT-L/14 in models/mira_rewards")
+    if missing := [name for name in SCORERS if name in rewards and not getattr(args, name)]:
+        raise Failure(f"--rewards {missing[0]} needs --{missing[0]}, a file in models/mira_rewards")
     if args.model != "demo" and not args.aesthetic_head and "aesthetic" in rewards:
         print("aesthetic is left out: it needs --aesthetic-head and --clip, files in models/mira_rewards", flush=True)
         rewards = [r for r in rewards if r != "aesthetic"]
@@ -298,14 +342,17 @@ def main() -> int:
         "vae": args.vae,
         "aesthetic_head": args.aesthetic_head,
         "clip": args.clip,
-        "animals": args.animals,
+        "hps": args.hps,
+        "pickscore": args.pickscore,
+        "prompts": prompts,
+        "animals": count,
         "block": block,
         "seeds": args.seeds,
         "rewards": rewards,
         "methods": args.methods,
         "memory": "none" if args.model == "demo" else "auto",
         "out": str(args.out.resolve()),
-        "config": settings | software() | {"scorers": [args.aesthetic_head, args.clip, args.text_encoder, args.vae]},
+        "config": settings | software() | about(args, prompts),
         "workers": args.workers,
     }
     store = Store(args.out, options["config"])

@@ -5,7 +5,7 @@ Weights that nobody can download here are no reason not to run the code: "random
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -51,14 +51,21 @@ class Rig:
     aesthetic: object = None
     clip_score: object = None
     judge: object = None
+    others: dict = field(default_factory=dict)  # rewards by name
 
-    def use_scorers(self, head: str | None, clip: str) -> None:
+    def use_scorers(self, head: str | None, clip: str | None, hps: str | None, pickscore: str | None) -> None:
         """The published scorers, by their files' names in models/mira_rewards. Raises ValueError for a wrong one."""
         loaders = mira("nodes.loaders")
         mira("nodes.shared.files").register()
         if head:
             self.aesthetic = loaders.MiraLoadAestheticReward.execute(head, clip, "auto").args[0]
-        self.clip_score = loaders.MiraLoadCLIPScore.execute(clip, loaders.SAME_FILE, "auto", "auto").args[0]
+        if clip:
+            self.clip_score = loaders.MiraLoadCLIPScore.execute(clip, loaders.SAME_FILE, "auto", "auto").args[0]
+        if hps:
+            version = loaders.MiraLoadHPSReward.VERSIONS[0]
+            self.others["hps"] = loaders.MiraLoadHPSReward.execute(hps, version, "auto").args[0]
+        if pickscore:
+            self.others["pickscore"] = loaders.MiraLoadPickScoreReward.execute(pickscore, "auto").args[0]
 
     def inputs(self, prompts: list[str], pixels: int) -> dict:
         """Keyword arguments of `World.job`."""

@@ -51,7 +51,7 @@ def pairs(store, methods: list[str], limit: int, seed: int, out: Path) -> list[d
         name += "-" + hashlib.sha256(a.numpy().tobytes() + b.numpy().tobytes()).hexdigest()[:8]
         save(a, out / f"{name}_a.png")
         save(b, out / f"{name}_b.png")
-        prompt = vocabulary.caption(animal, prefix=True)
+        prompt = animal if store.config.get("prompts") else vocabulary.caption(animal, prefix=True)
         listing.append({"id": name, "method": method, "against": AGAINST, "target": target, "prompt": prompt,
                         "a": f"{name}_a.png", "b": f"{name}_b.png"})  # fmt: skip
     return listing

@@ -15,8 +15,8 @@ from testing.pack import mira
 cmmd = mira("sampler.statistics").cmmd
 AGAINST = "dno"
 COLUMNS = (
-    "reward", "adherence", "top1", "clip_score", "mira", "mira_two_sided", "score_distance", "path_kl",
-    "latent_distance", "forward", "backward", "seconds", "memory_mb",
+    "reward", "adherence", "top1", "clip_score", "hps", "pickscore", "mira", "mira_two_sided", "score_distance",
+    "path_kl", "latent_distance", "forward", "backward", "seconds", "memory_mb",
 )  # fmt: skip
 RESAMPLES = 400
 
@@ -92,7 +92,7 @@ class Results:
             tensors = store.tensors(unit)
             if unit.startswith("base__"):
                 base_clip.append(tensors["final_clip"])
-                base_judge.append(tensors["final_judge"])
+                base_judge += [tensors["final_judge"]] if "final_judge" in tensors else []
                 continue
             method, target, seed, _ = unit.split("__")
             size = len(tensors["images"])
@@ -268,6 +268,27 @@ def matched_reward(results: Results, target: str, method: str) -> dict | None:
     return row and {k: v for k, v in row.items() if not k.startswith("reward_")} | {"drift": "(reward)"}
 
 
+WINS = ("reward", "adherence", "clip_score", "hps", "pickscore")
+
+
+def wins(results: Results, target: str, method: str, other: str) -> dict | None:
+    """Of each score the share of images in which the method's is higher; ties count half. other: a method, or "plain",
+    the sample that DNO began from."""
+    mine = results.finals[target, method]
+    theirs = results.finals.get((target, other), {})
+    if other == "plain":
+        theirs = {image: path[0] for image, path in results.paths.get((target, AGAINST), {}).items() if 0 in path}
+    images = [i for i in mine if i in theirs]
+    if method == other or not images:
+        return None
+    row: dict = {"target": target, "method": method, "other": other, "images": len(images)}
+    for column in WINS:
+        pairs = [(mine[i].get(column), theirs[i].get(column)) for i in images]
+        if all(a is not None and b is not None for a, b in pairs):
+            row[column] = sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
+    return row
+
+
 def write(path_: Path, rows: list[dict]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path_.open("w", newline="") as file:
@@ -297,11 +318,14 @@ def markdown(rows: list[dict], columns: dict[str, str], title: str) -> str:
 MAIN = {
     "method": "method", "images": "images", "reward": "reward", "reward_over_dno": "over DNO",
     "adherence": "adherence", "adherence_over_dno": "over DNO", "top1": "top 1", "clip_score": "CLIPScore",
+    "hps": "HPS", "pickscore": "PickScore",
     "cmmd": "CMMD", "natural": "natural", "win_rate": "wins over DNO", "path_kl": "path KL",
     "score_distance": "score distance", "forward": "forward", "backward": "backward", "seconds": "seconds",
 }  # fmt: skip
 TOGETHER = {"method": "method", "rewards": "rewards", "images": "images", "share": "gain / DNO's", "share_se": "±",
             "reached": "of these DNO reaches", "adherence_over_dno": "adherence over DNO"}  # fmt: skip
+WON = {"method": "method", "images": "images", "reward": "reward", "adherence": "adherence",
+       "clip_score": "CLIPScore", "hps": "HPS", "pickscore": "PickScore"}  # fmt: skip
 MATCHED = {"method": "method", "drift": "drift", "level": "level", "reward_over_dno": "reward over DNO",
            "adherence_over_dno": "adherence over DNO", "resamples_reached": "reached"}  # fmt: skip
 
@@ -326,6 +350,13 @@ def report(folder: Path, out: Path) -> None:
     write(out / "paper_matched.csv", rivals)
     pooled = [row for m in results.methods if (row := together(results, m))]
     write(out / "paper_together.csv", pooled)
+    won = [
+        row
+        for target, method in results.finals
+        for other in ("plain", *results.methods)
+        if (row := wins(results, target, method, other))
+    ]
+    write(out / "paper_wins.csv", won)
     parts = [
         "# The paper's comparison on the " + str(store.config["model"]) + " model",
         "Made by `python dev.py bench paper --report` from the runs of this configuration:",
@@ -348,6 +379,11 @@ def report(folder: Path, out: Path) -> None:
         parts.append(
             markdown(rows, {k: v for k, v in MAIN.items() if any(k in r for r in rows)}, f"Optimised: {target}")
         )
+    for target in results.targets:
+        over = [r for r in won if r["target"] == target and r["other"] == "plain"]
+        shown = {k: v for k, v in WON.items() if any(k in r for r in over)}
+        if over:
+            parts.append(markdown(over, shown, f"{target}: the share of images that beat their plain sample, by score"))
     for target in results.targets:
         mine = [r for r in rivals if r["target"] == target]
         parts.append(

@@ -87,6 +87,10 @@ def test_a_report_of_a_small_store(tmp_path):
     # Of two rewards, one of which DNO does not reach: the gain is of both, the adherence of the other.
     assert "| mira_beta_0.2 | 2 | 2 | 1.000 | 0.000 | 1 | -0.125 ±0.000 |" in text
     assert '"steps": 8' in text
+    lines = (tmp_path / "out" / "paper_wins.csv").read_text().splitlines()
+    assert lines[0].startswith("target,method,other,images,reward,adherence,clip_score")
+    # More reward than DNO, whose last image it is by adherence and CLIPScore; the plain sample has more adherence.
+    assert "brightness,mira,dno,2,1,0.5,0.5" in lines and "brightness,mira,plain,2,1,0,0.5" in lines
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"paper.png", "paper_steps.png", "paper_beta.png"}
 
 

@@ -53,9 +53,30 @@ def test_every_kind_of_method_at_the_cost_that_it_says(monkeypatch, tmp_path, ca
         run(monkeypatch, "--out", folder, "--steps", "3")
 
 
+def test_prompts_of_a_file_take_the_animals_place(monkeypatch, tmp_path):
+    monkeypatch.setitem(paper.BLOCK, "demo", 2)
+    sets = tmp_path / "sets.json"
+    sets.write_text(json.dumps({"pairs": [{"prompt": p} for p in ("a cat and a frog", "a dog and a lion", "a horse")]}))
+    arguments = ["--out", tmp_path / "out", "--methods", "dno", "--prompts", sets, "--set", "pairs", "--animals", "2"]
+    assert run(monkeypatch, *arguments) == 0
+    rows = Store(tmp_path / "out", json.loads((tmp_path / "out" / "config.json").read_text())).rows()
+    assert {r["animal"] for r in rows} == {"a cat and a frog", "a dog and a lion"}
+    assert all(r["clip_score"] > 0 and "adherence" not in r for r in rows)  # the judge knows animals alone
+    assert run(monkeypatch, "--out", tmp_path / "out", "--report", tmp_path / "report") == 0
+    assert "plain" in (tmp_path / "report" / "paper_wins.csv").read_text()
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("a fox in snow\n\n a fox in snow \na red car\n")
+    assert paper.read_prompts(lines, None) == ["a fox in snow", "a red car"]
+    with pytest.raises(Failure, match="has the sets pairs: choose one with --set"):
+        paper.read_prompts(sets, None)
+    with pytest.raises(Failure, match="cannot be read"):
+        paper.read_prompts(tmp_path / "none.txt", None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--rewards", "hps"], "--rewards hps needs --hps, a file"),
         (["--animals", "7"], "5 at a time"),
         (["--animals", "50"], "there are 45 animals"),
         (["--model", "sd15"], "needs --checkpoint FILE"),
