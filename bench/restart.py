@@ -19,12 +19,14 @@ from bench.front import LR, host, judge_module, rewards
 from bench.grid import Failure, Store
 from bench.methods import DEFAULT, GRADIENT_STEPS
 from bench.model import sheet
+from bench.spectral import SHARES
 from bench.tables import write
 from testing.pack import ROOT, mira
 from testing.world import World, demo
 
 presets, settings_of = mira("nodes.shared.presets"), mira("nodes.shared.inputs").settings_of
 vocabulary, Settings = mira("demo.vocabulary"), mira("sampler.optimize").Settings
+SearchSettings = mira("sampler.search").SearchSettings
 RAW, OUT = ROOT / "output" / "restart", ROOT / "docs" / "results"
 COUNT = 15  # animals in a batch
 RESAMPLES = 1000
@@ -36,13 +38,15 @@ ROUNDS = {"iterations": 16, "rounds": 4, "lr": 0.04}
 @dataclass(frozen=True)
 class Variant:
     """settings: over those of plain optimisation. then: every iterate restarted once from this share of the schedule.
-    seed: added to the study's. weighting, gradient_steps: the job's."""
+    seed: added to the study's. weighting, gradient_steps: the job's. shares: a "path" of single trajectories instead,
+    each steered by so much (bench/spectral.py)."""
 
     settings: dict = field(default_factory=dict)
     then: float = 0.0
     seed: int = 0
     weighting: str = "marginal"
     gradient_steps: int = GRADIENT_STEPS
+    shares: tuple[float, ...] = ()
 
 
 def default(**changes) -> Variant:
@@ -73,6 +77,9 @@ VARIANTS = {
     **{f"dial_{limit:g}": default(drift_limit=limit) for limit in (0.01, 0.02, 0.05, 0.1, 0.2)},
     "dial_free": default(drift_limit=0.0, hold="no"),
     "short_rounds": default(iterations=9, hold="no", drift_limit=0.0, stop="never"),  # three of three, nothing held
+    "normalized": Variant({"optimizer": "normalized"}),
+    "whitened": Variant({"optimizer": "whitened"}),
+    "ntrk": Variant(shares=SHARES),
     "fast": preset("fast"),
     "strong": preset("strong"),
 }
@@ -129,6 +136,8 @@ def run(
         weighting=variant.weighting, on_iteration=observer,
         restart_sigmas=lambda share: world.sigmas(steps=steps, denoise=share),
     )  # fmt: skip
+    if variant.shares:
+        return steered(job, observer, variant.shares), observer
     job.settings = settings
     with torch.inference_mode():
         done = host.run(job)
@@ -145,6 +154,19 @@ def run(
     for n, row in enumerate(observer.rows):
         row["kept"] = int(kept[n % images] == row["iterate"])
     return observer.rows, observer
+
+
+def steered(job, observer: Observer, shares: tuple[float, ...]) -> list[dict]:
+    job.on_iteration = lambda k, rows, score: None
+    for k, share in enumerate(shares):
+        job.settings = SearchSettings(method="ntrk", particles=1, radius=share or 1e-6)
+        with torch.inference_mode():
+            done = host.run(job, host.searching)
+            images = host.decode(job.vae, done.latent).clone()
+        observer.look(k, images, 3.0, {a: {} for a in observer.animals})
+    for row in observer.rows:
+        row["kept"] = int(row["iterate"] == len(shares) - 1)
+    return observer.rows
 
 
 def path_of(rows: list[dict]) -> tuple[list, torch.Tensor]:
