@@ -40,7 +40,7 @@ from .shared.inputs import (
 )
 from .shared.job import cfg_guider, describe, ksampler_noise
 from .shared.presets import apply_preset
-from .shared.types import MiraReward, aliases
+from .shared.types import MiraReward, aliases, shown_again
 
 log = logging.getLogger("mira")
 # What a prompt from before presets may leave out.
@@ -172,6 +172,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
             ],
             outputs=[*trace_outputs(), *noise_outputs()],
             hidden=HIDDEN,
+            **shown_again(),
         )
 
     @classmethod
@@ -259,6 +260,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
             ],
             outputs=[*trace_outputs(), *noise_outputs()],
             hidden=HIDDEN,
+            **shown_again(),
         )
 
     @classmethod

@@ -45,7 +45,7 @@ from .shared.inputs import (
     trace_outputs,
 )
 from .shared.job import KSamplerInputs, describe, ksampler_job, restart_at_end
-from .shared.types import MiraReward, aliases
+from .shared.types import MiraReward, aliases, shown_again
 
 log = logging.getLogger("mira")
 NODE = "MIRA-DPO Preference"
@@ -212,6 +212,7 @@ class MiraDPOPreference(io.ComfyNode):
                 *noise_outputs(),
             ],
             hidden=HIDDEN,
+            **shown_again(),
         )
 
     @classmethod

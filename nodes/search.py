@@ -47,7 +47,7 @@ from .shared.inputs import (
     trace_outputs,
 )
 from .shared.job import KSamplerInputs, describe, ksampler_job, restart_at_end
-from .shared.types import MiraReward, aliases
+from .shared.types import MiraReward, aliases, shown_again
 
 log = logging.getLogger("mira")
 NODE = "MIRA Search KSampler"
@@ -193,6 +193,7 @@ class MiraSearchKSampler(io.ComfyNode):
             ],
             outputs=trace_outputs(),
             hidden=HIDDEN,
+            **shown_again(),
         )
 
     @classmethod

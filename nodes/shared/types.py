@@ -10,6 +10,16 @@ def reward_output():
     return MiraReward.Output("reward", display_name="reward")
 
 
+def where_known(**facts: object) -> dict:
+    """Those facts of a schema that this core knows of."""
+    return {name: fact for name, fact in facts.items() if name in io.Schema.__dataclass_fields__}
+
+
 def aliases(*words: str) -> dict:
-    """What else a node is found by, where the core knows of such words."""
-    return {"search_aliases": list(words)} if "search_aliases" in io.Schema.__dataclass_fields__ else {}
+    """What else a node is found by."""
+    return where_known(search_aliases=list(words))
+
+
+def shown_again() -> dict:
+    """What a node shows is sent again, and is in the history, when it came from the core's cache (0.19 on)."""
+    return where_known(has_intermediate_output=True)
