@@ -17,7 +17,7 @@ from .loaders import (
     MiraLoadPickScoreReward,
 )
 from .monitor import MiraDriftMonitor
-from .noise import MiraLoadNoise, MiraSaveNoise
+from .noise import MiraGoldenNoise, MiraLoadNoise, MiraSaveNoise
 from .optimize import MiraOptimizeKSampler, MiraOptimizeSamplerAdvanced
 from .preference import MiraDPOPreference
 from .record import MiraLoadTrace
@@ -62,6 +62,7 @@ NODES: list[type[io.ComfyNode]] = [
     MiraLoadTrace,
     MiraSaveNoise,
     MiraLoadNoise,
+    MiraGoldenNoise,
     MiraDemoModel,
 ]
 

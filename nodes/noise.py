@@ -7,19 +7,27 @@ import os
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
+import comfy.sample
 import comfy.samplers
+import comfy.utils
 import folder_paths
+import torch
 from comfy_api.latest import io
+from torch import Tensor
 
-from ..sampler import replay
+from ..rewards import known
+from ..sampler import golden, replay
+from .host import patcher_of
 from .host.replay import ReplayNoise, ReplaySampler, made
+from .shared import files
 from .shared.checks import check_links, check_values
 from .shared.made import found, listed, stamp, why_not
 from .shared.types import aliases
 
 SUFFIXES = (".safetensors",)
 NO_FILE = "put a .safetensors of MIRA Save Noise into the input or output folder"
-SAVE, LOAD = "MIRA Save Noise", "MIRA Load Noise"
+SAVE, LOAD, GOLDEN = "MIRA Save Noise", "MIRA Load Noise", "MIRA Golden Noise"
 
 
 def noise_path(file: str) -> str:
@@ -122,3 +130,72 @@ class MiraLoadNoise(io.ComfyNode):
             raise ValueError(f"{LOAD}: sampler is a {type(sampler).__name__}: connect one of ComfyUI's own kind")
         replayed = ReplaySampler(sampler, segments, bool(facts.get("optimized", True)))
         return io.NodeOutput(ReplayNoise(segments, facts), replayed, json.dumps(facts, indent=1))
+
+
+class GoldenNoise:
+    """ComfyUI's NOISE: that of a seed, through a network that knows the prompt. prompt: (B or 1, tokens, width)."""
+
+    def __init__(self, network: golden.GoldenNoise, prompt: Tensor, seed: int) -> None:
+        self.network, self.prompt, self.seed = network, prompt, seed
+
+    def generate_noise(self, latent: dict) -> Tensor:
+        samples = latent["samples"]
+        noise = comfy.sample.prepare_noise(samples, self.seed, latent.get("batch_index"))
+        patcher = patcher_of(self.network)
+        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+        device = patcher.load_device
+        prompt = comfy.utils.repeat_to_batch_size(self.prompt, len(noise)).to(device, torch.float32)
+        try:
+            with torch.no_grad():
+                return self.network(noise.to(device, torch.float32), prompt).to(noise)
+        except ValueError as problem:
+            raise ValueError(f"{GOLDEN}: {problem}") from None
+
+
+class MiraGoldenNoise(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MiraGoldenNoise",
+            **aliases("golden noise", "npnet", "better noise"),
+            display_name=GOLDEN,
+            category="MIRA Alignment/sampling",
+            description=(
+                "A noise that a small published network has fitted to the prompt, for SamplerCustomAdvanced or MIRA "
+                "Optimize Sampler (Advanced): where a search or an optimisation begins, at hardly any cost."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    **files.offered(files.npnets(), known.GOLDEN_NOISE),
+                    tooltip="An NPNet of Golden Noise, in models/npnets: sdxl.pth for SDXL at 1024 px.",
+                ),
+                io.Conditioning.Input("positive", tooltip="The prompt by SDXL's text encoders, 75 tokens at most."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of the noise that the network changes.",
+                ),
+            ],
+            outputs=[io.Noise.Output("noise", display_name="noise")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        return files.missing(file, known.GOLDEN_NOISE, files.NPNETS, into=files.NPNETS) or True
+
+    @classmethod
+    def execute(cls, file: str, positive: list, seed: int) -> io.NodeOutput:
+        check_links(GOLDEN, positive=positive)
+        check_values(GOLDEN, cls.define_schema().inputs[2:], {"seed": seed})
+        if message := files.missing(file, known.GOLDEN_NOISE, files.NPNETS, into=files.NPNETS):
+            raise ValueError(f"{GOLDEN}: {message}")
+        try:
+            with torch.inference_mode(False):  # what moves its weights later may be outside of it
+                network = golden.load(files.find(file, files.NPNETS))
+        except ValueError as problem:
+            raise ValueError(f"{GOLDEN}: {problem}") from None
+        return io.NodeOutput(GoldenNoise(network, positive[0][0], seed))

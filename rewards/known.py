@@ -23,4 +23,5 @@ CLIP_L = Published("clip-vit-large-patch14.safetensors", 1.71, "openai/clip-vit-
 HPS_2 = Published("HPS_v2_compressed.pt", 1.97, "xswu/HPSv2", "Apache-2.0")
 HPS_21 = Published("HPS_v2.1_compressed.pt", 1.97, "xswu/HPSv2", "Apache-2.0")
 PICKSCORE = Published("PickScore_v1.safetensors", 3.94, "yuvalkirstain/PickScore_v1", "MIT")
+GOLDEN_NOISE = Published("sdxl.pth", 0.13, "Klayand/GoldenNoiseModel", "none stated")
 IMAGE_REWARD = Published("ImageReward.pt", 1.79, "zai-org/ImageReward", "Apache-2.0")

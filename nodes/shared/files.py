@@ -12,16 +12,18 @@ from ...rewards.files import SHARD
 from ...rewards.known import Published
 
 FOLDER = "mira_rewards"
+NPNETS = "npnets"  # where other packs look for golden noise networks, too
 WEIGHTS = {".safetensors", ".sft", ".pt", ".pth", ".bin"}
 INDEX = ".index.json"
 
 
 def register() -> None:
-    """Make models/mira_rewards known to ComfyUI, beside what extra_model_paths.yaml may have added."""
+    """Make the pack's model folders known to ComfyUI, beside what extra_model_paths.yaml may have added."""
+    for folder, kinds in ((FOLDER, WEIGHTS | {".json", ".py"}), (NPNETS, WEIGHTS)):
+        folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
+        paths, known = folder_paths.folder_names_and_paths[folder]
+        folder_paths.folder_names_and_paths[folder] = (paths, set(known) | kinds)
     path = os.path.join(folder_paths.models_dir, FOLDER)
-    folder_paths.add_model_folder_path(FOLDER, path)
-    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, WEIGHTS | {".json", ".py"})
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as problem:
@@ -51,6 +53,10 @@ def offered(names: list[str], published: Published, like: str = "") -> dict:
     return {"options": options, "default": (wanted or options)[0]}
 
 
+def npnets() -> list[str]:
+    return _weights(NPNETS)
+
+
 def find(name: str, *stock: str) -> Path | None:
     for folder in (FOLDER, *stock):
         path = folder_paths.get_full_path(folder, name)
@@ -59,12 +65,12 @@ def find(name: str, *stock: str) -> Path | None:
     return None
 
 
-def missing(name: str | None, published: Published, *stock: str) -> str | None:
+def missing(name: str | None, published: Published, *stock: str, into: str = FOLDER) -> str | None:
     """What to do about a file that is not there, or None. A name that is not known yet is None."""
     if name is None or find(name, *stock):
         return None
     folders = " or ".join(f"models/{f}" for f in (FOLDER, *stock))
     return (
         f"{name} is not in {folders}. The published file is {published.file} (about {published.gigabytes:g} GB) of "
-        f"{published.model}: download it into models/{FOLDER} and refresh the node list (key R)"
+        f"{published.model}: download it into models/{into} and refresh the node list (key R)"
     )

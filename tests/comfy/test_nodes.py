@@ -91,6 +91,7 @@ def test_registration():
         "MiraLoadTrace": ["trace"],
         "MiraSaveNoise": [],
         "MiraLoadNoise": ["noise", "sampler", "settings"],
+        "MiraGoldenNoise": ["noise"],
         "MiraScoreImages": ["scores", "text"],
         "MiraRankImages": ["images", "scores", "indices", "latents", "masks"],
         "MiraDemoModel": ["model", "clip", "vae"],
@@ -106,6 +107,7 @@ def test_registration():
     assert [i.id for i in listed["MiraRankImages"].inputs] == ["images", "scores", "top_k", "latents", "masks"]
     assert [i.id for i in listed["MiraSaveNoise"].inputs] == ["noise", "sampler", "filename_prefix"]
     assert [i.id for i in listed["MiraLoadNoise"].inputs] == ["file", "sampler"]
+    assert [i.id for i in listed["MiraGoldenNoise"].inputs] == ["file", "positive", "seed"]
     advanced = [
         "seeds", "rounds", "restart_denoise", "gradient_steps", "learning_rate", "optimizer", "clip_norm",
         "regularizer", "beta", "weighting", "measured", "drift_metric", "hold", "keep", "stop", "patience",

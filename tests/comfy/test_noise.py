@@ -168,3 +168,62 @@ def test_bad_input(world, output):
     save_file(tensors, path, {"mira_noise": json.dumps(about)})
     with pytest.raises(ValueError, match="is damaged"):
         nodes.MiraLoadNoise.execute(file)
+
+
+GOLDEN = mira("sampler.golden")
+
+
+@pytest.fixture
+def npnet(tmp_path, monkeypatch):
+    """The name of a small file in models/npnets, in the published layout."""
+    torch.manual_seed(0)
+    net = GOLDEN.GoldenNoise(8, 77 * 64, hidden=16, width=32, depths=(1, 1, 1, 1), classes=2).eval()
+    state = net.state_dict()
+    parts = {p: {k.removeprefix(f"{p}."): v for k, v in state.items() if k.startswith(f"{p}.")}
+             for p in ("unet_svd", "unet_embedding", "text")}  # fmt: skip
+    parts["embeeding"] = parts.pop("text")
+    torch.save(parts | {"alpha": torch.tensor(1.0), "beta": torch.tensor(0.1)}, tmp_path / "sdxl.pth")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "npnets", ([str(tmp_path)], {".pth"}))
+    return "sdxl.pth"
+
+
+@torch.inference_mode()
+def golden(file, prompt, seed=5):
+    return as_node(nodes.MiraGoldenNoise).execute(file, [[prompt, {}]], seed).args[0]
+
+
+def test_golden_noise_is_a_noise_of_a_seed_and_a_prompt(world, npnet):
+    prompt = torch.randn(1, 77, 64, generator=torch.Generator().manual_seed(0))
+    noise, latent = golden(npnet, prompt), {"samples": torch.zeros(2, 4, 8, 8)}
+    plain = stock(custom.RandomNoise, 5)[0].generate_noise(latent)
+    with torch.inference_mode():
+        first = noise.generate_noise(latent)
+    again, other = golden(npnet, prompt).generate_noise(latent), golden(npnet, -prompt).generate_noise(latent)
+    assert first.shape == plain.shape and first.device == plain.device and torch.equal(first, again)
+    assert not torch.equal(first, plain) and not torch.equal(first, other)
+    picked = noise.generate_noise(latent | {"batch_index": [1, 0]})
+    torch.testing.assert_close(picked, first.flip(0), atol=1e-4, rtol=1e-3)
+    image = sampled(world, noise, comfy.samplers.sampler_object("euler_ancestral"))
+    assert torch.isfinite(image).all()
+
+
+def test_an_optimisation_begins_from_golden_noises_of_its_seeds(world, npnet):
+    noise = golden(npnet, torch.randn(1, 77, 64))
+    out = as_node(nodes.MiraOptimizeSamplerAdvanced).execute(
+        noise=noise, guider=world.guider(), sampler=comfy.samplers.sampler_object("euler_ancestral"),
+        sigmas=world.sigmas(steps=3), latent_image={"samples": torch.zeros(1, 4, 8, 8)}, vae=world.vae,
+        reward=PixelReward("brightness"), **QUICK | {"seeds": 2, "iterations": 1},
+    ).args  # fmt: skip
+    assert len(out[2].settings["seed_rewards"][0]) == 2 and out[2].rows[-1]["reward"] > out[2].rows[0]["reward"]
+
+
+def test_golden_noise_refuses_what_it_was_not_trained_for(npnet):
+    small = golden(npnet, torch.randn(1, 77, 64))
+    with pytest.raises(ValueError, match=r"MIRA Golden Noise: golden noise was trained for latents of 4 x 8 x 8"):
+        small.generate_noise({"samples": torch.zeros(1, 4, 8, 16)})
+    with pytest.raises(ValueError, match=r"MIRA Golden Noise: golden noise was trained for prompts of"):
+        golden(npnet, torch.randn(1, 154, 64)).generate_noise({"samples": torch.zeros(1, 4, 8, 8)})
+    with pytest.raises(ValueError, match=r"MIRA Golden Noise: none\.pth is not in .*models/npnets.*into models/npnets"):
+        golden("none.pth", torch.randn(1, 77, 64))
+    said = nodes.MiraGoldenNoise.validate_inputs("none.pth")
+    assert "Klayand/GoldenNoiseModel" in said and nodes.MiraGoldenNoise.validate_inputs(npnet) is True
