@@ -39,6 +39,14 @@ export function questionOf({ images, wanted, iteration, iterations, image, batch
   return `${asked} ${iteration + 1} of ${iterations}${batch > 1 ? `, image ${image + 1} of ${batch}` : ""}`;
 }
 
+const CALL = "\u25CF Choose \u00B7 ";
+
+/** The title of the browser's tab, which says so while a choice is waited for. */
+export function tabTitle(title, waits) {
+  const bare = title.replaceAll(CALL, "");
+  return waits ? CALL + bare : bare;
+}
+
 /** Whether text is being written into this element. */
 export function isWriting(element) {
   return Boolean(element) && (element.isContentEditable === true || /^(INPUT|TEXTAREA|SELECT)$/.test(element.tagName ?? ""));

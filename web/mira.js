@@ -2,7 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { addStyles, createChart } from "./chart.js";
-import { CSS as CHOICE_CSS, createChooser, heightOf, validChoice } from "./choice.js";
+import { CSS as CHOICE_CSS, createChooser, heightOf, tabTitle, validChoice } from "./choice.js";
 import { migrated, presetAfter, presetValues } from "./layout.js";
 import { recordsOf } from "./png.js";
 import { addStep, csv, fromOutput, newRun, status } from "./series.js";
@@ -146,7 +146,11 @@ function addCharted(node) {
     }
     view.chooser = createChooser({ imageUrl, onAnswer: answer });
     chart.inner.prepend(view.chooser.element);
-    new MutationObserver(() => fit(node)).observe(view.chooser.element, { attributeFilter: ["hidden"] });
+    new MutationObserver(() => {
+      fit(node);
+      callFor(view.chooser);
+    }).observe(view.chooser.element, { attributeFilter: ["hidden"] });
+    chain(node, "onRemoved", () => view.chooser.hide());
   }
   addDom(node, "mira_chart", chart.element, () => {
     const scrub = chart.run().rows.length ? SCRUB_HEIGHT : 0;
@@ -278,6 +282,15 @@ async function answer({ prompt_id, node, token }, choice) {
   } catch (problem) {
     return `the server cannot be reached (${problem.message}); the choice is still open`;
   }
+}
+
+const waiting = new Set(); // choosers with a choice
+
+/** The tab calls for whoever looks elsewhere; ComfyUI writes its title anew when a run gets on. */
+function callFor(chooser) {
+  if (chooser.choice()) waiting.add(chooser);
+  else waiting.delete(chooser);
+  document.title = tabTitle(document.title, waiting.size > 0);
 }
 
 function showChoice(data) {

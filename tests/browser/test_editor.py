@@ -277,6 +277,7 @@ def test_choosing_by_click_and_by_key(quickstart):
     editor.page.wait_for_timeout(500)
     editor.shot("choose")
     assert editor.page.locator(".mira-offers img").count() == 3
+    assert "Choose" in editor.page.title()
     editor.page.click(".mira-offers button[data-answer='3']")
     wait_for(editor, lambda: "2 of 4" in count(editor), "the second three")
     editor.page.locator(".mira-choice").press("2")
@@ -287,7 +288,7 @@ def test_choosing_by_click_and_by_key(quickstart):
     wait_for(editor, lambda: "3 of 4" in count(editor), "the third three")
     editor.page.locator(".mira-choice").press("Escape")
     wait_for(editor, lambda: "the judge had enough" in editor.page.inner_text(STATUS), "the end")
-    assert not editor.page.is_visible(".mira-choice")
+    assert not editor.page.is_visible(".mira-choice") and "Choose" not in editor.page.title()
     assert editor.errors == []
 
 

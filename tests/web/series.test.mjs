@@ -157,6 +157,13 @@ test("a choice has at least two images, in a square of them, and a question", ()
   assert.equal(choice.questionOf({ ...asked, wanted: "worst" }), "And which is the least good? 1 of 9");
 });
 
+test("the tab says that a choice is waited for, once, and stops saying so", () => {
+  const called = choice.tabTitle("[0%] ComfyUI", true);
+  assert.match(called, /Choose .* \[0%\] ComfyUI$/);
+  assert.equal(choice.tabTitle(called, true), called);
+  assert.equal(choice.tabTitle(called, false), "[0%] ComfyUI");
+});
+
 test("a key chooses among the images that are there, and one with a modifier is another's", () => {
   const answers = ["1", "4", "5", "0", "t", "Backspace", "Escape", "x"].map((key) => choice.answerOf({ key }, 4));
   assert.deepEqual(answers, [1, 4, null, "tie", "tie", "back", "stop", null]);
