@@ -4,7 +4,8 @@ JPEG size and brightness as black boxes on the demo model: every method judges t
 network passes that each needed are counted (a backward pass as two forward ones). Best of 2 stands beside them: it is
 where Algorithm 2 begins. The best of N images in the judge's
 eyes comes back (keep = incumbent). Every run is kept in output/preference/ and not repeated; the means go to
-docs/results/preference.csv, the images to docs/results/preference_<reward>.jpg.
+docs/results/preference.csv, the images to docs/results/preference_<reward>.jpg. --clicks: instead, what ten choices are
+worth to a person who is shown several images at a time (preference_clicks.csv).
 """
 
 from __future__ import annotations
@@ -41,12 +42,17 @@ METHODS = {
     "dpo, lr 0.05, reversed": Settings(**DPO, lr=0.05, energy="mira_reversed"),
     "dpo, lr 0.05, both sides": Settings(**DPO, lr=0.05, energy="mira_two_sided"),
 }
+CLICKS = {
+    f"{method}, {n} at a time": Settings(method=method, iterations=10, candidates=n, explore=0.6, keep="incumbent")
+    for method in ("dueling", "best_of_n")
+    for n in (2, 4, 9)
+}
 REWARDS = {"JPEG": JPEG, "brightness": lambda: PixelReward("brightness")}
 
 
 def run(world: World, judge, reward: str, name: str, animals: list[str]) -> tuple[list[dict], torch.Tensor]:
     prompts = [vocabulary.caption(a, prefix=True) for a in animals]
-    settings = METHODS[name]
+    settings = (METHODS | CLICKS)[name]
     job = world.job(
         positive=world.encode_batch(prompts), steps=STEPS, batch=len(animals), reward=REWARDS[reward](),
         prompts=prompts, seed=SEED, memory="none",
@@ -94,14 +100,16 @@ def summary(rows: list[dict]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--animals", type=int, default=10)
+    parser.add_argument("--clicks", action="store_true")
     args = parser.parse_args()
+    methods, stemmed = (CLICKS, "preference_clicks") if args.clicks else (METHODS, "preference")
     world, judge = World(), judge_module.load_judge()
     animals = list(vocabulary.ANIMALS[: args.animals])
     RAW.mkdir(parents=True, exist_ok=True)
     table = []
     for reward in REWARDS:
         pictures = []
-        for name in METHODS:
+        for name in methods:
             stem = f"{reward}_{name}_{args.animals}x{STEPS}_seed{SEED}".replace(" ", "").replace(",", "_")
             file, image = RAW / f"{stem}.json", RAW / f"{stem}.pt"
             if not file.is_file():
@@ -111,8 +119,8 @@ def main() -> None:
             table.append({"reward": reward, "method": name} | summary(json.loads(file.read_text())))
             pictures.append(torch.load(image, weights_only=True))
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in table[-1].items()}, flush=True)
-        sheet(torch.cat(pictures), len(animals), OUT / f"preference_{reward}.jpg")
-    with open(OUT / "preference.csv", "w", newline="") as out:
+        sheet(torch.cat(pictures), len(animals), OUT / f"{stemmed}_{reward}.jpg")
+    with open(OUT / f"{stemmed}.csv", "w", newline="") as out:
         writer = csv.DictWriter(out, list(table[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in table)
