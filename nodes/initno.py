@@ -27,6 +27,7 @@ from .host import INTERRUPTS, samples_of
 from .host.dynamic import static
 from .host.grad import blocks_checkpointed, loaded, normal, pytorch_kernels, sdpa, training
 from .shared.checks import check_links, check_values
+from .shared.inputs import seed_input
 from .shared.job import ksampler_noise
 from .shared.types import aliases
 
@@ -256,14 +257,7 @@ class MiraInitNONoise(io.ComfyNode):
                     default="",
                     tooltip="The subjects, as the prompt writes them, with commas between: cat, red car.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the noise to begin with (RandomNoise's), and of what the sampler injects.",
-                ),
+                seed_input("Of the noise to begin with (RandomNoise's), and of what the sampler injects."),
                 io.Int.Input(
                     "rounds",
                     default=DEFAULT.rounds,

@@ -22,6 +22,7 @@ from .host import patcher_of
 from .host.replay import ReplayNoise, ReplaySampler, made
 from .shared import files
 from .shared.checks import check_links, check_values
+from .shared.inputs import seed_input
 from .shared.made import found, listed, stamp, why_not
 from .shared.types import aliases
 
@@ -171,14 +172,7 @@ class MiraGoldenNoise(io.ComfyNode):
                     tooltip="An NPNet of Golden Noise, in models/npnets: sdxl.pth for SDXL at 1024 px.",
                 ),
                 io.Conditioning.Input("positive", tooltip="The prompt by SDXL's text encoders, 75 tokens at most."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the noise that the network changes.",
-                ),
+                seed_input("Of the noise that the network changes."),
             ],
             outputs=[io.Noise.Output("noise", display_name="noise")],
         )

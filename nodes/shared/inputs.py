@@ -44,17 +44,14 @@ def linked_inputs(who: str = "reward") -> list[io.Input]:
     ]
 
 
+def seed_input(tooltip: str) -> io.Int.Input:
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
+
+
 def sampling_inputs(seed: str) -> list:
     """KSampler's own widgets. seed: the tooltip of the seed."""
     return [
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=True,
-            tooltip=seed,
-        ),
+        seed_input(seed),
         io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps of each image."),
         io.Float.Input(
             "cfg",
