@@ -295,8 +295,10 @@ function callFor(chooser) {
 
 function showChoice(data) {
   const choice = validChoice(data);
-  const node = choice && nodeOf(choice.node);
-  node?.[VIEW]?.chooser?.show(choice);
+  const { chooser, chart } = (choice && nodeOf(choice.node)?.[VIEW]) ?? {};
+  if (!chooser) return;
+  chooser.show(choice);
+  if (chart.run().rows.length === 0) chart.set({ ...chart.run(), waiting: "Waiting for your choice" });
 }
 
 async function get(path, more = {}) {
