@@ -34,8 +34,6 @@ def transition_energy(path, reference):
     return rollout.total(rollout.mean_square(z0, path.mask) - rollout.mean_square(z, path.mask) for z0, z in pairs)
 
 
-surrogates.REGULARIZERS["transition_energy"] = transition_energy
-surrogates.SLOPED.append("transition_energy")
 # By name: the regulariser and the weighting of its steps.
 READINGS = {
     "mira": ("mira", "marginal"),
@@ -110,6 +108,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.report:
         return report()
+    surrogates.REGULARIZERS["transition_energy"] = transition_energy
+    surrogates.SLOPED.append("transition_energy")
     Store(RAW, {"animals": COUNT, "steps": STEPS})
     world, judge, clip = World(), judge_module.load_judge(), demo.demo_clip_score()
     for plan in args.plans:

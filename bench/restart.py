@@ -19,7 +19,7 @@ from bench.front import LR, host, judge_module, rewards
 from bench.grid import Failure, Store
 from bench.methods import DEFAULT, GRADIENT_STEPS
 from bench.model import sheet
-from bench.spectral import SHARES
+from bench.spectral import SHARES, register
 from bench.tables import write
 from testing.pack import ROOT, mira
 from testing.world import World, demo
@@ -296,6 +296,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.report:
         return report()
+    register()
     Store(RAW, {"animals": COUNT})
     world, judge, clip = World(), judge_module.load_judge(), demo.demo_clip_score()
     for seed in args.seeds:

@@ -63,5 +63,7 @@ def ntrk(run, settings):
     return population.x, torch.zeros(run.count, run.batch)
 
 
-optimize.OPTIMIZERS["whitened"] = Whitened
-search.METHODS["ntrk"] = search.Method(ntrk, gradient=True, steers=True)
+def register() -> None:
+    """Not at import: the pack's own tables are to stay what they are for whoever else is in this process."""
+    optimize.OPTIMIZERS["whitened"] = Whitened
+    search.METHODS["ntrk"] = search.Method(ntrk, gradient=True, steers=True)

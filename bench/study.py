@@ -43,7 +43,8 @@ def pairs(store, methods: list[str], limit: int, seed: int, out: Path) -> list[d
         of_unit = animals_of(file)
         one, two = store.tensors(unit)["images"], store.tensors(other)["images"]
         for b, animal in enumerate(of_unit):
-            found.append((f"{unit}__{animal}", method, target, animal, one[b], two[b]))
+            of = animal if animal in vocabulary.ANIMALS else str(b)  # a prompt is no name of a file
+            found.append((f"{unit}__{of}", method, target, animal, one[b], two[b]))
     random.Random(seed).shuffle(found)
     listing = []
     for name, method, target, animal, a, b in found[:limit]:

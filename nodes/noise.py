@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from ..rewards import known
 from ..sampler import golden, replay
-from .host import patcher_of
 from .host.replay import ReplayNoise, ReplaySampler, made
 from .shared import files
 from .shared.checks import check_links, check_values
@@ -134,21 +132,21 @@ class MiraLoadNoise(io.ComfyNode):
 
 
 class GoldenNoise:
-    """ComfyUI's NOISE: that of a seed, through a network that knows the prompt. prompt: (B or 1, tokens, width)."""
+    """ComfyUI's NOISE: that of a seed, through a network that knows the prompt. prompt: (B or 1, tokens, width).
+
+    On the CPU, where noise is made: the network is small, every device gets the same bits, and a run that asks for the
+    noises of other seeds keeps its own networks where they are.
+    """
 
     def __init__(self, network: golden.GoldenNoise, prompt: Tensor, seed: int) -> None:
         self.network, self.prompt, self.seed = network, prompt, seed
 
     def generate_noise(self, latent: dict) -> Tensor:
-        samples = latent["samples"]
-        noise = comfy.sample.prepare_noise(samples, self.seed, latent.get("batch_index"))
-        patcher = patcher_of(self.network)
-        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
-        device = patcher.load_device
-        prompt = comfy.utils.repeat_to_batch_size(self.prompt, len(noise)).to(device, torch.float32)
+        noise = comfy.sample.prepare_noise(latent["samples"], self.seed, latent.get("batch_index"))
+        prompt = comfy.utils.repeat_to_batch_size(self.prompt, len(noise)).to("cpu", torch.float32)
         try:
             with torch.no_grad():
-                return self.network(noise.to(device, torch.float32), prompt).to(noise)
+                return self.network(noise.float().cpu(), prompt).to(noise)
         except ValueError as problem:
             raise ValueError(f"{GOLDEN}: {problem}") from None
 
@@ -184,12 +182,13 @@ class MiraGoldenNoise(io.ComfyNode):
     @classmethod
     def execute(cls, file: str, positive: list, seed: int) -> io.NodeOutput:
         check_links(GOLDEN, positive=positive)
+        if not positive:
+            raise ValueError(f"{GOLDEN}: positive is empty: connect a CLIP Text Encode")
         check_values(GOLDEN, cls.define_schema().inputs[2:], {"seed": seed})
         if message := files.missing(file, known.GOLDEN_NOISE, files.NPNETS, into=files.NPNETS):
             raise ValueError(f"{GOLDEN}: {message}")
         try:
-            with torch.inference_mode(False):  # what moves its weights later may be outside of it
-                network = golden.load(files.find(file, files.NPNETS))
+            network = golden.load(files.find(file, files.NPNETS))
         except ValueError as problem:
             raise ValueError(f"{GOLDEN}: {problem}") from None
         return io.NodeOutput(GoldenNoise(network, positive[0][0], seed))

@@ -80,7 +80,7 @@ def run(
         restart = host.FinalRestart(
             share, mask=latent.get("noise_mask"), restart_sigmas=given.get("restart_sigmas"), **of
         )
-    return finish(node, hidden, *done, latent, iterate, restart=restart)
+    return finish(node, hidden, *done, latent, iterate, restart=restart, inputs=inputs)
 
 
 def run_optimization(

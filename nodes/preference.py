@@ -268,6 +268,7 @@ class MiraDPOPreference(io.ComfyNode):
             iterate,
             record,
             restart=restart_at_end(given, values, final_restart),
+            inputs=identity,
         )
 
 

@@ -241,6 +241,7 @@ class MiraSearchKSampler(io.ComfyNode):
             iterate,
             noises=False,
             restart=restart_at_end(given, values, final_restart),
+            inputs=identity,
         )
 
 

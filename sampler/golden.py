@@ -119,7 +119,7 @@ def load(path: Path) -> GoldenNoise:
         raise ValueError(f"{path.name} is no golden noise network: it needs {', '.join(PARTS)} and {TEXT[0]}")
     try:
         return _of(parts, parts[text])
-    except (KeyError, AttributeError, TypeError, RuntimeError, ValueError) as problem:
+    except (LookupError, ArithmeticError, AttributeError, TypeError, RuntimeError, ValueError) as problem:
         raise ValueError(f"{path.name} is damaged, or of another version: {problem}") from None
 
 

@@ -107,7 +107,7 @@ class Dpo(Method):
 
 
 class Challenged(Method):
-    """An incumbent, and new challengers every time: one, or as many as there are candidates more than two."""
+    """An incumbent, and new challengers every time: one less than there are candidates."""
 
     incumbent_first = True
 

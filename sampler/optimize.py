@@ -149,7 +149,7 @@ class Settings:
         if self.relative_beta and self.beta and self.regularizer not in SLOPED:
             raise ValueError(
                 f"relative_beta measures the gradient of the regularizer at the unchanged noises, and that of "
-                f"{self.regularizer} is zero there: turn it off, or use {' or '.join(SLOPED)}"
+                f"{self.regularizer} is zero or chance there: turn it off, or use {' or '.join(SLOPED)}"
             )
         if self.variables == "initno" and self.optimizer == "sphere":
             raise ValueError("optimizer sphere moves noises, but variables initno optimises a mean and a deviation")
@@ -199,6 +199,7 @@ class _State:
     active: Tensor = None
     halvings: Tensor = None
     beta: Tensor = None
+    floor: Tensor = None  # of beta, under dual ascent
     reasons: list[str | None] = field(default_factory=list)
     first: Tensor | None = None  # the rewards of the first iterate and of the last one, for `stop`
     last: Tensor | None = None
@@ -285,6 +286,7 @@ def optimize(
         active=torch.ones(batch, dtype=torch.bool),
         halvings=torch.zeros(batch, dtype=torch.long),
         beta=torch.full((batch,), max(settings.beta, DUAL_FLOOR * (settings.hold == "dual_ascent"))),
+        floor=torch.full((batch,), DUAL_FLOOR),
         reasons=[None] * batch,
     )
     trace, iterates = Trace(), []
@@ -370,9 +372,7 @@ def _evaluated(rollout: Rollout, score: Callable, state: _State, settings: Setti
             if (own := state.variables.penalty()) is not None:
                 penalties[settings.variables] = own
         if gradient and state.relative:
-            ratio = _ratio(result.total, penalties[settings.regularizer], state)
-            if state.loss_scale <= 1 or torch.isfinite(ratio).all():  # else it is lowered, and this comes again
-                state.beta, state.relative = state.beta * ratio, False
+            _make_absolute(result.total, penalties[settings.regularizer], state, settings)
         loss = -result.total
         if weighed:
             for penalty in penalties.values():
@@ -390,13 +390,24 @@ def _evaluated(rollout: Rollout, score: Callable, state: _State, settings: Setti
     return _Evaluation(path.detach(), result, surrogates, drift, loss.detach(), grads, _norm(grads))
 
 
-def _ratio(reward: Tensor, penalty: Tensor, state: _State) -> Tensor:
-    """(B,), on the CPU: |grad r| / |grad R| with respect to the noises."""
+def _make_absolute(reward: Tensor, penalty: Tensor, state: _State, settings: Settings) -> None:
+    """beta, so far in units of |grad r| / |grad R| with respect to the noises, as the loss takes it."""
     norms = []
     for value in (reward, penalty):
         found = torch.autograd.grad(value.sum() * state.loss_scale, state.z, retain_graph=True, allow_unused=True)
-        norms.append(_norm([g for g in found if g is not None]).cpu())
-    return norms[0] / norms[1]
+        norms.append(
+            _norm([torch.zeros_like(z) if g is None else g for g, z in zip(found, state.z, strict=True)]).cpu()
+        )
+    ratio, known = norms[0] / norms[1], torch.isfinite(reward.detach()).cpu()
+    if images := torch.nonzero(known & (norms[1] == 0)).flatten().tolist():
+        raise NoGradient(
+            f"relative_beta: {settings.regularizer} has no gradient at the unchanged noises of image(s) {images}, so "
+            "that its weight cannot be measured there: turn relative_beta off, or use more steps or gradient_steps 0"
+        )
+    if state.loss_scale > 1 and not torch.isfinite(ratio[known]).all():
+        return  # the scale is lowered, and this comes again
+    ratio = torch.where(torch.isfinite(ratio), ratio, 1)
+    state.beta, state.floor, state.relative = state.beta * ratio, state.floor * ratio, False
 
 
 def _overflowed(state: _State, evaluation: _Evaluation) -> bool:
@@ -525,4 +536,4 @@ def _hold(state: _State, settings: Settings, drift: Tensor) -> None:
             z.copy_(start + m * per_image(scale.to(m), m))
     elif settings.hold == "dual_ascent":
         factor = (drift.float() / settings.drift_limit).clamp(1 / DUAL_STEP, DUAL_STEP)
-        state.beta = torch.where(torch.isfinite(factor), state.beta * factor, state.beta).clamp(min=DUAL_FLOOR)
+        state.beta = torch.where(torch.isfinite(factor), state.beta * factor, state.beta).maximum(state.floor)

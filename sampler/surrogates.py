@@ -109,5 +109,6 @@ def chi(path: Path, reference: Path) -> Tensor:
 
 # What may stand in the loss.
 REGULARIZERS: dict[str, Surrogate] = {**SURROGATES, "prno": prno, "chi": chi, "none": none}
-# Those with a gradient at z = z0: the distances are least there, and prno is flat over much of what is likely.
-SLOPED = ["mira", "chi"]
+# Those with a gradient at z = z0 that says something: the distances are least there, prno is flat over much of what is
+# likely, and chi is least where typical noise lies, so that its gradient there is the luck of the draw.
+SLOPED = ["mira"]

@@ -194,7 +194,7 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
     shown.hidden = !preview || image !== 0;
     if (preview) shown.src = imageUrl(preview);
     slider.setAttribute("aria-valuetext", `iteration ${at}`);
-    take.disabled = !run.done;
+    take.disabled = anew.disabled = !run.done;
     showValues(null);
     chart?.redraw(false);
   }
@@ -223,7 +223,7 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
     if (finished) slider.value = String(run.kept[image] ?? last);
     else if (following && !run.done) slider.value = String(last);
     run.fresh = false;
-    if (finished) look();
+    if (finished && !run.settings.final_restart) look(); // else what was painted anew stays on the node
     scrub.hidden = run.rows.length === 0;
     const wanted = names();
     if (wanted.list.length === 0) return showIterate();

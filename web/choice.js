@@ -10,6 +10,7 @@ export const CSS = `
 .mira-more span { flex: 1; align-self: center; }
 .mira-error { color: var(--error-text, #ff4444); }
 `;
+const SETTLES = 400; // milliseconds
 const KEYS = { 0: "tie", t: "tie", Backspace: "back", Escape: "stop" };
 
 function isRef(ref) {
@@ -79,6 +80,7 @@ export function createChooser({ imageUrl, onAnswer }) {
   error.setAttribute("role", "alert");
   let choice = null;
   let busy = false;
+  let since = 0; // when the choice was shown
 
   function button(answer, label, title) {
     const made = document.createElement("button");
@@ -91,7 +93,7 @@ export function createChooser({ imageUrl, onAnswer }) {
   }
 
   function offer(image, place) {
-    const made = button(place, `${place}`, `This one (key ${place})`);
+    const made = button(place, `${place}`, place < 10 ? `This one (key ${place})` : "This one");
     const picture = document.createElement("img");
     picture.alt = `image ${place}`;
     picture.draggable = false;
@@ -114,11 +116,12 @@ export function createChooser({ imageUrl, onAnswer }) {
     if (!answer) return;
     event.preventDefault();
     event.stopPropagation();
-    answered(answer);
+    if (!event.repeat) answered(answer);
   });
 
   async function answered(answer) {
-    if (!choice || busy) return;
+    // The second question takes the first one's place at once: no double click answers it.
+    if (!choice || busy || (choice.wanted === "worst" && performance.now() - since < SETTLES)) return;
     busy = true;
     error.textContent = "";
     const asked = choice;
@@ -142,6 +145,7 @@ export function createChooser({ imageUrl, onAnswer }) {
     show(next) {
       if (choice?.token === next.token) return;
       choice = next;
+      since = performance.now();
       error.textContent = "";
       grid.style.gridTemplateColumns = `repeat(${columnsOf(next.images.length)}, 1fr)`;
       grid.replaceChildren(...next.images.map((image, i) => offer(image, i + 1)));

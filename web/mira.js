@@ -117,18 +117,27 @@ function foldAdvanced(node) {
 }
 
 const ANEW = 0.65; // the share of the noise that an iterate is painted anew from, where none is set
+const USUAL = "mira_final_restart"; // a node's property: what `final_restart` was before an iterate was taken
 
 /** Return iterate k, or that painted anew: the run's own seed again, fixed, and `iterate`; all else is as it was. */
 function take(node, chart, iterate, anew) {
+  if (!chart.run().done) return;
   const seed = chart.run().settings.seed;
   if (Number.isSafeInteger(seed)) setWidget(node, "seed", seed);
   setWidget(node, "control_after_generate", "fixed");
   setWidget(node, "iterate", iterate);
-  const usual = (node[VIEW].usual ??= node.widgets?.find((w) => w.name === "final_restart")?.value ?? 0);
-  setWidget(node, "final_restart", anew ? usual || ANEW : 0);
+  node.properties[USUAL] ??= node.widgets?.find((w) => w.name === "final_restart")?.value ?? 0;
+  setWidget(node, "final_restart", anew ? node.properties[USUAL] || ANEW : 0);
   remember(node);
   node.setDirtyCanvas?.(true, true);
   app.queuePrompt(0);
+}
+
+/** No iterate is taken any more. */
+function untake(node) {
+  setWidget(node, "iterate", -1);
+  if (node.properties[USUAL] !== undefined) setWidget(node, "final_restart", node.properties[USUAL]);
+  delete node.properties[USUAL];
 }
 
 function addCharted(node) {
@@ -193,16 +202,14 @@ function addPresets(node) {
 function forgetTaken(node) {
   const view = node[VIEW];
   for (const widget of node.widgets ?? []) {
-    if (widget.name === "final_restart") chain(widget, "callback", () => delete view.usual); // by hand
-    else if (!["iterate", "mira_chart"].includes(widget.name)) {
-      chain(widget, "callback", (value) => {
-        if (view.values?.get(widget.name) === value) return; // some frontends call after every run
-        remember(node);
-        setWidget(node, "iterate", -1);
-        if (view.usual !== undefined) setWidget(node, "final_restart", view.usual);
-        delete view.usual;
-      });
-    }
+    const { name } = widget;
+    if (name === "mira_chart") continue;
+    chain(widget, "callback", (value) => {
+      if (view.values?.get(name) === value) return; // some frontends call after every run
+      remember(node);
+      if (name === "final_restart") delete node.properties[USUAL]; // set by hand
+      else if (name !== "iterate" || value === -1) untake(node);
+    });
   }
   chain(node, "onConfigure", () => remember(node));
 }

@@ -24,7 +24,7 @@ export function addStep(run, event) {
   const rows = event.rows.filter(isRow);
   const first = Math.min(event.iteration, ...rows.map((r) => r.iteration)); // of a run that goes on, all are told again
   const known = run.rows.filter((r) => r.iteration < first);
-  const previews = event.iteration === 0 ? {} : { ...run.previews, ...event.previews };
+  const previews = { ...(event.iteration === 0 ? {} : run.previews), ...event.previews };
   if (event.preview) previews[event.iteration] = event.preview;
   return {
     ...newRun(),

@@ -159,9 +159,12 @@ class PersonJudge:
         self.node, self.prompt, self.client, self.total = node, prompt, client, total
         self.timeout, self.on_timeout, self.worst = timeout, on_timeout, worst
         self.order = stream(seed, -1)
+        self.enough = False  # said after a choice that counts
 
     def __call__(self, k: int, candidates: Sequence[Tensor]) -> Verdict:
         verdicts, batch = [], len(candidates[0])
+        if self.enough:
+            return Verdict(None, None, None, stop=True)
         for b in range(batch):
             told = {"iteration": k, "iterations": self.total, "image": b, "batch": batch}
             answer = self.compare([c[b] for c in candidates], told)
@@ -184,9 +187,8 @@ class PersonJudge:
             worst = self.ask(others, images, told | {"wanted": "worst"})
             if worst == "back":
                 continue
-            if isinstance(worst, int) or worst == "tie":  # of equally bad ones, any
-                return best, others[0] if isinstance(worst, str) else worst, False
-            return worst
+            self.enough = worst == "stop"
+            return best, worst if isinstance(worst, int) else others[0], False  # of equally bad ones, any
 
     def ask(self, order: list[int], images: Sequence[Tensor], told: dict) -> int | str:
         """Which of the images is chosen, or one of `WORDS`. order: of those that are shown."""

@@ -97,7 +97,10 @@ class LiveRun:
         self.run["previews"] |= {k: p for k, p in before.run["previews"].items() if k < done}
         self.unfinished.go_on(before.unfinished, done)
         if done:
-            self._send(iteration=done - 1, rows=self.run["rows"], previews=self.run["previews"])
+            try:
+                self._send(iteration=done - 1, rows=self.run["rows"], previews=self.run["previews"])
+            except Exception as problem:
+                self._note(f"the editor was not told of every iteration: {problem}", trace=True)
 
     def __call__(self, k: int, rows: list[dict], score: Score) -> None:
         """Nothing that fails here may cost the image, but for the interrupt that a progress bar raises."""

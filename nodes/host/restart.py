@@ -13,8 +13,11 @@ from torch import Tensor
 
 from ...sampler.ending import attempt
 from ...sampler.restart import tail
+from ...sampler.rollout import per_image
 from ...sampler.seeds import another, fresh, stream
 from .process import INTERRUPTS, RESTART, why_no_restart
+
+NUMBER = RESTART - 1  # of its seed: those from RESTART on are a run's own restarts
 
 
 @dataclass(frozen=True)
@@ -36,24 +39,28 @@ class FinalRestart:
     @property
     def number(self) -> int:
         """The seed of its noises."""
-        return another(self.seed, RESTART)
+        return another(self.seed, NUMBER)
 
-    def __call__(self, latent: Tensor) -> tuple[Tensor, dict, list[str]]:
-        """(latent (B, C, ...) painted anew, what the record says of it, notices); where it cannot be, as it was."""
+    def __call__(self, latent: Tensor) -> tuple[Tensor, list[str], bool]:
+        """(latent (B, C, ...) painted anew, notices, whether it was cut short); where it cannot be, as it was."""
+        found, cut = attempt(INTERRUPTS, self._sample, latent)
+        if cut:
+            return latent, [f"{cut} in the final restart: this is the image before it"], True
+        if isinstance(found, str):
+            return latent, [f"final_restart is {self.share:g}, but was left out: {found}"], False
+        finite = torch.isfinite(found).flatten(1).all(1)
+        lost = [f"image {b} was not finite after the final restart: this is the one before it" for b in
+                torch.nonzero(~finite).flatten().tolist()]  # fmt: skip
+        return torch.where(per_image(finite, found), found, latent.to(found)), lost, False
+
+    def _sample(self, latent: Tensor) -> Tensor | str:
+        """The image, or why there can be none."""
         given = self.initial(self.seed)
         if why := why_no_restart(self.sigmas, given):
-            return latent, {}, [f"final_restart is {self.share:g}, but was left out: {why}"]
+            return why
         noise = self.initial(self.number)
         if torch.equal(noise, given):  # it depends on no seed
-            noise = fresh([given], stream(self.seed, RESTART))[0]
-        found, cut = attempt(INTERRUPTS, self._sample, noise, latent)
-        if found is None:
-            return latent, {}, [f"{cut} in the final restart: this is the image before it"]
-        said = {"final_restart": self.share, "final_restart_seed": self.number}
-        told = "painted anew at the end (final_restart): the record, noise and sampler are of an image before it"
-        return found, said, [told]
-
-    def _sample(self, noise: Tensor, latent: Tensor) -> Tensor:
+            noise = fresh([given], stream(self.seed, NUMBER))[0]
         sigmas = self.restart_sigmas(self.share) if self.restart_sigmas else tail(self.sigmas, self.share)
         callback = latent_preview.prepare_callback(self.guider.model_patcher, len(sigmas) - 1)  # which hears a cancel
         sampled = self.guider.sample(

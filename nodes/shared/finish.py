@@ -23,14 +23,25 @@ def finish(
     *more: Any,
     noises: Any = True,
     restart: host.FinalRestart | None = None,
+    inputs: dict | None = None,
 ) -> io.NodeOutput:
     """more: outputs after the trace; then, with `noises`, those that sample the kept iterates again. restart: of what
-    comes back."""
+    comes back, but for a run that was cancelled, which is not gone on with unasked. inputs: of the run, as `memo` has
+    them.
+    """
     samples, kept, notices = memo.take_iterate(done, iterate, node)
     settings = done.result.trace.settings
-    if restart:
-        samples, said, told = restart(samples)
-        settings, notices = settings | said, [*notices, *told]
+    if restart and done.result.cut_short and iterate < 0:
+        notices = [*notices, "final_restart was left out, for the run was cut short: Restarted makes up for it"]
+    elif restart:
+        before, (samples, told, cut) = samples, restart(samples)
+        if cut:
+            memo.ask_again(inputs or {})
+        elif samples is not before:
+            whose = "record, noise and sampler are" if noises else "record is"
+            told = [f"painted anew at the end (final_restart): the {whose} of the image before that", *told]
+            settings = settings | {"final_restart": restart.share, "final_restart_seed": restart.number}
+        notices = [*notices, *told]
     notices = [*done.result.trace.notices, *live.notices, *notices]
     trace = replace(done.result.trace, kept=kept, notices=notices, settings=settings)
     travel(hidden.extra_pnginfo, hidden.unique_id, trace, getattr(hidden, "prompt", None))

@@ -341,7 +341,7 @@ def advanced_inputs() -> list:
             optional=True,
             tooltip=(
                 "beta as a share of the reward's pull: 1 makes regularizer and reward pull alike at the start, "
-                f"whatever the reward's scale. For the regularizers {' and '.join(SLOPED)}; the record has the beta "
+                f"whatever the reward's scale. For the regularizer {' and '.join(SLOPED)}; the record has the beta "
                 "that it came to."
             ),
         ),

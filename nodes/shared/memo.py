@@ -62,9 +62,14 @@ def of(node: str, inputs: dict, taken: object, run: Callable[[], tuple[Optimized
     while len(_runs) > MOST:
         _runs.popitem(last=False)
     if done[0].result.cut_short:
-        _cuts.append({k: v for k, v in inputs.items() if isinstance(v, PLAIN)})
-        del _cuts[:-MOST_CUTS]
+        ask_again(inputs)
     return done
+
+
+def ask_again(inputs: dict) -> None:
+    """What came of these inputs was cut short: ComfyUI's own cache is not to have it."""
+    _cuts.append({k: v for k, v in inputs.items() if isinstance(v, PLAIN)})
+    del _cuts[:-MOST_CUTS]
 
 
 def left_of(node: str, inputs: dict, rounds: int) -> tuple[Left, Any] | None:

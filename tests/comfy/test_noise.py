@@ -225,5 +225,7 @@ def test_golden_noise_refuses_what_it_was_not_trained_for(npnet):
         golden(npnet, torch.randn(1, 154, 64)).generate_noise({"samples": torch.zeros(1, 4, 8, 8)})
     with pytest.raises(ValueError, match=r"MIRA Golden Noise: none\.pth is not in .*models/npnets.*into models/npnets"):
         golden("none.pth", torch.randn(1, 77, 64))
+    with pytest.raises(ValueError, match="MIRA Golden Noise: positive is empty"):
+        as_node(nodes.MiraGoldenNoise).execute(npnet, [], 5)
     said = nodes.MiraGoldenNoise.validate_inputs("none.pth")
     assert "Klayand/GoldenNoiseModel" in said and nodes.MiraGoldenNoise.validate_inputs(npnet) is True

@@ -183,6 +183,15 @@ def test_a_person_chooses_among_several_and_dpo_asks_for_the_worst_too(world, me
     assert torch.equal(out.args[0]["samples"], again.args[0]["samples"])
 
 
+def test_what_was_chosen_before_good_enough_counts(world):
+    """Of several, dpo asks for the worst too: to stop there keeps the best that was just chosen."""
+    with Person([2, "stop"]) as person:
+        out = prefer(world, judge="person", reward=None, method="dpo", candidates=3, iterations=5)
+    assert [s["wanted"] for s in person.seen] == ["best", "worst"]
+    assert len(json.loads(out.args[3])) == 1 and out.args[2].reasons == ["the judge had enough"]
+    assert out.args[2].kept == [0]
+
+
 def test_good_enough_and_a_step_back(world):
     with Person([1, 2, "back", 1, "stop"]) as person:
         out = prefer(world, judge="person", reward=None, iterations=9)

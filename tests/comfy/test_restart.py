@@ -225,6 +225,48 @@ def test_a_final_restart_that_cannot_be_or_is_cancelled_leaves_the_image_as_it_w
     cut = optimize(world, **TWO, final_restart=0.6)
     assert torch.equal(cut.args[0]["samples"], done.args[0]["samples"])
     assert any("interrupted in the final restart: this is the image before it" in n for n in cut.args[2].notices)
+    assert "final_restart" not in cut.args[2].settings
+
+
+def test_a_final_restart_that_was_cut_is_asked_again_and_a_cancelled_run_has_none(world, monkeypatch):
+    live, node = mira("nodes.editor.live").LiveRun, nodes.MiraOptimizeKSampler
+    widgets = SETTINGS | TWO | dict(seed=77, cfg=5.0, sampler_name="euler_ancestral", scheduler="normal", denoise=1.0)
+    before = node.fingerprint_inputs(**widgets, final_restart=0.6)
+
+    def cancel(*_):
+        raise comfy.model_management.InterruptProcessingException
+
+    with monkeypatch.context() as patch:
+        patch.setattr("latent_preview.prepare_callback", lambda *_: cancel)
+        cut = optimize(world, **TWO, seed=77, final_restart=0.6)
+    assert node.fingerprint_inputs(**widgets, final_restart=0.6) != before  # else ComfyUI would run nothing again
+    done = optimize(world, **TWO, seed=77, final_restart=0.6)
+    assert done.args[2].settings["final_restart"] == 0.6
+    assert not torch.equal(done.args[0]["samples"], cut.args[0]["samples"])
+    with monkeypatch.context() as patch:
+        told = live.__call__
+        patch.setattr(live, "__call__", lambda self, k, *rest: cancel() if k == 1 else told(self, k, *rest))
+        out = optimize(world, **TWO, seed=78, final_restart=0.6)
+    assert any("final_restart was left out, for the run was cut short" in n for n in out.args[2].notices)
+
+
+def test_what_is_not_finite_after_a_final_restart_is_the_image_before(world, monkeypatch):
+    real, spoiled = comfy.samplers.CFGGuider.sample, []
+
+    def sample(self, noise, latent, sampler, *rest, **more):
+        out = real(self, noise, latent, sampler, *rest, **more)
+        if isinstance(sampler, comfy.samplers.KSAMPLER):  # the stock one of the restart
+            out[1] = float("nan")
+            spoiled.append(1)
+        return out
+
+    latent = {"samples": torch.zeros(2, 4, 8, 8)}
+    done = optimize(world, **TWO, latent_image=latent)
+    monkeypatch.setattr(comfy.samplers.CFGGuider, "sample", sample)
+    out = optimize(world, **TWO, latent_image=latent, final_restart=0.6)
+    assert spoiled and torch.equal(out.args[0]["samples"][1], done.args[0]["samples"][1])
+    assert not torch.equal(out.args[0]["samples"][0], done.args[0]["samples"][0])
+    assert any("image 1 was not finite after the final restart" in n for n in out.args[2].notices)
 
 
 def test_a_final_restart_keeps_what_a_mask_does_not_cover_and_draws_where_the_noise_does_not_depend_on_a_seed(world):

@@ -96,6 +96,33 @@ def test_a_relative_beta_makes_both_gradients_pull_alike(memory):
         torch.testing.assert_close(result.last, a * (z + step))
 
 
+def test_a_relative_beta_of_nothing_is_refused_and_a_bad_image_does_not_stop_the_others():
+    settings = Settings(iterations=2, beta=0.1, relative_beta=True, regularizer="mira")
+    no_injected_variance = rollout(1, weighting="transition")  # one step: S counts nothing
+    with pytest.raises(RuntimeError, match=r"mira has no gradient at the unchanged noises of image\(s\) \[0, 1\]"):
+        run(settings, steps=1, r=no_injected_variance)
+
+    def broken(x0):
+        r = x0.flatten(1).mean(1)
+        return Score(torch.stack([r[0], r[1] * math.nan]), {}, x0.detach())
+
+    plain, scaled = (
+        run(Settings(iterations=2, beta=0.1, relative_beta=True, regularizer="mira", loss_scale=s), broken).trace.of(0)
+        for s in (1.0, 1024.0)
+    )
+    assert plain[0]["beta"] == pytest.approx(scaled[0]["beta"], rel=1e-4) != 0.1
+
+
+def test_dual_ascent_of_a_relative_beta_has_a_relative_floor():
+    settings = dict(iterations=4, beta=1e-9, relative_beta=True, regularizer="mira", hold="dual_ascent", lr=1e-4,
+                    drift_limit=10.0, drift_metric="path_kl")  # fmt: skip
+    betas = [[row["beta"] for row in run(Settings(**settings), scaled).trace.of(0)] for scaled in (
+        mean_reward, lambda x0: Score(1e-3 * x0.flatten(1).mean(1), {}, x0.detach()),
+    )]  # fmt: skip
+    for one, thousandth in zip(*betas, strict=True):
+        assert one == pytest.approx(1000 * thousandth, rel=1e-3)
+
+
 def test_the_record_has_every_surrogate_and_the_truth():
     result = run(Settings(iterations=3))
     rows = result.trace.of(1)
@@ -345,7 +372,8 @@ def test_no_gradient_is_said_and_not_optimised():
         ({"iterations": -1}, "iterations is -1"),
         ({"lr": 0}, "lr is 0"),
         ({"regularizer": "kl"}, "choose one of mira"),
-        ({"relative_beta": True, "beta": 0.1, "regularizer": "path_kl"}, "that of path_kl is zero there"),
+        ({"relative_beta": True, "beta": 0.1, "regularizer": "path_kl"}, "that of path_kl is zero or chance there"),
+        ({"relative_beta": True, "beta": 0.1, "regularizer": "chi"}, "that of chi is zero or chance there"),
         ({"stop": "drift"}, "needs a drift_limit"),
         ({"stop": "plateau", "patience": 0}, "patience is 0"),
     ],

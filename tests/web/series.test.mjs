@@ -25,6 +25,11 @@ test("iteration 0 begins a new run, with previews and settings of its own", () =
   assert.deepEqual([again.rows.length, again.previews, again.settings], [2, {}, {}]);
 });
 
+test("a run that goes on from its first iteration keeps that one's preview", () => {
+  const run = after(step(0, { previews: { 0: { filename: "a" } }, preview: null }), step(1, { preview: { filename: "b" } }));
+  assert.deepEqual(Object.keys(run.previews), ["0", "1"]);
+});
+
 test("a step whose preview could not be stored is drawn all the same", () => {
   const run = after(step(0), step(1, { preview: null }));
   assert.deepEqual([run.rows.length, run.previews], [4, {}]);
