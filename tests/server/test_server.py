@@ -232,9 +232,11 @@ def test_what_was_cancelled_goes_on_when_it_is_queued_again(server, quickstart, 
             return seen, steps_of(again), steps_of(cached), [o[node]["mira"][0] for o in (outputs, anew)], images
 
     seen, again, cached, (one, other), images = asyncio.run(go())
-    assert 2 <= seen < count and not cached and seen - 1 <= count - len(again) <= seen
-    # The first that is told has what was there before, too.
-    assert [r["iteration"] for r in again[0]["rows"]] == list(range(count - len(again) + 1))
+    told, *new = again  # what was there before comes first, and at once
+    done = len(told["rows"])
+    assert 2 <= seen < count and not cached and seen - 1 <= done <= seen
+    assert [r["iteration"] for r in told["rows"]] == list(range(done)) and len(told["previews"]) == done
+    assert [step["iteration"] for step in new] == list(range(done, count))
     assert [r["reward"] for r in one["rows"]] == [r["reward"] for r in other["rows"]] and len(one["rows"]) == count
     assert (images[0] == images[1]).all() and one["previews"].keys() == other["previews"].keys()
     assert any("went on from iteration" in n for n in one["notices"]) and "went on" not in str(other["notices"])
@@ -254,7 +256,7 @@ def test_more_iterations_go_on_from_the_last(server, quickstart):
             return len(steps_of(more)), len(steps_of(anew)), outputs[node]["mira"][0], images
 
     more, anew, record, (one, other) = asyncio.run(go())
-    assert (more, anew) == (3, 6) and len(record["rows"]) == 6 and (one == other).all()
+    assert (more, anew) == (1 + 3, 6) and len(record["rows"]) == 6 and (one == other).all()
 
 
 def test_a_client_that_comes_back_goes_on_listening(server, quickstart):
