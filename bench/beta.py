@@ -15,7 +15,7 @@ import time
 
 from bench.front import judge_module
 from bench.grid import Failure, Store
-from bench.restart import COLUMNS, Variant, against, path_of, run
+from bench.restart import COLUMNS, Variant, against, file_run, gather, path_of, run
 from bench.tables import write
 from testing.pack import ROOT, mira
 from testing.world import World, demo
@@ -53,16 +53,9 @@ def variant(plan: str, reading: str, share: float) -> Variant:
 
 
 def read_rows() -> dict[tuple, list[dict]]:
-    """By (reward, plan, reading, share), of the runs that are here; as rows of docs/results/beta_rows.csv."""
-    path, rows = OUT / "beta_rows.csv", []
-    for file in sorted(RAW.glob("*.csv")):
-        of = dict(zip(("optimised", "plan", "reading", "share"), file.stem.split("-"), strict=True))
-        rows += [
-            of | {k: v if k == "animal" else f"{float(v):.5g}" for k, v in row.items() if v != ""}
-            for row in csv.DictReader(file.open())
-        ]
-    if rows:
-        write(path, rows)
+    """By (reward, plan, reading, share), from the rows that stand in docs/results."""
+    path = OUT / "beta_rows.csv"
+    gather(RAW, path, ("optimised", "plan", "reading", "share"))
     runs: dict[tuple, list[dict]] = {}
     for row in csv.DictReader(path.open()):
         numbers = {k: float(row[k]) for k in ("iterate", "mira", "path_kl", *COLUMNS)}
@@ -122,8 +115,7 @@ def main() -> None:
                     start = time.perf_counter()
                     chosen = variant(plan, reading, share)
                     rows, _ = run(world, judge, clip, chosen, reward, part=0, steps=STEPS, seed=0, count=COUNT)
-                    write(path.with_suffix(".tmp"), rows)
-                    path.with_suffix(".tmp").replace(path)
+                    file_run(path, rows)
                     print(path.stem, f"{time.perf_counter() - start:.0f} s", flush=True)
     report()
 

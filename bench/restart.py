@@ -12,6 +12,7 @@ import csv
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -225,24 +226,33 @@ LEVELS = {
 }  # fmt: skip
 
 
-def gather() -> None:
-    """The rows of all runs that are here, in place of the same ones of docs/results/restart_rows.csv."""
-    path, kept, new = OUT / "restart_rows.csv", [], []
-    for file in sorted(RAW.glob("*.csv")):
-        of = dict(zip(("variant", "optimised", "steps", "part", "seed"), file.stem.split("-"), strict=True))
+NAMES = ("variant", "optimised", "steps", "part", "seed")  # of a run, as its file has them
+
+
+def file_run(path: Path, rows: list[dict]) -> None:
+    """Whole or not at all."""
+    write(path.with_suffix(".tmp"), rows)
+    path.with_suffix(".tmp").replace(path)
+
+
+def gather(raw: Path, path: Path, names: tuple[str, ...]) -> None:
+    """The rows of all runs in `raw`, whose files are called by `names`, in place of the same ones of `path`."""
+    kept, new = [], []
+    for file in sorted(raw.glob("*.csv")):
+        of = dict(zip(names, file.stem.split("-"), strict=True))
         for row in csv.DictReader(file.open()):
             new.append(of | {k: v if k == "animal" else f"{float(v):.5g}" for k, v in row.items() if v != ""})
-    here = {tuple(r[k] for k in ("variant", "optimised", "steps", "part", "seed")) for r in new}
+    here = {tuple(r[k] for k in names) for r in new}
     if path.is_file():
         known = csv.DictReader(path.open())
-        kept = [r for r in known if tuple(r[k] for k in ("variant", "optimised", "steps", "part", "seed")) not in here]
+        kept = [r for r in known if tuple(r[k] for k in names) not in here]
     if new:
         write(path, kept + new)
 
 
 def report() -> None:
     """From the rows that stand in docs/results."""
-    gather()
+    gather(RAW, OUT / "restart_rows.csv", NAMES)
     runs: dict[tuple, list[dict]] = {}
     for row in csv.DictReader((OUT / "restart_rows.csv").open()):
         of = (row["optimised"], int(row["steps"]), row["variant"])
@@ -310,8 +320,7 @@ def main() -> None:
                     rows, observer = run(world, judge, clip, VARIANTS[name], reward, part, args.steps, seed)
                     shown = observer.shown
                     sheet(torch.cat(shown[:: max(1, len(shown) // 6)]), COUNT, path.with_suffix(".jpg"))
-                    write(path.with_suffix(".tmp"), rows)
-                    path.with_suffix(".tmp").replace(path)
+                    file_run(path, rows)
                     last = [r for r in rows if r["iterate"] == rows[-1]["iterate"]]
                     mean = {c: round(sum(r[c] for r in last) / len(last), 3) for c in COLUMNS}
                     print(path.stem, mean, f"{time.perf_counter() - start:.0f} s", flush=True)

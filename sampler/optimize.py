@@ -383,21 +383,20 @@ def _evaluated(rollout: Rollout, score: Callable, state: _State, settings: Setti
         drift = surrogates[settings.drift_metric]
         if not gradient:
             return _Evaluation(path, result, surrogates, drift, loss)
-        found = torch.autograd.grad(loss.sum() * state.loss_scale, state.z, allow_unused=True)
-        grads = [
-            torch.zeros_like(z) if g is None else g / state.loss_scale for g, z in zip(found, state.z, strict=True)
-        ]
+        grads = _gradients(loss, state)
     return _Evaluation(path.detach(), result, surrogates, drift, loss.detach(), grads, _norm(grads))
+
+
+def _gradients(values: Tensor, state: _State, retain_graph: bool = False) -> list[Tensor]:
+    """Of (B,) values with respect to what is optimised; zero where they do not depend on it."""
+    total = values.sum() * state.loss_scale
+    found = torch.autograd.grad(total, state.z, retain_graph=retain_graph, allow_unused=True)
+    return [torch.zeros_like(z) if g is None else g / state.loss_scale for g, z in zip(found, state.z, strict=True)]
 
 
 def _make_absolute(reward: Tensor, penalty: Tensor, state: _State, settings: Settings) -> None:
     """beta, so far in units of |grad r| / |grad R| with respect to the noises, as the loss takes it."""
-    norms = []
-    for value in (reward, penalty):
-        found = torch.autograd.grad(value.sum() * state.loss_scale, state.z, retain_graph=True, allow_unused=True)
-        norms.append(
-            _norm([torch.zeros_like(z) if g is None else g for g, z in zip(found, state.z, strict=True)]).cpu()
-        )
+    norms = [_norm(_gradients(values, state, retain_graph=True)).cpu() for values in (reward, penalty)]
     ratio, known = norms[0] / norms[1], torch.isfinite(reward.detach()).cpu()
     if images := torch.nonzero(known & (norms[1] == 0)).flatten().tolist():
         raise NoGradient(

@@ -119,7 +119,7 @@ async def choose(request: web.Request) -> web.Response:
     prompt, node, token, answer, client = (
         body.get(k) for k in ("prompt_id", "node_id", "token", "choice", "client_id")
     )
-    if answer not in WORDS if isinstance(answer, str) else type(answer) is not int or answer < 1:
+    if not (answer in WORDS if isinstance(answer, str) else type(answer) is int and answer >= 1):
         return refusal(400, f"choice is {answer!r}: it must be an image's place, from 1, or one of {', '.join(WORDS)}")
     with _lock:
         pending = _pending.get(str(node))
