@@ -575,7 +575,12 @@ def test_the_first_minute(own_editor):
     editor.shot("first_search")
     page.keyboard.press("Enter")
     wait_for(editor, lambda: editor.js(f"() => app.graph.nodes.some(n => n.comfyClass === '{OPTIMIZER}')"), "the node")
-    page.mouse.click(420, 300)
+
+    def placed() -> bool:  # a new editor carries it at the pointer, and no node takes a click until it is put down
+        page.mouse.click(420, 300)
+        return not editor.js("() => app.graph.nodes.some(n => n.flags.ghost)")
+
+    wait_for(editor, placed, "the node put down")
     editor.js(LINKED)
     editor.set("EmptyLatentImage", width=64, height=64)
     editor.set(OPTIMIZER, steps=4, iterations=6, seed=zlib.crc32(editor.label.encode()))
