@@ -12,7 +12,8 @@ import torch
 from bench.grid import Failure, Store
 from testing.pack import mira
 
-cmmd = mira("sampler.statistics").cmmd
+statistics = mira("sampler.statistics")
+cmmd = statistics.cmmd
 AGAINST = "dno"
 COLUMNS = (
     "reward", "adherence", "top1", "clip_score", "hps", "pickscore", "mira", "mira_two_sided", "score_distance",
@@ -145,7 +146,10 @@ def summary(results: Results, target: str, method: str) -> dict:
     )
     out["reward_se_seeds"] = (means.std() / len(means) ** 0.5).item() if len(means) > 1 else math.nan
     if results.base_clip is not None:
-        out["cmmd"] = cmmd(results.clip(target, method), results.base_clip)
+        mine = results.clip(target, method)
+        out["cmmd"] = cmmd(mine, results.base_clip)
+        if min(len(mine), len(results.base_clip)) > 2:
+            out["spectral_distance"] = statistics.spectral_distance(mine, results.base_clip)
     images = results.shared(target, method, AGAINST)
     mine, other = results.finals[target, method], results.finals.get((target, AGAINST), {})
     if images and method != AGAINST:
@@ -319,7 +323,7 @@ MAIN = {
     "method": "method", "images": "images", "reward": "reward", "reward_over_dno": "over DNO",
     "adherence": "adherence", "adherence_over_dno": "over DNO", "top1": "top 1", "clip_score": "CLIPScore",
     "hps": "HPS", "pickscore": "PickScore",
-    "cmmd": "CMMD", "natural": "natural", "win_rate": "wins over DNO", "path_kl": "path KL",
+    "cmmd": "CMMD", "spectral_distance": "spectral distance", "natural": "natural", "win_rate": "wins over DNO", "path_kl": "path KL",
     "score_distance": "score distance", "forward": "forward", "backward": "backward", "seconds": "seconds",
 }  # fmt: skip
 TOGETHER = {"method": "method", "rewards": "rewards", "images": "images", "share": "gain / DNO's", "share_se": "±",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..rewards.clip import Similarity
 from ..rewards.half import place_of
-from ..sampler.statistics import cmmd, pareto, spread
+from ..sampler.statistics import cmmd, pareto, spectral_distance, spread
 from ..sampler.surrogates import SURROGATES
 from ..sampler.trace import Trace
 from .editor.plot import COLOURS, Line, Panel, draw
@@ -139,6 +139,8 @@ def measure(run: Run, metric: str, clip: Any, prompt: str, base: dict | None) ->
             out["distance_to_base"] = distances.mean().item()
             if len(embeddings) > 1:
                 out["cmmd"] = cmmd(embeddings, base["embeddings"])
+            if len(embeddings) > 2:
+                out["spectral_distance"] = spectral_distance(embeddings, base["embeddings"])
     out["noise"] = noise_warnings(run.trace)
     return out
 
@@ -206,7 +208,8 @@ def at_equal_drift(runs: list[Run], metric: str) -> list[str]:
 
 
 def text_of(rows: list[dict], extra: list[str]) -> str:
-    columns = ["reward_plain", "reward", "gain", "drift", *SURROGATES, "clip_score", "distance_to_base", "cmmd"]
+    columns = ["reward_plain", "reward", "gain", "drift", *SURROGATES]
+    columns += ["clip_score", "distance_to_base", "cmmd", "spectral_distance"]
     used = [c for c in columns if any(isinstance(r.get(c), float) and math.isfinite(r[c]) for r in rows)]
     # A line per number, a column per run: nodes are narrow.
     table = [["", *(r["run"] for r in rows)]]

@@ -74,6 +74,25 @@ def cmmd(x: Tensor, y: Tensor, sigma: float = 10.0, scale: float = 1000.0) -> fl
     return (scale * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))).item()
 
 
+def spectral_distance(x: Tensor, y: Tensor) -> float:
+    """How differently two sets of embeddings vary, x (N, D) against y (M, D); 0: alike, 1: the images of x are one.
+
+    The distance of the eigenvalues of the sets' covariances, each in order, over their norm in y (our reading of the
+    diversity measure of Annealed Importance Guidance, arXiv 2409.06493). A set that has moved as a whole has not
+    changed: that is what `cmmd` sees. Spectra depend on how many images they are of, so only the first min(N, M) of
+    each count. NaN for a y whose images are all the same. Raises ValueError for fewer than three.
+    """
+    n = min(len(x), len(y))
+    if n < 3:
+        raise ValueError(f"the variety of {len(x)} and {len(y)} image(s) cannot be compared: give at least 3 of each")
+
+    def eigenvalues(a: Tensor) -> Tensor:
+        return torch.linalg.svdvals(a[:n].double() - a[:n].double().mean(0)).square() / (n - 1)
+
+    mine, theirs = eigenvalues(x), eigenvalues(y)
+    return ((mine - theirs).norm() / theirs.norm()).item() if theirs.any() else math.nan
+
+
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the (drift, reward) points that no other beats in both: less drift and more reward."""
     front, best = [], -math.inf

@@ -83,6 +83,18 @@ def test_a_verdict_by_the_base_models_own_spread(runs, decode, base):
     assert "at equal drift" in out.args[1]
 
 
+def test_a_batch_whose_images_are_alike_is_told_from_one_that_varies(base):
+    rows = [{"iteration": 0, "image": b, "reward": 0.5, "path_kl": 0.0} for b in range(4)]
+    trace = Trace({}, rows, [0] * 4, ["done"] * 4)
+    clip = execute(nodes.MiraDemoCLIPScore).args[0]
+    table = watch(
+        trace_1=trace, trace_2=trace, images_1=base[:4], images_2=base[:1].expand(4, -1, -1, -1), base_images=base,
+        clip=clip,
+    ).args[1]  # fmt: skip
+    values = next(line.split() for line in table.splitlines() if "spectral_distance" in line)[1:]
+    assert [float(v) for v in values] == [0, 1]
+
+
 def test_the_plot_is_an_image(runs):
     (plot,) = watch(trace_1=runs["white"].result.trace).args[:1]
     assert plot.shape == (1, 400, 1680, 3) and plot.min() >= 0 and plot.max() <= 1

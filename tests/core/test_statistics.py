@@ -2,7 +2,15 @@ import math
 
 import pytest
 import torch
-from mira.sampler.statistics import cmmd, expected, noise_statistics, pareto, spectrum, spread
+from mira.sampler.statistics import (
+    cmmd,
+    expected,
+    noise_statistics,
+    pareto,
+    spectral_distance,
+    spectrum,
+    spread,
+)
 from mira.sampler.trace import Trace
 
 
@@ -64,6 +72,25 @@ def test_cmmd_is_the_formulas():
     assert cmmd(x, x) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="CMMD compares two sets of images, but has 1 and 5"):
         cmmd(x[:1], y)
+
+
+def test_the_spectral_distance_sees_variety_and_nothing_else():
+    g = torch.Generator().manual_seed(0)
+    y = torch.randn(6, 9, generator=g)
+    turn = torch.linalg.qr(torch.randn(9, 9, generator=g))[0]
+    assert spectral_distance(y @ turn + 3, y) == pytest.approx(0, abs=1e-5)
+    assert spectral_distance(y[:1].expand(6, -1), y) == pytest.approx(1)
+    # Halved deviations have a quarter of every eigenvalue.
+    assert spectral_distance(y / 2, y) == pytest.approx(3 / 4, rel=1e-5)
+    # By hand, in two dimensions: variances (2, 0.5) against (0.5, 8).
+    x = torch.tensor([[2.0, 0], [-2, 0], [0, 1], [0, -1], [0, 0]])
+    z = torch.tensor([[1.0, 0], [-1, 0], [0, 4], [0, -4], [0, 0]])
+    assert spectral_distance(x, z) == pytest.approx(math.hypot(2 - 8, 0.5 - 0.5) / math.hypot(8, 0.5))
+    assert spectral_distance(torch.cat([x, x + 9]), z) == spectral_distance(x, z)  # as many of each
+    for few in (x[:2], z[:2]):
+        with pytest.raises(ValueError, match="at least 3 of each"):
+            spectral_distance(few, z)
+    assert math.isnan(spectral_distance(x, z[:1].expand(5, -1)))
 
 
 def test_pareto_front():
