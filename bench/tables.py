@@ -323,7 +323,8 @@ MAIN = {
     "method": "method", "images": "images", "reward": "reward", "reward_over_dno": "over DNO",
     "adherence": "adherence", "adherence_over_dno": "over DNO", "top1": "top 1", "clip_score": "CLIPScore",
     "hps": "HPS", "pickscore": "PickScore",
-    "cmmd": "CMMD", "spectral_distance": "spectral distance", "natural": "natural", "win_rate": "wins over DNO", "path_kl": "path KL",
+    "cmmd": "CMMD", "spectral_distance": "spectral distance", "natural": "natural", "win_rate": "wins over DNO",
+    "path_kl": "path KL",
     "score_distance": "score distance", "forward": "forward", "backward": "backward", "seconds": "seconds",
 }  # fmt: skip
 TOGETHER = {"method": "method", "rewards": "rewards", "images": "images", "share": "gain / DNO's", "share_se": "±",

@@ -63,6 +63,21 @@ def own_control(args: dict) -> dict:
     return args | {"c": args["c"] | {"control": {k: list(v) for k, v in control.items()}}}
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether two clones' options or patches are the same things in the same places; what is in doubt is not."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a is b or (isinstance(a, (str, int, float)) and a == b)
+
+
+def is_untuned(tuned: ModelPatcher, model: ModelPatcher) -> bool:
+    """Whether `tuned` is `model` with nothing changed, as Load LoRA leaves it when no name in the file fits."""
+    parts = ("patches", "object_patches", "hook_patches", "model_options", "wrappers", "injections")
+    return tuned.model is model.model and all(same(getattr(tuned, p), getattr(model, p)) for p in parts)
+
+
 def on_its_own(tuned: ModelPatcher, model: ModelPatcher) -> ModelPatcher:
     """A patcher of `tuned` that can be loaded beside `model`: a LoRA's clone shares the base model's weights, which
     hold either with it or without it, so it gets a copy of its own.
@@ -139,6 +154,12 @@ class MiraRLGuidance(io.ComfyNode):
         if base_kind != tuned_kind or latents[0] != latents[1]:
             raise ValueError(
                 f"{RLG}: model is a {base_kind} and tuned a {tuned_kind}: use a reward-tuned version of the same model"
+            )
+        if is_untuned(tuned, model):
+            raise ValueError(
+                f"{RLG}: tuned is the model itself, so there is nothing to blend: connect a tuned checkpoint, or a "
+                "model with a LoRA. If there is one, no name in its file fitted (ComfyUI's log has them as 'lora key "
+                "not loaded'): docs/tuned.md shows which files load, and renames the others"
             )
         kinds = [m.get_model_object("model_sampling") for m in (model, tuned)]
         if float(kinds[0].sigma_max) != float(kinds[1].sigma_max):

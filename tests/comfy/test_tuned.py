@@ -1,0 +1,127 @@
+"""Which layouts of reward-tuned networks ComfyUI's own loaders take: docs/tuned.md, row by row."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+import comfy.model_detection
+import comfy.ops
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from testing.networks import SD15
+from testing.pack import ROOT, mira
+
+from .test_families import made
+
+nodes = mira("nodes")
+PAGE = (ROOT / "docs" / "tuned.md").read_text()
+
+
+def attention(model) -> tuple[str, str]:
+    """(Diffusers' name, ComfyUI's) of a layer that all of these tune."""
+    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    module = next(n for n in names if n.endswith("attn1.to_q.weight")).removesuffix(".weight")
+    return module, f"diffusion_model.{names[module + '.weight']}"
+
+
+def lora(weight: torch.Tensor, down: str, up: str) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return {
+        down: torch.randn(2, weight.shape[1], generator=g) * 0.1,
+        up: torch.randn(weight.shape[0], 2, generator=g) * 0.1,
+    }
+
+
+KOHYA = ("lora_unet_{flat}.lora_down.weight", "lora_unet_{flat}.lora_up.weight")
+PROCESSOR = ("{processor}_lora.down.weight", "{processor}_lora.up.weight")
+FIT = {"kohya": KOHYA, "processor": PROCESSOR, "unet processor": tuple(f"unet.{n}" for n in PROCESSOR)}
+PEFT = ("lora_A.weight", "lora_B.weight")
+UNFIT = {
+    "unet. PEFT": tuple(f"unet.{{module}}.{n}" for n in PEFT),
+    "PEFT": tuple(f"base_model.model.{{module}}.{n}" for n in PEFT),
+    "unet. Diffusers": ("unet.{module}.lora.down.weight", "unet.{module}.lora.up.weight"),
+}
+
+
+def named(model, layout: tuple[str, str]) -> tuple[str, dict[str, torch.Tensor]]:
+    module, name = attention(model)
+    forms = dict(module=module, flat=module.replace(".", "_"), processor=module.replace(".to_", ".processor.to_"))
+    return name, lora(model.model.state_dict()[name], *(n.format(**forms) for n in layout))
+
+
+@torch.inference_mode()
+def with_lora(model, tensors):
+    return comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0)[0]
+
+
+def blend(model, tuned):
+    with torch.inference_mode():
+        return nodes.MiraRLGuidance.execute(model, tuned, 1.5, "constant", 1.0).args[0]
+
+
+@pytest.mark.parametrize("layout", FIT.values(), ids=list(FIT))
+def test_a_lora_that_fits_is_blended(world, layout):
+    name, tensors = named(world.model, layout)
+    tuned = with_lora(world.model, tensors)
+    assert list(tuned.patches) == [name]
+    base, one = (world.ksampler(model=m, steps=3, seed=5) for m in (world.model, tuned))
+    beyond = world.ksampler(model=blend(world.model, tuned), steps=3, seed=5)
+    assert (one - base).abs().max() > 0 and (beyond - one).abs().max() > 0
+
+
+@pytest.mark.parametrize("layout", UNFIT.values(), ids=list(UNFIT))
+def test_one_that_does_not_fit_is_refused_and_fits_once_renamed(world, layout, tmp_path):
+    name, tensors = named(world.model, layout)
+    tuned = with_lora(world.model, tensors)
+    assert not tuned.patches
+    with pytest.raises(ValueError, match=r"tuned is the model itself.*docs/tuned\.md"):
+        blend(world.model, tuned)
+    save_file(tensors, tmp_path / "old.safetensors")
+    code = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL).group(1)
+    subprocess.run([sys.executable, "-c", code, "old.safetensors", "new.safetensors"], cwd=tmp_path, check=True)
+    renamed = load_file(tmp_path / "new.safetensors")
+    assert list(with_lora(world.model, renamed).patches) == [name]
+    expected = named(world.model, KOHYA)[1]
+    assert all(torch.equal(renamed[n], expected[n]) for n in expected)
+    blend(world.model, with_lora(world.model, renamed))
+
+
+def test_the_same_weights_with_other_options_are_another_model(world):
+    patched = world.model.clone()
+    patched.set_model_sampler_cfg_function(lambda args: args["cond"])
+    blend(world.model, patched)
+    with pytest.raises(ValueError, match="tuned is the model itself"):
+        blend(patched, patched.clone())
+    with pytest.raises(ValueError, match="tuned is the model itself"):
+        blend(world.model, world.model)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "base_model.model."])
+def test_peft_names_fit_sd3(prefix):
+    model = made("SD3")[0]
+    names = comfy.utils.mmdit_to_diffusers(model.model.model_config.unet_config, output_prefix="diffusion_model.")
+    module = next(n for n in names if n.endswith("attn.to_out.0.weight")).removesuffix(".weight")
+    weight = model.model.state_dict()[names[f"{module}.weight"]]
+    tensors = lora(weight, *(f"{prefix}{module}.{n}" for n in PEFT))
+    assert list(with_lora(model, tensors).patches) == [names[f"{module}.weight"]]
+
+
+def test_a_unet_as_diffusers_saves_it_is_recognised_to_its_last_tensor():
+    """Of SD1.5's full size, without its bytes."""
+    with torch.device("meta"):
+        network = openaimodel.UNetModel(**SD15, operations=comfy.ops.manual_cast)
+    mine = network.state_dict()
+    names = comfy.utils.unet_to_diffusers(SD15)
+    theirs = {name: mine[own] for name, own in names.items() if own in mine}
+    found = comfy.model_detection.model_config_from_diffusers_unet(theirs)
+    assert isinstance(found, comfy.supported_models.SD15)
+    back = comfy.utils.unet_to_diffusers(found.unet_config)
+    assert {back[name] for name in theirs} == set(mine)
