@@ -20,7 +20,7 @@ from bench.front import LR, host, judge_module, rewards
 from bench.grid import Failure, Store
 from bench.methods import DEFAULT, GRADIENT_STEPS
 from bench.model import sheet
-from bench.spectral import SHARES, register
+from bench.spectral import register
 from bench.tables import write
 from testing.pack import ROOT, mira
 from testing.world import World, demo
@@ -33,6 +33,7 @@ COUNT = 15  # animals in a batch
 RESAMPLES = 1000
 COLUMNS = ("passes", "reward", "adherence", "clip_score")
 HELD = {"hold": "projection", "drift_metric": "path_kl", "drift_limit": 0.05, "keep": "best_within_drift"}
+SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # of an injected noise, that the reward chooses
 ROUNDS = {"iterations": 16, "rounds": 4, "lr": 0.04}
 
 
@@ -40,7 +41,7 @@ ROUNDS = {"iterations": 16, "rounds": 4, "lr": 0.04}
 class Variant:
     """settings: over those of plain optimisation. then: every iterate restarted once from this share of the schedule.
     seed: added to the study's. weighting, gradient_steps: the job's. shares: a "path" of single trajectories instead,
-    each steered by so much (bench/spectral.py)."""
+    each with so much of its noise chosen by the reward."""
 
     settings: dict = field(default_factory=dict)
     then: float = 0.0
@@ -158,13 +159,14 @@ def run(
 
 
 def steered(job, observer: Observer, shares: tuple[float, ...]) -> list[dict]:
+    """Four passes each: the plain sample, and one with a backward pass at every step."""
     job.on_iteration = lambda k, rows, score: None
     for k, share in enumerate(shares):
         job.settings = SearchSettings(method="ntrk", particles=1, radius=share or 1e-6)
         with torch.inference_mode():
             done = host.run(job, host.searching)
             images = host.decode(job.vae, done.latent).clone()
-        observer.look(k, images, 3.0, {a: {} for a in observer.animals})
+        observer.look(k, images, 4.0, {a: {} for a in observer.animals})
     for row in observer.rows:
         row["kept"] = int(row["iterate"] == len(shares) - 1)
     return observer.rows

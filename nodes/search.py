@@ -62,10 +62,10 @@ def can_steer(method: str, sampler: Any, model_sampling: Any, values: dict) -> N
             f"{NODE}: steps is {values['steps']}, but method {method} looks at particles between two steps: use 2 or "
             "more, or method best_of_n or zero_order"
         )
-    if METHODS[method].copies and not injects_noise(sampler, model_sampling):
+    if METHODS[method].injects and not injects_noise(sampler, model_sampling):
+        use = "by which particles part" if METHODS[method].copies else "which is what it chooses"
         raise ValueError(
-            f"{NODE}: method {method} needs a sampler that injects noise, by which particles part, but {name} injects "
-            f"none: {instead}"
+            f"{NODE}: method {method} needs a sampler that injects noise, {use}, but {name} injects none: {instead}"
         )
     if not goes_in_pieces(sampler, model_sampling):
         raise ValueError(
@@ -111,7 +111,10 @@ def particulars() -> list[io.Input]:
             min=0.01,
             max=1.0,
             step=0.01,
-            tooltip="How far zero_order's candidates and mira_fk's copies are from the best. 1: other seeds.",
+            tooltip=(
+                "How far zero_order's candidates and mira_fk's copies are from the best. 1: other seeds. Of ntrk: the "
+                "share of every injected noise that the reward chooses: 0.2 is gentle, 0.5 far."
+            ),
         ),
         io.Int.Input(
             "iterations",
@@ -148,12 +151,12 @@ class MiraSearchKSampler(io.ComfyNode):
             category="MIRA Alignment/sampling",
             description=(
                 "A KSampler that samples several candidates of every image and lets the better ones survive: "
-                "Best-of-N, zero-order search, restarts, FK steering, CoDe, DAS, or several MIRA trajectories side by "
-                "side."
+                "Best-of-N, zero-order search, restarts, FK steering, CoDe, DAS, NTRK, or several MIRA trajectories "
+                "side by side."
             ),
             inputs=[
                 *linked_inputs(),
-                MiraReward.Input("reward", tooltip="It needs a gradient for das and mira_fk only."),
+                MiraReward.Input("reward", tooltip="It needs a gradient for das, ntrk and mira_fk only."),
                 *sampling_inputs("Makes the first candidate's noises, as KSampler's does, and all others from there."),
                 io.Combo.Input(
                     "method",
@@ -166,7 +169,9 @@ class MiraSearchKSampler(io.ComfyNode):
                         "the best of several continuations, again and again. das: FK's sequential Monte Carlo with "
                         "proposals that follow the gradient. mira_fk: MIRA on several trajectories, of which the "
                         "best goes on. restarts: the best seed is noised again and painted anew, several times over, "
-                        "and the better image stays: much reward with the prompt kept, and no gradient."
+                        "and the better image stays: much reward with the prompt kept, and no gradient. ntrk: the "
+                        "reward's gradient chooses a part of the noise of every step: far in a single sample, for "
+                        "three times its work."
                     ),
                 ),
                 io.Int.Input(

@@ -1,8 +1,9 @@
 """Search and steering: several particles of one frozen model, of which the better ones survive.
 
 Best-of-N, zero-order search (arXiv 2501.09732), FK steering (arXiv 2501.06848), CoDe (arXiv 2502.00968), DAS (arXiv
-2501.05803) and successive halving; the hybrid of MIRA and FK has a file of its own. All of them sample from, or climb
-within, the model's distribution tilted by exp(strength * reward); none of these needs a gradient but DAS.
+2501.05803), successive halving and NTRK (arXiv 2606.18066); the hybrid of MIRA and FK has a file of its own. They
+sample from, or climb within, the model's distribution tilted towards the reward; none of these needs a gradient but
+DAS and NTRK.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .optimize import Result, Score, Settings
 from .particles import Chain, Particles
 from .resampling import select
 from .rollout import Rollout, per_image
-from .steering import code, das, fk_steering, halving
+from .steering import code, das, fk_steering, halving, ntrk
 
 POTENTIALS = ("max", "difference")
 
@@ -37,7 +38,8 @@ class SearchSettings:
     potential: FK's, "max" over the lineage so far or "difference" of successive rewards.
     ess: resample when the effective sample size falls below this share of the particles.
     restart_denoise: of restarts, to which share of the schedule an image is noised again.
-    radius: how different zero_order's candidates are from their pivot; 1: other seeds.
+    radius: how different zero_order's candidates are from their pivot; 1: other seeds. Of ntrk, the share of an
+        injected noise that the reward chooses.
     tempering: gamma of DAS, whose strength grows as (1 + gamma)^i - 1 over 100 steps, up to 1.
     mira_fk (see `hybrid.py`): `rounds` times `iterations` updates of every particle, with lr, regularizer and beta.
     """
@@ -145,14 +147,15 @@ class Method:
     run: what goes on from the plain sample, (particles, settings) -> (latents, log weights). None: another loop has it,
         `hybrid.hybrid` (optimizes: whole trajectories) or `restart.search_by_restarts` (restarts: whole images).
     gradient: it needs the reward's. steers: it looks at particles that are still noisy. looks: so many times a run, of
-        so many particles, if nothing else is said; 0: at every step. copies: one particle may go on as several, which
-        part by the noise that the sampler injects.
+        so many particles, if nothing else is said; 0: at every step. injects: it needs noises that the sampler injects.
+        copies: one particle may go on as several, which part by those.
     """
 
     run: Callable[[Particles, SearchSettings], tuple[Tensor, Tensor]] | None = None
     gradient: bool = False
     steers: bool = False
     looks: int | Callable[[int], int] = 0
+    injects: bool = True
     copies: bool = True
     optimizes: bool = False
     restarts: bool = False
@@ -163,10 +166,11 @@ METHODS = {
     "zero_order": Method(zero_order),
     "fk_steering": Method(fk_steering, steers=True, looks=5),
     "code": Method(code, steers=True, looks=20),
-    "halving": Method(halving, steers=True, copies=False, looks=lambda n: math.ceil(math.log2(n)) + 1),
+    "halving": Method(halving, steers=True, injects=False, copies=False, looks=lambda n: math.ceil(math.log2(n)) + 1),
     "das": Method(das, gradient=True, steers=True),
     "mira_fk": Method(gradient=True, optimizes=True),
     "restarts": Method(restarts=True),
+    "ntrk": Method(ntrk, gradient=True, steers=True, copies=False),
 }
 
 
@@ -201,10 +205,10 @@ def search(
         raise ValueError(f"method is {settings.method}, which optimises whole trajectories: call `hybrid`")
     if method.restarts:
         raise ValueError(f"method is {settings.method}, which noises whole images: call `search_by_restarts`")
-    if method.steers and method.copies and len(noises) < 2:
+    if method.steers and method.injects and len(noises) < 2:
         raise ValueError(
-            f"method is {settings.method}, whose particles part by the noise that the sampler injects, but here it "
-            "injects none: use an ancestral or SDE sampler and more than one step, or best_of_n or zero_order"
+            f"method is {settings.method}, which works by the noise that the sampler injects, but here it injects "
+            "none: use an ancestral or SDE sampler and more than one step, or best_of_n or zero_order"
         )
     run = Particles(
         chain, rollout, score, noises, count=settings.particles, seed=seed, most=most,

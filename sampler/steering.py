@@ -1,8 +1,8 @@
 """Steering: particles are looked at while they are still noisy, and the promising ones go on.
 
-FK steering (arXiv 2501.06848), CoDe (arXiv 2502.00968), DAS (arXiv 2501.05803), and successive halving (arXiv
-1502.07943) of seeds. Each takes the particles, after their plain sample, to the end and returns the last population and
-its log weights, (P, B, C, ...) and (P, B).
+FK steering (arXiv 2501.06848), CoDe (arXiv 2502.00968), DAS (arXiv 2501.05803), successive halving (arXiv 1502.07943)
+of seeds, and NTRK (arXiv 2606.18066), whose particles do not meet at all. Each takes the particles, after their plain
+sample, to the end and returns the last population and its log weights, (P, B, C, ...) and (P, B).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .candidates import towards
 from .particles import WORST, Particles, Population
 from .resampling import effective, multinomial, select, ssp
+from .whitening import whiten
 
 if TYPE_CHECKING:
     from .search import SearchSettings
@@ -94,6 +96,34 @@ def das(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
     log_weights = log_weights + settings.strength * reward - before
     run.report(run.steps, population, reward, parts, images, True, {"ess": effective(log_weights)})
     return population.x, log_weights
+
+
+def ntrk(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
+    """Noise-tilted reverse kernels: `radius` of every injected noise is the whitened gradient of what is predicted.
+
+    The sampler's mean stays what it is, and its noise as large and as white. Each particle goes its own way to the end.
+    """
+    population, schedule = start(run), run.rollout.schedule
+    for i in range(run.steps):
+        direction = torch.zeros_like(population.x)
+        if schedule[i + 1] > 0:
+            population.x0, gradient, found = run.gradient(population.x, schedule[i], settings.loss_scale)
+            direction = torch.stack([whiten(g) for g in gradient])
+        else:  # the step to no noise at all injects none
+            run.predict(population, i)
+            found = run.score(population.x0)
+        if i:
+            run.report(i, population, *found, False)
+
+        def drawn(some: Sequence[int], call: int, like: Tensor, direction: Tensor = direction) -> Tensor:
+            fresh, along = run.fresh(some, like), direction[list(some)].to(like)
+            (tilted,) = towards([fresh], [along], settings.radius)
+            uphill = along.flatten(2).any(2)[(..., *[None] * (along.ndim - 2))]
+            return torch.where(uphill, tilted, fresh)  # all of it, where the reward has no gradient
+
+        run.advance(population, i, i + 1, drawn, population.x0)
+    run.report(run.steps, population, *run.score(population.x), True)
+    return population.x, torch.zeros(run.count, run.batch)
 
 
 def start(run: Particles, from_one: bool = False) -> Population:

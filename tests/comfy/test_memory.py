@@ -107,7 +107,9 @@ def test_nor_any_way_of_optimising(world, settings):
     flat(run)
 
 
-@pytest.mark.parametrize("method", ["best_of_n", "zero_order", "fk_steering", "code", "das", "mira_fk", "restarts"])
+@pytest.mark.parametrize(
+    "method", ["best_of_n", "zero_order", "fk_steering", "code", "das", "ntrk", "mira_fk", "restarts"]
+)
 def test_nor_any_search(world, method):
     def run():
         with torch.inference_mode():

@@ -51,7 +51,7 @@ def test_every_method_gives_what_its_record_says(world, method):
     assert trace.settings["evaluations"] > 3 and trace.settings["method"] == method
 
 
-@pytest.mark.parametrize("method", ["zero_order", "das"])
+@pytest.mark.parametrize("method", ["zero_order", "das", "ntrk"])
 def test_the_same_seed_gives_the_same_bits(world, method):
     one, two = (run(world, method=method).args[0]["samples"] for _ in range(2))
     assert torch.equal(one, two)
@@ -93,7 +93,7 @@ def test_a_black_box_reward_is_searched(world):
         run(world, method="das", reward=JPEG())
 
 
-@pytest.mark.parametrize("method", ["fk_steering", "das"])
+@pytest.mark.parametrize("method", ["fk_steering", "das", "ntrk"])
 def test_masked_and_half_denoised(world, method):
     mask = torch.zeros(1, 1, 128, 128)
     mask[..., :64] = 1
@@ -117,6 +117,10 @@ def test_fewest_steps_and_no_guidance(world, method):
         ({"sampler_name": "euler", "method": "code"}, "injects none: use euler_ancestral, or method best_of_n"),
         ({"sampler_name": "res_multistep", "method": "code"}, "injects none: use euler_ancestral"),
         ({"sampler_name": "sa_solver", "method": "das"}, "would sample otherwise in pieces: use euler_ancestral"),
+        (
+            {"sampler_name": "euler", "method": "ntrk"},
+            "that injects noise, which is what it chooses, but euler injects",
+        ),
         ({"steps": 1, "method": "das"}, "between two steps: use 2 or more"),
         ({"steps": 1, "method": "restarts"}, "a level in between: use 2 or more"),
         ({"steps": 0}, "steps is 0"),

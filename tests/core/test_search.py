@@ -12,6 +12,9 @@ from mira.sampler.optimize import Score
 from mira.sampler.resampling import effective, multinomial, ssp
 from mira.sampler.rollout import Rollout
 from mira.sampler.search import METHODS, SearchSettings, best_of_n_kl, search
+from mira.sampler.seeds import stream
+from mira.sampler.statistics import spectrum
+from mira.sampler.whitening import whiten
 
 STEPS = 24
 # The hybrid and restarts have tests of their own.
@@ -189,7 +192,7 @@ def test_the_record_holds_the_result_and_its_cost(method):
     assert first["path_kl"] == first["latent_distance"] == 0
     assert kept["reward"] == pytest.approx(result.best.flatten()[1].item(), rel=1e-5)
     assert kept["evaluations"] <= result.trace.settings["evaluations"] == sum(calls) / 2
-    assert (result.trace.settings["backwards"] > 0) == (method == "das")
+    assert (result.trace.settings["backwards"] > 0) == METHODS[method].gradient
     if method in STEERING and METHODS[method].copies:  # the last row is of whole paths
         assert result.trace.kept == [result.trace.rows[-1]["iteration"]] * 2
         assert math.isnan(result.trace.of(0)[1]["path_kl"]) and result.trace.of(0)[-1]["path_kl"] > 0
@@ -300,6 +303,73 @@ def test_papers_looks():
     assert SearchSettings("das").looks(3) == [1, 2, 3]
     assert SearchSettings("fk_steering", interval=3).looks(8) == [3, 6, 8]
     assert SearchSettings("code").looks(1) == [1]
+
+
+# -- noise-tilted reverse kernels
+
+
+def along(w):
+    """The reward <w, x> of images of w's shape, and its whitened gradient: on a Gaussian the same at every x."""
+    return value(lambda x: (x * w).flatten(1).sum(1, keepdim=True)), whiten(w[None])[0]
+
+
+def test_ntrk_moves_a_gaussian_by_its_share_along_the_whitened_gradient():
+    """The sampler is linear in its noises there, so the image is what they are: of mean share * u where they are
+    injected, of mean 0 in the initial one, and of variance 1 throughout.
+    """
+    share, shape = 0.4, (1, 32, 32)
+    w = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).cumsum(1)  # far from white
+    score, u = along(w)
+    chain, rollout, z = problem(batch=24, shape=shape)
+    result = search(chain, rollout, score, z, SearchSettings("ntrk", particles=1, radius=share))
+    projected = torch.stack(
+        [(n * u).flatten(1).mean(1) for n in result.best_noises]
+    )  # of 24 images, deviation 1 / 32 each
+    assert projected[0].mean().item() == pytest.approx(0, abs=0.02)
+    assert projected[1:].mean(1).tolist() == pytest.approx([share] * (len(projected) - 1), abs=0.03)
+    assert torch.stack(result.best_noises[1:]).var().item() == pytest.approx(1, abs=0.02)
+    unit = [torch.zeros(1, *shape, dtype=torch.float64) for _ in z]
+    moved = rollout([unit[0], *(u[None] * share for _ in z[1:])]).x0 - rollout(unit).x0
+    expected = (moved * w).sum() / w.norm()
+    found = ((result.particles[0] * w).flatten(1).sum(1) / w.norm()).mean()
+    assert found.item() == pytest.approx(expected.item(), abs=0.6)  # 24 images of deviation 1
+    assert expected > 3
+    assert torch.equal(rollout(result.best_noises).x0, result.best)
+
+
+def test_ntrk_without_a_gradient_is_the_sampler():
+    chain, rollout, z = problem(batch=3, shape=(1, 4, 4))
+    flat = search(chain, rollout, value(lambda x: 0 * x), z, SearchSettings("ntrk", particles=2, radius=0.9))
+    g = [stream(0, p) for p in range(2)]
+    drawn = [torch.stack([torch.randn(3, 1, 4, 4, generator=one) for one in g]) for _ in z]
+    drawn[0][0] = z[0]
+    noises = [d[0].double() for d in drawn[: len(z)]]
+    torch.testing.assert_close(flat.particles[0], rollout(noises).x0)
+
+
+def test_ntrk_keeps_the_best_of_its_particles_and_of_the_plain_sample():
+    chain, rollout, z = problem(batch=2, shape=(1, 8, 8))
+    score, _ = along(torch.randn(1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    one, four = (search(chain, rollout, score, z, SearchSettings("ntrk", particles=n), most=2) for n in (1, 4))
+    ends = [(r.trace.of(b)[-1]["reward"], r.trace.of(b)[0]["reward"]) for r in (one, four) for b in range(2)]
+    assert all(end > plain for end, plain in ends)
+    assert all(ends[2 + b][0] >= ends[b][0] for b in range(2))
+    evaluations = 2 * STEPS  # of one particle: the plain sample's and its own, each prediction made once
+    assert one.trace.settings["evaluations"] == evaluations and one.trace.settings["backwards"] == STEPS - 1
+
+
+def test_whitening_levels_every_ring_and_stays_uphill():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 24, 16, generator=g)
+    smooth = x.cumsum(-1).cumsum(-2) * torch.tensor([1e-9, 1.0, 1e9])[:, None, None, None]
+    white = whiten(smooth)
+    torch.testing.assert_close(white.flatten(1).std(1, correction=0), torch.ones(3))
+    torch.testing.assert_close(spectrum(white), torch.ones(3, 4), atol=0.2, rtol=0)
+    assert spectrum(smooth)[1].max() > 100 * spectrum(smooth)[1].min()
+    assert all((white * smooth).flatten(1).sum(1) > 0)
+    cosine = torch.nn.functional.cosine_similarity(whiten(x).flatten(1), x.flatten(1))
+    assert cosine.min() > 0.95  # noise is white already
+    assert not whiten(torch.zeros(1, 2, 8, 8)).any()
 
 
 # -- successive halving
