@@ -8,7 +8,7 @@
                             the known ones, a path, or all, which writes docs/compatibility.md
     python dev.py fuzz      prompts that nobody would think of, on the real server (--seconds 600, --seed 1)
     python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference, front, restart, beta,
-                            paper, gpu, few-steps; of paper's images: study (a page for people), judge (a
+                            pruning, paper, gpu, few-steps; of paper's images: study (a page for people), judge (a
                             vision-language model)
     python dev.py docs      make again what is made, or some of it: help (pages), examples, thumbnails (of them),
                             pictures (of the nodes)
@@ -71,6 +71,7 @@ BENCHES = {
     "front": "bench.front",
     "restart": "bench.restart",
     "beta": "bench.beta",
+    "pruning": "bench.pruning",
     "gpu": "bench.gpu",
     "few-steps": "bench.few_steps",
     "paper": "bench.paper",

@@ -237,13 +237,20 @@ def file_run(path: Path, rows: list[dict]) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
+def short(value: str) -> str:
+    try:
+        return f"{float(value):.5g}"
+    except ValueError:  # a name
+        return value
+
+
 def gather(raw: Path, path: Path, names: tuple[str, ...]) -> None:
     """The rows of all runs in `raw`, whose files are called by `names`, in place of the same ones of `path`."""
     kept, new = [], []
     for file in sorted(raw.glob("*.csv")):
         of = dict(zip(names, file.stem.split("-"), strict=True))
         for row in csv.DictReader(file.open()):
-            new.append(of | {k: v if k == "animal" else f"{float(v):.5g}" for k, v in row.items() if v != ""})
+            new.append(of | {k: short(v) for k, v in row.items() if v != ""})
     here = {tuple(r[k] for k in names) for r in new}
     if path.is_file():
         known = csv.DictReader(path.open())
