@@ -76,6 +76,11 @@ def preferring(gradient: bool = False, **fixed) -> Method:
     return Method(settings, gradient)
 
 
+def published_dpo(budget: int, reward: str, lr: float, steps: int) -> PreferenceSettings:
+    """Algorithm 2 with the paper's numbers, which cost 300 plain samples whatever the budget is."""
+    return PreferenceSettings(iterations=50, lr=0.01, beta=0.2 if reward == "aesthetic" else 1.0, keep="last_winner")
+
+
 @functools.cache
 def tuned_model():
     """The demo model with its LoRA towards brightness: loaded once, beside the base model."""
@@ -161,9 +166,11 @@ METHODS: dict[str, Method] = {
     "aig": guided(by_tuned_model(1.0, "annealed"), cost=2, only="brightness"),
 }  # fmt: skip
 
-# Not in the comparison unless they are asked for: the ablation of beta, and reward against sampling steps.
+# Not in the comparison unless they are asked for: the ablation of beta, reward against sampling steps, and Algorithm 2
+# at its own cost.
 BETAS, STEPS = (0.05, 0.2, 1.0, 5.0), (4, 16)
 SWEEPS: dict[str, Method] = {f"mira_beta_{b:g}": rival("mira", beta=b, relative_beta=False) for b in BETAS} | {
     f"{name}_steps_{n}": replace(METHODS[name], steps=n) for name in ("dno", "mira", "default") for n in STEPS
 }
+SWEEPS["mira_dpo_published"] = Method(published_dpo, gradient=True)
 ALL = METHODS | SWEEPS
