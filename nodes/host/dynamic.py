@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import weakref
 from typing import Any
 
@@ -15,6 +16,7 @@ import comfy.model_patcher
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
+log = logging.getLogger("mira")
 # Of a network in dynamic VRAM: a plain patcher of its copy, which lives as long as the network does.
 _STILL: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 # What dynamic VRAM writes into a network: how the names begin, and what a class says otherwise.
@@ -30,8 +32,15 @@ def is_dynamic(patcher: ModelPatcher) -> bool:
 def static(patcher: ModelPatcher, what: str, own: bool = False) -> ModelPatcher:
     """The same patches on a copy of the network that stays where it is; a patcher that is not dynamic, as it is.
 
+    Of a model whose work is split over several GPUs (MultiGPU Work Units) only the one on its own device: the others run
+    in threads that know nothing of gradients, and of what is recorded here.
+
     what: node and input, for the error. own: a copy that nobody else is given. Raises ValueError where none can be had.
     """
+    if patcher.get_additional_models_with_key("multigpu"):
+        log.warning("%s is split over several GPUs: it runs on %s alone", what, patcher.load_device)
+        patcher = patcher.clone()
+        patcher.remove_additional_models("multigpu")
     if not is_dynamic(patcher) or "disable_dynamic" not in inspect.signature(patcher.clone).parameters:
         return patcher
     if patcher.injections:

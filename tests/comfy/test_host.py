@@ -222,6 +222,18 @@ def test_area_conditioning(world):
 
 
 @pytest.mark.every_host
+def test_a_model_on_several_gpus_is_optimised_on_its_own(world, caplog):
+    """As MultiGPU Work Units leave it: a clone for every other device."""
+    model, other = world.model.clone(), world.model.clone()
+    other.is_multigpu_base_clone = True
+    model.set_additional_models("multigpu", [other])
+    one, many = world.optimize(), world.optimize(model=model)
+    assert torch.equal(one.latent, many.latent)
+    assert "MIRA: model is split over several GPUs: it runs on" in caplog.text
+    assert model.get_additional_models_with_key("multigpu") == [other]
+
+
+@pytest.mark.every_host
 @pytest.mark.usefixtures("trained")
 def test_controlnet(world):
     """A ControlNet of the demo UNet's shape with random weights."""
