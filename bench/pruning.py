@@ -155,7 +155,9 @@ def report() -> None:
         others = [torch.arange(len(finals)) != animal for animal in range(len(finals))]
         fits = [calibration(predictions[o], finals[o]) for o in others]  # by the other animals
         methods = {"halving": lambda animal, p, f: halved(p, f)}
-        methods |= {f"pruned_{m:g}": lambda animal, p, f, m=m: pruned(p, f, fits[animal], m) for m in MARGINS}
+        methods |= {
+            f"pruned_{m:g}": lambda animal, p, f, m=m, fits=fits: pruned(p, f, fits[animal], m) for m in MARGINS
+        }
         for name, method in methods.items():
             for n in COUNTS:
                 got, passes = resampled(method, predictions, finals, n)

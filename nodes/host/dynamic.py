@@ -32,8 +32,8 @@ def is_dynamic(patcher: ModelPatcher) -> bool:
 def static(patcher: ModelPatcher, what: str, own: bool = False) -> ModelPatcher:
     """The same patches on a copy of the network that stays where it is; a patcher that is not dynamic, as it is.
 
-    Of a model whose work is split over several GPUs (MultiGPU Work Units) only the one on its own device: the others run
-    in threads that know nothing of gradients, and of what is recorded here.
+    Of a model whose work is split over several GPUs (MultiGPU Work Units) only the part on its own device: the others
+    run in threads that know nothing of gradients, and of what is recorded here.
 
     what: node and input, for the error. own: a copy that nobody else is given. Raises ValueError where none can be had.
     """
