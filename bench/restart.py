@@ -34,6 +34,7 @@ RESAMPLES = 1000
 COLUMNS = ("passes", "reward", "adherence", "clip_score")
 HELD = {"hold": "projection", "drift_metric": "path_kl", "drift_limit": 0.05, "keep": "best_within_drift"}
 SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # of an injected noise, that the reward chooses
+FAR = SHARES[-4:]
 ROUNDS = {"iterations": 16, "rounds": 4, "lr": 0.04}
 
 
@@ -41,7 +42,7 @@ ROUNDS = {"iterations": 16, "rounds": 4, "lr": 0.04}
 class Variant:
     """settings: over those of plain optimisation. then: every iterate restarted once from this share of the schedule.
     seed: added to the study's. weighting, gradient_steps: the job's. shares: a "path" of single trajectories instead,
-    each with so much of its noise chosen by the reward."""
+    each with so much of its noise chosen by the reward, and the best of so many `particles`."""
 
     settings: dict = field(default_factory=dict)
     then: float = 0.0
@@ -49,6 +50,7 @@ class Variant:
     weighting: str = "marginal"
     gradient_steps: int = GRADIENT_STEPS
     shares: tuple[float, ...] = ()
+    particles: int = 1
 
 
 def default(**changes) -> Variant:
@@ -82,6 +84,7 @@ VARIANTS = {
     "normalized": Variant({"optimizer": "normalized"}),
     "whitened": Variant({"optimizer": "whitened"}),
     "ntrk": Variant(shares=SHARES),
+    "ntrk_4": Variant(shares=FAR, particles=4),
     "fast": preset("fast"),
     "strong": preset("strong"),
 }
@@ -139,7 +142,7 @@ def run(
         restart_sigmas=lambda share: world.sigmas(steps=steps, denoise=share),
     )  # fmt: skip
     if variant.shares:
-        return steered(job, observer, variant.shares), observer
+        return steered(job, observer, variant), observer
     job.settings = settings
     with torch.inference_mode():
         done = host.run(job)
@@ -158,17 +161,17 @@ def run(
     return observer.rows, observer
 
 
-def steered(job, observer: Observer, shares: tuple[float, ...]) -> list[dict]:
-    """Four passes each: the plain sample, and one with a backward pass at every step."""
+def steered(job, observer: Observer, variant: Variant) -> list[dict]:
+    """The plain sample, and three passes for every particle, which has a backward pass at every step."""
     job.on_iteration = lambda k, rows, score: None
-    for k, share in enumerate(shares):
-        job.settings = SearchSettings(method="ntrk", particles=1, radius=share or 1e-6)
+    for k, share in enumerate(variant.shares):
+        job.settings = SearchSettings(method="ntrk", particles=variant.particles, radius=share or 1e-6)
         with torch.inference_mode():
             done = host.run(job, host.searching)
             images = host.decode(job.vae, done.latent).clone()
-        observer.look(k, images, 4.0, {a: {} for a in observer.animals})
+        observer.look(k, images, 1 + 3 * variant.particles, {a: {} for a in observer.animals})
     for row in observer.rows:
-        row["kept"] = int(row["iterate"] == len(shares) - 1)
+        row["kept"] = int(row["iterate"] == len(variant.shares) - 1)
     return observer.rows
 
 
