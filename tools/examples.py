@@ -185,6 +185,19 @@ def search() -> dict[str, Node]:
     }  # fmt: skip
 
 
+def one_sample() -> dict[str, Node]:
+    return {
+        **demo(),
+        "reward": Node("MiraPixelReward", 1, values={"measure": "brightness"}),
+        "ntrk": Node(
+            "MiraSearchKSampler", 2, "One sample, steered", {**OPTIMISED, "reward": "reward.reward"},
+            {"seed": 7, "steps": 20, "method": "ntrk", "particles": 1},
+        ),
+        **saved("optimized", "ntrk.optimized", 3, "Steered", "mira/one_sample"),
+        **saved("plain", "ntrk.plain", 3, "Plain sample of the same seed", "mira/plain"),
+    }  # fmt: skip
+
+
 def guidance() -> dict[str, Node]:
     shared = {"sampler": "sampler.SAMPLER", "sigmas": "sigmas.SIGMAS", "latent_image": "latent.LATENT"}
     conds = {"model": "model.model", "positive": "positive.CONDITIONING", "negative": "negative.CONDITIONING"}
@@ -490,6 +503,7 @@ EXAMPLES = {
     "mira_img2img": img2img,
     "mira_best_of_n": best_of_n,
     "mira_search_jpeg": search,
+    "mira_one_sample": one_sample,
     "mira_guidance": guidance,
     "mira_relative_reward": relative,
     "mira_reuse_noise": reuse,
@@ -527,6 +541,10 @@ NOTES = {
     "mira_img2img": "An image is painted on with `denoise` 0.6 (under the advanced inputs) and made more colourful.",
     "mira_best_of_n": "Stock KSampler, eight pictures; the two that fit the prompt best are saved.",
     "mira_search_jpeg": "Twelve candidates, of which the ones with smaller files survive while they are painted.",
+    "mira_one_sample": (
+        "No iterations: at every step the reward chooses a part of the noise (`radius`, under the advanced inputs). One "
+        "sample beside the plain one, and much of what the optimising nodes gain."
+    ),
     "mira_guidance": "Two ways without iterations: a noise that attends to every word, and a guider that leans.",
     "mira_relative_reward": (
         "More *3d* and less *flat*, by the demo's CLIP: what it likes in any picture is in both scores and cancels."
