@@ -42,7 +42,8 @@ ROUNDS = {"iterations": 16, "rounds": 4, "lr": 0.04}
 class Variant:
     """settings: over those of plain optimisation. then: every iterate restarted once from this share of the schedule.
     seed: added to the study's. weighting, gradient_steps: the job's. shares: a "path" of single trajectories instead,
-    each with so much of its noise chosen by the reward, and the best of so many `particles`."""
+    each with so much of its noise chosen by the reward, and the best of so many `particles`,
+    each noised again to .6 of the schedule and sampled anew in further `rounds`."""
 
     settings: dict = field(default_factory=dict)
     then: float = 0.0
@@ -51,6 +52,7 @@ class Variant:
     gradient_steps: int = GRADIENT_STEPS
     shares: tuple[float, ...] = ()
     particles: int = 1
+    rounds: int = 1
 
 
 def default(**changes) -> Variant:
@@ -85,6 +87,7 @@ VARIANTS = {
     "whitened": Variant({"optimizer": "whitened"}),
     "ntrk": Variant(shares=SHARES),
     "ntrk_4": Variant(shares=FAR, particles=4),
+    "ntrk_twice": Variant(shares=(0.4, 0.6), rounds=2),
     "fast": preset("fast"),
     "strong": preset("strong"),
 }
@@ -164,14 +167,21 @@ def run(
 def steered(job, observer: Observer, variant: Variant) -> list[dict]:
     """The plain sample, and three passes for every particle, which has a backward pass at every step."""
     job.on_iteration = lambda k, rows, score: None
+    again = 0.6
+    passes = 1 + 3 * variant.particles * (1 + again * (variant.rounds - 1))
     for k, share in enumerate(variant.shares):
-        job.settings = SearchSettings(method="ntrk", particles=variant.particles, radius=share or 1e-6)
+        job.settings = SearchSettings(
+            method="ntrk", particles=variant.particles, radius=share or 1e-6, rounds=variant.rounds,
+            restart_denoise=again,
+        )  # fmt: skip
         with torch.inference_mode():
             done = host.run(job, host.searching)
-            images = host.decode(job.vae, done.latent).clone()
-        observer.look(k, images, 1 + 3 * variant.particles, {a: {} for a in observer.animals})
+            found = [done.latent] if variant.rounds == 1 else [done.latent, done.iterates[-1]]  # the best, and the last
+            images = [host.decode(job.vae, latent).clone() for latent in found]
+        for n, one in enumerate(images):
+            observer.look(k * len(images) + n, one, passes, {a: {} for a in observer.animals})
     for row in observer.rows:
-        row["kept"] = int(row["iterate"] == len(variant.shares) - 1)
+        row["kept"] = int(row["iterate"] == observer.rows[-1]["iterate"])
     return observer.rows
 
 

@@ -136,7 +136,7 @@ def particulars() -> list[io.Input]:
         memory_input(),
         iterate_input(),
         repeatable_input(),
-        restart_denoise_input("Of restarts: how"),
+        restart_denoise_input("Of restarts and ntrk: how"),
         final_restart_input(),
     )
 
@@ -190,7 +190,7 @@ class MiraSearchKSampler(io.ComfyNode):
                     max=1000,
                     tooltip=(
                         "Of zero_order and restarts, each of `particles` candidates, and of mira_fk, each of "
-                        "`iterations`."
+                        "`iterations`. Of ntrk, how often an image is sampled: 1, or 2 with a restart between."
                     ),
                 ),
                 prompt_input(),

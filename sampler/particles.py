@@ -267,8 +267,12 @@ class Particles:
         images: Tensor,
         complete: bool,
         more: dict | None = None,
+        measured: bool = True,
     ) -> Tensor:
-        """A row per image for the best particle; the best image so far is kept. Returns the best particle, (B,)."""
+        """A row per image for the best particle; the best image so far is kept. Returns the best particle, (B,).
+
+        complete: it is an image, not a prediction. measured: and its path one whole, which can be compared.
+        """
         best = reward.argmax(0)
         columns = {"reward": select(reward, best[None])[0]}
         if any(not torch.equal(part, reward) for part in parts.values()):
@@ -277,8 +281,9 @@ class Particles:
         blank = torch.full((self.batch,), math.nan)
         columns |= {name: blank for name in (*SURROGATES, "noise_norm")}
         path = population.path(best, self.rollout.mask)
-        if complete:
+        if complete and measured:
             columns |= {name: f(path, self.reference) for name, f in SURROGATES.items()}
+        if complete:
             columns["noise_norm"] = torch.cat([z.flatten(1) for z in path.noises], 1).square().mean(1).sqrt()
         columns |= more or {}
         rows = rows_of(

@@ -23,16 +23,10 @@ from .keep import Kept, chosen
 from .optimize import Result, Score, Settings, optimize
 from .replay import Segment
 from .resume import Left
-from .rollout import Rollout, per_image
+from .rollout import Rollout
 from .search import SearchSettings
 from .surrogates import SURROGATES
 from .trace import Trace, rows_of
-
-
-def noised(x0: Tensor, sigma: Tensor, z: Tensor, signal: Callable[[Tensor], Tensor] = torch.ones_like) -> Tensor:
-    """x0, z (B, C, ...) at noise level sigma, () or (B,): signal(sigma) x0 + sigma z, the forward process."""
-    sigma = sigma.to(x0).expand(len(x0))
-    return per_image(signal(sigma), x0) * x0 + per_image(sigma, x0) * z
 
 
 def tail(sigmas: Tensor, denoise: float) -> Tensor:

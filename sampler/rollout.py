@@ -36,6 +36,12 @@ def per_image(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def noised(x0: Tensor, sigma: Tensor, z: Tensor, signal: Callable[[Tensor], Tensor] = torch.ones_like) -> Tensor:
+    """x0, z (B, C, ...) at noise level sigma, () or (B,): signal(sigma) x0 + sigma z, the forward process."""
+    sigma = sigma.to(x0).expand(len(x0))
+    return per_image(signal(sigma), x0) * x0 + per_image(sigma, x0) * z
+
+
 def mean_square(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """(B, ...) -> (B,): the mean over elements of x^2, in float32 at least; over the masked part where one is given."""
     square = (x if x.dtype == torch.float64 else x.float()).square()

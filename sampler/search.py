@@ -30,14 +30,15 @@ POTENTIALS = ("max", "difference")
 class SearchSettings:
     """How to search.
 
-    particles: N, how many are alive at once (best_of_n: in all). rounds: of zero_order, each of N candidates.
+    particles: N, how many are alive at once (best_of_n: in all). rounds: of zero_order, each of N candidates; of ntrk,
+        how often an image is sampled.
     interval: sampling steps between two looks at the particles; 0: a fifth of the steps for FK steering, a twentieth
         for CoDe (their papers' 20 and 5 of 100), and for halving as often as it takes to leave one. DAS looks at every
         step.
     strength: lambda of FK steering, 1 / alpha of DAS: the target is p(x) exp(strength r(x)).
     potential: FK's, "max" over the lineage so far or "difference" of successive rewards.
     ess: resample when the effective sample size falls below this share of the particles.
-    restart_denoise: of restarts, to which share of the schedule an image is noised again.
+    restart_denoise: of restarts and ntrk, to which share of the schedule an image is noised again.
     radius: how different zero_order's candidates are from their pivot; 1: other seeds. Of ntrk, the share of an
         injected noise that the reward chooses.
     tempering: gamma of DAS, whose strength grows as (1 + gamma)^i - 1 over 100 steps, up to 1.
@@ -85,13 +86,18 @@ class SearchSettings:
         every = self.interval or max(1, often)
         return [*range(every, steps, every), steps]
 
+    def restart_step(self, steps: int) -> int:
+        """The step, from 0, at which a restart of ntrk begins."""
+        return steps - max(1, round(steps * self.restart_denoise))
+
     def rows(self, steps: int) -> int:
         """How many rows a run has beyond the plain sample's."""
         if self.method == "best_of_n":
             return self.particles - 1
         if METHODS[self.method].restarts:
             return self.rounds + 1
-        return len(self.looks(steps)) if METHODS[self.method].steers else self.rounds
+        again = (self.rounds - 1) * (steps - self.restart_step(steps)) if METHODS[self.method].repaints else 0
+        return len(self.looks(steps)) + again if METHODS[self.method].steers else self.rounds
 
 
 @dataclass
@@ -148,7 +154,7 @@ class Method:
         `hybrid.hybrid` (optimizes: whole trajectories) or `restart.search_by_restarts` (restarts: whole images).
     gradient: it needs the reward's. steers: it looks at particles that are still noisy. looks: so many times a run, of
         so many particles, if nothing else is said; 0: at every step. injects: it needs noises that the sampler injects.
-        copies: one particle may go on as several, which part by those.
+        copies: one particle may go on as several, which part by those. repaints: `rounds` times, each image anew.
     """
 
     run: Callable[[Particles, SearchSettings], tuple[Tensor, Tensor]] | None = None
@@ -157,6 +163,7 @@ class Method:
     looks: int | Callable[[int], int] = 0
     injects: bool = True
     copies: bool = True
+    repaints: bool = False
     optimizes: bool = False
     restarts: bool = False
 
@@ -170,7 +177,7 @@ METHODS = {
     "das": Method(das, gradient=True, steers=True),
     "mira_fk": Method(gradient=True, optimizes=True),
     "restarts": Method(restarts=True),
-    "ntrk": Method(ntrk, gradient=True, steers=True, copies=False),
+    "ntrk": Method(ntrk, gradient=True, steers=True, copies=False, repaints=True),
 }
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .candidates import towards
 from .particles import WORST, Particles, Population
 from .resampling import effective, multinomial, select, ssp
+from .rollout import noised
 from .whitening import whiten
 
 if TYPE_CHECKING:
@@ -101,29 +102,55 @@ def das(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
 def ntrk(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
     """Noise-tilted reverse kernels: `radius` of every injected noise is the whitened gradient of what is predicted.
 
-    The sampler's mean stays what it is, and its noise as large and as white. Each particle goes its own way to the end.
+    The sampler's mean stays what it is, and its noise as large and as white. Each particle goes its own way to the end;
+    in further `rounds` its image is noised again and sampled from there, tilted as before: a restart takes away what no
+    image has, and the tilt brings back what the reward asked for.
     """
-    population, schedule = start(run), run.rollout.schedule
-    for i in range(run.steps):
-        direction = torch.zeros_like(population.x)
-        if schedule[i + 1] > 0:
-            population.x0, gradient, found = run.gradient(population.x, schedule[i], settings.loss_scale)
-            direction = torch.stack([whiten(g) for g in gradient])
-        else:  # the step to no noise at all injects none
-            run.predict(population, i)
-            found = run.score(population.x0)
-        if i:
-            run.report(i, population, *found, False)
-
-        def drawn(some: Sequence[int], call: int, like: Tensor, direction: Tensor = direction) -> Tensor:
-            fresh, along = run.fresh(some, like), direction[list(some)].to(like)
-            (tilted,) = towards([fresh], [along], settings.radius)
-            uphill = along.flatten(2).any(2)[(..., *[None] * (along.ndim - 2))]
-            return torch.where(uphill, tilted, fresh)  # all of it, where the reward has no gradient
-
-        run.advance(population, i, i + 1, drawn, population.x0)
-    run.report(run.steps, population, *run.score(population.x), True)
+    population, first, row = start(run), 0, 0
+    for number in range(settings.rounds):
+        before = population.noises
+        if number:
+            first = settings.restart_step(run.steps)
+            population = restarted(run, population, first)
+        for i in range(first, run.steps):
+            found = tilt(run, population, i, settings)
+            if i > first:
+                row += 1
+                run.report(row, population, *found, False)
+        # A path of more than one stretch has no likelihood to measure; of its noises, as many as a whole one has.
+        population.noises = [*before[: len(before) - len(population.noises)], *population.noises] if number else before
+        row += 1
+        run.report(row, population, *run.score(population.x), True, measured=not number)
     return population.x, torch.zeros(run.count, run.batch)
+
+
+def tilt(
+    run: Particles, population: Population, i: int, settings: SearchSettings
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Step i with noises that lean towards the reward, in place; the score of what was predicted before it."""
+    sigma, after = run.rollout.schedule[i : i + 2]
+    if after > 0:
+        population.x0, gradient, found = run.gradient(population.x, sigma, settings.loss_scale)
+        direction = torch.stack([whiten(g) for g in gradient])
+    else:  # the step to no noise at all injects none
+        run.predict(population, i)
+        direction, found = torch.zeros_like(population.x), run.score(population.x0)
+
+    def drawn(some: Sequence[int], call: int, like: Tensor) -> Tensor:
+        fresh, along = run.fresh(some, like), direction[list(some)].to(like)
+        (tilted,) = towards([fresh], [along], settings.radius)
+        uphill = along.flatten(2).any(2)[(..., *[None] * (along.ndim - 2))]
+        return torch.where(uphill, tilted, fresh)  # all of it, where the reward has no gradient
+
+    run.advance(population, i, i + 1, drawn, population.x0)
+    return found
+
+
+def restarted(run: Particles, population: Population, step: int) -> Population:
+    """Every particle's image at the noise level of a step, with fresh noise."""
+    z, sigma = run.fresh(range(len(population.x)), run.noises[0]), run.rollout.schedule[step]
+    pairs = zip(population.x, z, strict=True)
+    return Population(torch.stack([noised(x0, sigma, n, run.rollout.signal) for x0, n in pairs]))
 
 
 def start(run: Particles, from_one: bool = False) -> Population:

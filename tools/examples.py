@@ -185,15 +185,18 @@ def search() -> dict[str, Node]:
     }  # fmt: skip
 
 
-def one_sample() -> dict[str, Node]:
+def tilted() -> dict[str, Node]:
     return {
         **demo(),
         "reward": Node("MiraPixelReward", 1, values={"measure": "brightness"}),
         "ntrk": Node(
-            "MiraSearchKSampler", 2, "One sample, steered", {**OPTIMISED, "reward": "reward.reward"},
-            {"seed": 7, "steps": 20, "method": "ntrk", "particles": 1},
+            "MiraSearchKSampler", 2, "Tilted noise, twice", {**OPTIMISED, "reward": "reward.reward"},
+            {
+                "seed": 7, "steps": 20, "method": "ntrk", "particles": 1, "rounds": 2, "radius": 0.5,
+                "restart_denoise": 0.6,
+            },
         ),
-        **saved("optimized", "ntrk.optimized", 3, "Steered", "mira/one_sample"),
+        **saved("optimized", "ntrk.optimized", 3, "Tilted", "mira/tilted"),
         **saved("plain", "ntrk.plain", 3, "Plain sample of the same seed", "mira/plain"),
     }  # fmt: skip
 
@@ -503,7 +506,7 @@ EXAMPLES = {
     "mira_img2img": img2img,
     "mira_best_of_n": best_of_n,
     "mira_search_jpeg": search,
-    "mira_one_sample": one_sample,
+    "mira_tilted_noise": tilted,
     "mira_guidance": guidance,
     "mira_relative_reward": relative,
     "mira_reuse_noise": reuse,
@@ -541,9 +544,9 @@ NOTES = {
     "mira_img2img": "An image is painted on with `denoise` 0.6 (under the advanced inputs) and made more colourful.",
     "mira_best_of_n": "Stock KSampler, eight pictures; the two that fit the prompt best are saved.",
     "mira_search_jpeg": "Twelve candidates, of which the ones with smaller files survive while they are painted.",
-    "mira_one_sample": (
-        "No iterations: at every step the reward chooses a part of the noise (`radius`, under the advanced inputs). One "
-        "sample beside the plain one, and much of what the optimising nodes gain."
+    "mira_tilted_noise": (
+        "No iterations: at every step the reward chooses a part of the noise (`radius`, under the advanced inputs), "
+        "once more on the way back of a restart. Two samples, and much of what the optimising nodes gain in 26."
     ),
     "mira_guidance": "Two ways without iterations: a noise that attends to every word, and a guider that leans.",
     "mira_relative_reward": (

@@ -193,6 +193,9 @@ def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
         interrupts=INTERRUPTS,
         memory=used_bytes,
     )
+    if METHODS[settings.method].repaints and settings.rounds > 1 and (why := process.why_no_restart):
+        process.notices.append(f"every image was sampled once, not {settings.rounds} times: {why}")
+        settings = replace(settings, rounds=1)
     if METHODS[settings.method].optimizes:
         return hybrid(process.rollout, process.score, noises, settings, others=process.noises_of, **options)
 

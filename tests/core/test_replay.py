@@ -9,8 +9,8 @@ from mira.sampler import replay
 from mira.sampler.keep import chosen
 from mira.sampler.optimize import Score, Settings
 from mira.sampler.replay import Segment
-from mira.sampler.restart import Stretch, in_rounds, noised
-from mira.sampler.rollout import Rollout
+from mira.sampler.restart import Stretch, in_rounds
+from mira.sampler.rollout import Rollout, noised
 
 
 def process(x0=None, sigma=1.0, steps=6) -> Rollout:

@@ -8,8 +8,8 @@ import gaussian
 import pytest
 import torch
 from mira.sampler.optimize import Score, Settings, optimize
-from mira.sampler.restart import Stretch, in_rounds, noised, search_by_restarts, tail
-from mira.sampler.rollout import Rollout
+from mira.sampler.restart import Stretch, in_rounds, search_by_restarts, tail
+from mira.sampler.rollout import Rollout, noised
 from mira.sampler.search import SearchSettings
 
 MEAN, STD = 0.5, 0.8  # of the data

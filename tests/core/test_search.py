@@ -10,7 +10,7 @@ import pytest
 import torch
 from mira.sampler.optimize import Score
 from mira.sampler.resampling import effective, multinomial, ssp
-from mira.sampler.rollout import Rollout
+from mira.sampler.rollout import Rollout, noised
 from mira.sampler.search import METHODS, SearchSettings, best_of_n_kl, search
 from mira.sampler.seeds import stream
 from mira.sampler.statistics import spectrum
@@ -321,7 +321,7 @@ def test_ntrk_moves_a_gaussian_by_its_share_along_the_whitened_gradient():
     w = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).cumsum(1)  # far from white
     score, u = along(w)
     chain, rollout, z = problem(batch=24, shape=shape)
-    result = search(chain, rollout, score, z, SearchSettings("ntrk", particles=1, radius=share))
+    result = search(chain, rollout, score, z, SearchSettings("ntrk", particles=1, rounds=1, radius=share))
     projected = torch.stack(
         [(n * u).flatten(1).mean(1) for n in result.best_noises]
     )  # of 24 images, deviation 1 / 32 each
@@ -337,9 +337,33 @@ def test_ntrk_moves_a_gaussian_by_its_share_along_the_whitened_gradient():
     assert torch.equal(rollout(result.best_noises).x0, result.best)
 
 
+def test_ntrk_in_rounds_tilts_the_way_back_of_a_restart():
+    """Means go through the linear sampler as noises do: those of the image that is noised again, and of the tilt."""
+    shape, settings = (1, 16, 16), SearchSettings("ntrk", particles=1, rounds=2, radius=0.5, restart_denoise=0.5)
+    w = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    score, u = along(w)
+    chain, rollout, z = problem(batch=64, shape=shape)
+    result = search(chain, rollout, score, z, settings)
+    first = settings.restart_step(STEPS)
+    assert first == STEPS // 2
+    tilted = [torch.zeros(1, *shape, dtype=torch.float64), *(u[None] * settings.radius for _ in z[1:])]
+    mean = rollout(tilted).x0
+    noisy = noised(mean, rollout.schedule[first], torch.zeros_like(mean))
+    mean = chain.segment(noisy, first, STEPS, lambda draw: u[None] * settings.radius, lambda d: d)
+    found = (result.particles[0] * w).flatten(1).sum(1) / w.norm()
+    assert found.mean().item() == pytest.approx(((mean * w).sum() / w.norm()).item(), abs=0.4)  # of 64, deviation 1
+    rows = result.trace.of(0)
+    assert len(rows) == 1 + settings.rows(STEPS) == 1 + STEPS + STEPS // 2
+    ends = [r["iteration"] for r in rows if math.isfinite(r["noise_norm"])]
+    assert ends == [0, STEPS, STEPS + STEPS // 2]
+    assert [math.isfinite(rows[k]["path_kl"]) for k in ends] == [True, True, False]  # of two stretches, no likelihood
+    assert all(n.shape == z[0].shape for n in result.best_noises) and len(result.best_noises) == len(z)
+    assert result.trace.of(0)[0]["reward"] < result.trace.summary(0)[1]["reward"]
+
+
 def test_ntrk_without_a_gradient_is_the_sampler():
     chain, rollout, z = problem(batch=3, shape=(1, 4, 4))
-    flat = search(chain, rollout, value(lambda x: 0 * x), z, SearchSettings("ntrk", particles=2, radius=0.9))
+    flat = search(chain, rollout, value(lambda x: 0 * x), z, SearchSettings("ntrk", particles=2, rounds=1, radius=0.9))
     g = [stream(0, p) for p in range(2)]
     drawn = [torch.stack([torch.randn(3, 1, 4, 4, generator=one) for one in g]) for _ in z]
     drawn[0][0] = z[0]
@@ -350,7 +374,9 @@ def test_ntrk_without_a_gradient_is_the_sampler():
 def test_ntrk_keeps_the_best_of_its_particles_and_of_the_plain_sample():
     chain, rollout, z = problem(batch=2, shape=(1, 8, 8))
     score, _ = along(torch.randn(1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
-    one, four = (search(chain, rollout, score, z, SearchSettings("ntrk", particles=n), most=2) for n in (1, 4))
+    one, four = (
+        search(chain, rollout, score, z, SearchSettings("ntrk", particles=n, rounds=1), most=2) for n in (1, 4)
+    )
     ends = [(r.trace.of(b)[-1]["reward"], r.trace.of(b)[0]["reward"]) for r in (one, four) for b in range(2)]
     assert all(end > plain for end, plain in ends)
     assert all(ends[2 + b][0] >= ends[b][0] for b in range(2))
