@@ -31,7 +31,7 @@ from .rewards import (
     MiraRewardFromPython,
 )
 from .score import MiraRankImages, MiraScoreImages
-from .search import MiraSearchKSampler
+from .search import MiraSearchKSampler, MiraTiltKSampler
 from .shared import files
 
 NODES: list[type[io.ComfyNode]] = [
@@ -39,6 +39,7 @@ NODES: list[type[io.ComfyNode]] = [
     MiraOptimizeSamplerAdvanced,
     MiraDPOPreference,
     MiraSearchKSampler,
+    MiraTiltKSampler,
     MiraRLGuidance,
     MiraDyMOGuider,
     MiraInitNONoise,

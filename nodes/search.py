@@ -1,4 +1,4 @@
-"""Search and steering as a node."""
+"""Search and steering as a node; and one of its methods, as a KSampler with a dial."""
 
 from __future__ import annotations
 
@@ -51,25 +51,27 @@ from .shared.types import MiraReward, aliases, shown_again
 
 log = logging.getLogger("mira")
 NODE = "MIRA Search KSampler"
+TILT = "MIRA Tilt KSampler"
 DEFAULT = SearchSettings(particles=8)
+OTHERWISE = {NODE: "method best_of_n or zero_order", TILT: "another ancestral or SDE sampler"}
 
 
-def can_steer(method: str, sampler: Any, model_sampling: Any, values: dict) -> None:
+def can_steer(node: str, method: str, sampler: Any, model_sampling: Any, values: dict) -> None:
     """Raise ValueError where particles could not part, or would be sampled by another sampler than the plain one."""
-    name, instead = values["sampler_name"], "use euler_ancestral, or method best_of_n or zero_order"
+    name, instead = values["sampler_name"], f"use euler_ancestral, or {OTHERWISE[node]}"
     if values["steps"] < 2:
         raise ValueError(
-            f"{NODE}: steps is {values['steps']}, but method {method} looks at particles between two steps: use 2 or "
-            "more, or method best_of_n or zero_order"
+            f"{node}: steps is {values['steps']}, but method {method} looks at particles between two steps: use 2 or "
+            "more" + (f", or {OTHERWISE[node]}" if node == NODE else "")
         )
     if METHODS[method].injects and not injects_noise(sampler, model_sampling):
         use = "by which particles part" if METHODS[method].copies else "which is what it chooses"
         raise ValueError(
-            f"{NODE}: method {method} needs a sampler that injects noise, {use}, but {name} injects none: {instead}"
+            f"{node}: method {method} needs a sampler that injects noise, {use}, but {name} injects none: {instead}"
         )
     if not goes_in_pieces(sampler, model_sampling):
         raise ValueError(
-            f"{NODE}: method {method} stops after every step to look, but {name} carries what it knows from one step "
+            f"{node}: method {method} stops after every step to look, but {name} carries what it knows from one step "
             f"to the next, and would sample otherwise in pieces: {instead}"
         )
 
@@ -232,58 +234,169 @@ class MiraSearchKSampler(io.ComfyNode):
         **values: Any,
     ) -> io.NodeOutput:
         given = KSamplerInputs(model, positive, negative, latent_image, vae, seed, cfg, prompt)
-        values, hidden = fill_in(cls.define_schema().inputs, values), cls.hidden
-        check_values(NODE, [final_restart_input()], {"final_restart": final_restart})
-        identity = values | vars(given) | {"reward": reward}
-        run = memo.of(
-            hidden.unique_id, identity, (iterate, final_restart), lambda: run_search(hidden, given, reward, values)
-        )
-        return finish(
-            NODE,
-            hidden,
-            *run,
-            latent_image,
-            iterate,
-            noises=False,
-            restart=restart_at_end(given, values, final_restart),
-            inputs=identity,
-        )
+        return search_and_finish(NODE, cls, given, reward, values, iterate, final_restart)
 
 
-def run_search(hidden: Any, given: KSamplerInputs, reward: Reward, values: dict) -> tuple[host.Optimized, LiveRun]:
+class MiraTiltKSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MiraTiltKSampler",
+            **aliases("ntrk", "noise tilt", "guidance", "improve", "beautiful", "align", "fast"),
+            display_name=TILT,
+            category="MIRA Alignment/sampling",
+            description=(
+                "A KSampler whose noise leans towards a reward: `tilt` says how far. Nothing is optimised; the picture "
+                "is sampled, noised again and sampled once more, for the work of about six."
+            ),
+            inputs=[
+                *linked_inputs(),
+                MiraReward.Input(
+                    "reward", tooltip="With a gradient: a scorer, brightness, colour, your own torch code."
+                ),
+                *sampling_inputs("Makes all noises; what the reward does not choose of them is as KSampler's."),
+                io.Float.Input(
+                    "tilt",
+                    default=0.5,
+                    min=0.05,
+                    max=0.95,
+                    step=0.05,
+                    tooltip=(
+                        "The share of every injected noise that the reward chooses: 0.2 is gentle, 0.6 far. More is "
+                        "more of the reward, and less of the prompt in the end."
+                    ),
+                ),
+                prompt_input(),
+                *advanced(
+                    denoise_input(),
+                    io.Int.Input(
+                        "rounds",
+                        default=2,
+                        min=1,
+                        max=100,
+                        optional=True,
+                        tooltip=(
+                            "How often the picture is sampled: from the second time on it is noised again first, which "
+                            "gives back most of the prompt. The last one comes back."
+                        ),
+                    ),
+                    restart_denoise_input("From the second round on: how", default=0.6),
+                    memory_input(),
+                    iterate_input(),
+                    repeatable_input(),
+                    final_restart_input(),
+                ),
+            ],
+            outputs=trace_outputs(),
+            hidden=HIDDEN,
+            **shown_again(),
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, steps: int | None = None, denoise: float | None = None, tilt: float | None = None
+    ) -> bool | str:
+        return complain(locals(), cls.define_schema().inputs) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> Any:
+        return memo.cuts(inputs)
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        positive: list,
+        negative: list,
+        latent_image: dict,
+        vae: VAE,
+        reward: Reward,
+        seed: int,
+        cfg: float,
+        prompt: str = "",
+        iterate: int = -1,
+        final_restart: float = 0.0,
+        **values: Any,
+    ) -> io.NodeOutput:
+        given = KSamplerInputs(model, positive, negative, latent_image, vae, seed, cfg, prompt)
+        return search_and_finish(TILT, cls, given, reward, values, iterate, final_restart)
+
+
+def settings_of_tilt(values: dict) -> SearchSettings:
+    return SearchSettings(
+        "ntrk", particles=1, rounds=values["rounds"], radius=values["tilt"], restart_denoise=values["restart_denoise"]
+    )
+
+
+def search_and_finish(
+    node: str,
+    cls: type[io.ComfyNode],
+    given: KSamplerInputs,
+    reward: Reward,
+    values: dict,
+    iterate: int,
+    final_restart: float,
+) -> io.NodeOutput:
+    inputs, hidden = cls.define_schema().inputs, cls.hidden
+    values = fill_in(inputs, values)
+    check_values(node, [final_restart_input()], {"final_restart": final_restart})
+    identity = values | vars(given) | {"reward": reward}
+    run = memo.of(
+        hidden.unique_id,
+        identity,
+        (iterate, final_restart),
+        lambda: run_search(node, inputs, hidden, given, reward, values),
+    )
+    return finish(
+        node,
+        hidden,
+        *run,
+        given.latent,
+        iterate,
+        noises=False,
+        restart=restart_at_end(given, values, final_restart),
+        inputs=identity,
+    )
+
+
+def run_search(
+    node: str, inputs: list[io.Input], hidden: Any, given: KSamplerInputs, reward: Reward, values: dict
+) -> tuple[host.Optimized, LiveRun]:
     """One run: (what came out, what the editor was told)."""
     model, latent, prompt = given.model, given.latent, given.prompt
     told = values | {"cfg": given.cfg}
-    check_values(NODE, MiraSearchKSampler.define_schema().inputs, told)
-    settings = read_settings(NODE, values, SearchSettings)
+    check_values(node, inputs, told)
+    settings = read_settings(node, values, SearchSettings) if node == NODE else settings_of_tilt(values)
     method = METHODS[settings.method]
-    check_links(NODE, positive=given.positive, negative=given.negative)
-    check_reward(NODE, reward)
+    check_links(node, positive=given.positive, negative=given.negative)
+    check_reward(node, reward)
     if method.gradient:
-        needs_gradient(NODE, reward, f"a method that needs none than {settings.method}, such as fk_steering")
+        other = f"a method that needs none than {settings.method}, such as fk_steering"
+        needs_gradient(node, reward, other if node == NODE else f"{NODE}, of which most methods need none")
     sampler = comfy.samplers.sampler_object(values["sampler_name"])
-    check_latent(NODE, model, latent, given.vae, sampler, values, method.gradient)
-    needs(NODE, reward, prompt, len(latent["samples"]))
+    check_latent(node, model, latent, given.vae, sampler, values, method.gradient)
+    needs(node, reward, prompt, len(latent["samples"]))
     if method.restarts and values["steps"] < 2:
         raise ValueError(
-            f"{NODE}: steps is {values['steps']}, but method {settings.method} noises an image to a level in between: "
+            f"{node}: steps is {values['steps']}, but method {settings.method} noises an image to a level in between: "
             "use 2 or more, or method best_of_n or zero_order"
         )
     if method.steers:
-        can_steer(settings.method, sampler, model.get_model_object("model_sampling"), values)
-    record = describe(NODE, told, given.seed, prompt, reward.facts.name)
+        can_steer(node, settings.method, sampler, model.get_model_object("model_sampling"), values)
+    record = describe(node, told | {"method": settings.method}, given.seed, prompt, reward.facts.name)
     # Another seed is far from the plain sample by every distance; its score energy need not be.
     live = LiveRun(hidden, settings.rows(values["steps"]), {"drift_metric": "mira_two_sided"}, record)
     job = ksampler_job(
-        given, values, node=NODE, reward=reward, settings=settings, gradient=method.gradient, on_iteration=live
+        given, values, node=node, reward=reward, settings=settings, gradient=method.gradient, on_iteration=live
     )
     done = host.run(job, host.searching)
     trace = done.result.trace
     for notice in reward.notices(job.prompts):
-        log.warning("%s: %s", NODE, notice)
+        log.warning("%s: %s", node, notice)
         trace.notices.append(notice)
     if method.steers and kept_no_best(trace):
-        remedy = "raise strength or particles" if method.copies else "it came back; raise particles"
+        more = "tilt" if node == TILT else "radius" if method.repaints else "particles"
+        remedy = "raise strength or particles" if method.copies else f"it came back; raise {more}"
         trace.notices.append(f"the plain sample scored higher than every particle: {remedy}")
     trace.settings |= record
     return done, live

@@ -113,7 +113,7 @@ class Particles:
         self.iterates: list[Tensor] = []
         self.reference: Path | None = None
         self.kept = Kept()
-        self.best_reward = torch.full((self.batch,), -math.inf)
+        self.best_reward = self.plain_reward = torch.full((self.batch,), -math.inf)
         self.calls = self.backwards = 0  # of the denoiser, for each image
         self.started = time.perf_counter()
 
@@ -268,10 +268,12 @@ class Particles:
         complete: bool,
         more: dict | None = None,
         measured: bool = True,
+        replaces: bool = False,
     ) -> Tensor:
         """A row per image for the best particle; the best image so far is kept. Returns the best particle, (B,).
 
-        complete: it is an image, not a prediction. measured: and its path one whole, which can be compared.
+        complete: it is an image, not a prediction. measured: and its path one whole, which can be compared. replaces:
+        it is kept unless the plain sample is better.
         """
         best = reward.argmax(0)
         columns = {"reward": select(reward, best[None])[0]}
@@ -294,17 +296,19 @@ class Particles:
         latent = path.x0 if complete else select(population.x0, best[None])[0]
         self.trace.rows += rows
         self.iterates.append(latent.cpu())
-        self.keep(k, columns["reward"], latent, path.noises, complete)
+        self.keep(k, columns["reward"], latent, path.noises, complete, replaces)
         self.on_iteration(k, rows, Score(columns["reward"], {}, select(images, best[None])[0]))
         return best
 
-    def keep(self, k: int, reward: Tensor, latent: Tensor, noises: Sequence[Tensor], whole: bool) -> None:
+    def keep(
+        self, k: int, reward: Tensor, latent: Tensor, noises: Sequence[Tensor], whole: bool, replaces: bool = False
+    ) -> None:
         """The best image so far. Where particles are not steered, a prediction is none."""
         if not whole and not self.steered:
             return
-        better = reward > self.best_reward
-        if self.kept.latent is None:
-            better = torch.ones_like(better)
+        better = reward > (self.plain_reward if replaces else self.best_reward)
+        if self.kept.latent is None:  # the plain sample
+            better, self.plain_reward = torch.ones_like(better), reward
         elif self.steered and whole:
             better = reward > WORST
         self.best_reward = torch.where(better, reward, self.best_reward)

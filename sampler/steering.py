@@ -104,7 +104,7 @@ def ntrk(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
 
     The sampler's mean stays what it is, and its noise as large and as white. Each particle goes its own way to the end;
     in further `rounds` its image is noised again and sampled from there, tilted as before: a restart takes away what no
-    image has, and the tilt brings back what the reward asked for.
+    image has, and the tilt brings back what the reward asked for. So the last round is kept, not the highest reward.
     """
     population, first, row = start(run), 0, 0
     for number in range(settings.rounds):
@@ -120,7 +120,7 @@ def ntrk(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
         # A path of more than one stretch has no likelihood to measure; of its noises, as many as a whole one has.
         population.noises = [*before[: len(before) - len(population.noises)], *population.noises] if number else before
         row += 1
-        run.report(row, population, *run.score(population.x), True, measured=not number)
+        run.report(row, population, *run.score(population.x), True, measured=not number, replaces=number > 0)
     return population.x, torch.zeros(run.count, run.batch)
 
 

@@ -189,15 +189,11 @@ def tilted() -> dict[str, Node]:
     return {
         **demo(),
         "reward": Node("MiraPixelReward", 1, values={"measure": "brightness"}),
-        "ntrk": Node(
-            "MiraSearchKSampler", 2, "Tilted noise, twice", {**OPTIMISED, "reward": "reward.reward"},
-            {
-                "seed": 7, "steps": 20, "method": "ntrk", "particles": 1, "rounds": 2, "radius": 0.5,
-                "restart_denoise": 0.6,
-            },
+        "tilt": Node(
+            "MiraTiltKSampler", 2, "Brighter", {**OPTIMISED, "reward": "reward.reward"}, {"seed": 7, "steps": 20},
         ),
-        **saved("optimized", "ntrk.optimized", 3, "Tilted", "mira/tilted"),
-        **saved("plain", "ntrk.plain", 3, "Plain sample of the same seed", "mira/plain"),
+        **saved("optimized", "tilt.optimized", 3, "Tilted", "mira/tilted"),
+        **saved("plain", "tilt.plain", 3, "Plain sample of the same seed", "mira/plain"),
     }  # fmt: skip
 
 
@@ -545,8 +541,8 @@ NOTES = {
     "mira_best_of_n": "Stock KSampler, eight pictures; the two that fit the prompt best are saved.",
     "mira_search_jpeg": "Twelve candidates, of which the ones with smaller files survive while they are painted.",
     "mira_tilted_noise": (
-        "No iterations: at every step the reward chooses a part of the noise (`radius`, under the advanced inputs), "
-        "once more on the way back of a restart. Two samples, and much of what the optimising nodes gain in 26."
+        "The quick way: a KSampler with one more dial. At every step the reward chooses `tilt` of the noise; the "
+        "picture is then noised again and sampled once more."
     ),
     "mira_guidance": "Two ways without iterations: a noise that attends to every word, and a guider that leans.",
     "mira_relative_reward": (

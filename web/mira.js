@@ -18,7 +18,9 @@ const TEXTS = new Map([
   [MONITOR, "The verdict appears here."],
   ["MiraSaveNoise", "The file's name appears here."],
 ]);
-const CHARTED = new Set(["MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced", "MiraSearchKSampler", PREFERENCE]);
+const CHARTED = new Set([
+  "MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced", "MiraSearchKSampler", "MiraTiltKSampler", PREFERENCE,
+]);
 const PRESETS = new Map(); // by a node's class: { presets, dials }
 const VIEW = Symbol("MIRA view"); // on a node, and seen through the proxies that Vue hands out: { chart, chooser, text }
 

@@ -390,10 +390,10 @@ def beta_input(default: float, tooltip: str, optional: bool = False) -> io.Float
     return io.Float.Input("beta", default=default, min=0.0, max=1000.0, step=0.01, tooltip=tooltip, optional=optional)
 
 
-def restart_denoise_input(how: str = "How") -> io.Float.Input:
+def restart_denoise_input(how: str = "How", default: float = DEFAULT.restart_denoise) -> io.Float.Input:
     return io.Float.Input(
         "restart_denoise",
-        default=DEFAULT.restart_denoise,
+        default=default,
         min=0.01,
         max=1.0,
         step=0.01,

@@ -84,6 +84,7 @@ def test_registration():
         "MiraOptimizeSamplerAdvanced": ["optimized", "plain", "trace", "noise", "sampler"],
         "MiraDPOPreference": ["optimized", "plain", "trace", "choices", "noise", "sampler"],
         "MiraSearchKSampler": ["optimized", "plain", "trace"],
+        "MiraTiltKSampler": ["optimized", "plain", "trace"],
         "MiraRLGuidance": ["guided"],
         "MiraDyMOGuider": ["guider"],
         "MiraInitNONoise": ["noise", "report"],
@@ -133,6 +134,10 @@ def test_registration():
     assert [i.id for i in listed["MiraSearchKSampler"].inputs] == [
         *sampling, "method", "particles", "rounds", "prompt", "denoise", "interval", "strength", "potential", "radius",
         "iterations", "learning_rate", "regularizer", "beta", "memory", "iterate", "repeatable", "restart_denoise",
+        "final_restart",
+    ]  # fmt: skip
+    assert [i.id for i in listed["MiraTiltKSampler"].inputs] == [
+        *sampling, "tilt", "prompt", "denoise", "rounds", "restart_denoise", "memory", "iterate", "repeatable",
         "final_restart",
     ]  # fmt: skip
     assert [i.id for i in listed["MiraRLGuidance"].inputs] == ["model", "tuned", "weight", "schedule", "power"]
@@ -339,7 +344,10 @@ def test_validation_before_the_queue():
     assert "beta is -1" in validate(beta=-1)
 
 
-SAMPLERS = ("MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced", "MiraSearchKSampler", "MiraDPOPreference")
+SAMPLERS = (
+    "MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced", "MiraSearchKSampler", "MiraTiltKSampler",
+    "MiraDPOPreference",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -371,11 +379,8 @@ def test_combine_rewards():
         execute(nodes.MiraCombineRewards, **weighted, scaling="ReNO")
 
 
-BIG = ("MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced", "MiraSearchKSampler", "MiraDPOPreference")
-
-
 @pytest.mark.every_host
-@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_big_node_shows_eight_widgets(name):
     """Besides the prompt's box; the others are there for whoever asks."""
     inputs = getattr(nodes, name).INPUT_TYPES()

@@ -175,6 +175,7 @@ NODES = {
         dict(method="best_of_n", particles=2, interval=1, strength=1.0, potential="max", radius=0.1, learning_rate=0.02,
              regularizer="none", beta=0.0),
     ),
+    "tilt": (nodes.MiraTiltKSampler, dict(rounds=1, tilt=0.5)),
     "preference": (
         nodes.MiraDPOPreference,
         dict(judge="reward", method="best_of_n", candidates=2, energy="mira", explore=0.3, step=1.0, skip_ties=False,

@@ -93,6 +93,70 @@ def test_a_black_box_reward_is_searched(world):
         run(world, method="das", reward=JPEG())
 
 
+TILT = dict(
+    seed=1, steps=4, cfg=5.0, sampler_name="euler_ancestral", scheduler="normal", tilt=0.4, restart_denoise=0.5,
+)  # fmt: skip
+
+
+@torch.inference_mode()
+def tilted(world, **changes):
+    given = dict(model=world.model, positive=world.positive, negative=world.negative, vae=world.vae)
+    given |= {"latent_image": {"samples": torch.zeros(2, 4, 8, 8)}, "reward": PixelReward("brightness")}
+    return as_node(mira("nodes").MiraTiltKSampler).execute(**given | TILT | changes)
+
+
+def test_tilt_is_searchs_ntrk_with_a_dial(world):
+    out, plain, trace = tilted(world).args[:3]
+    same = run(
+        world, method="ntrk", particles=1, rounds=2, radius=0.4, restart_denoise=0.5, steps=4,
+        latent_image={"samples": torch.zeros(2, 4, 8, 8)},
+    ).args  # fmt: skip
+    assert torch.equal(out["samples"], same[0]["samples"]) and torch.equal(plain["samples"], same[1]["samples"])
+    assert torch.equal(tilted(world).args[0]["samples"], out["samples"])
+    assert trace.settings["method"] == "ntrk" and trace.settings["tilt"] == 0.4
+    assert trace.settings["node"] == "MIRA Tilt KSampler"
+    assert [r["iteration"] for r in trace.of(0)] == list(range(1 + 4 + 2))
+    assert all(trace.summary(b)[1]["reward"] > trace.summary(b)[0]["reward"] for b in range(2))
+    once = tilted(world, rounds=1).args[2]
+    assert [r["reward"] for r in once.rows] == [r["reward"] for r in trace.rows][: len(once.rows)]
+
+
+def test_tilt_where_nothing_can_restart_samples_once(world):
+    """On top of leftover noise, as a refiner's part is sampled."""
+    trace = tilted(world, latent_image={"samples": world.ksampler(steps=4, seed=2), "noise_mask": None}).args[2]
+    assert len(trace.of(0)) == 7
+    host, Settings = mira("nodes.host"), mira("sampler.search").SearchSettings
+    job = world.job(steps=4)
+    job.settings, job.sigmas = Settings("ntrk", particles=1, rounds=2), job.sigmas[:-1]
+    with torch.inference_mode():
+        done = host.run(job, host.searching)
+    assert any("sampled once, not 2 times: the sigmas end above 0" in n for n in done.result.trace.notices)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sampler_name": "euler"},
+            "which is what it chooses, but euler injects none: use euler_ancestral, or another",
+        ),
+        ({"steps": 1}, "MIRA Tilt KSampler: steps is 1, but method ntrk looks .* use 2 or more$"),
+        (
+            {"reward": JPEG()},
+            "has no gradient: use a differentiable reward here, or MIRA Search KSampler, of which most",
+        ),
+        ({"tilt": 0.0}, "tilt is 0"),
+        ({"tilt": 1.0}, "tilt is 1"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"restart_denoise": 0.0}, "restart_denoise is 0"),
+        ({"latent_image": {"samples": torch.zeros(0, 4, 8, 8)}}, "the batch is empty"),
+    ],
+)
+def test_what_tilt_refuses(world, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tilted(world, **changes)
+
+
 @pytest.mark.parametrize("method", ["fk_steering", "das", "ntrk"])
 def test_masked_and_half_denoised(world, method):
     mask = torch.zeros(1, 1, 128, 128)

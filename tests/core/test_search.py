@@ -358,7 +358,20 @@ def test_ntrk_in_rounds_tilts_the_way_back_of_a_restart():
     assert ends == [0, STEPS, STEPS + STEPS // 2]
     assert [math.isfinite(rows[k]["path_kl"]) for k in ends] == [True, True, False]  # of two stretches, no likelihood
     assert all(n.shape == z[0].shape for n in result.best_noises) and len(result.best_noises) == len(z)
-    assert result.trace.of(0)[0]["reward"] < result.trace.summary(0)[1]["reward"]
+    assert torch.equal(result.best, result.particles[0]) and result.trace.kept == [ends[-1]] * 64
+
+
+def test_ntrk_hands_back_the_plain_sample_where_that_is_better():
+    chain, rollout, z = problem(batch=16, shape=(1, 4, 4))
+    score, _ = along(torch.ones(1, 4, 4, dtype=torch.float64))
+    settings = SearchSettings("ntrk", particles=1, rounds=2, radius=0.05)  # hardly any tilt: half of them end lower
+    result = search(chain, rollout, score, z, settings)
+    last, lower = result.trace.rows[-1]["iteration"], 0
+    for b, kept in enumerate(result.trace.kept):
+        rewards = {r["iteration"]: r["reward"] for r in result.trace.of(b)}
+        assert (kept == last) == (rewards[last] > rewards[0])
+        lower += kept == last and rewards[last] < rewards[STEPS]
+    assert len(set(result.trace.kept)) > 1 and lower  # than the first round, but better than nothing
 
 
 def test_ntrk_without_a_gradient_is_the_sampler():

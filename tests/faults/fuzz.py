@@ -219,7 +219,7 @@ SUPPLY = {
     "MIRA_TRACE": Graph.trace,
     "FLOAT": Graph.score,
 }
-SAMPLING = ("MiraOptimizeKSampler", "MiraSearchKSampler", "MiraDPOPreference")
+SAMPLING = ("MiraOptimizeKSampler", "MiraSearchKSampler", "MiraTiltKSampler", "MiraDPOPreference")
 KSAMPLER = (
     "model", "seed", "steps", "cfg", "sampler_name", "scheduler", "positive", "negative", "latent_image", "denoise",
 )  # fmt: skip
