@@ -149,7 +149,7 @@ METHODS: dict[str, Method] = {
     "fk_steering": searching("fk_steering", lambda b: {"particles": b - 1}),
     "code": searching("code", lambda b: {"particles": b - 1}),
     "das": searching("das", lambda b: {"particles": max(1, (b - 1) // 3)}, gradient=True),
-    "ntrk": searching("ntrk", lambda b: {"particles": max(1, (b - 1) // 3)}, gradient=True),
+    "ntrk": searching("ntrk", lambda b: {"particles": max(1, (b - 1) // 3), "rounds": 1}, gradient=True),
     # Two trajectories, two rounds of n updates: 6 + 4 n runs forward and 4 n backward.
     "mira_fk": searching(
         "mira_fk", lambda b: {"particles": 2, "rounds": 2, "iterations": max(1, (b - 6) // 12), "beta": 0.1},

@@ -165,10 +165,10 @@ def run(
 
 
 def steered(job, observer: Observer, variant: Variant) -> list[dict]:
-    """The plain sample, and three passes for every particle, which has a backward pass at every step."""
+    """The plain sample, twice as the host takes it, and three passes for every particle: backward at every step."""
     job.on_iteration = lambda k, rows, score: None
     again = 0.6
-    passes = 1 + 3 * variant.particles * (1 + again * (variant.rounds - 1))
+    passes = 2 + 3 * variant.particles * (1 + again * (variant.rounds - 1))
     for k, share in enumerate(variant.shares):
         job.settings = SearchSettings(
             method="ntrk", particles=variant.particles, radius=share or 1e-6, rounds=variant.rounds,
@@ -176,10 +176,8 @@ def steered(job, observer: Observer, variant: Variant) -> list[dict]:
         )  # fmt: skip
         with torch.inference_mode():
             done = host.run(job, host.searching)
-            found = [done.latent] if variant.rounds == 1 else [done.latent, done.iterates[-1]]  # the best, and the last
-            images = [host.decode(job.vae, latent).clone() for latent in found]
-        for n, one in enumerate(images):
-            observer.look(k * len(images) + n, one, passes, {a: {} for a in observer.animals})
+            images = host.decode(job.vae, done.latent).clone()
+        observer.look(k, images, passes, {a: {} for a in observer.animals})
     for row in observer.rows:
         row["kept"] = int(row["iterate"] == observer.rows[-1]["iterate"])
     return observer.rows

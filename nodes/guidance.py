@@ -73,9 +73,16 @@ def same(a: Any, b: Any) -> bool:
 
 
 def is_untuned(tuned: ModelPatcher, model: ModelPatcher) -> bool:
-    """Whether `tuned` is `model` with nothing changed, as Load LoRA leaves it when no name in the file fits."""
-    parts = ("patches", "object_patches", "hook_patches", "model_options", "wrappers", "injections")
-    return tuned.model is model.model and all(same(getattr(tuned, p), getattr(model, p)) for p in parts)
+    """Whether `tuned` is a clone of `model` with nothing changed, as Load LoRA leaves it when no name in the file fits.
+
+    The model itself is no such clone: Load LoRA hands it on at strength 0, or bypassed.
+    """
+    parts = (
+        "patches", "object_patches", "hook_patches", "weight_wrapper_patches", "model_options", "wrappers", "callbacks",
+        "injections", "attachments", "additional_models",
+    )  # fmt: skip
+    alike = all(same(getattr(tuned, p, None), getattr(model, p, None)) for p in parts)
+    return tuned is not model and tuned.model is model.model and alike
 
 
 def on_its_own(tuned: ModelPatcher, model: ModelPatcher) -> ModelPatcher:
@@ -157,9 +164,9 @@ class MiraRLGuidance(io.ComfyNode):
             )
         if is_untuned(tuned, model):
             raise ValueError(
-                f"{RLG}: tuned is the model itself, so there is nothing to blend: connect a tuned checkpoint, or a "
-                "model with a LoRA. If there is one, no name in its file fitted (ComfyUI's log has them as 'lora key "
-                "not loaded'): docs/tuned.md shows which files load, and renames the others"
+                f"{RLG}: tuned has the same weights as model, so there is nothing to blend: no name in its LoRA's file "
+                "fitted (ComfyUI's log has them as 'lora key not loaded'). docs/tuned.md shows which files load, and "
+                "renames the others"
             )
         kinds = [m.get_model_object("model_sampling") for m in (model, tuned)]
         if float(kinds[0].sigma_max) != float(kinds[1].sigma_max):

@@ -161,9 +161,12 @@ def verdict(row: dict, base: dict | None) -> str:
     """Plain words. The thresholds are the base model's own spread over seeds."""
     gain = "reward unknown" if math.isnan(row["gain"]) else f"reward {row['gain']:+.3g}"
     tail = f"; its noise is no longer typical: {', '.join(row['noise'])}" if row["noise"] else ""
+    drift = (
+        "of more than one stretch, whose drift has no measure" if math.isnan(row["drift"]) else f"{row['drift']:.3g}"
+    )
     if base is None:
         missing = "no verdict without base_images (plain samples of other seeds) and clip"
-        return f"{gain}, drift {row['drift']:.3g}; {missing}{tail}"
+        return f"{gain}, drift {drift}; {missing}{tail}"
     reasons: list[str] = []
     fine: list[str] = []
     if "distance_to_base" in row:
@@ -175,7 +178,7 @@ def verdict(row: dict, base: dict | None) -> str:
         text = f"CLIPScore {row['clip_score']:.4g}, the base images' {mean:.4g} ± {deviation:.2g}"
         (reasons if row["clip_score"] < mean - SIGMAS * deviation else fine).append(text)
     if not reasons and not fine:
-        return f"{gain}, drift {row['drift']:.3g}; no verdict without the run's own images{tail}"
+        return f"{gain}, drift {drift}; no verdict without the run's own images{tail}"
     if reasons:
         return f"hacked: {gain}, but {'; '.join(reasons)}{tail}"
     return f"{gain}, drift within the base model's own seed-to-seed spread ({'; '.join(fine)}){tail}"

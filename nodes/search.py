@@ -72,7 +72,7 @@ def can_steer(node: str, method: str, sampler: Any, model_sampling: Any, values:
     if not goes_in_pieces(sampler, model_sampling):
         raise ValueError(
             f"{node}: method {method} stops after every step to look, but {name} carries what it knows from one step "
-            f"to the next, and would sample otherwise in pieces: {instead}"
+            f"to the next, and would sample otherwise in pieces: {instead if node == NODE else 'use euler_ancestral'}"
         )
 
 
@@ -115,7 +115,7 @@ def particulars() -> list[io.Input]:
             step=0.01,
             tooltip=(
                 "How far zero_order's candidates and mira_fk's copies are from the best. 1: other seeds. Of ntrk: the "
-                "share of every injected noise that the reward chooses: 0.2 is gentle, 0.5 far."
+                "share of every injected noise that the reward chooses: 0.2 is gentle, 0.6 far."
             ),
         ),
         io.Int.Input(
@@ -172,8 +172,8 @@ class MiraSearchKSampler(io.ComfyNode):
                         "proposals that follow the gradient. mira_fk: MIRA on several trajectories, of which the "
                         "best goes on. restarts: the best seed is noised again and painted anew, several times over, "
                         "and the better image stays: much reward with the prompt kept, and no gradient. ntrk: the "
-                        "reward's gradient chooses a part of the noise of every step: far in a single sample, for "
-                        "three times its work."
+                        "reward's gradient chooses a part of the noise of every step, as MIRA Tilt KSampler does: far "
+                        "in one or two samples (`rounds`), each of three times the work."
                     ),
                 ),
                 io.Int.Input(
@@ -192,7 +192,7 @@ class MiraSearchKSampler(io.ComfyNode):
                     max=1000,
                     tooltip=(
                         "Of zero_order and restarts, each of `particles` candidates, and of mira_fk, each of "
-                        "`iterations`. Of ntrk, how often an image is sampled: 1, or 2 with a restart between."
+                        "`iterations`. Of ntrk, how often an image is sampled, with a restart between: 1 or 2 will do."
                     ),
                 ),
                 prompt_input(),
@@ -247,7 +247,7 @@ class MiraTiltKSampler(io.ComfyNode):
             category="MIRA Alignment/sampling",
             description=(
                 "A KSampler whose noise leans towards a reward: `tilt` says how far. Nothing is optimised; the picture "
-                "is sampled, noised again and sampled once more, for the work of about six."
+                "is sampled, noised again and sampled once more, for the network's work of about seven."
             ),
             inputs=[
                 *linked_inputs(),
@@ -262,8 +262,8 @@ class MiraTiltKSampler(io.ComfyNode):
                     max=0.95,
                     step=0.05,
                     tooltip=(
-                        "The share of every injected noise that the reward chooses: 0.2 is gentle, 0.6 far. More is "
-                        "more of the reward, and less of the prompt in the end."
+                        "The share of every injected noise (of its amplitude) that the reward chooses: 0.2 is gentle, "
+                        "0.6 far. More is more of the reward, and in the end less of the prompt."
                     ),
                 ),
                 prompt_input(),
@@ -273,11 +273,11 @@ class MiraTiltKSampler(io.ComfyNode):
                         "rounds",
                         default=2,
                         min=1,
-                        max=100,
+                        max=10,
                         optional=True,
                         tooltip=(
                             "How often the picture is sampled: from the second time on it is noised again first, which "
-                            "gives back most of the prompt. The last one comes back."
+                            "gives back most of the prompt. The last one comes back, unless the plain sample is better."
                         ),
                     ),
                     restart_denoise_input("From the second round on: how", default=0.6),
@@ -394,7 +394,7 @@ def run_search(
     for notice in reward.notices(job.prompts):
         log.warning("%s: %s", node, notice)
         trace.notices.append(notice)
-    if method.steers and kept_no_best(trace):
+    if method.steers and not done.result.cut_short and plain_won(trace, method.copies):
         more = "tilt" if node == TILT else "radius" if method.repaints else "particles"
         remedy = "raise strength or particles" if method.copies else f"it came back; raise {more}"
         trace.notices.append(f"the plain sample scored higher than every particle: {remedy}")
@@ -402,5 +402,8 @@ def run_search(
     return done, live
 
 
-def kept_no_best(trace: Trace) -> bool:
+def plain_won(trace: Trace, replaced: bool) -> bool:
+    """Of every image; replaced: the last population came back all the same."""
+    if not replaced:
+        return not any(trace.kept)
     return all(trace.of(b)[0]["reward"] > trace.of(b)[-1]["reward"] for b in range(len(trace.kept)))

@@ -87,8 +87,8 @@ class SearchSettings:
         return [*range(every, steps, every), steps]
 
     def restart_step(self, steps: int) -> int:
-        """The step, from 0, at which a restart of ntrk begins."""
-        return steps - max(1, round(steps * self.restart_denoise))
+        """The step, from 0, at which a restart of ntrk begins: two before the end at most, as the last has no noise."""
+        return max(0, steps - max(2, round(steps * self.restart_denoise)))
 
     def rows(self, steps: int) -> int:
         """How many rows a run has beyond the plain sample's."""
@@ -161,7 +161,7 @@ class Method:
     gradient: bool = False
     steers: bool = False
     looks: int | Callable[[int], int] = 0
-    injects: bool = True
+    injects: bool = False
     copies: bool = True
     repaints: bool = False
     optimizes: bool = False
@@ -171,13 +171,13 @@ class Method:
 METHODS = {
     "best_of_n": Method(best_of_n),
     "zero_order": Method(zero_order),
-    "fk_steering": Method(fk_steering, steers=True, looks=5),
-    "code": Method(code, steers=True, looks=20),
-    "halving": Method(halving, steers=True, injects=False, copies=False, looks=lambda n: math.ceil(math.log2(n)) + 1),
-    "das": Method(das, gradient=True, steers=True),
+    "fk_steering": Method(fk_steering, steers=True, injects=True, looks=5),
+    "code": Method(code, steers=True, injects=True, looks=20),
+    "halving": Method(halving, steers=True, copies=False, looks=lambda n: math.ceil(math.log2(n)) + 1),
+    "das": Method(das, gradient=True, steers=True, injects=True),
     "mira_fk": Method(gradient=True, optimizes=True),
     "restarts": Method(restarts=True),
-    "ntrk": Method(ntrk, gradient=True, steers=True, copies=False, repaints=True),
+    "ntrk": Method(ntrk, gradient=True, steers=True, injects=True, copies=False, repaints=True),
 }
 
 

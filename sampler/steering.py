@@ -113,10 +113,11 @@ def ntrk(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
             first = settings.restart_step(run.steps)
             population = restarted(run, population, first)
         for i in range(first, run.steps):
-            found = tilt(run, population, i, settings)
+            direction, found = uphill(run, population, i, settings)
             if i > first:
                 row += 1
                 run.report(row, population, *found, False)
+            tilt(run, population, i, direction, settings.radius)
         # A path of more than one stretch has no likelihood to measure; of its noises, as many as a whole one has.
         population.noises = [*before[: len(before) - len(population.noises)], *population.noises] if number else before
         row += 1
@@ -124,26 +125,28 @@ def ntrk(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
     return population.x, torch.zeros(run.count, run.batch)
 
 
-def tilt(
+def uphill(
     run: Particles, population: Population, i: int, settings: SearchSettings
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Step i with noises that lean towards the reward, in place; the score of what was predicted before it."""
+) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor], Tensor]]:
+    """Of what is predicted at step i: where its reward rises, as noise would be, and its score."""
     sigma, after = run.rollout.schedule[i : i + 2]
     if after > 0:
         population.x0, gradient, found = run.gradient(population.x, sigma, settings.loss_scale)
-        direction = torch.stack([whiten(g) for g in gradient])
-    else:  # the step to no noise at all injects none
-        run.predict(population, i)
-        direction, found = torch.zeros_like(population.x), run.score(population.x0)
+        return torch.stack([whiten(g, run.rollout.mask) for g in gradient]), found
+    run.predict(population, i)  # the step to no noise at all injects none
+    return torch.zeros_like(population.x), run.score(population.x0)
+
+
+def tilt(run: Particles, population: Population, i: int, direction: Tensor, share: float) -> None:
+    """Step i with noises of which the direction has a share, in place."""
 
     def drawn(some: Sequence[int], call: int, like: Tensor) -> Tensor:
         fresh, along = run.fresh(some, like), direction[list(some)].to(like)
-        (tilted,) = towards([fresh], [along], settings.radius)
-        uphill = along.flatten(2).any(2)[(..., *[None] * (along.ndim - 2))]
-        return torch.where(uphill, tilted, fresh)  # all of it, where the reward has no gradient
+        (tilted,) = towards([fresh], [along], share)
+        any_gradient = along.flatten(2).any(2)[(..., *[None] * (along.ndim - 2))]
+        return torch.where(any_gradient, tilted, fresh)  # all of it, where the reward has none
 
     run.advance(population, i, i + 1, drawn, population.x0)
-    return found
 
 
 def restarted(run: Particles, population: Population, step: int) -> Population:

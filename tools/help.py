@@ -26,7 +26,7 @@ def row(name: str, spec: list, optional: bool) -> str:
     if isinstance(kind, list) or kind == "COMBO":
         values = kind if isinstance(kind, list) else options.get("options", [])
         # Files and samplers differ from one installation to the next.
-        kind = "choice" if len(values) > 8 or any("." in str(v) for v in values) else ", ".join(map(str, values))
+        kind = "choice" if len(values) > 10 or any("." in str(v) for v in values) else ", ".join(map(str, values))
     elif kind in ("INT", "FLOAT") and "min" in options:
         kind = f"{options['min']:g} to {options['max']:g}"
     default = options.get("default", "")

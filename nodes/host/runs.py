@@ -56,6 +56,7 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
     work(process, noises): what to do with the plain sample's noises; the reward's optimisation if not given.
     """
     guider = copy.copy(job.guider)
+    several = guider.model_patcher.get_additional_models_with_key("multigpu")
     guider.model_patcher = static(guider.model_patcher, f"{job.node}: model")
     guider.original_conds = with_static_controls(guider.original_conds, job.node)
     if job.gradient and (why := why_no_gradient(guider)):
@@ -75,6 +76,9 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
         )
     device = comfy.model_management.intermediate_device()
     result = sampler.result
+    if several:
+        alone = guider.model_patcher.load_device
+        result.trace.notices.append(f"the model is split over several GPUs, but gradients need one: it ran on {alone}")
     return Optimized(
         latent.to(device),
         sampler.plain.to(device),
@@ -193,9 +197,6 @@ def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
         interrupts=INTERRUPTS,
         memory=used_bytes,
     )
-    if METHODS[settings.method].repaints and settings.rounds > 1 and (why := process.why_no_restart):
-        process.notices.append(f"every image was sampled once, not {settings.rounds} times: {why}")
-        settings = replace(settings, rounds=1)
     if METHODS[settings.method].optimizes:
         return hybrid(process.rollout, process.score, noises, settings, others=process.noises_of, **options)
 

@@ -66,7 +66,7 @@ def sampling_inputs(seed: str) -> list:
             "sampler_name",
             options=comfy.samplers.KSampler.SAMPLERS,
             default="euler_ancestral",
-            tooltip="Ancestral and SDE samplers inject noise at every step, and all of it is optimised.",
+            tooltip="Ancestral and SDE samplers inject noise at every step, and all of it counts here.",
         ),
         io.Combo.Input(
             "scheduler",

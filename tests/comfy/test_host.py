@@ -230,6 +230,7 @@ def test_a_model_on_several_gpus_is_optimised_on_its_own(world, caplog):
     one, many = world.optimize(), world.optimize(model=model)
     assert torch.equal(one.latent, many.latent)
     assert "MIRA: model is split over several GPUs: it runs on" in caplog.text
+    assert "split over several GPUs" in many.result.trace.notices[-1] and not one.result.trace.notices
     assert model.get_additional_models_with_key("multigpu") == [other]
 
 

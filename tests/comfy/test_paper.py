@@ -102,7 +102,7 @@ def test_no_method_asks_for_more_than_the_budget(budget):
                 "halving": halving_cost(s.particles), "best_of_n": s.particles,
                 "zero_order": 1 + s.rounds * s.particles, "fk_steering": 1 + s.particles,
                 "code": 1 + s.particles, "das": 1 + 3 * s.particles,
-                "ntrk": 1 + 3 * s.particles,
+                "ntrk": 1 + 3 * s.particles * (1 + (s.rounds - 1) * (8 - s.restart_step(8)) / 8),
                 "mira_fk": 2 + s.rounds * s.particles * (3 * s.iterations + 1),
             }[s.method]  # fmt: skip
         elif hasattr(s, "explore"):

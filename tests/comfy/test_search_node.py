@@ -121,16 +121,25 @@ def test_tilt_is_searchs_ntrk_with_a_dial(world):
     assert [r["reward"] for r in once.rows] == [r["reward"] for r in trace.rows][: len(once.rows)]
 
 
-def test_tilt_where_nothing_can_restart_samples_once(world):
-    """On top of leftover noise, as a refiner's part is sampled."""
-    trace = tilted(world, latent_image={"samples": world.ksampler(steps=4, seed=2), "noise_mask": None}).args[2]
-    assert len(trace.of(0)) == 7
-    host, Settings = mira("nodes.host"), mira("sampler.search").SearchSettings
-    job = world.job(steps=4)
-    job.settings, job.sigmas = Settings("ntrk", particles=1, rounds=2), job.sigmas[:-1]
+@pytest.mark.parametrize("sampler", ["dpmpp_2s_ancestral", "dpmpp_sde"])
+def test_every_row_of_tilt_is_the_iterate_that_it_speaks_of(world, sampler):
+    """Also where a step is two calls of the network."""
+    for k in range(7):
+        latent, _, trace = tilted(world, sampler_name=sampler, iterate=k).args[:3]
+        for image, value in enumerate(brightness(world, latent)):
+            assert value == pytest.approx(trace.of(image)[k]["reward"], abs=1e-4)
+
+
+def test_tilt_under_a_mask_paints_with_noise_of_its_size(world):
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., :32, :32] = 1
+    host, search = mira("nodes.host"), mira("sampler.search")
+    job = world.job(steps=6, latent=world.ksampler(steps=3, seed=9), denoise=0.9, mask=mask)
+    job.settings = search.SearchSettings("ntrk", particles=1, rounds=1, radius=0.9)
     with torch.inference_mode():
-        done = host.run(job, host.searching)
-    assert any("sampled once, not 2 times: the sigmas end above 0" in n for n in done.result.trace.notices)
+        noises = host.run(job, host.searching).result.best_noises[1:]
+    inside = torch.stack(list(noises))[..., :4, :4]
+    assert 0.6 < inside.square().mean() < 1.5
 
 
 @pytest.mark.parametrize(
