@@ -254,7 +254,7 @@ class MiraTiltKSampler(io.ComfyNode):
                 MiraReward.Input(
                     "reward", tooltip="With a gradient: a scorer, brightness, colour, your own torch code."
                 ),
-                *sampling_inputs("Makes all noises; what the reward does not choose of them is as KSampler's."),
+                *sampling_inputs("Makes the initial noise, as KSampler's does, and all others from there."),
                 io.Float.Input(
                     "tilt",
                     default=0.5,
