@@ -8,9 +8,9 @@ import gaussian
 import pytest
 import torch
 from mira.sampler.optimize import Score, Settings
-from mira.sampler.restart import Stretch, in_rounds, noised
+from mira.sampler.restart import Stretch, in_rounds
 from mira.sampler.resume import Left, frozen, thawed
-from mira.sampler.rollout import Rollout
+from mira.sampler.rollout import Rollout, noised
 
 PLAIN = Settings(iterations=6, lr=0.1, keep="best_reward", drift_metric="path_kl")
 MEASURED = ("seconds", "memory_mb")  # of the machine

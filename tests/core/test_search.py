@@ -13,7 +13,6 @@ from mira.sampler.resampling import effective, multinomial, ssp
 from mira.sampler.rollout import Rollout, noised
 from mira.sampler.search import METHODS, SearchSettings, best_of_n_kl, search
 from mira.sampler.seeds import stream
-from mira.sampler.statistics import spectrum
 from mira.sampler.whitening import whiten
 
 STEPS = 24
@@ -395,30 +394,6 @@ def test_ntrk_keeps_the_best_of_its_particles_and_of_the_plain_sample():
     assert all(ends[2 + b][0] >= ends[b][0] for b in range(2))
     evaluations = 2 * STEPS  # of one particle: the plain sample's and its own, each prediction made once
     assert one.trace.settings["evaluations"] == evaluations and one.trace.settings["backwards"] == STEPS - 1
-
-
-def test_whitening_levels_every_ring_and_stays_uphill():
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 4, 24, 16, generator=g)
-    smooth = x.cumsum(-1).cumsum(-2) * torch.tensor([1e-9, 1.0, 1e9])[:, None, None, None]
-    white = whiten(smooth)
-    torch.testing.assert_close(white.flatten(1).square().mean(1), torch.ones(3))
-    torch.testing.assert_close(spectrum(white), torch.ones(3, 4), atol=0.2, rtol=0)
-    assert spectrum(smooth)[1].max() > 100 * spectrum(smooth)[1].min()
-    assert all((white * smooth).flatten(1).sum(1) > 0)
-    cosine = torch.nn.functional.cosine_similarity(whiten(x).flatten(1), x.flatten(1))
-    assert cosine.min() > 0.95  # noise is white already
-    assert not whiten(torch.zeros(1, 2, 8, 8)).any()
-    torch.testing.assert_close(whiten(smooth[:, :, None])[:, :, 0], white)  # an image as a video of one frame
-
-
-def test_whitening_measures_what_is_painted():
-    """A gradient lives there alone, and what is kept is painted over."""
-    mask = torch.zeros(1, 1, 16, 16)
-    mask[..., :4, :4] = 1
-    g = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * mask
-    inside = whiten(g, mask)[..., :4, :4]
-    torch.testing.assert_close(inside.flatten(1).square().mean(1), torch.ones(2))
 
 
 # -- successive halving

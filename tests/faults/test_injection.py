@@ -23,8 +23,8 @@ from mira.sampler.initno import Settings as InitNO
 from mira.sampler.methods import METHODS as PREFERENCES
 from mira.sampler.optimize import Score, Settings, optimize
 from mira.sampler.preference import PreferenceSettings, by_score, prefer
-from mira.sampler.restart import Stretch, in_rounds, noised, search_by_restarts
-from mira.sampler.rollout import Rollout
+from mira.sampler.restart import Stretch, in_rounds, search_by_restarts
+from mira.sampler.rollout import Rollout, noised
 from mira.sampler.search import METHODS as SEARCHES
 from mira.sampler.search import SearchSettings, search
 from mira.sampler.trace import Trace
