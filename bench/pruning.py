@@ -159,7 +159,7 @@ def report() -> None:
             f"pruned_{m:g}": lambda animal, p, f, m=m, fits=fits: pruned(p, f, fits[animal], m) for m in MARGINS
         }
         for name, method in methods.items():
-            for n in COUNTS:
+            for n in (n for n in COUNTS if n <= finals.shape[1]):
                 got, passes = resampled(method, predictions, finals, n)
                 more = got - best_of(finals, passes)
                 rows.append({
