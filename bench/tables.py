@@ -12,8 +12,7 @@ import torch
 from bench.grid import Failure, Store
 from testing.pack import mira
 
-statistics = mira("sampler.statistics")
-cmmd = statistics.cmmd
+cmmd, spectral_distance = mira("sampler.statistics").cmmd, mira("sampler.statistics").spectral_distance
 AGAINST = "dno"
 COLUMNS = (
     "reward", "adherence", "top1", "clip_score", "hps", "pickscore", "mira", "mira_two_sided", "score_distance",
@@ -146,10 +145,10 @@ def summary(results: Results, target: str, method: str) -> dict:
     )
     out["reward_se_seeds"] = (means.std() / len(means) ** 0.5).item() if len(means) > 1 else math.nan
     if results.base_clip is not None:
-        mine = results.clip(target, method)
-        out["cmmd"] = cmmd(mine, results.base_clip)
-        if min(len(mine), len(results.base_clip)) > 2:
-            out["spectral_distance"] = statistics.spectral_distance(mine, results.base_clip)
+        embeddings = results.clip(target, method)
+        out["cmmd"] = cmmd(embeddings, results.base_clip)
+        if min(len(embeddings), len(results.base_clip)) > 2:
+            out["spectral_distance"] = spectral_distance(embeddings, results.base_clip)
     images = results.shared(target, method, AGAINST)
     mine, other = results.finals[target, method], results.finals.get((target, AGAINST), {})
     if images and method != AGAINST:

@@ -161,9 +161,7 @@ def verdict(row: dict, base: dict | None) -> str:
     """Plain words. The thresholds are the base model's own spread over seeds."""
     gain = "reward unknown" if math.isnan(row["gain"]) else f"reward {row['gain']:+.3g}"
     tail = f"; its noise is no longer typical: {', '.join(row['noise'])}" if row["noise"] else ""
-    drift = (
-        "of more than one stretch, whose drift has no measure" if math.isnan(row["drift"]) else f"{row['drift']:.3g}"
-    )
+    drift = "not measured" if math.isnan(row["drift"]) else f"{row['drift']:.3g}"
     if base is None:
         missing = "no verdict without base_images (plain samples of other seeds) and clip"
         return f"{gain}, drift {drift}; {missing}{tail}"

@@ -267,13 +267,12 @@ class Particles:
         images: Tensor,
         complete: bool,
         more: dict | None = None,
-        measured: bool = True,
-        replaces: bool = False,
+        repainted: bool = False,
     ) -> Tensor:
         """A row per image for the best particle; the best image so far is kept. Returns the best particle, (B,).
 
-        complete: it is an image, not a prediction. measured: and its path one whole, which can be compared. replaces:
-        it is kept unless the plain sample is better.
+        complete: it is an image, not a prediction. repainted: one that was noised again and sampled anew, whose path is
+        no whole to be compared, and which is kept unless the plain sample is better.
         """
         best = reward.argmax(0)
         columns = {"reward": select(reward, best[None])[0]}
@@ -283,7 +282,7 @@ class Particles:
         blank = torch.full((self.batch,), math.nan)
         columns |= {name: blank for name in (*SURROGATES, "noise_norm")}
         path = population.path(best, self.rollout.mask)
-        if complete and measured:
+        if complete and not repainted:
             columns |= {name: f(path, self.reference) for name, f in SURROGATES.items()}
         if complete:
             columns["noise_norm"] = torch.cat([z.flatten(1) for z in path.noises], 1).square().mean(1).sqrt()
@@ -296,17 +295,17 @@ class Particles:
         latent = path.x0 if complete else select(population.x0, best[None])[0]
         self.trace.rows += rows
         self.iterates.append(latent.cpu())
-        self.keep(k, columns["reward"], latent, path.noises, complete, replaces)
+        self.keep(k, columns["reward"], latent, path.noises, complete, repainted)
         self.on_iteration(k, rows, Score(columns["reward"], {}, select(images, best[None])[0]))
         return best
 
     def keep(
-        self, k: int, reward: Tensor, latent: Tensor, noises: Sequence[Tensor], whole: bool, replaces: bool = False
+        self, k: int, reward: Tensor, latent: Tensor, noises: Sequence[Tensor], whole: bool, repainted: bool = False
     ) -> None:
         """The best image so far. Where particles are not steered, a prediction is none."""
         if not whole and not self.steered:
             return
-        better = reward > (self.plain_reward if replaces else self.best_reward)
+        better = reward > (self.plain_reward if repainted else self.best_reward)
         if self.kept.latent is None:  # the plain sample
             better, self.plain_reward = torch.ones_like(better), reward
         elif self.steered and whole:

@@ -121,7 +121,7 @@ def ntrk(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
         # A path of more than one stretch has no likelihood to measure; of its noises, as many as a whole one has.
         population.noises = [*before[: len(before) - len(population.noises)], *population.noises] if number else before
         row += 1
-        run.report(row, population, *run.score(population.x), True, measured=not number, replaces=number > 0)
+        run.report(row, population, *run.score(population.x), True, repainted=number > 0)
     return population.x, torch.zeros(run.count, run.batch)
 
 
