@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.samplers
 from comfy.model_patcher import ModelPatcher
@@ -53,26 +53,29 @@ log = logging.getLogger("mira")
 NODE = "MIRA Search KSampler"
 TILT = "MIRA Tilt KSampler"
 DEFAULT = SearchSettings(particles=8)
-OTHERWISE = {NODE: "method best_of_n or zero_order", TILT: "another ancestral or SDE sampler"}
 
 
-def can_steer(node: str, method: str, sampler: Any, model_sampling: Any, values: dict) -> None:
-    """Raise ValueError where particles could not part, or would be sampled by another sampler than the plain one."""
-    name, instead = values["sampler_name"], f"use euler_ancestral, or {OTHERWISE[node]}"
+def can_steer(node: str, method: str, other: str, sampler: Any, model_sampling: Any, values: dict) -> None:
+    """Raise ValueError where particles could not part, or would be sampled by another sampler than the plain one.
+
+    other: the methods that could be taken instead, as an error's last words; "" where there are none.
+    """
+    name = values["sampler_name"]
     if values["steps"] < 2:
         raise ValueError(
             f"{node}: steps is {values['steps']}, but method {method} looks at particles between two steps: use 2 or "
-            "more" + (f", or {OTHERWISE[node]}" if node == NODE else "")
+            f"more{other}"
         )
     if METHODS[method].injects and not injects_noise(sampler, model_sampling):
         use = "by which particles part" if METHODS[method].copies else "which is what it chooses"
         raise ValueError(
-            f"{node}: method {method} needs a sampler that injects noise, {use}, but {name} injects none: {instead}"
+            f"{node}: method {method} needs a sampler that injects noise, {use}, but {name} injects none: use "
+            f"euler_ancestral{other or ', or another ancestral or SDE sampler'}"
         )
     if not goes_in_pieces(sampler, model_sampling):
         raise ValueError(
             f"{node}: method {method} stops after every step to look, but {name} carries what it knows from one step "
-            f"to the next, and would sample otherwise in pieces: {instead if node == NODE else 'use euler_ancestral'}"
+            f"to the next, and would sample otherwise in pieces: use euler_ancestral{other}"
         )
 
 
@@ -143,7 +146,68 @@ def particulars() -> list[io.Input]:
     )
 
 
-class MiraSearchKSampler(io.ComfyNode):
+class Searching(io.ComfyNode):
+    """What the two nodes share: one run of the settings that their values mean.
+
+    TITLE; OTHER and BLACK_BOX: what to take instead where a method cannot run, and where it needs a gradient that the
+    reward has not; DIALS: which input reaches further, by method, if it is not `particles`. For messages.
+    """
+
+    TITLE = OTHER = BLACK_BOX = ""
+    DIALS: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def settings(cls, values: dict) -> SearchSettings:
+        raise NotImplementedError
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> Any:
+        return memo.cuts(inputs)
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        positive: list,
+        negative: list,
+        latent_image: dict,
+        vae: VAE,
+        reward: Reward,
+        seed: int,
+        cfg: float,
+        prompt: str = "",
+        iterate: int = -1,
+        final_restart: float = 0.0,
+        **values: Any,
+    ) -> io.NodeOutput:
+        given = KSamplerInputs(model, positive, negative, latent_image, vae, seed, cfg, prompt)
+        values, hidden = fill_in(cls.define_schema().inputs, values), cls.hidden
+        check_values(cls.TITLE, [final_restart_input()], {"final_restart": final_restart})
+        identity = values | vars(given) | {"reward": reward}
+        run = memo.of(
+            hidden.unique_id, identity, (iterate, final_restart), lambda: run_search(cls, hidden, given, reward, values)
+        )
+        return finish(
+            cls.TITLE,
+            hidden,
+            *run,
+            latent_image,
+            iterate,
+            noises=False,
+            restart=restart_at_end(given, values, final_restart),
+            inputs=identity,
+        )
+
+
+class MiraSearchKSampler(Searching):
+    TITLE, OTHER = NODE, ", or method best_of_n or zero_order"
+    BLACK_BOX = "a method that needs none than {method}, such as fk_steering"
+    DIALS: ClassVar[dict[str, str]] = {"ntrk": "radius"}
+
+    @classmethod
+    def settings(cls, values: dict) -> SearchSettings:
+        return read_settings(NODE, values, SearchSettings)
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -213,31 +277,16 @@ class MiraSearchKSampler(io.ComfyNode):
     ) -> bool | str:
         return complain(locals(), cls.define_schema().inputs) or True
 
-    @classmethod
-    def fingerprint_inputs(cls, **inputs: Any) -> Any:
-        return memo.cuts(inputs)
+
+class MiraTiltKSampler(Searching):
+    TITLE, BLACK_BOX = TILT, f"{NODE}, of which most methods need none"
+    DIALS: ClassVar[dict[str, str]] = {"ntrk": "tilt"}
 
     @classmethod
-    def execute(
-        cls,
-        model: ModelPatcher,
-        positive: list,
-        negative: list,
-        latent_image: dict,
-        vae: VAE,
-        reward: Reward,
-        seed: int,
-        cfg: float,
-        prompt: str = "",
-        iterate: int = -1,
-        final_restart: float = 0.0,
-        **values: Any,
-    ) -> io.NodeOutput:
-        given = KSamplerInputs(model, positive, negative, latent_image, vae, seed, cfg, prompt)
-        return search_and_finish(NODE, cls, given, reward, values, iterate, final_restart)
+    def settings(cls, values: dict) -> SearchSettings:
+        shared = {name: values[name] for name in ("rounds", "restart_denoise")}
+        return SearchSettings("ntrk", particles=1, radius=values["tilt"], **shared)
 
-
-class MiraTiltKSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -298,91 +347,30 @@ class MiraTiltKSampler(io.ComfyNode):
     ) -> bool | str:
         return complain(locals(), cls.define_schema().inputs) or True
 
-    @classmethod
-    def fingerprint_inputs(cls, **inputs: Any) -> Any:
-        return memo.cuts(inputs)
-
-    @classmethod
-    def execute(
-        cls,
-        model: ModelPatcher,
-        positive: list,
-        negative: list,
-        latent_image: dict,
-        vae: VAE,
-        reward: Reward,
-        seed: int,
-        cfg: float,
-        prompt: str = "",
-        iterate: int = -1,
-        final_restart: float = 0.0,
-        **values: Any,
-    ) -> io.NodeOutput:
-        given = KSamplerInputs(model, positive, negative, latent_image, vae, seed, cfg, prompt)
-        return search_and_finish(TILT, cls, given, reward, values, iterate, final_restart)
-
-
-def settings_of_tilt(values: dict) -> SearchSettings:
-    return SearchSettings(
-        "ntrk", particles=1, rounds=values["rounds"], radius=values["tilt"], restart_denoise=values["restart_denoise"]
-    )
-
-
-def search_and_finish(
-    node: str,
-    cls: type[io.ComfyNode],
-    given: KSamplerInputs,
-    reward: Reward,
-    values: dict,
-    iterate: int,
-    final_restart: float,
-) -> io.NodeOutput:
-    inputs, hidden = cls.define_schema().inputs, cls.hidden
-    values = fill_in(inputs, values)
-    check_values(node, [final_restart_input()], {"final_restart": final_restart})
-    identity = values | vars(given) | {"reward": reward}
-    run = memo.of(
-        hidden.unique_id,
-        identity,
-        (iterate, final_restart),
-        lambda: run_search(node, inputs, hidden, given, reward, values),
-    )
-    return finish(
-        node,
-        hidden,
-        *run,
-        given.latent,
-        iterate,
-        noises=False,
-        restart=restart_at_end(given, values, final_restart),
-        inputs=identity,
-    )
-
 
 def run_search(
-    node: str, inputs: list[io.Input], hidden: Any, given: KSamplerInputs, reward: Reward, values: dict
+    cls: type[Searching], hidden: Any, given: KSamplerInputs, reward: Reward, values: dict
 ) -> tuple[host.Optimized, LiveRun]:
     """One run: (what came out, what the editor was told)."""
-    model, latent, prompt = given.model, given.latent, given.prompt
+    node, model, latent, prompt = cls.TITLE, given.model, given.latent, given.prompt
     told = values | {"cfg": given.cfg}
-    check_values(node, inputs, told)
-    settings = read_settings(node, values, SearchSettings) if node == NODE else settings_of_tilt(values)
+    check_values(node, cls.define_schema().inputs, told)
+    settings = cls.settings(values)
     method = METHODS[settings.method]
     check_links(node, positive=given.positive, negative=given.negative)
     check_reward(node, reward)
     if method.gradient:
-        other = f"a method that needs none than {settings.method}, such as fk_steering"
-        needs_gradient(node, reward, other if node == NODE else f"{NODE}, of which most methods need none")
+        needs_gradient(node, reward, cls.BLACK_BOX.format(method=settings.method))
     sampler = comfy.samplers.sampler_object(values["sampler_name"])
     check_latent(node, model, latent, given.vae, sampler, values, method.gradient)
     needs(node, reward, prompt, len(latent["samples"]))
     if method.restarts and values["steps"] < 2:
         raise ValueError(
             f"{node}: steps is {values['steps']}, but method {settings.method} noises an image to a level in between: "
-            "use 2 or more, or method best_of_n or zero_order"
+            f"use 2 or more{cls.OTHER}"
         )
     if method.steers:
-        can_steer(node, settings.method, sampler, model.get_model_object("model_sampling"), values)
+        can_steer(node, settings.method, cls.OTHER, sampler, model.get_model_object("model_sampling"), values)
     record = describe(node, told | {"method": settings.method}, given.seed, prompt, reward.facts.name)
     # Another seed is far from the plain sample by every distance; its score energy need not be.
     live = LiveRun(hidden, settings.rows(values["steps"]), {"drift_metric": "mira_two_sided"}, record)
@@ -395,8 +383,8 @@ def run_search(
         log.warning("%s: %s", node, notice)
         trace.notices.append(notice)
     if method.steers and not done.result.cut_short and plain_won(trace, method.copies):
-        more = "tilt" if node == TILT else "radius" if method.repaints else "particles"
-        remedy = "raise strength or particles" if method.copies else f"it came back; raise {more}"
+        dial = cls.DIALS.get(settings.method, "particles")
+        remedy = "raise strength or particles" if method.copies else f"it came back; raise {dial}"
         trace.notices.append(f"the plain sample scored higher than every particle: {remedy}")
     trace.settings |= record
     return done, live
