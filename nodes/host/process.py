@@ -155,6 +155,7 @@ class Process:
         self.flow = isinstance(self.inner.model_sampling, comfy.model_sampling.CONST)
         self.place: Callable = nullcontext  # the self-test may change it
         self.rollout: Rollout | None = None
+        self.rolling: list[Process] = []  # which have a rollout: this one, and the stretches of it
         self.evaluations = 0
         self.layers: dict[nn.Module, Callable | None] = {}  # of the VAE and the reward: how they checkpoint their own
         self.redraw = True  # a reward that draws random numbers draws new ones at every evaluation
@@ -282,13 +283,14 @@ class Process:
     def restarted(self, number: int, x0: Tensor) -> Stretch:
         """`from_image` as what can be optimised."""
         process, _, noises = self.from_image(number, x0)
-        process.rollout = process.new_rollout(self.rollout.memory)
+        process.begin_rollout(self.rollout.memory)
         self.rollout = process.rollout  # whose policy decoding and reward follow
         return Stretch(process.rollout, noises)
 
-    def new_rollout(self, memory: str) -> Rollout:
+    def begin_rollout(self, memory: str) -> None:
         job = self.job
-        return Rollout(
+        self.rolling.append(self)
+        self.rollout = Rollout(
             self.differentiable,
             self.sigmas,
             signal=self.signal,
@@ -302,6 +304,17 @@ class Process:
             blocks=self.blocks(),
             random=self.random,
         )
+
+    def end(self) -> None:
+        """Let go of what holds this process in turn, whose models are then freed with the last that names them.
+
+        Python's collector would free them too. But where it takes a clone together with the model that it was cloned
+        from, ComfyUI's list of loaded models keeps an entry without a model: it speaks of a memory leak and collects
+        garbage before every later load.
+        """
+        while self.rolling:
+            self.rolling.pop().rollout = None
+        self.layers.clear()
 
     # --
 
@@ -328,18 +341,14 @@ class Process:
             self.model_wrap, self.sigmas, dict(self.extra_args), None, noise, self.latent_image, self.mask, True
         )
 
-    def twin(self, source: NoiseSource) -> tuple[Callable, dict]:
-        """`twin_of` this process's sampler."""
-        return twin_of(self.job.sampler, source)
-
     def _sample(self, noise: Tensor, source: NoiseSource, denoiser: Callable[..., tuple[dict, Callable]]) -> Tensor:
-        twin, options = self.twin(source)
+        with twin_of(self.job.sampler, source) as (twin, options):
 
-        def function(model_k: Any, x: Tensor, sigmas: Tensor, extra_args: dict, **options: Any) -> Tensor:
-            extra_args, call = denoiser(model_k, extra_args)
-            return twin(StandIn(model_k, call), x, sigmas, extra_args=extra_args, **options)
+            def function(model_k: Any, x: Tensor, sigmas: Tensor, extra_args: dict, **options: Any) -> Tensor:
+                extra_args, call = denoiser(model_k, extra_args)
+                return twin(StandIn(model_k, call), x, sigmas, extra_args=extra_args, **options)
 
-        return self._run(noise, function, options)
+            return self._run(noise, function, options)
 
     def plain(self, noise: Tensor, source: NoiseSource, wrap: Callable) -> Tensor:
         """ComfyUI's own sample, bit for bit, with its noises and random states seen on their way."""
@@ -740,10 +749,10 @@ class Chain:
                 return call(x, sigma, **kwargs)
 
         drawing.escapes = call.escapes  # type: ignore[attr-defined]
-        twin, options = process.twin(source)
         sigmas = process.sigmas[i : j + 1]
         model = StandIn(model_k, wrap(drawing))
-        return twin(model, x, sigmas, extra_args=extra_args, callback=None, disable=True, **options)
+        with twin_of(process.job.sampler, source) as (twin, options):
+            return twin(model, x, sigmas, extra_args=extra_args, callback=None, disable=True, **options)
 
 
 def free_bytes() -> float:

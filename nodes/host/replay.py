@@ -97,11 +97,11 @@ class ReplaySampler(comfy.samplers.Sampler):
             return given(draw).to(noise)
 
         sampler = copy.copy(self.sampler)
-        sampler.sampler_function, sampler.extra_options = twin_of(self.sampler, source)
         options = extra_args["model_options"]
         options = options | {"transformer_options": options.get("transformer_options", {}) | {"sample_sigmas": sigmas}}
         extra_args = extra_args | {"model_options": options}
-        return sampler.sample(model_wrap, sigmas, extra_args, callback, noise, latent_image, mask, disable)
+        with twin_of(self.sampler, source) as (sampler.sampler_function, sampler.extra_options):
+            return sampler.sample(model_wrap, sigmas, extra_args, callback, noise, latent_image, mask, disable)
 
 
 def described(sampler: Any) -> dict | None:

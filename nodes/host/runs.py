@@ -243,9 +243,15 @@ class _WorkingSampler(comfy.samplers.Sampler):
         denoise_mask: Tensor = None,
         _: Any = False,
     ) -> Tensor:
-        job = self.job
+        process = Process(self.job, model_wrap, sigmas, extra_args, latent_image, denoise_mask)
+        try:
+            return self._through(process, noise)
+        finally:
+            process.end()
+
+    def _through(self, process: Process, noise: Tensor) -> Tensor:
+        job, model_wrap = self.job, process.model_wrap
         # First as ComfyUI itself samples, before anything is loaded or switched for the work.
-        process = Process(job, model_wrap, sigmas, extra_args, latent_image, denoise_mask)
         synchronize()
         started = time.perf_counter()
         plain, noises = process.drawn(noise)
@@ -302,7 +308,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
     def _work(self, process: Process, noises: tuple[Tensor, ...]) -> Result:
         job = process.job
         while True:
-            process.rollout = process.new_rollout(job.memory)
+            process.begin_rollout(job.memory)
             reset_peak()
             try:
                 if job.gradient and job.settings.iterations > 0:

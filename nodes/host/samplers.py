@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.k_diffusion.sampling as k_diffusion
@@ -87,13 +88,22 @@ class Twins:
                     namespace[name] = self._function(value)
         return namespace
 
+    def end(self) -> None:
+        """Twins and what they look up hold each other, and with them the source: its noises, and the model."""
+        for namespace in self.namespaces.values():
+            namespace.clear()
 
-def twin_of(sampler: Any, source: NoiseSource) -> tuple[Callable, dict]:
-    """The twin of a SAMPLER's function, whose every noise is `source(draw)`, and its options."""
+
+@contextmanager
+def twin_of(sampler: Any, source: NoiseSource) -> Iterator[tuple[Callable, dict]]:
+    """The twin of a SAMPLER's function, whose every noise is `source(draw)`, and its options; to be called within."""
     twins, options = Twins(source), dict(sampler.extra_options)
     if "noise_sampler" in options:
         options["noise_sampler"] = twins.noise_sampler(options["noise_sampler"])
-    return twins(sampler.sampler_function), options
+    try:
+        yield twins(sampler.sampler_function), options
+    finally:
+        twins.end()
 
 
 class StandIn:
