@@ -28,6 +28,7 @@ from testing.world import World, demo
 presets, settings_of = mira("nodes.shared.presets"), mira("nodes.shared.inputs").settings_of
 vocabulary, Settings = mira("demo.vocabulary"), mira("sampler.optimize").Settings
 SearchSettings = mira("sampler.search").SearchSettings
+Relative, Reward = mira("rewards.combine").Relative, mira("rewards.base").Reward
 RAW, OUT = ROOT / "output" / "restart", ROOT / "docs" / "results"
 COUNT = 15  # animals in a batch
 RESAMPLES = 1000
@@ -116,7 +117,7 @@ class Observer:
         images = images.detach().float().clamp(0, 1)
         found = zip(
             self.animals,
-            self.reward.score(images, self.prompts).tolist(),
+            self.reward(images, self.prompts)[0].tolist(),
             judge_module.adherence(self.judge, images, self.animals).tolist(),
             self.clip.score(images, self.prompts).tolist(),
             strict=True,
@@ -127,10 +128,15 @@ class Observer:
         self.shown.append(images)
 
 
+def optimised() -> dict[str, Reward]:
+    """Those of `front`, and one of another kind: words that the prompt has not got."""
+    return rewards() | {"blue": Relative(demo.demo_clip_score(), "on a blue background", "")}
+
+
 def run(
     world, judge, clip, variant: Variant, reward: str, part: int, steps: int, seed: int, count: int = COUNT
 ) -> tuple[list[dict], Observer]:
-    real, animals = rewards()[reward], vocabulary.ANIMALS[part * count : (part + 1) * count]
+    real, animals = optimised()[reward], vocabulary.ANIMALS[part * count : (part + 1) * count]
     prompts = [vocabulary.caption(a, prefix=True) for a in animals]
     positive = world.encode_batch(prompts)
     through = min(variant.gradient_steps or steps, steps)
@@ -235,7 +241,7 @@ def against(mine: torch.Tensor, plain: torch.Tensor, animals: list[str], level: 
 
 LEVELS = {
     "brightness": (0.4, 0.5, 0.6, 0.65, 0.72), "darkness": (0.45, 0.52, 0.55), "aesthetic": (5.7, 6.0, 6.2),
-    "JPEG": (-5.4, -5.2, -5.05),
+    "JPEG": (-5.4, -5.2, -5.05), "blue": (5.0, 10.0),
 }  # fmt: skip
 
 

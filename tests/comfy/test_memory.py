@@ -25,15 +25,10 @@ from mira.sampler.rollout import Rollout
 from mira.sampler.search import SearchSettings
 
 
-def alive() -> int:
-    gc.collect()
-    return sum(torch.is_tensor(x) for x in gc.get_objects())
-
-
-def models() -> set[int]:
-    """Models, and guiders that hold one."""
-    kinds = comfy.model_patcher.ModelPatcher, comfy.samplers.CFGGuider
-    return {id(x) for x in gc.get_objects() if isinstance(x, kinds)}
+def alive() -> dict[int, type]:
+    """Tensors, models, and guiders that hold one."""
+    kinds = torch.Tensor, comfy.model_patcher.ModelPatcher, comfy.samplers.CFGGuider
+    return {id(x): type(x) for x in gc.get_objects() if isinstance(x, kinds)}
 
 
 RUNS = int(os.environ.get("MIRA_LEAK_RUNS", "3"))
@@ -41,21 +36,22 @@ SMALL = torch.zeros(1, 4, 8, 8)
 
 
 def flat(run) -> None:
-    """As many tensors are alive after every run; and its models go with it, not with the next collection of garbage:
-    that would take clones together with what they were cloned from, of which ComfyUI then keeps dead entries.
+    """As much is alive after every run; and what a run held went with it, not with the next collection of garbage: on a
+    card that is memory, and ComfyUI keeps dead entries of clones that are collected with what they were cloned from.
     """
     counts = []
     for k in range(RUNS):
-        before = models()
         gc.disable()
         try:
             run()
-            waiting = models() - before
+            held = alive()
+            gc.collect()
         finally:
             gc.enable()
         if k >= 1:  # the first one makes what is kept for good
-            counts.append(alive())
-            assert not waiting
+            left = alive()
+            counts.append(len(left))
+            assert not {n: kind for n, kind in held.items() if n not in left}
     assert len(set(counts)) == 1, counts
 
 
