@@ -241,7 +241,7 @@ def against(mine: torch.Tensor, plain: torch.Tensor, animals: list[str], level: 
 
 LEVELS = {
     "brightness": (0.4, 0.5, 0.6, 0.65, 0.72), "darkness": (0.45, 0.52, 0.55), "aesthetic": (5.7, 6.0, 6.2),
-    "JPEG": (-5.4, -5.2, -5.05), "blue": (5.0, 10.0),
+    "JPEG": (-5.4, -5.2, -5.05), "blue": (-10.0, -7.0, -4.0),
 }  # fmt: skip
 
 
