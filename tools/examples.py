@@ -544,7 +544,7 @@ NOTES = {
         "The quick way: a KSampler with one more dial. At every step the reward chooses `tilt` of the noise; the "
         "picture is then noised again and sampled once more."
     ),
-    "mira_guidance": "Two ways without iterations: a noise that attends to every word, and a guider that leans.",
+    "mira_guidance": "Two ways that optimise no reward: a noise that attends to every word, and a guider that leans.",
     "mira_relative_reward": (
         "More *3d* and less *flat*, by the demo's CLIP: what it likes in any picture is in both scores and cancels."
     ),
@@ -565,7 +565,7 @@ NOTES = {
         "own line in the chart; `image` chooses."
     ),
     "mira_sd15_aesthetic": "Needs SD1.5, the aesthetic head and CLIP ViT-L/14; the loader says where each file goes.",
-    "mira_sdxl_hps": "Needs SDXL and HPSv2.1's file. On a 12 GB card leave `memory` as it is, and expect minutes.",
+    "mira_sdxl_hps": "Needs SDXL and HPSv2.1's file. A 12 GB card holds 768 px, and 1024 px at the edge.",
     "mira_sdxl_lightning": (
         "Four steps and no negative prompt: a tenth of the network's work of SDXL in 20 steps. Needs SDXL Lightning (4 "
         "steps) and PickScore. Of so few steps the gradient goes through all."

@@ -153,7 +153,10 @@ def dial_inputs() -> list:
         "preset",
         options=[*PRESETS, CUSTOM],
         default="balanced",
-        tooltip=f"Sets the advanced inputs together. {'; '.join(f'{k}: {v}' for k, v in WORDS.items())}.",
+        tooltip=(
+            "Sets the advanced inputs, and in the editor the two below. "
+            f"{'; '.join(f'{k}: {v}' for k, v in WORDS.items())}."
+        ),
     )
     preset.extra_dict = {"mira_presets": PRESETS, "mira_dials": SUGGESTED}  # for the editor
     return [
@@ -359,17 +362,14 @@ def prompt_input():
     )
 
 
-def iterate_input():
+def iterate_input(chosen: str = "the one that `keep` chooses") -> io.Int.Input:
     return io.Int.Input(
         "iterate",
         default=-1,
         min=-1,
         max=2000,
         optional=True,
-        tooltip=(
-            "Which iteration's image comes back: -1, the one that `keep` chooses. Changing it alone does not run the "
-            "optimisation again."
-        ),
+        tooltip=(f"Which iteration's image comes back: -1, {chosen}. Changing it alone runs nothing again."),
     )
 
 

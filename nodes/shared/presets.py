@@ -54,8 +54,8 @@ SUGGESTED: dict[str, dict] = {
 }
 WORDS = {
     "balanced": "the measured default",
-    "fast": "half the work",
-    "strong": "twice the work, and further from the prompt",
+    "fast": "half the work (6 iterations)",
+    "strong": "twice the work (24 iterations), and further from the prompt",
     "exact_gradient": "balanced, through all sampling steps: slower",
     "mira": "the paper's Algorithm 1",
     "dno": "plain noise optimisation",
