@@ -79,7 +79,7 @@ class _Hybrid:
 
         def seen(i: int, rows: list[dict], score: Score) -> None:
             self.runs += 1
-            latest[:] = [rows, score.images]
+            latest[:] = [rows, score.images.cpu()]
 
         done = optimize(
             self.rollout, self.score, noises, replace(self.inner, iterations=iterations), reference=self.reference,

@@ -13,16 +13,22 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointError
 
+FULL = (
+    "out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "allocation_failed",
+    "cublas_status_not_init", "cudnn_status_not_init", "unable to find an engine", "valid cudnn algorithm",
+    "out_of_device_memory", "invalid buffer size", "not enough gpu video memory",
+)  # fmt: skip
+
 
 def out_of_memory(problem: BaseException) -> bool:
-    """CUDA has an exception of its own; the CPU's and Apple's allocators, cuBLAS and cuDNN raise a plain RuntimeError.
+    """CUDA has an exception of its own; other allocators, cuBLAS and cuDNN raise a plain RuntimeError.
 
+    cuDNN on a full card finds no engine, or no algorithm, that would do with the room that is left.
     A checkpoint whose recomputation differs counts too: a host's own fallback, which took less memory, may be why.
     """
     if isinstance(problem, (getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError), CheckpointError)):
         return True
-    words = ("can't allocate memory", "out of memory", "alloc_failed", "allocation_failed", "cublas_status_not_init")
-    return isinstance(problem, RuntimeError) and any(w in str(problem).lower() for w in words)
+    return isinstance(problem, RuntimeError) and any(w in str(problem).lower() for w in FULL)
 
 
 def give_back() -> None:

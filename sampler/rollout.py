@@ -304,8 +304,10 @@ class Rollout:
 
     def _constant(self, sigma: Tensor) -> bool:
         """By the noise level, as a step may call its denoiser more than once."""
+        if not self.gradient_steps:
+            return False  # without asking the device
         left = len(self.schedule) - 1 - int((self.schedule[:-1] > sigma.max()).sum())
-        return 0 < self.gradient_steps < left
+        return self.gradient_steps < left
 
     def let_go(self) -> None:
         """End what the last trajectory's checkpoints hold: after its backward, or where it will have none."""

@@ -103,10 +103,11 @@ def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def loaded(patchers: Sequence, memory: float) -> Iterator[None]:
+def loaded(patchers: Sequence, memory: float, gradient: bool = True) -> Iterator[None]:
     """ComfyUI's patchers on the device in one call (several could evict one another), with what a gradient needs.
 
-    memory: bytes that the work within will take beside the weights.
+    memory: bytes that the work within will take beside the weights. gradient: without one, weights may stay behind and
+    come when they are used, as in ComfyUI's own sampling.
     """
     for patcher in {m for p in patchers for m in (p, *p.model_patches_models())}:
         if is_dynamic(patcher):
@@ -117,7 +118,7 @@ def loaded(patchers: Sequence, memory: float) -> Iterator[None]:
     # A weight that is moved outside inference mode is one that no stock node can use any more, and making room moves
     # those of other models too.
     with torch.inference_mode():
-        comfy.model_management.load_models_gpu(list(patchers), memory_required=memory, force_full_load=True)
+        comfy.model_management.load_models_gpu(list(patchers), memory_required=memory, force_full_load=gradient)
     modules = [patcher.model for patcher in patchers]
     with torch.inference_mode(False):
         for module in modules:
@@ -187,15 +188,19 @@ def _pytorch_kernel(name: str, value: object) -> Callable | None:
 @contextmanager
 def without_tf32() -> Iterator[None]:
     """Convolutions and matrix products of a GPU in full float32: cuDNN's default costs three digits of a score."""
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [b.allow_tf32 for b in backends]
+    backends: Any = torch.backends
+    # Where PyTorch has the newer switch, one that was set by it must not be asked by the older one.
+    newer = hasattr(backends.cuda.matmul, "fp32_precision")
+    switches = (backends.cudnn.conv if newer else backends.cudnn, backends.cuda.matmul)
+    name, off = ("fp32_precision", "ieee") if newer else ("allow_tf32", False)
+    before = [getattr(switch, name) for switch in switches]
     try:
-        for b in backends:
-            b.allow_tf32 = False
+        for switch in switches:
+            setattr(switch, name, off)
         yield
     finally:
-        for b, value in zip(backends, before, strict=True):
-            b.allow_tf32 = value
+        for switch, value in zip(switches, before, strict=True):
+            setattr(switch, name, value)
 
 
 @contextmanager

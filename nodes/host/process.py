@@ -172,7 +172,7 @@ class Process:
         self.draws: bool | None = None  # whether a call draws from them; not known before the plain sample is there
         dtype = self.inner.manual_cast_dtype or self.inner.get_dtype()
         # Gradients of a mean over pixels are near float16's smallest numbers.
-        scale = 2.0**10 if dtype == torch.float16 else 1.0
+        scale = 2.0**10 if torch.float16 in (dtype, self.vae.vae_dtype) else 1.0
         self.half = dtype in (torch.float16, torch.bfloat16)
         self.settings = replace(job.settings, loss_scale=scale) if scale != 1 else job.settings
 
@@ -182,12 +182,16 @@ class Process:
         if cut is None:
             return found
         self.states.clear()
+        self.unload_others()
+        return draw(self.plain, noise)
+
+    def unload_others(self) -> None:
+        """Make room, of which there was too little: every model goes that sampling does not need."""
         management = comfy.model_management
         needed = [self.model_wrap.model_patcher, *self.model_wrap.loaded_models]
         keep = [m for m in management.current_loaded_models if any(m.model is p for p in needed)]
         management.free_memory(1e30, management.get_torch_device(), keep_loaded=keep)
-        log.warning("%s: out of memory while sampling: unloaded what it does not need, and tries again", self.job.node)
-        return draw(self.plain, noise)
+        log.warning("%s: out of memory: unloaded what it does not need, and tries again", self.job.node)
 
     def outside_inference_mode(self) -> Process:
         """This process on tensors that autograd can save."""
@@ -318,17 +322,20 @@ class Process:
 
     # --
 
+    @property
+    def patchers(self) -> list[ModelPatcher]:
+        """Of everything that a run needs."""
+        reward = self.job.reward
+        patchers = [self.model_wrap.model_patcher, *self.model_wrap.loaded_models, self.vae.patcher]
+        patchers += [patcher_of(m) for m in reward.modules] if reward else []
+        return patchers + getattr(self.model_wrap, "networks", [])  # of a guider of ours
+
     @contextmanager
     def loaded(self) -> Iterator[None]:
-        """Everything that a run needs."""
-        job = self.job
-        patchers = [self.model_wrap.model_patcher, *self.model_wrap.loaded_models, self.vae.patcher]
-        patchers += [patcher_of(m) for m in job.reward.modules] if job.reward else []
-        patchers += getattr(self.model_wrap, "networks", [])  # of a guider of ours
-        shape = list(job.latent.shape)
+        shape = list(self.job.latent.shape)
         need = self.inner.memory_required([2 * shape[0], *shape[1:]])
         need += self.vae.memory_used_decode(shape, self.vae.vae_dtype)
-        with loaded(patchers, 2 * need):
+        with loaded(self.patchers, 2 * need, self.job.gradient):
             yield
 
     def _run(self, noise: Tensor, function: Callable, options: dict) -> Tensor:
@@ -475,7 +482,9 @@ class Process:
         """(B, C, h, w) as sampled, or of one frame, -> images (B, 3, H, W), nominally in [0, 1]."""
         latent = self.inner.process_latent_out(x0.float())
         thrifty = self._thrifty(self.vae.first_stage_model)
-        if self._keep or thrifty:
+        if not torch.is_grad_enabled():
+            images = self._decoded(latent)
+        elif self._keep or thrifty:
             with thrifty or nullcontext():
                 images = decode(self.vae, latent)
         else:
@@ -487,6 +496,18 @@ class Process:
                 f"{self.job.node}: the VAE decodes to shape {tuple(images.shape)}: MIRA optimises still images only"
             )
         return images.to(x0.device)
+
+    def _decoded(self, latent: Tensor) -> Tensor:
+        """Without a gradient: all at once, or as many as fit, and at last one in tiles, as VAE Decode does."""
+        images, cut = within_memory(decode, self.vae, latent)
+        if cut is None:
+            return images
+        if len(latent) > 1:
+            return torch.cat([self._decoded(some) for some in latent.chunk(2)])
+        if latent.ndim != 4:
+            raise cut.problem
+        log.warning("%s: out of memory while decoding: in tiles", self.job.node)
+        return self.vae.decode_tiled_(latent)
 
     def score_bytes(self, x: Tensor, most: float) -> float:
         """What decoding and reward of such a latent keep for their backward pass."""

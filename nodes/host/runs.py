@@ -15,6 +15,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ...sampler.ending import within_memory
 from ...sampler.hybrid import hybrid
 from ...sampler.memory import out_of_memory
 from ...sampler.optimize import Result, Score
@@ -29,7 +30,7 @@ from ...sampler.trace import Trace
 from .dynamic import static, with_static_controls
 from .grad import has_no_repeatable_way, normal, pytorch_kernels, repeatable, training
 from .patches import named, why_no_gradient
-from .process import INTERRUPTS, RESTART, Chain, Job, Process, reset_peak, synchronize, used_bytes
+from .process import INTERRUPTS, RESTART, Chain, Job, Process, free_bytes, reset_peak, synchronize, used_bytes
 from .replay import ReplayNoise, ReplaySampler, described
 
 log = logging.getLogger("mira")
@@ -149,7 +150,7 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
 def take_up(process: Process, resume: Left) -> Left:
     """What the run before had come to, put back into `process`; what is left of it is the optimiser's."""
     process.start, process.evaluations, process.repeatable, inner = thawed(resume.value)
-    if not process.repeatable:
+    if process.job.repeatable and not process.repeatable:
         torch.use_deterministic_algorithms(False)  # until `repeatable` ends
     return replace(resume, value=inner)
 
@@ -259,7 +260,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
         sampling_seconds = time.perf_counter() - started
         self.plain = model_wrap.inner_model.process_latent_out(plain.float())
         with ExitStack() as stack:
-            stack.enter_context(process.loaded())
+            self._load(process, stack)
             stack.enter_context(training())
             stack.enter_context(pytorch_kernels())
             if job.repeatable and plain.is_cuda:
@@ -297,6 +298,13 @@ class _WorkingSampler(comfy.samplers.Sampler):
             part = torch.ones(len(plain), dtype=torch.bool)
             self.segments = [Segment(process.sigmas.detach().cpu(), kept, part)]
         self.optimized = True
+        try:
+            return self._kept(plain, noises, result)
+        finally:
+            on_cpu(result)
+
+    def _kept(self, plain: Tensor, noises: tuple[Tensor, ...], result: Result) -> Tensor:
+        """What comes back of the sampler: the plain sample itself where that was kept."""
         # The replay under PyTorch's attention differs from the plain sample in its last bits.
         if len(noises) != len(result.best_noises):  # of a restart in fewer steps
             return result.best.to(plain)
@@ -304,6 +312,21 @@ class _WorkingSampler(comfy.samplers.Sampler):
         kept_plain = torch.stack([(z == kept).flatten(1).all(1) for z, kept in pairs]).all(0)
         self.optimized = not kept_plain.all()
         return torch.where(per_image(kept_plain, plain), plain, result.best.to(plain))
+
+    def _load(self, process: Process, stack: ExitStack) -> None:
+        """Everything that the work needs; where it does not fit beside other models, once more without those."""
+        _, cut = within_memory(lambda: stack.enter_context(process.loaded()))
+        if cut is None:
+            return
+        process.unload_others()
+        _, cut = within_memory(lambda: stack.enter_context(process.loaded()))
+        if cut:
+            sizes = ", ".join(f"{type(p.model).__name__} {p.model_size() / 1e9:.1f} GB" for p in process.patchers)
+            why = ", as a gradient needs them whole" if self.job.gradient else ""
+            raise type(cut.problem)(
+                f"{self.job.node}: out of memory while its models were loaded ({sizes}; free: "
+                f"{free_bytes() / 1e9:.1f} GB): take a smaller model or reward{why}"
+            )
 
     def _work(self, process: Process, noises: tuple[Tensor, ...]) -> Result:
         job = process.job
@@ -331,6 +354,14 @@ class _WorkingSampler(comfy.samplers.Sampler):
             process.notices.append(f"this run does not repeat to the bit on this device: {said}")
             torch.use_deterministic_algorithms(False)  # until `repeatable` ends
             process.repeatable, process.evaluations = False, 0
+
+
+def on_cpu(result: Result) -> None:
+    """What a finished run is remembered by takes no room on the device, of which ComfyUI could know nothing."""
+    for name, value in vars(result).items():
+        if isinstance(value, Tensor):
+            setattr(result, name, value.cpu())
+    result.best_noises = tuple(z.cpu() for z in result.best_noises)
 
 
 def no_room(rollout: Rollout) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 
@@ -238,6 +239,86 @@ def test_every_policy_has_the_same_gradient(world, kl_vae, memory):
     )
     torch.testing.assert_close(thrifty.latent, everything.latent, atol=1e-2, rtol=1e-3)
     assert not torch.equal(thrifty.latent, thrifty.plain)
+
+
+def search(world, **job):
+    with torch.inference_mode():
+        job = world.job(steps=2, **job)
+        job.settings, job.gradient = SearchSettings(method="best_of_n", particles=2), False
+        return host.run(job, host.searching)
+
+
+def test_without_a_gradient_models_need_not_be_whole(world, monkeypatch):
+    """As where ComfyUI leaves a part of the weights in the CPU's memory."""
+    whole = search(world)
+    load = comfy.model_management.load_models_gpu
+
+    def full(models, *args, force_full_load=False, **kwargs):
+        if force_full_load:
+            raise torch.OutOfMemoryError("full")
+        return load(models, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", full)
+    assert torch.equal(search(world).latent, whole.latent)
+    with pytest.raises(torch.OutOfMemoryError, match=r"while its models were loaded \(BaseModel.*as a gradient needs"):
+        world.optimize(steps=2)
+
+
+def test_without_a_gradient_images_are_decoded_as_they_fit(world, monkeypatch):
+    whole, network = search(world, batch=3), world.vae.first_stage_model
+    decode, most = network.decode, []
+
+    def full(z):
+        if z[0, 0].numel() * len(z) > most[-1]:
+            raise torch.OutOfMemoryError("full")
+        return decode(z)
+
+    monkeypatch.setattr(network, "decode", full)
+    most.append(world.side**2)
+    assert torch.equal(search(world, batch=3).latent, whole.latent)
+    most.append(64**2)
+    large = torch.zeros(1, 4, 72, 72)
+    kept = []
+
+    def tiled(self, noises):
+        with torch.no_grad():
+            kept.append(self.render(large).shape)
+        return host.searching(self, noises)
+
+    with torch.inference_mode():
+        job = world.job(steps=1)
+        job.settings, job.gradient = SearchSettings(method="best_of_n", particles=1), False
+        host.run(job, tiled)
+    assert kept == [(1, 3, 576, 576)]
+
+
+def test_a_decoder_in_half_precision_has_its_loss_scaled(world):
+    scales = []
+
+    def seen(self, noises):
+        scales.append(self.settings.loss_scale)
+        return host.optimizing(self, noises)
+
+    for dtype in (torch.float16, torch.bfloat16):
+        vae = copy.copy(world.vae)
+        vae.first_stage_model = copy.deepcopy(vae.first_stage_model).to(dtype)
+        vae.patcher = comfy.model_patcher.ModelPatcher(vae.first_stage_model, vae.device, vae.device)
+        vae.vae_dtype = dtype
+        with torch.inference_mode():
+            host.run(world.job(vae=vae, steps=1, iterations=1), seen)
+    assert scales == [1024, 1]
+
+
+def test_the_newer_switch_of_tf32_is_put_back(world):
+    """Once it was used, PyTorch refuses to read the older one."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        world.optimize(steps=1, iterations=1)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("memory", ["auto", "none", "per_step", "per_block"])

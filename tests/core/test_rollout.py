@@ -292,6 +292,9 @@ FULL = (
     "CUDA out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED when calling",
     "CUDNN_STATUS_INTERNAL_ERROR_ALLOCATION_FAILED",
+    "GET was unable to find an engine to execute this computation",
+    "Unable to find a valid cuDNN algorithm to run convolution",
+    "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes",
 )
 
 
