@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -340,6 +340,7 @@ def optimize(
             reason = "; ".join(dict.fromkeys(r for r in state.reasons if r))
             break
         k += 1
+        evaluation = None  # nothing of it is alive while the next one is made
     reason = reason or "all iterations done"
     goes_on = whole and state.active.any()
     left = Left((state, keeper, trace, iterates, latest), min(k, settings.iterations)) if goes_on else None
@@ -384,6 +385,7 @@ def _evaluated(rollout: Rollout, score: Callable, state: _State, settings: Setti
         if not gradient:
             return _Evaluation(path, result, surrogates, drift, loss)
         grads = _gradients(loss, state)
+    result = replace(result, total=result.total.detach())
     return _Evaluation(path.detach(), result, surrogates, drift, loss.detach(), grads, _norm(grads))
 
 

@@ -326,10 +326,12 @@ class Particles:
                 out = self.chain.denoise(state, sigma.to(state).expand(len(state)))
                 score = self.evaluate(out)
                 (gradient,) = torch.autograd.grad(score.total.sum() * scale, state)
+            self.rollout.let_go()
             # A particle whose gradient is not finite is not steered this time.
             finite = torch.isfinite(gradient).flatten(1).all(1)
             gradient = torch.where(per_image(finite, gradient), gradient / scale, 0)
-            found.append((out.detach(), gradient, replace(score, images=score.images.cpu())))
+            score = replace(score, total=score.total.detach(), images=score.images.cpu())
+            found.append((out.detach(), gradient, score))
 
         self.chunks(range(len(x)), work)
         self.calls += len(x)

@@ -1,6 +1,7 @@
 import contextlib
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -422,3 +423,26 @@ def test_what_means_nothing_without_an_initial_noise_is_refused(change, words):
     z[0] = torch.zeros_like(z[0])
     with pytest.raises(ValueError, match=f"is {words}.*zero: use"):
         optimize(rollout(), mean_reward, z, Settings(iterations=1, beta=1.0, **change))
+
+
+def test_nothing_of_an_iteration_is_alive_in_the_next():
+    """On a card its images, its gradients and what its graph kept are memory that the next one wants."""
+    before, sample = [], rollout()
+
+    def score(x0):
+        got = mean_reward(x0)
+        before[:] = [weakref.ref(got.images), weakref.ref(got.total)] if x0.requires_grad else before
+        return got
+
+    class Watched:
+        schedule = sample.schedule
+
+        def __call__(self, z):
+            assert not any(ref() is not None for ref in before)
+            return sample(z)
+
+        def let_go(self):
+            sample.let_go()
+
+    result = optimize(Watched(), score, noises(), Settings(iterations=3))
+    assert before and len(result.iterates) == 4
