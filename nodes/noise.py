@@ -127,7 +127,9 @@ class MiraLoadNoise(io.ComfyNode):
             raise ValueError(f"{LOAD}: {problem}") from None
         if not isinstance(sampler, comfy.samplers.KSAMPLER):
             raise ValueError(f"{LOAD}: sampler is a {type(sampler).__name__}: connect one of ComfyUI's own kind")
-        replayed = ReplaySampler(sampler, segments, bool(facts.get("optimized", True)))
+        settings = facts.get("settings")
+        repeatable = settings.get("repeatable", True) if isinstance(settings, dict) else True
+        replayed = ReplaySampler(sampler, segments, bool(facts.get("optimized", True)), bool(repeatable))
         return io.NodeOutput(ReplayNoise(segments, facts), replayed, json.dumps(facts, indent=1))
 
 

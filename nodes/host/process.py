@@ -621,15 +621,25 @@ class Process:
         log.debug("gradient self-test of %s: relative error %.2g, prediction off by %.2g", name, wrong, moved)
 
     def check_backward(self) -> None:
-        """The reward's backward on the plain image, before any seed is sampled: not every device has every one."""
+        """The reward's backward on the plain image, before any seed is sampled: not every device has every one.
+
+        And the decoder's, where every operation has to repeat: a search shows its first images before it meets that.
+        """
         job, before = self.job, self.redraw
         self.redraw = False
         try:
-            _, cut = within_memory(self._reward_gradient)
+            for part in (self._reward_gradient, self._decoder_gradient):
+                _, cut = within_memory(part)
+                if cut:
+                    log.debug("%s: the reward's gradient could not be tried: %s", job.node, cut)
         finally:
             self.redraw = before
-        if cut:
-            log.debug("%s: the reward's gradient could not be tried: %s", job.node, cut)
+
+    def _decoder_gradient(self) -> None:
+        if torch.are_deterministic_algorithms_enabled():
+            with torch.enable_grad():
+                x0 = self.given[0].detach().requires_grad_()
+                torch.autograd.grad(self.render(x0).sum(), x0, allow_unused=True)
 
     def _reward_gradient(self) -> None:
         with torch.no_grad():

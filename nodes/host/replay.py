@@ -40,11 +40,15 @@ class ReplayNoise:
 class ReplaySampler(comfy.samplers.Sampler):
     """`sampler`, whose injected noises are those of `segments`, restarts included.
 
-    optimized: as an optimisation samples, with PyTorch's attention, so that the same bits come out.
+    optimized: as an optimisation samples, with PyTorch's attention, so that the same bits come out. repeatable: by
+    algorithms that repeat to the bit on a GPU, as that run did; where it could not, there may be none.
     """
 
-    def __init__(self, sampler: Any, segments: Sequence[Segment], optimized: bool = True) -> None:
-        self.sampler, self.segments, self.optimized = sampler, segments, optimized
+    def __init__(
+        self, sampler: Any, segments: Sequence[Segment], optimized: bool = True, repeatable: bool = True
+    ) -> None:
+        self.sampler, self.segments = sampler, segments
+        self.optimized, self.repeatable = optimized, repeatable
 
     def sample(
         self,
@@ -70,7 +74,7 @@ class ReplaySampler(comfy.samplers.Sampler):
         x = noise
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            if noise.is_cuda:
+            if self.repeatable and noise.is_cuda:
                 stack.enter_context(repeatable())
             for n, segment in enumerate(self.segments if whole else self.segments[:1]):
                 now, z, begun = sigmas, noise, latent_image

@@ -90,7 +90,7 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
             sampler.segments,
             {"seed": job.seed, "sampler": described(job.sampler), "settings": result.trace.settings},
         ),
-        ReplaySampler(job.sampler, sampler.segments, sampler.optimized),
+        ReplaySampler(job.sampler, sampler.segments, sampler.optimized, result.trace.settings["repeatable"]),
     )
 
 

@@ -552,6 +552,34 @@ def test_where_there_is_no_repeatable_way_the_run_goes_on_and_says_so(world):
     assert run(world, steps=2, iterations=1).result.trace.settings["repeatable"] is True
 
 
+def test_a_decoder_without_a_repeatable_way_is_met_before_anything_is_shown(world, monkeypatch):
+    """As one that pads by replication: tilted noise scores its first predictions before it asks for a gradient."""
+
+    class Padded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            if torch.are_deterministic_algorithms_enabled():
+                raise RuntimeError("replication_pad2d_backward_cuda does not have a deterministic implementation")
+            return gradient
+
+    network = world.vae.first_stage_model
+    decode = network.decode
+    monkeypatch.setattr(network, "decode", lambda z: Padded.apply(decode(z)))
+    with torch.inference_mode():
+        job = world.job(steps=3)
+        job.settings = SearchSettings(method="ntrk", particles=1, rounds=1)
+        torch.use_deterministic_algorithms(True)
+        try:
+            done = host.run(job, host.searching)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert not done.result.cut_short and "does not repeat to the bit" in done.result.trace.notices[-1]
+
+
 def test_what_a_network_cached_in_the_plain_sample_is_no_obstacle(world):
     """Positions that a model computes once and keeps, in lists and dicts of its own."""
     with torch.inference_mode():
