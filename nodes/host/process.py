@@ -400,7 +400,8 @@ class Process:
         """Where call n of a trajectory draws what it drew in the plain sample (token merging, tiling)."""
         if self.draws is None:
             self.draws = any(not same_state(s, self.states[0]) for s in self.states)
-        return _RandomState(self.states[n]) if self.draws and n < len(self.states) else nullcontext()
+        known = self.draws and n < len(self.states)
+        return _RandomState(self.states[n], self.sigmas.device) if known else nullcontext()
 
     def compare(self, x0: Tensor) -> None:
         """The first trajectory's result with what its noises gave. Raises RuntimeError when it is another image."""
@@ -720,18 +721,17 @@ def same_state(a: tuple, b: tuple) -> bool:
 class _RandomState:
     """A context in which torch's global generators go on from a given state, and forget it afterwards."""
 
-    def __init__(self, state: tuple) -> None:
-        self.state = state
+    def __init__(self, state: tuple, device: torch.device) -> None:
+        self.state, self.device = state, device
 
     def _set(self, state: tuple) -> None:
         cpu, cuda = state
         torch.set_rng_state(cpu)
         if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
+            torch.cuda.set_rng_state(cuda, self.device)
 
     def __enter__(self) -> None:
-        cuda = self.state[1]
-        self.before = torch.get_rng_state(), None if cuda is None else torch.cuda.get_rng_state()
+        self.before = random_state(self.device)
         self._set(self.state)
 
     def __exit__(self, *_: Any) -> None:
