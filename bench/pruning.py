@@ -27,8 +27,8 @@ import comfy.samplers  # isort: skip
 vocabulary, JPEG = mira("demo.vocabulary"), mira("rewards.jpeg").JPEG
 SearchSettings = mira("sampler.search").SearchSettings
 RAW, OUT = ROOT / "output" / "pruning", ROOT / "docs" / "results"
-STEPS, COUNT, SEEDS, RESAMPLES = 16, 15, 32, 200
-COUNTS = (2, 4, 8, 16, 32)
+STEPS, COUNT, SEEDS, RESAMPLES = 16, 15, 17, 200
+COUNTS = (2, 4, 8, 16)
 MARGINS = (0.0, 1.0)  # how many deviations of the calibration's error a seed may be behind
 
 
