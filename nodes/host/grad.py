@@ -189,11 +189,13 @@ def _pytorch_kernel(name: str, value: object) -> Callable | None:
 def without_tf32() -> Iterator[None]:
     """Convolutions and matrix products of a GPU in full float32: cuDNN's default costs three digits of a score."""
     backends: Any = torch.backends
-    # Where PyTorch has the newer switch, one that was set by it must not be asked by the older one.
-    newer = hasattr(backends.cuda.matmul, "fp32_precision")
-    switches = (backends.cudnn.conv if newer else backends.cudnn, backends.cuda.matmul)
-    name, off = ("fp32_precision", "ieee") if newer else ("allow_tf32", False)
-    before = [getattr(switch, name) for switch in switches]
+    off: bool | str
+    switches, name, off = (backends.cudnn, backends.cuda.matmul), "allow_tf32", False
+    try:
+        before = [getattr(switch, name) for switch in switches]
+    except RuntimeError:  # once somebody has used the newer switch, the older one cannot be read
+        switches, name, off = (backends.cudnn.conv, backends.cuda.matmul), "fp32_precision", "ieee"
+        before = [getattr(switch, name) for switch in switches]
     try:
         for switch in switches:
             setattr(switch, name, off)
