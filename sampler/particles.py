@@ -323,10 +323,12 @@ class Particles:
         def work(some: Sequence[int]) -> None:
             with torch.enable_grad():
                 state = x[list(some)].flatten(0, 1).detach().requires_grad_()
-                out = self.chain.denoise(state, sigma.to(state).expand(len(state)))
-                score = self.evaluate(out)
-                (gradient,) = torch.autograd.grad(score.total.sum() * scale, state)
-            self.rollout.let_go()
+                try:
+                    out = self.chain.denoise(state, sigma.to(state).expand(len(state)))
+                    score = self.evaluate(out)
+                    (gradient,) = torch.autograd.grad(score.total.sum() * scale, state)
+                finally:
+                    self.rollout.let_go()
             # A particle whose gradient is not finite is not steered this time.
             finite = torch.isfinite(gradient).flatten(1).all(1)
             gradient = torch.where(per_image(finite, gradient), gradient / scale, 0)

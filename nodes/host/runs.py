@@ -291,25 +291,18 @@ class _WorkingSampler(comfy.samplers.Sampler):
         if estimate := process.rollout.estimate:
             parts = {"step": estimate.step, "decoding_and_reward": estimate.score, "free": estimate.free}
             result.trace.settings["memory_mb"] = {k: json_number(v / 1e6) for k, v in parts.items()}
+        on_cpu(result)
         self.result = result
         self.segments = result.segments
         if not self.segments:
-            kept = tuple(z.detach().cpu() for z in result.best_noises)
             part = torch.ones(len(plain), dtype=torch.bool)
-            self.segments = [Segment(process.sigmas.detach().cpu(), kept, part)]
+            self.segments = [Segment(process.sigmas.detach().cpu(), result.best_noises, part)]
         self.optimized = True
-        try:
-            return self._kept(plain, noises, result)
-        finally:
-            on_cpu(result)
-
-    def _kept(self, plain: Tensor, noises: tuple[Tensor, ...], result: Result) -> Tensor:
-        """What comes back of the sampler: the plain sample itself where that was kept."""
         # The replay under PyTorch's attention differs from the plain sample in its last bits.
         if len(noises) != len(result.best_noises):  # of a restart in fewer steps
             return result.best.to(plain)
         pairs = zip(noises, result.best_noises, strict=True)
-        kept_plain = torch.stack([(z == kept).flatten(1).all(1) for z, kept in pairs]).all(0)
+        kept_plain = torch.stack([(z == kept.to(z)).flatten(1).all(1) for z, kept in pairs]).all(0)
         self.optimized = not kept_plain.all()
         return torch.where(per_image(kept_plain, plain), plain, result.best.to(plain))
 
@@ -361,7 +354,7 @@ def on_cpu(result: Result) -> None:
     for name, value in vars(result).items():
         if isinstance(value, Tensor):
             setattr(result, name, value.cpu())
-    result.best_noises = tuple(z.cpu() for z in result.best_noises)
+    result.best_noises = tuple(z.detach().cpu() for z in result.best_noises)
 
 
 def no_room(rollout: Rollout) -> str:
