@@ -284,7 +284,7 @@ def report() -> None:
         of = (row["optimised"], int(row["steps"]), row["variant"])
         numbers = {k: float(row[k]) for k in ("iterate", "kept", *COLUMNS)}
         runs.setdefault(of, []).append(numbers | {"animal": row["animal"], "part": (row["part"], row["seed"])})
-    rows, ends = [], []
+    rows, ends, tilts = [], [], []
     for (reward, steps, name), mine in runs.items():
         if (reward, steps, "dno") not in runs:
             continue
@@ -305,11 +305,17 @@ def report() -> None:
         if found := against(chosen[:, None], b, animals, None):
             end |= {k: found[k] for k in ("plain_adherence", "plain_passes", "adherence_above", "se")}
         ends.append(end)
+        for k, share in enumerate(VARIANTS[name].shares if name in VARIANTS else ()):
+            reached = dict(zip(COLUMNS, a[:, k].mean(1).tolist(), strict=True))
+            row = of | {"tilt": share, "reached": reached.pop("reward")} | reached
+            tilts.append(row | (against(a[:, k : k + 1], b, animals, None) or {}))
+            tilts[-1].pop("level", None)
         for level in LEVELS[reward]:
             if name != "dno" and (found := against(a, b, animals, level)):
                 rows.append(of | found)
     write(OUT / "restart.csv", rows)
     write(OUT / "restart_kept.csv", ends)
+    write(OUT / "restart_tilt.csv", tilts)
     for row in rows:
         print(row["reward"], row["steps"], row["variant"], row["images"], f"at {row['level']:g}:",
               f"{row['adherence_above']:+.3f}±{row['se']:.3f} above {row['plain_adherence']:.3f},",
