@@ -449,8 +449,8 @@ def test_the_monitor_shows_its_verdict(editor):
     editor.load(workflow)
     editor.js(
         """() => { for (const n of app.graph.nodes) for (const w of n.widgets ?? []) {
-            if (w.name === 'steps') w.value = 3;
-            if (w.name === 'iterations') w.value = 3;
+            if (w.name === 'steps' || w.name === 'iterations') w.value = 2;
+            if (w.name === 'width' || w.name === 'height') w.value = 64;
             if (w.name === 'batch_size' && w.value > 1) w.value = 3;
         } }"""
     )

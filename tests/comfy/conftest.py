@@ -9,8 +9,6 @@ from testing.networks import SMALL, random_unet, thin_vae
 from testing.pack import mira
 from testing.world import World  # puts ComfyUI on the path
 
-import comfy.model_management  # isort: skip
-import comfy.model_patcher  # isort: skip
 import server  # isort: skip
 
 
@@ -48,15 +46,8 @@ def trained(world, demo_model, demo_vae, monkeypatch):
 
 @pytest.fixture(params=[torch.float16, torch.bfloat16])
 def half_model(request):
-    """The demo model in half precision."""
-    demo = mira("nodes.demo")
-    config = demo.DemoSD15(demo.demo_unet.CONFIG)
-    config.set_inference_dtype(request.param, None)
-    device = comfy.model_management.get_torch_device()
-    with torch.inference_mode():
-        model = config.get_model({}, "", device=device)
-        model.load_model_weights(demo.load("unet"), "")
-        return comfy.model_patcher.ModelPatcher(model, device, device)
+    """The small network in half precision."""
+    return random_unet(SMALL, request.param)
 
 
 class InPlaceResidual(torch.nn.Module):
@@ -75,9 +66,8 @@ class InPlaceResidual(torch.nn.Module):
 
 @pytest.fixture
 def in_place_model():
-    """The demo model with such a residual in its middle."""
-    with torch.inference_mode():
-        model = mira("nodes.demo").load_model()
+    """The small network with such a residual in its middle."""
+    model = random_unet(SMALL, torch.float32)
     blocks = model.model.diffusion_model.middle_block[1].transformer_blocks
     blocks[0] = InPlaceResidual(blocks[0])
     return model

@@ -16,13 +16,18 @@ from mira.rewards.pixel import PixelReward
 from mira.sampler.preference import PreferenceSettings, by_score
 from mira.sampler.search import SearchSettings
 
+from testing.networks import SMALL, random_unet, thin_vae
+
+
+def load() -> tuple:
+    """A model, a CLIP and a VAE that nobody has loaded yet, as a graph begins."""
+    with torch.inference_mode():
+        return random_unet(SMALL, torch.float32), demo.load_clip(), thin_vae()
+
 
 @pytest.fixture
 def fresh(world):
-    """A model, a CLIP and a VAE that nobody has loaded yet, as a graph begins."""
-    with torch.inference_mode():
-        made = demo.load_model(), demo.load_clip(), demo.load_vae()
-    yield made
+    yield load()
     with torch.inference_mode():
         comfy.model_management.unload_all_models()
 
@@ -98,7 +103,7 @@ class Graph:
 
     @torch.inference_mode()
     def another_model(self):
-        self.world.ksampler(model=demo.load_model(), steps=1)
+        self.world.ksampler(model=random_unet(SMALL, torch.float32), steps=1)
 
 
 OURS = ("optimize", "per_block", "search", "preference", "initno", "dymo", "score")
@@ -107,8 +112,7 @@ OURS = ("optimize", "per_block", "search", "preference", "initno", "dymo", "scor
 @pytest.fixture(scope="module")
 def before(world):
     """What the stock nodes give where none of ours ever ran."""
-    with torch.inference_mode():
-        return Graph(world, demo.load_model(), demo.load_clip(), demo.load_vae()).stock()
+    return Graph(world, *load()).stock()
 
 
 @pytest.mark.parametrize(

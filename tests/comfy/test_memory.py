@@ -25,6 +25,8 @@ from mira.sampler.preference import PreferenceSettings, by_score
 from mira.sampler.rollout import Rollout
 from mira.sampler.search import SearchSettings
 
+from testing.networks import SMALL, random_unet
+
 
 def alive() -> dict[int, type]:
     """Tensors, models, and guiders that hold one."""
@@ -32,8 +34,8 @@ def alive() -> dict[int, type]:
     return {id(x): type(x) for x in gc.get_objects() if isinstance(x, kinds)}
 
 
-RUNS = int(os.environ.get("MIRA_LEAK_RUNS", "3"))
-SMALL = torch.zeros(1, 4, 8, 8)
+RUNS = int(os.environ.get("MIRA_LEAK_RUNS", "2"))
+LATENT = torch.zeros(1, 4, 8, 8)
 
 
 def flat(run) -> None:
@@ -49,9 +51,9 @@ def flat(run) -> None:
             gc.collect()
         finally:
             gc.enable()
+        left = alive()
+        counts.append(len(left))
         if k >= 1:  # the first one makes what is kept for good
-            left = alive()
-            counts.append(len(left))
             assert not {n: kind for n, kind in held.items() if n not in left}
     assert len(set(counts)) == 1, counts
 
@@ -59,7 +61,7 @@ def flat(run) -> None:
 @pytest.mark.parametrize("memory", ["auto", *Rollout.POLICIES])
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "euler_ancestral_cfg_pp"])
 def test_an_optimisation_leaves_nothing_behind(world, sampler, memory):
-    flat(lambda: world.optimize(sampler=sampler, memory=memory, steps=2, iterations=1, latent=SMALL))
+    flat(lambda: world.optimize(sampler=sampler, memory=memory, steps=2, iterations=1, latent=LATENT))
 
 
 class Cancelled(comfy.model_management.InterruptProcessingException):
@@ -84,7 +86,7 @@ def test_nor_does_an_aborted_one(world, sampler, memory, problem):
 
         model.set_model_unet_function_wrapper(wrapper)
         done = world.optimize(
-            model=model, sampler=sampler, memory=memory, steps=3, iterations=2, latent=SMALL,
+            model=model, sampler=sampler, memory=memory, steps=3, iterations=2, latent=LATENT,
             on_iteration=lambda *row: reported.append(row[0]),
         )  # fmt: skip
         assert len(calls) >= 2 and (done.result.cut_short or done.result.trace.notices)
@@ -105,7 +107,7 @@ METHODS = {
 def test_nor_any_way_of_optimising(world, settings):
     def run():
         with torch.inference_mode():
-            job = world.job(steps=2, latent=SMALL)
+            job = world.job(steps=2, latent=LATENT)
             job.settings = settings
             host.run(job)
 
@@ -118,7 +120,7 @@ def test_nor_any_way_of_optimising(world, settings):
 def test_nor_any_search(world, method):
     def run():
         with torch.inference_mode():
-            job = world.job(steps=3, latent=SMALL)
+            job = world.job(steps=3, latent=LATENT)
             job.settings = SearchSettings(method=method, particles=2, rounds=1, iterations=1)
             host.run(job, host.searching)
 
@@ -134,7 +136,7 @@ class ByBrightness:
 def test_nor_any_preference(world, method):
     def run():
         with torch.inference_mode():
-            job = world.job(steps=2, latent=SMALL)
+            job = world.job(steps=2, latent=LATENT)
             job.settings = PreferenceSettings(method=method, iterations=2)
             host.run(job, preferring(lambda process: ByBrightness(), 0, 0))
 
@@ -148,7 +150,7 @@ def test_nor_guidance(world):
                 world.model, world.positive, world.negative, world.vae, PixelReward("brightness"), 5.0, 1.0, 0.0, 1.0
             ).args[0]
             sampler = comfy.samplers.sampler_object("euler")
-            guider.sample(torch.randn_like(SMALL), SMALL, sampler, world.sigmas(steps=2), seed=0)
+            guider.sample(torch.randn_like(LATENT), LATENT, sampler, world.sigmas(steps=2), seed=0)
 
     flat(run)
 
@@ -166,9 +168,8 @@ def test_nor_a_better_noise(world):
 
 def test_nor_a_blend_of_models(world):
     with torch.inference_mode():
-        tuned = demo.load_model()
-        guided = MiraRLGuidance.execute(world.model, tuned, 1.5, "constant", 1.0).args[0]
-    flat(lambda: world.optimize(model=guided, steps=2, iterations=1, latent=SMALL))
+        guided = MiraRLGuidance.execute(world.model, random_unet(SMALL, torch.float32), 1.5, "constant", 1.0).args[0]
+    flat(lambda: world.optimize(model=guided, steps=2, iterations=1, latent=LATENT))
 
 
 def test_resident_memory_is_flat(world):
@@ -305,7 +306,7 @@ def test_a_decoder_in_half_precision_has_its_loss_scaled(world):
         vae.patcher = comfy.model_patcher.ModelPatcher(vae.first_stage_model, vae.device, vae.device)
         vae.vae_dtype = dtype
         with torch.inference_mode():
-            host.run(world.job(vae=vae, steps=1, iterations=1), seen)
+            host.run(world.job(vae=vae, steps=1, iterations=1, latent=torch.zeros(1, 4, 4, 4)), seen)
     assert scales == [1024, 1]
 
 
@@ -361,11 +362,11 @@ def test_guidance_and_better_noises_go_on_with_less_too(world):
     model, calls = failing_once(world, 2)
     with torch.inference_mode():
         inputs = (world.positive, world.negative, world.vae, PixelReward("brightness"), 5.0, 1.0, 0.0, 1.0)
-        noise, sampler = torch.randn(SMALL.shape, generator=torch.Generator().manual_seed(0)), world.sigmas(steps=3)
+        noise, sampler = torch.randn(LATENT.shape, generator=torch.Generator().manual_seed(0)), world.sigmas(steps=3)
         samples = []
         for m in (world.model, model):
             guider = MiraDyMOGuider.execute(m, *inputs).args[0]
-            samples.append(guider.sample(noise, SMALL, comfy.samplers.sampler_object("euler"), sampler, seed=0))
+            samples.append(guider.sample(noise, LATENT, comfy.samplers.sampler_object("euler"), sampler, seed=0))
         assert len(calls) > 3
         torch.testing.assert_close(samples[1], samples[0], atol=1e-2, rtol=1e-3)
         model, calls = failing_once(world, 2)

@@ -54,19 +54,19 @@ def decode(demo_vae):
 def runs(world, demo_model, demo_vae):
     """One that stays near, and one that is driven to white: of a picture, as the verdict is about prompts."""
     options = dict(
-        steps=8, reward=PixelReward("brightness"), regularizer="none", beta=0.0, memory="none", gradient_steps=3,
+        steps=6, reward=PixelReward("brightness"), regularizer="none", beta=0.0, memory="none", gradient_steps=3,
         model=demo_model, vae=demo_vae, latent=torch.zeros(1, 4, 16, 16),
     )  # fmt: skip
     return {
         "near": world.optimize(**options, iterations=2, lr=0.005),
-        "white": world.optimize(**options, iterations=14, lr=0.2),
+        "white": world.optimize(**options, iterations=8, lr=0.3),
     }
 
 
 @pytest.fixture(scope="module")
 def base(world, demo_model, decode):
     latent = torch.zeros(8, 4, 16, 16)
-    return decode(world.ksampler(model=demo_model, steps=8, seed=123, latent=latent))
+    return decode(world.ksampler(model=demo_model, steps=6, seed=123, latent=latent))
 
 
 def test_a_verdict_by_the_base_models_own_spread(runs, decode, base):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 
 from PIL import Image
 
@@ -73,13 +72,11 @@ def test_killed_in_the_middle(tmp_path):
     assert outputs["mira"][0]["rows"] and "reward" in outputs["mira_text"][0]
 
 
-def test_a_run_that_ends_leaves_nothing_there(tmp_path):
-    async def run(server):
+def test_a_run_that_ends_leaves_nothing_there(server):
+    async def run():
         async with Client(server.url) as client:
             await client.run(await quickstart(client, steps=2, iterations=2))
 
-    with Server(tmp_path) as server:
-        asyncio.run(run(server))
-        shown = list((tmp_path / "output").rglob("*.png"))
+    asyncio.run(run())
+    shown = list((server.folder / "output").rglob("*.png"))
     assert shown and not any("unfinished" in str(p) for p in shown)
-    shutil.rmtree(tmp_path)
