@@ -24,8 +24,8 @@ from ..sampler.surrogates import SURROGATES
 from ..sampler.trace import Trace
 from .editor.plot import COLOURS, Line, Panel, draw
 from .host import patcher_of
-from .score import score_images
 from .shared.images import to_core
+from .shared.scores import score_images
 from .shared.types import MiraReward, MiraTrace, aliases
 
 log = logging.getLogger("mira")

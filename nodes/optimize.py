@@ -38,7 +38,7 @@ from .shared.inputs import (
     trace_outputs,
     vae_input,
 )
-from .shared.job import cfg_guider, describe, ksampler_noise
+from .shared.job import cfg_guider, describe, ksampler_noise, scoring
 from .shared.presets import apply_preset
 from .shared.types import MiraReward, aliases, shown_again
 
@@ -78,8 +78,9 @@ def run(
     if share:
         of = {name: given[name] for name in ("guider", "sampler", "sigmas", "initial", "seed")}
         restart = host.FinalRestart(
-            share, mask=latent.get("noise_mask"), restart_sigmas=given.get("restart_sigmas"), **of
-        )
+            share, mask=latent.get("noise_mask"), restart_sigmas=given.get("restart_sigmas"),
+            score=scoring(given["vae"], reward, prompt, given["guider"]), **of,
+        )  # fmt: skip
     return finish(node, hidden, *done, latent, iterate, restart=restart, inputs=inputs)
 
 

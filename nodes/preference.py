@@ -267,7 +267,7 @@ class MiraDPOPreference(io.ComfyNode):
             latent_image,
             iterate,
             record,
-            restart=restart_at_end(given, values, final_restart),
+            restart=restart_at_end(given, values, final_restart, reward if values["judge"] == "reward" else None),
             inputs=identity,
         )
 

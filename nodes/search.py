@@ -194,7 +194,7 @@ class Searching(io.ComfyNode):
             latent_image,
             iterate,
             noises=False,
-            restart=restart_at_end(given, values, final_restart),
+            restart=restart_at_end(given, values, final_restart, reward),
             inputs=identity,
         )
 

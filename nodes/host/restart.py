@@ -24,7 +24,8 @@ NUMBER = RESTART - 1  # of its seed: those from RESTART on are a run's own resta
 class FinalRestart:
     """Noises an image to `share` of the schedule and samples it: KSampler with that denoise and the seed `number`.
 
-    initial: seed -> z_T, as the graph makes it. restart_sigmas: share -> sigmas; None cuts the given ones' tail.
+    initial: seed -> z_T, as the graph makes it. restart_sigmas: share -> sigmas; None cuts the given ones' tail. score:
+    of latents (B, C, ...), the rewards (B,) by which the image was found, where a reward was what found it.
     """
 
     share: float
@@ -35,6 +36,7 @@ class FinalRestart:
     seed: int
     mask: Tensor | None = None
     restart_sigmas: Callable[[float], Tensor] | None = None
+    score: Callable[[Tensor], Tensor] | None = None
 
     @property
     def number(self) -> int:
@@ -52,6 +54,17 @@ class FinalRestart:
         lost = [f"image {b} was not finite after the final restart: this is the one before it" for b in
                 torch.nonzero(~finite).flatten().tolist()]  # fmt: skip
         return torch.where(per_image(finite, found), found, latent.to(found)), lost, False
+
+    def compared(self, before: list[float], latent: Tensor) -> list[str]:
+        """What the rewards `before` became, in words, if they can be known."""
+        if self.score is None:
+            return []
+        after, cut = attempt(INTERRUPTS, self.score, latent)
+        if cut:
+            return [f"{cut} while what was painted anew was scored: its reward is not known"]
+        return [
+            "its reward: " + ", ".join(f"{a:.4g} became {b:.4g}" for a, b in zip(before, after.tolist(), strict=True))
+        ]
 
     def _sample(self, latent: Tensor) -> Tensor | str:
         """The image, or why there can be none."""

@@ -30,7 +30,7 @@ def finish(
     them.
     """
     samples, kept, notices = memo.take_iterate(done, iterate, node)
-    settings = done.result.trace.settings
+    trace = replace(done.result.trace, kept=kept)
     if restart and done.result.cut_short and iterate < 0:
         notices = [*notices, "final_restart was left out, for the run was cut short: Restarted makes up for it"]
     elif restart:
@@ -39,11 +39,14 @@ def finish(
             memo.ask_again(inputs or {})
         elif samples is not before:
             whose = "record, noise and sampler are" if noises else "record is"
-            told = [f"painted anew at the end (final_restart): the {whose} of the image before that", *told]
-            settings = settings | {"final_restart": restart.share, "final_restart_seed": restart.number}
+            told = [
+                f"painted anew at the end (final_restart): the {whose} of the image before that",
+                *restart.compared([trace.summary(b)[1]["reward"] for b in range(len(kept))], samples),
+                *told,
+            ]
+            trace.settings = trace.settings | {"final_restart": restart.share, "final_restart_seed": restart.number}
         notices = [*notices, *told]
-    notices = [*done.result.trace.notices, *live.notices, *notices]
-    trace = replace(done.result.trace, kept=kept, notices=notices, settings=settings)
+    trace.notices = [*trace.notices, *live.notices, *notices]
     travel(hidden.extra_pnginfo, hidden.unique_id, trace, getattr(hidden, "prompt", None))
     out = {k: v for k, v in latent.items() if k not in host.SCALES}  # as KSampler's
     plain = out.copy()

@@ -12,9 +12,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from torch import Tensor
 
+from ...rewards.base import Reward
 from .. import host
 from .checks import prompts_of
 from .inputs import restart_sigmas, schedule
+from .scores import score_latent
 
 
 def cfg_guider(model: ModelPatcher, positive: list, negative: list, cfg: float) -> comfy.samplers.CFGGuider:
@@ -69,21 +71,30 @@ def ksampler_job(given: KSamplerInputs, values: dict, **more: Any) -> host.Job:
     )
 
 
-def restart_at_end(given: KSamplerInputs, values: dict, share: float) -> host.FinalRestart | None:
+def restart_at_end(
+    given: KSamplerInputs, values: dict, share: float, reward: Reward | None = None
+) -> host.FinalRestart | None:
     """What `final_restart` asks for, of what KSampler would sample; None for 0."""
     if not share:
         return None
     model, latent = given.model, given.latent
+    guider = cfg_guider(model, given.positive, given.negative, given.cfg)
     return host.FinalRestart(
         share,
-        cfg_guider(model, given.positive, given.negative, given.cfg),
+        guider,
         comfy.samplers.sampler_object(values["sampler_name"]),
         schedule(model, values),
         ksampler_noise(host.samples_of(model, latent), latent),
         given.seed,
         latent.get("noise_mask"),
         restart_sigmas(model, values),
+        reward and scoring(given.vae, reward, given.prompt, guider),
     )
+
+
+def scoring(vae: VAE, reward: Reward, prompt: str, guider: Any) -> Callable[[Tensor], Tensor]:
+    """latents (B, C, ...) -> the rewards (B,) of their images, against the prompts that the run scored them against."""
+    return lambda latent: score_latent(vae, reward, latent, prompts_of(prompt, guider, len(latent))[0])
 
 
 def describe(node: str, values: dict, seed: int, prompt: str, reward: str) -> dict:

@@ -246,7 +246,7 @@ def test_another_iterate_is_taken(quickstart):
     assert editor.js(f"{share}.value") == 0
 
 
-def person(editor, candidates=2):
+def person(editor, candidates=2, method="dueling"):
     workflow = copy.deepcopy(editor.prompt())
     number, node = next((k, n) for k, n in workflow.items() if n["class_type"] == OPTIMIZER)
     linked = ("model", "positive", "negative", "latent_image", "vae", "seed", "cfg", "sampler_name", "scheduler")
@@ -254,7 +254,7 @@ def person(editor, candidates=2):
         "class_type": PREFERENCE,
         "inputs": {k: node["inputs"][k] for k in linked}
         | dict(
-            judge="person", steps=3, denoise=1.0, iterations=4, method="dueling", candidates=candidates,
+            judge="person", steps=3, denoise=1.0, iterations=4, method=method, candidates=candidates,
             learning_rate=0.05, beta=1.0, energy="mira", explore=0.5, step=1.0, keep="incumbent",
             skip_ties=False, kick=0.0, memory="auto", timeout=0.0, on_timeout="stop", prompt="",
         ),
@@ -289,6 +289,32 @@ def test_choosing_by_click_and_by_key(quickstart):
     editor.page.locator(".mira-choice").press("Escape")
     wait_for(editor, lambda: "the judge had enough" in editor.page.inner_text(STATUS), "the end")
     assert not editor.page.is_visible(".mira-choice") and "Choose" not in editor.page.title()
+    assert editor.errors == []
+
+
+@ENDS
+def test_the_least_good_one_is_asked_for_where_it_counts(quickstart):
+    """Among the others, in the same place; Back leads to the first question."""
+    editor = quickstart
+    person(editor, candidates=3, method="dpo")
+    editor.queue()
+    wait_for(editor, lambda: "best? 1 of 4" in count(editor), "the first three")
+    box = editor.page.locator(".mira-choice")
+    box.press("3")
+    wait_for(editor, lambda: "least good? 1 of 4" in count(editor), "the other two")
+    assert editor.page.locator(".mira-offers img").count() == 2
+    editor.shot("least")
+    editor.page.wait_for_timeout(500)
+    box.press("3")  # there are two
+    box.press("2")
+    wait_for(editor, lambda: "best? 2 of 4" in count(editor), "the second three")
+    box.press("1")
+    wait_for(editor, lambda: "least good? 2 of 4" in count(editor), "the other two")
+    editor.page.wait_for_timeout(500)
+    box.press("Backspace")
+    wait_for(editor, lambda: "best? 2 of 4" in count(editor), "the second three again")
+    box.press("Escape")
+    wait_for(editor, lambda: "the judge had enough" in editor.page.inner_text(STATUS), "the end")
     assert editor.errors == []
 
 

@@ -11,7 +11,7 @@ from mira.nodes.guidance import MiraDyMOGuider
 from mira.nodes.host import grad
 from mira.nodes.initno import MiraInitNONoise
 from mira.nodes.preference import preferring
-from mira.nodes.score import score_images
+from mira.nodes.shared.scores import score_images
 from mira.rewards.pixel import PixelReward
 from mira.sampler.preference import PreferenceSettings, by_score
 from mira.sampler.search import SearchSettings

@@ -205,6 +205,12 @@ def test_a_final_restart_is_a_stock_ksamplers_and_runs_nothing_else(world, monke
         )  # fmt: skip
     assert torch.equal(after.args[0]["samples"], stock) and not torch.equal(stock, latent)
     assert settings["final_restart"] == 0.6 and any("painted anew" in n for n in after.args[2].notices)
+    with torch.inference_mode():
+        anew = world.vae.decode(stock).mean((1, 2, 3)) * 2 - 1
+    (said,) = (n for n in after.args[2].notices if n.startswith("its reward: "))
+    for b, words in enumerate(said.removeprefix("its reward: ").split(", ")):
+        was, became = map(float, words.split(" became "))
+        assert abs(was - after.args[2].summary(b)[1]["reward"]) < 1e-3 and abs(became - anew[b].item()) < 1e-3
     assert "final_restart_seed" not in before.args[2].settings
     again = execute(node, **inputs, **more)
     assert torch.equal(again.args[0]["samples"], latent) and again.args[2].notices == before.args[2].notices
@@ -227,6 +233,18 @@ def test_a_final_restart_that_cannot_be_or_is_cancelled_leaves_the_image_as_it_w
     assert torch.equal(cut.args[0]["samples"], done.args[0]["samples"])
     assert any("interrupted in the final restart: this is the image before it" in n for n in cut.args[2].notices)
     assert "final_restart" not in cut.args[2].settings
+
+
+def test_what_was_painted_anew_comes_back_where_it_cannot_be_scored(world, monkeypatch):
+    scored = optimize(world, **TWO, seed=79, final_restart=0.6)
+
+    def broken(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(mira("nodes.shared.scores"), "score_images", broken)
+    out = optimize(world, **TWO, seed=79, final_restart=0.6)
+    assert torch.equal(out.args[0]["samples"], scored.args[0]["samples"])
+    assert any("out of memory" in n and "its reward is not known" in n for n in out.args[2].notices)
 
 
 def test_a_final_restart_that_was_cut_is_asked_again_and_a_cancelled_run_has_none(world, monkeypatch):

@@ -478,7 +478,7 @@ def score(images, prompts):
 @pytest.mark.parametrize("text", [CONSTANT, NETWORK, NETWORK + "MODULES = [NET]\n", LATER])
 def test_a_reward_file_may_hold_tensors_and_networks(world, tmp_path, text):
     """Made where the file begins, or while Score Images runs it: both in inference mode."""
-    from mira.nodes.score import score_images
+    from mira.nodes.shared.scores import score_images
 
     (tmp_path / "mine.py").write_text(text)
     with torch.inference_mode():
