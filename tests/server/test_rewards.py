@@ -8,10 +8,29 @@ import os
 
 import pytest
 import small
+import torch
+from safetensors.torch import save_file
 
-from tools.comfy import Client, ServerError
+from tools.comfy import ROOT, Client, Server, ServerError
 
 PROMPT = "generate an image of a fox"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("extra")
+    models = folder / "rewards"
+    models.mkdir()
+    torch.save({"state_dict": small.fill(small.open_clip_network().state_dict())}, models / "HPS_v2.1_compressed.pt")
+    save_file({"x": torch.zeros(1)}, models / "other.safetensors")
+    (models / "warmth.py").write_text((ROOT / "docs/examples/warmth.py").read_text())
+    (models / "broken.py").write_text(
+        'FACTS = {"name": "b", "typical": (0, 1)}\n\ndef score(images, prompts):\n    return 1 / 0\n'
+    )
+    config = folder / "paths.yaml"
+    config.write_text(f"mine:\n    base_path: {folder}\n    mira_rewards: rewards\n")
+    with Server(arguments=("--extra-model-paths-config", config)) as server:
+        yield server
 
 
 def graph(reward: dict, batch=3, top_k=2, prompt=PROMPT):
