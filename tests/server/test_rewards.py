@@ -39,7 +39,7 @@ def graph(reward: dict, batch=3, top_k=2, prompt=PROMPT):
         "1": {"class_type": "MiraDemoModel", "inputs": {}},
         "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": PROMPT}},
         "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": ""}},
-        "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": batch}},
+        "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": batch}},
         "5": {
             "class_type": "KSampler",
             "inputs": {
