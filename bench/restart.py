@@ -190,10 +190,13 @@ def steered(job, observer: Observer, variant: Variant) -> list[dict]:
 
 
 def path_of(rows: list[dict]) -> tuple[list, torch.Tensor]:
-    """(images, (columns, iterates, images))."""
-    table = {(r["iterate"], r["part"], r["animal"]): r for r in rows}
-    images, iterates = sorted({k[1:] for k in table}), sorted({k[0] for k in table})
-    return images, torch.tensor([[[table[(k, *i)][c] for i in images] for k in iterates] for c in COLUMNS])
+    """(images, (columns, iterates, images)); a run that ended sooner than others stays where it ended."""
+    of: dict[tuple, dict[float, dict]] = {}
+    for r in rows:
+        of.setdefault((r["part"], r["animal"]), {})[r["iterate"]] = r
+    images, iterates = sorted(of), sorted({r["iterate"] for r in rows})
+    table = [[of[i].get(k, of[i][max(of[i])]) for i in images] for k in iterates]
+    return images, torch.tensor([[[r[c] for r in line] for line in table] for c in COLUMNS])
 
 
 def at_last_passage(path: torch.Tensor, level: float) -> torch.Tensor | None:
