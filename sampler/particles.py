@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .ending import within_memory
 from .keep import Kept
-from .optimize import Score
+from .optimize import LOSS_SCALE_STEP, Score
 from .resampling import select
 from .rollout import Denoiser, NoiseSource, Path, Record, Rollout, escapes, per_image
 from .seeds import stream
@@ -24,6 +24,7 @@ from .surrogates import SURROGATES
 from .trace import Trace, rows_of
 
 WORST = -1e9  # the reward of what has none
+UNSTEERED = "the reward's gradient was not finite at some steps, which steered nothing there"
 
 
 class Chain(Protocol):
@@ -100,7 +101,9 @@ class Particles:
         on_plain: Callable[[Tensor], None],
         on_iteration: Callable[[int, list[dict], Score], None],
         memory: Callable[[], float],
+        loss_scale: float = 1.0,
     ) -> None:
+        self.scale = loss_scale
         self.chain, self.rollout, self.evaluate = chain, rollout, score
         self.noises = [n.detach() for n in noises]
         self.count, self.steered, self.most = count, steered, most
@@ -314,13 +317,11 @@ class Particles:
         missing = len(self.noises) - len(noises)  # not drawn yet
         self.kept.take(k, better, latent, [*noises, *[torch.zeros_like(noises[0])] * missing])
 
-    def gradient(
-        self, x: Tensor, sigma: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, dict[str, Tensor], Tensor]]:
+    def gradient(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, dict[str, Tensor], Tensor]]:
         """D(x), the gradient of r(D(x)) with respect to x, and the score, all (P, B, ...), chunk by chunk."""
         found: list[tuple[Tensor, Tensor, Score]] = []
 
-        def work(some: Sequence[int]) -> None:
+        def evaluated(some: Sequence[int], scale: float) -> tuple[Tensor, Tensor, Score]:
             with torch.enable_grad():
                 state = x[list(some)].flatten(0, 1).detach().requires_grad_()
                 try:
@@ -329,15 +330,28 @@ class Particles:
                     (gradient,) = torch.autograd.grad(score.total.sum() * scale, state)
                 finally:
                     self.rollout.let_go()
-            # A particle whose gradient is not finite is not steered this time.
-            finite = torch.isfinite(gradient).flatten(1).all(1)
-            gradient = torch.where(per_image(finite, gradient), gradient / scale, 0)
+            self.calls += len(some)
+            self.backwards += len(some)
             score = replace(score, total=score.total.detach(), images=score.images.cpu())
-            found.append((out.detach(), gradient, score))
+            return out.detach(), gradient / scale, score
+
+        def work(some: Sequence[int]) -> None:
+            out, gradient, score = evaluated(some, self.scale)
+            finite = torch.isfinite(gradient).flatten(1).all(1)
+            smaller = self.scale
+            # Where float16 has no room for a gradient at this scale, it may have at a smaller one.
+            while (score.total.isfinite() & ~finite).any() and smaller > 1:
+                smaller = max(1.0, smaller / LOSS_SCALE_STEP)
+                other = evaluated(some, smaller)[1]
+                fits = torch.isfinite(other).flatten(1).all(1)
+                gradient, finite = torch.where(per_image(finite, gradient), gradient, other), finite | fits
+            if not (score.total.isfinite() & ~finite).any():
+                self.scale = smaller
+            elif UNSTEERED not in self.trace.notices:
+                self.trace.notices.append(UNSTEERED)
+            found.append((out, torch.where(per_image(finite, gradient), gradient, 0), score))
 
         self.chunks(range(len(x)), work)
-        self.calls += len(x)
-        self.backwards += len(x)
         x0, gradients, scores = zip(*found, strict=True)
         shape = (-1, self.batch)
         return torch.cat(x0).unflatten(0, shape), torch.cat(gradients).unflatten(0, shape), self._joined(scores)

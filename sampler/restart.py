@@ -206,7 +206,8 @@ def search_by_restarts(
         nonlocal best, images, runs
         x0, noises = sample(number, p, kept.latent if number else None)
         found = score(x0)
-        reward = found.total.detach().cpu().double().nan_to_num(nan=-math.inf)
+        reward = found.total.detach().cpu().double()
+        reward = reward.where(reward.isfinite(), -math.inf)
         better = torch.ones(len(reward), dtype=torch.bool) if best is None else reward > best
         best = reward if best is None else torch.where(better, reward, best)
         images = found.images if images is None else chosen(better, found.images, images)

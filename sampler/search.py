@@ -221,6 +221,7 @@ def search(
         chain, rollout, score, noises, count=settings.particles, seed=seed, most=most,
         steered=method.steers and method.copies,
         initial=initial, on_plain=on_plain, on_iteration=on_iteration, memory=memory,
+        loss_scale=settings.loss_scale,
     )  # fmt: skip
 
     def whole() -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from .ending import Cut, Interrupts, attempt
 from .keep import chosen
 
+APART = 2**22  # beyond every number of a candidate or a restart
+
 
 def another(seed: int, number: int) -> int:
     """A seed for every (seed, number), number -2 or more; far from each other's, however near the given ones are.
@@ -21,8 +23,10 @@ def another(seed: int, number: int) -> int:
 
 
 def stream(seed: int, number: int) -> torch.Generator:
-    """A source of random numbers of its own for every (seed, number), as `another`."""
-    return torch.Generator().manual_seed(another(seed, number))
+    """A source of random numbers of its own for every (seed, number), and none that a host makes of `another`'s seeds:
+    it draws z_T from them, and the same numbers injected once more would add up to more noise than the model knows.
+    """
+    return torch.Generator().manual_seed(another(seed, APART + number))
 
 
 def fresh(like: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
@@ -67,14 +71,14 @@ def best_of(
         raise cut.problem
     x0, noises, found = best
     rewards, which = [found], torch.zeros(len(x0), dtype=torch.long)
-    highest = found.nan_to_num(nan=-torch.inf)
+    highest = found.where(found.isfinite(), -torch.inf)
     for n in range(1, count):
         other, cut = attempt(interrupts, tried, n)
         if cut:
             break
         its_x0, its_noises, found = other
         rewards.append(found)
-        found = found.nan_to_num(nan=-torch.inf)
+        found = found.where(found.isfinite(), -torch.inf)
         better = found > highest
         highest, which = torch.where(better, found, highest), torch.where(better, n, which)
         x0 = chosen(better, its_x0, x0)

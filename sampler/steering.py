@@ -79,7 +79,7 @@ def das(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
     log_weights = torch.zeros(run.count, run.batch)
     before = torch.zeros_like(log_weights)  # strength_i * r(x0_hat(x_i)), which the weights hold already
     for i in range(run.steps):
-        population.x0, gradient, (reward, parts, images) = run.gradient(population.x, schedule[i], settings.loss_scale)
+        population.x0, gradient, (reward, parts, images) = run.gradient(population.x, schedule[i])
         strength = settings.strength * share_of_strength(i, run.steps, settings.tempering)
         log_weights, before = log_weights + strength * reward - before, strength * reward
         if i:
@@ -131,7 +131,7 @@ def uphill(
     """Of what is predicted at step i: where its reward rises, as noise would be, and its score."""
     sigma, after = run.rollout.schedule[i : i + 2]
     if after > 0:
-        population.x0, gradient, found = run.gradient(population.x, sigma, settings.loss_scale)
+        population.x0, gradient, found = run.gradient(population.x, sigma)
         return torch.stack([whiten(g, run.rollout.mask) for g in gradient]), found
     run.predict(population, i)  # the step to no noise at all injects none
     return torch.zeros_like(population.x), run.score(population.x0)

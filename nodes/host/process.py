@@ -527,6 +527,12 @@ class Process:
         return Score(total, {k: p.detach().float() for k, p in parts.items()}, images.detach())
 
     def reward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(the rewards (B,), their parts): not a number of an image that is none, whatever a reward makes of it."""
+        total, parts = self._reward(images)
+        whole = torch.isfinite(images.detach()).flatten(1).all(1).to(total.device)
+        return torch.where(whole, total, torch.nan), parts
+
+    def _reward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         job, keep = self.job, self._keep
         job.reward.evaluation(self.evaluations)
         self.evaluations += self.redraw

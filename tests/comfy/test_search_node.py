@@ -8,10 +8,12 @@ import torch
 
 from testing.pack import as_node, mira
 
-decode = mira("nodes.host").decode
+host = mira("nodes.host")
+decode = host.decode
 Node = mira("nodes").MiraSearchKSampler
 PixelReward, JPEG = mira("rewards.pixel").PixelReward, mira("rewards.jpeg").JPEG
-METHODS = mira("sampler.search").METHODS
+METHODS, SearchSettings = mira("sampler.search").METHODS, mira("sampler.search").SearchSettings
+Particles = mira("sampler.particles").Particles
 STEERING = [name for name, method in METHODS.items() if method.steers]
 
 INPUTS = dict(
@@ -255,3 +257,41 @@ def test_cancelled_in_the_middle_hands_back_the_best(world, monkeypatch):
         assert "interrupted" in trace.reasons[0] and torch.isfinite(out["samples"]).all()
         assert max(r["reward"] for r in trace.rows) == pytest.approx(trace.summary()[1]["reward"])
         assert brightness(world, out)[0] == pytest.approx(trace.summary()[1]["reward"], abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["best_of_n", "fk_steering", "ntrk"])
+def test_no_candidate_injects_its_initial_noise_again(world, monkeypatch, method):
+    began, drawn = [], []
+    begin, fresh = Particles.begin, Particles.fresh
+    monkeypatch.setattr(Particles, "begin", lambda self, of: began.extend(z := begin(self, of)) or z)
+    monkeypatch.setattr(Particles, "fresh", lambda self, of, like: drawn.extend(z := fresh(self, of, like)) or z)
+    others = []
+
+    def work(process, noises):
+        others.extend(process.noises_of(n, noises) for n in (1, 2))
+        return host.searching(process, noises)
+
+    with torch.inference_mode():
+        job = world.job(steps=3)
+        job.settings = SearchSettings(method=method, particles=3)
+        host.run(job, work)
+    assert len(began) >= 2 and len(drawn) >= 2
+    assert not any(torch.equal(z.cpu(), w.cpu()) for z in began for w in drawn)
+    assert not any(torch.equal(z, w) for z, *injected in others for w in injected)
+
+
+def test_an_image_that_is_not_finite_has_no_reward(world):
+    """JPEG would make it the smallest file of all."""
+    found = []
+
+    def work(process, noises):
+        images = torch.rand(2, 3, 16, 16)
+        images[1, 0, 0, 0] = torch.nan
+        found.append(process.reward(images)[0])
+        return host.searching(process, noises)
+
+    with torch.inference_mode():
+        job = world.job(steps=1, reward=JPEG())
+        job.settings, job.gradient = SearchSettings(method="best_of_n", particles=1), False
+        host.run(job, work)
+    assert found[0].isfinite().tolist() == [True, False]

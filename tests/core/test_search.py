@@ -445,3 +445,37 @@ def test_halving_ends_with_what_is_left_where_steps_are_few():
     # The plain sample, which is known, competes.
     ends = torch.cat([result.particles, noises_end(chain, noises)[None]])[..., 0, 0, 0]
     torch.testing.assert_close(result.best[:, 0, 0, 0], ends.max(0).values)
+
+
+class Narrow(torch.autograd.Function):
+    """As float16: no room for a gradient above 100."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.where(gradient.abs() > 100, torch.inf, gradient)
+
+
+@pytest.mark.parametrize("method", ["das", "ntrk"])
+def test_a_gradient_that_overflows_is_taken_at_a_smaller_scale(method):
+    settings = SearchSettings(method, particles=2, strength=1.0, rounds=1, radius=0.5)
+    chain, rollout, z = problem(batch=2)
+
+    def run(reward, **more):
+        return search(chain, rollout, value(reward), z, replace(settings, **more), seed=1)
+
+    wanted = run(linear)
+    found = run(lambda x: Narrow.apply(x), loss_scale=1024.0)
+    torch.testing.assert_close(found.particles, wanted.particles)
+    assert not any("not finite" in notice for notice in found.trace.notices)
+    assert found.trace.settings["backwards"] == wanted.trace.settings["backwards"] + 1  # at 1024, once
+
+    def broken(x):  # for the second image there is no room at any scale
+        return Narrow.apply(x) * torch.tensor([1.0, 1e4]).repeat(len(x) // 2).view(-1, 1, 1, 1)
+
+    lame = run(broken, loss_scale=1024.0)
+    torch.testing.assert_close(lame.particles[:, 0], wanted.particles[:, 0])
+    assert lame.particles.isfinite().all() and any("not finite" in notice for notice in lame.trace.notices)

@@ -92,3 +92,19 @@ def test_seeds_of_neighbours_are_apart():
     largest = 2**64 - 1
     seeds = [another(s, n) for s in (0, 1, 2, largest - 1, largest) for n in range(-1, 5)]
     assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**63 for s in seeds)
+
+
+def test_no_stream_is_what_a_host_makes_of_a_candidates_seed():
+    """z_T is drawn from `another`'s seed: injected once more, it would add up to twice the noise."""
+    shape = (2, 4, 3, 3)
+    for n in range(4):
+        z = torch.randn(shape, generator=torch.Generator().manual_seed(another(5, n)))
+        assert not any(torch.equal(z, torch.randn(shape, generator=stream(5, m))) for m in range(-1, 5))
+
+
+def test_an_infinite_reward_is_none():
+    rewards = iter([1.0, float("inf"), 5.0])
+    found = best_of(
+        lambda n: (torch.full((1, 1), float(n)), [torch.zeros(1, 1)]), lambda x0: torch.tensor([next(rewards)]), 3
+    )
+    assert found.chosen.tolist() == [2] and found.x0.item() == 2
