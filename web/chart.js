@@ -50,6 +50,18 @@ function element(tag, className, attributes = {}) {
   return made;
 }
 
+/** uPlot takes the screen's pixels for the plot's own; the editor's zoom lies between. An event is scaled once. */
+function unscaled() {
+  let last = null;
+  return (u, left, top) => {
+    const event = u.cursor.event;
+    if (!event || event === last || left < 0) return [left, top];
+    last = event;
+    const zoom = u.over.getBoundingClientRect().width / u.over.offsetWidth || 1;
+    return [left / zoom, top / zoom];
+  };
+}
+
 /**
  * onTake(iteration, anew): the user wants this iterate, anew: painted anew; null leaves the buttons out.
  * onLook(preview): of a run that is done, this iterate is looked at: the kept one first, then where the slider goes.
@@ -157,7 +169,7 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
     chart = new uPlot(
       {
         width: Math.max(plot.clientWidth, 120), height: HEIGHT, legend: { show: false },
-        cursor: { drag: { x: false, y: false } },
+        cursor: { drag: { x: false, y: false }, move: unscaled() },
         scales: { x: { time: false }, reward: {}, drift: {} },
         axes: [
           { ...axis, size: 26, incrs: [1, 2, 5, 10, 20, 50, 100, 200] },
@@ -226,7 +238,11 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
     if (finished && !run.settings.final_restart) look(); // else what was painted anew stays on the node
     scrub.hidden = run.rows.length === 0;
     const wanted = names();
-    if (wanted.list.length === 0) return showIterate();
+    if (wanted.list.length === 0) {
+      chart?.destroy();
+      chart = null;
+      return showIterate();
+    }
     const signature = wanted.list.join();
     if (!chart || signature !== shape) {
       shape = signature;

@@ -55,10 +55,12 @@ async function preview(node, stored) {
   const view = node[VIEW];
   view.looked = stored;
   const reply = await fetch(imageUrl(stored));
+  const blob = reply.ok && (await reply.blob());
   const path = ranAt(node);
-  if (!reply.ok || !path || view.looked !== stored) return;
+  // Meanwhile another workflow may be open, with another node in its place.
+  if (!blob || !path || view.looked !== stored || nodeOf(path.join(":"))?.[VIEW] !== view) return;
   const ids = { nodeId: path.join(":"), displayNodeId: path.join(":"), realNodeId: path.join(":"), parentNodeId: path.slice(0, -1).join(":") };
-  api.dispatchEvent(new CustomEvent("b_preview_with_metadata", { detail: { blob: await reply.blob(), ...ids } }));
+  api.dispatchEvent(new CustomEvent("b_preview_with_metadata", { detail: { blob, ...ids } }));
 }
 
 /** What the status of a node inside a subgraph says, on the node outside. */
@@ -315,8 +317,14 @@ async function get(path, more = {}) {
   return reply.ok ? reply.json() : {};
 }
 
-/** After a page was loaded, a connection came back or a graph was opened: what the server knows, and history. */
-async function restore(cached = []) {
+/**
+ * After a page was loaded, a connection came back or a graph was opened: what the server knows, and history.
+ *
+ * cached: ids of nodes that are not run again. missed: whether a whole run may have come and gone meanwhile.
+ */
+async function restore(cached = [], missed = false) {
+  const [live, waiting] = await Promise.all([get("/mira/live", { nodes: cached.join() }), get("/mira/choice")]);
+  const running = new Set((live.runs ?? []).filter((known) => !known.output && isOf(nodeOf(known.node), known)).map((known) => String(known.node)));
   const graph = app.rootGraph ?? app.graph;
   for (const node of graph?.nodes ?? []) {
     const view = node[VIEW];
@@ -324,14 +332,18 @@ async function restore(cached = []) {
     if (!view || !output) continue;
     view.text?.(output);
     const run = view.chart && isOf(node, output.mira?.[0] ?? {}) && fromOutput(output);
-    if (run && view.chart.run().rows.length === 0) showRun(node, view.chart, run);
+    const empty = view.chart?.run().rows.length === 0 && !view.chart.run().waiting;
+    if (run && empty && !running.has(String(node.id))) showRun(node, view.chart, run);
   }
-  const [live, waiting] = await Promise.all([get("/mira/live", { nodes: cached.join() }), get("/mira/choice")]);
   for (const known of live.runs ?? []) {
     const node = nodeOf(known.node);
     const chart = isOf(node, known) ? node[VIEW]?.chart : null;
-    if (!chart || chart.run().rows.length >= known.rows.length) continue;
-    showRun(node, chart, fromOutput(known.output) ?? { ...newRun(), ...known, done: false });
+    if (!chart) continue;
+    const mine = chart.run();
+    const same = mine.id !== null && mine.id === known.run;
+    if (same && (mine.done || (!known.output && mine.rows.length >= known.rows.length))) continue;
+    if (!same && mine.done && known.output && !missed) continue; // the chart may well have another run's record
+    showRun(node, chart, fromOutput(known.output) ?? { ...newRun(), ...known, id: known.run, done: false });
   }
   for (const choice of waiting.pending ?? []) showChoice(choice);
 }
@@ -356,8 +368,9 @@ async function showDropped() {
   }
 }
 
-function restoreSoon(cached) {
-  setTimeout(() => restore(Array.isArray(cached) ? cached : []).then(showDropped).catch((problem) => console.warn("MIRA: could not restore the live view:", problem)), 50);
+function restoreSoon(cached, missed = false) {
+  const failed = (problem) => console.warn("MIRA: could not restore the live view:", problem);
+  return new Promise((done) => setTimeout(done, 50)).then(() => restore(cached ?? [], missed)).catch(failed);
 }
 
 /** Links and slots of the pack's own types, in either renderer. A palette that is loaded forgets them. */
@@ -388,18 +401,25 @@ app.registerExtension({
       showRun(node, chart, addStep(chart.run(), detail));
     });
     // A run that begins shows nothing of the last one, and says what it does until its first image is there.
-    api.addEventListener("executing", ({ detail }) => {
-      const node = nodeOf(detail?.node ?? detail);
-      const chart = CHARTED.has(node?.comfyClass) ? node[VIEW]?.chart : null;
+    api.addEventListener("mira.begin", ({ detail }) => {
+      const node = nodeOf(detail?.node);
+      const chart = isOf(node, detail) ? node[VIEW]?.chart : null;
       if (!chart) return;
+      node[VIEW].ran = String(detail.node);
       const seeds = node.widgets?.find((w) => w.name === "seeds")?.value ?? 1;
-      chart.set({ ...newRun(), waiting: seeds > 1 ? `Trying ${seeds} seeds ...` : "Sampling the first image ..." });
+      chart.set({ ...newRun(), id: detail.run, waiting: seeds > 1 ? `Trying ${seeds} seeds ...` : "Sampling the first image ..." });
     });
+    for (const ended of ["execution_error", "execution_interrupted"]) {
+      api.addEventListener(ended, ({ detail }) => {
+        const chart = nodeOf(detail?.node_id)?.[VIEW]?.chart;
+        if (chart?.run().waiting && chart.run().rows.length === 0) chart.set({ ...newRun(), waiting: "It ended before its first image." });
+      });
+    }
     api.addEventListener("mira.choice", ({ detail }) => showChoice(detail));
     api.addEventListener("mira.chosen", ({ detail }) => nodeOf(detail?.node)?.[VIEW]?.chooser?.hide(detail.token));
     // A node that is not run again says nothing: its last run is asked for.
     api.addEventListener("execution_cached", ({ detail }) => restoreSoon(detail?.nodes));
-    api.addEventListener("reconnected", () => restoreSoon());
+    api.addEventListener("reconnected", () => restoreSoon([], true));
     // A page that was loaded again learns who it is from the socket's first word: until then no choice is shown to it.
     let known = api.clientId;
     api.addEventListener("status", () => {
@@ -423,7 +443,7 @@ app.registerExtension({
   },
   afterConfigureGraph() {
     colourTypes();
-    restoreSoon();
+    restoreSoon().then(showDropped);
   },
   getNodeMenuItems(node) {
     const chart = node?.[VIEW]?.chart;

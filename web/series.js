@@ -6,7 +6,7 @@ const MOST_ROWS = 20000;
 
 /** A run as the events and the history tell it: settings, rows, kept iterations. Bad input gives an empty run. */
 export function newRun() {
-  return { settings: {}, rows: [], kept: [], reasons: [], notices: [], iterations: 0, previews: {}, done: false };
+  return { id: null, settings: {}, rows: [], kept: [], reasons: [], notices: [], iterations: 0, previews: {}, done: false };
 }
 
 /** Number, or null for what is none. */
@@ -23,11 +23,13 @@ export function addStep(run, event) {
   if (!Array.isArray(event?.rows)) return run;
   const rows = event.rows.filter(isRow);
   const first = Math.min(event.iteration, ...rows.map((r) => r.iteration)); // of a run that goes on, all are told again
+  if (event.run && event.run !== run.id) run = { ...newRun(), id: event.run }; // nothing of another run stays
   const known = run.rows.filter((r) => r.iteration < first);
   const previews = { ...(event.iteration === 0 ? {} : run.previews), ...event.previews };
   if (event.preview) previews[event.iteration] = event.preview;
   return {
     ...newRun(),
+    id: run.id,
     rows: [...known, ...rows].slice(-MOST_ROWS),
     iterations: finite(event.iterations) ?? run.iterations,
     settings: event.settings ?? (event.iteration === 0 ? {} : run.settings),
@@ -42,6 +44,7 @@ export function fromOutput(output, before = newRun()) {
   const rows = trace.rows.filter(isRow).slice(-MOST_ROWS);
   const list = (value) => (Array.isArray(value) ? value : []);
   return {
+    id: trace.run ?? null,
     rows,
     settings: trace.settings ?? {},
     kept: list(trace.kept),

@@ -72,6 +72,7 @@ class LiveRun:
         context = get_executing_context()
         workflow, kind = running(node)
         self.run = {
+            "run": self.name,
             "node": node,
             "workflow": workflow,
             "kind": kind,
@@ -90,6 +91,10 @@ class LiveRun:
         _runs.move_to_end(node)
         while len(_runs) > MOST:
             _runs.popitem(last=False)
+        try:
+            self._send("mira.begin")
+        except Exception as problem:
+            self._note(f"the editor was not told that the run begins: {problem}", trace=True)
 
     def go_on(self, before: LiveRun, done: int) -> None:
         """Begin with the first `done` iterations of an earlier run, and tell of them."""
@@ -134,13 +139,13 @@ class LiveRun:
         self._send(iteration=k, rows=rows, preview=preview)
         self.bar.update_absolute(k + 1, self.iterations + 1, ("JPEG", shown, PREVIEW))
 
-    def _send(self, **event: Any) -> None:
-        of = {name: self.run[name] for name in ("node", "workflow", "kind", "iterations", "settings")}
-        self.server.send_sync("mira.step", of | event, self.server.client_id)
+    def _send(self, kind: str = "mira.step", **event: Any) -> None:
+        of = {name: self.run[name] for name in ("run", "node", "workflow", "kind", "iterations", "settings")}
+        self.server.send_sync(kind, of | event, self.server.client_id)
 
     def output(self, trace: Trace) -> dict:
         """The node's `ui` output, from which history and a reloaded page draw the same chart."""
-        of = {name: self.run[name] for name in ("workflow", "kind")}
+        of = {name: self.run[name] for name in ("run", "workflow", "kind")}
         self.unfinished.done()
         self.run["output"] = {"mira": [trace.to_dict() | of | {"previews": dict(self.run["previews"])}]}
         return self.run["output"]

@@ -83,6 +83,13 @@ def test_points_arrive_and_the_kept_iterate_is_marked(quickstart):
     assert "reward" in text and "drift" in text
     editor.look_at(OPTIMIZER)
     editor.shot("done")
+    editor.look_at(OPTIMIZER, bottom=True)
+    plot = editor.page.locator(".u-over").first.bounding_box()
+    for share, iteration in ((0.99, 5), (0.41, 2)):  # what is pointed at, at any zoom
+        editor.page.mouse.move(plot["x"] + share * plot["width"], plot["y"] + plot["height"] / 2)
+        said = lambda k=iteration: f"iteration {k}" in editor.page.inner_text(".mira-values")  # noqa: E731
+        wait_for(editor, said, f"the numbers of iteration {iteration}", 10)
+    editor.page.mouse.move(5, 5)
     editor.wait_idle()
     # The record travels in the image that ComfyUI's own Save Image wrote.
     png = saved_png(editor)

@@ -149,6 +149,14 @@ test("a run that goes on tells its earlier rows once more, and they stay once", 
   assert.deepEqual(run.previews, { 0: "a", 1: "b", 2: "c" });
 });
 
+test("of another run nothing stays, even where its first steps were missed", () => {
+  const first = after(...[0, 1, 2, 3].map((k) => step(k, { run: "a", preview: `a${k}` })));
+  const run = series.addStep(first, step(2, { run: "b", preview: "b2" }));
+  assert.deepEqual([run.id, run.rows.map((r) => r.iteration), run.previews], ["b", [2, 2], { 2: "b2" }]);
+  assert.equal(series.addStep(run, step(3, { run: "b" })).rows.length, 4);
+  assert.equal(series.fromOutput({ mira: [{ rows: [row(0)], run: "b" }] }).id, "b");
+});
+
 test("a choice has at least two images, in a square of them, and a question", () => {
   const images = [1, 2, 3, 4].map((n) => ({ filename: `${n}.png` }));
   const asked = { token: "t", node: "3", images, wanted: "best", iteration: 0, iterations: 9, image: 0, batch: 1 };
