@@ -117,7 +117,9 @@ class MatchReference(Reward):
         return f"{len(self.reference)} reference images for {count} images: give one, or one each"
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        if why := self.unfit(len(images)):
-            raise ValueError(why)
-        reference = resize(self.reference.to(images), (images.shape[-2], images.shape[-1]))
+        """A search scores several particles of a whole batch: as often, the references come again."""
+        particles, more = divmod(len(images), len(self.reference))
+        if more:
+            raise ValueError(self.unfit(len(images)))
+        reference = resize(self.reference.to(images), (images.shape[-2], images.shape[-1])).repeat(particles, 1, 1, 1)
         return -((images - reference).square().flatten(1).mean(1) + EPS).sqrt()

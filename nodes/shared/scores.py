@@ -24,12 +24,13 @@ def score_images(reward: Reward, images: Tensor, prompts: list[str]) -> tuple[Te
     if patchers:
         comfy.model_management.load_models_gpu(patchers, force_full_load=True)
     device = patchers[0].load_device if patchers else images.device
+    chunk = len(images) if reward.unfit(CHUNK) else CHUNK
     totals: list[Tensor] = []
     parts: dict[str, list[Tensor]] = {}
-    for start in range(0, len(images), CHUNK):
+    for start in range(0, len(images), chunk):
         comfy.model_management.throw_exception_if_processing_interrupted()
         with without_tf32():  # as the optimising nodes
-            total, named = reward(images[start : start + CHUNK].to(device), prompts[start : start + CHUNK])
+            total, named = reward(images[start : start + chunk].to(device), prompts[start : start + chunk])
         totals.append(total.float().cpu())
         for name, part in named.items():
             parts.setdefault(name, []).append(part.float().cpu())

@@ -37,6 +37,14 @@ def test_measures_on_images_with_known_answers():
     assert of("colourfulness", red) == pytest.approx(0.3 * math.sqrt(1.25), abs=2e-4)
 
 
+def test_references_of_a_batch_come_again_for_every_particle():
+    references, images = torch.rand(2, 3, 8, 8), torch.rand(3, 2, 3, 8, 8)
+    reward = MatchReference(references)
+    together = reward.score(images.flatten(0, 1), [""] * 6).unflatten(0, (3, 2))
+    for p in range(3):
+        torch.testing.assert_close(together[p], reward.score(images[p], [""] * 2))
+
+
 def test_match_reference():
     reference = torch.rand(1, 3, 8, 8)
     reward = MatchReference(reference)
