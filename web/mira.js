@@ -323,8 +323,11 @@ async function get(path, more = {}) {
  * cached: ids of nodes that are not run again. missed: whether a whole run may have come and gone meanwhile.
  */
 async function restore(cached = [], missed = false) {
-  const [live, waiting] = await Promise.all([get("/mira/live", { nodes: cached.join() }), get("/mira/choice")]);
-  const running = new Set((live.runs ?? []).filter((known) => !known.output && isOf(nodeOf(known.node), known)).map((known) => String(known.node)));
+  // Without a server there is history all the same.
+  const [live, waiting] = await Promise.all([get("/mira/live", { nodes: cached.join() }), get("/mira/choice")]).catch((problem) => (warn(problem), [{}, {}]));
+  // One that has told of no image may be over: nothing is known of it.
+  const runs = (live.runs ?? []).filter((known) => known.rows.length && isOf(nodeOf(known.node), known));
+  const running = new Set(runs.filter((known) => !known.output).map((known) => String(known.node)));
   const graph = app.rootGraph ?? app.graph;
   for (const node of graph?.nodes ?? []) {
     const view = node[VIEW];
@@ -335,9 +338,9 @@ async function restore(cached = [], missed = false) {
     const empty = view.chart?.run().rows.length === 0 && !view.chart.run().waiting;
     if (run && empty && !running.has(String(node.id))) showRun(node, view.chart, run);
   }
-  for (const known of live.runs ?? []) {
+  for (const known of runs) {
     const node = nodeOf(known.node);
-    const chart = isOf(node, known) ? node[VIEW]?.chart : null;
+    const chart = node[VIEW]?.chart;
     if (!chart) continue;
     const mine = chart.run();
     const same = mine.id !== null && mine.id === known.run;
@@ -368,9 +371,10 @@ async function showDropped() {
   }
 }
 
+const warn = (problem) => console.warn("MIRA: could not restore the live view:", problem);
+
 function restoreSoon(cached, missed = false) {
-  const failed = (problem) => console.warn("MIRA: could not restore the live view:", problem);
-  return new Promise((done) => setTimeout(done, 50)).then(() => restore(cached ?? [], missed)).catch(failed);
+  return new Promise((done) => setTimeout(done, 50)).then(() => restore(cached, missed)).catch(warn);
 }
 
 /** Links and slots of the pack's own types, in either renderer. A palette that is loaded forgets them. */
@@ -412,7 +416,7 @@ app.registerExtension({
     for (const ended of ["execution_error", "execution_interrupted"]) {
       api.addEventListener(ended, ({ detail }) => {
         const chart = nodeOf(detail?.node_id)?.[VIEW]?.chart;
-        if (chart?.run().waiting && chart.run().rows.length === 0) chart.set({ ...newRun(), waiting: "It ended before its first image." });
+        if (chart?.run().waiting && chart.run().rows.length === 0) chart.set({ ...chart.run(), waiting: "It ended before its first image." });
       });
     }
     api.addEventListener("mira.choice", ({ detail }) => showChoice(detail));
@@ -443,7 +447,7 @@ app.registerExtension({
   },
   afterConfigureGraph() {
     colourTypes();
-    restoreSoon().then(showDropped);
+    restoreSoon().then(showDropped).catch(warn);
   },
   getNodeMenuItems(node) {
     const chart = node?.[VIEW]?.chart;

@@ -139,9 +139,9 @@ class LiveRun:
         self._send(iteration=k, rows=rows, preview=preview)
         self.bar.update_absolute(k + 1, self.iterations + 1, ("JPEG", shown, PREVIEW))
 
-    def _send(self, kind: str = "mira.step", **event: Any) -> None:
+    def _send(self, what: str = "mira.step", **event: Any) -> None:
         of = {name: self.run[name] for name in ("run", "node", "workflow", "kind", "iterations", "settings")}
-        self.server.send_sync(kind, of | event, self.server.client_id)
+        self.server.send_sync(what, of | event, self.server.client_id)
 
     def output(self, trace: Trace) -> dict:
         """The node's `ui` output, from which history and a reloaded page draw the same chart."""

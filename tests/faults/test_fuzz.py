@@ -1,4 +1,4 @@
-"""Half a minute of prompts that nobody would think of, on the real server (any length: `python dev.py fuzz`)."""
+"""Two minutes of prompts that nobody would think of, on the real server (any length: `python dev.py fuzz`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tools.comfy import Client, Server
 
-SECONDS = float(os.environ.get("MIRA_FUZZ_SECONDS", "25"))
+SECONDS = float(os.environ.get("MIRA_FUZZ_SECONDS", "40"))
 SEED = int(os.environ.get("MIRA_FUZZ_SEED", "0"))
 BATCH = 10  # prompts to a seed of Hypothesis's
 STOCK = {
