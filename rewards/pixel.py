@@ -121,5 +121,6 @@ class MatchReference(Reward):
         particles, more = divmod(len(images), len(self.reference))
         if more:
             raise ValueError(self.unfit(len(images)))
-        reference = resize(self.reference.to(images), (images.shape[-2], images.shape[-1])).repeat(particles, 1, 1, 1)
-        return -((images - reference).square().flatten(1).mean(1) + EPS).sqrt()
+        reference = resize(self.reference.to(images), (images.shape[-2], images.shape[-1]))
+        difference = images.unflatten(0, (particles, len(reference))) - reference
+        return -(difference.flatten(0, 1).square().flatten(1).mean(1) + EPS).sqrt()

@@ -60,7 +60,7 @@ class Keeper(Kept):
         reward, drift = reward.detach().cpu().double(), drift.detach().cpu().double()
         if self.latent is None:
             self.take(k, active, latent, noises)
-            self.reward = reward.nan_to_num(nan=-math.inf)
+            self.reward = reward.nan_to_num(nan=-math.inf, posinf=-math.inf)
             self.best, self.first, self.progress = self.reward.clone(), self.reward.clone(), self.iteration.clone()
             return
         finite = torch.isfinite(reward) & active

@@ -337,15 +337,15 @@ class Particles:
 
         def work(some: Sequence[int]) -> None:
             out, gradient, score = evaluated(some, self.scale)
-            finite = torch.isfinite(gradient).flatten(1).all(1)
+            finite, scored = torch.isfinite(gradient).flatten(1).all(1), torch.isfinite(score.total)
             smaller = self.scale
             # Where float16 has no room for a gradient at this scale, it may have at a smaller one.
-            while (score.total.isfinite() & ~finite).any() and smaller > 1:
+            while not finite[scored].all() and smaller > 1:
                 smaller = max(1.0, smaller / LOSS_SCALE_STEP)
                 other = evaluated(some, smaller)[1]
-                fits = torch.isfinite(other).flatten(1).all(1)
-                gradient, finite = torch.where(per_image(finite, gradient), gradient, other), finite | fits
-            if not (score.total.isfinite() & ~finite).any():
+                gradient = torch.where(per_image(finite, gradient), gradient, other)
+                finite = torch.isfinite(gradient).flatten(1).all(1)
+            if finite[scored].all():
                 self.scale = smaller
             elif UNSTEERED not in self.trace.notices:
                 self.trace.notices.append(UNSTEERED)

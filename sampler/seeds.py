@@ -71,14 +71,14 @@ def best_of(
         raise cut.problem
     x0, noises, found = best
     rewards, which = [found], torch.zeros(len(x0), dtype=torch.long)
-    highest = found.where(found.isfinite(), -torch.inf)
+    highest = found.nan_to_num(nan=-torch.inf, posinf=-torch.inf)
     for n in range(1, count):
         other, cut = attempt(interrupts, tried, n)
         if cut:
             break
         its_x0, its_noises, found = other
         rewards.append(found)
-        found = found.where(found.isfinite(), -torch.inf)
+        found = found.nan_to_num(nan=-torch.inf, posinf=-torch.inf)
         better = found > highest
         highest, which = torch.where(better, found, highest), torch.where(better, n, which)
         x0 = chosen(better, its_x0, x0)
