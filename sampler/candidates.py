@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .gradients import LossScale, finite
 from .rollout import Path, Rollout, per_image
 from .seeds import fresh
 from .surrogates import SURROGATES, Surrogate
+from .variables import Variables
 
 if TYPE_CHECKING:
     from .preference import PreferenceSettings
@@ -38,7 +40,7 @@ ENERGIES: dict[str, Surrogate] = {
 
 @dataclass
 class Candidate:
-    """One image of each of the batch, from its noises. gradients: of the energy R, or of what the method follows."""
+    """One image of each of the batch, from its noises. gradients: of the energy R."""
 
     noises: list[Tensor]
     path: Path
@@ -57,26 +59,45 @@ class Run:
     generator: torch.Generator
     evaluations: int = 0  # runs of the sampler, forward
     backwards: int = 0
+    scale: LossScale | None = None
 
     def fresh(self, like: Sequence[Tensor]) -> list[Tensor]:
         return fresh(like, self.generator)
 
-    def look(self, noises: Sequence[Tensor], reference: Path | None, gradient: bool) -> Candidate:
-        """Generate from `noises`; `reference` None: this is the reference. gradient: of the energy, for every noise."""
-        z = [n.detach().requires_grad_(gradient) for n in noises]
-        with torch.set_grad_enabled(gradient):
-            path = self.rollout(z)
-            energy = ENERGIES[self.settings.energy](path, reference or path.detach())
-        self.evaluations += 1
-        gradients = None
-        if gradient:
-            self.backwards += 1
-            scale = self.settings.loss_scale
-            found = torch.autograd.grad(energy.sum() * scale, z, allow_unused=True)
-            gradients = [torch.zeros_like(n) if g is None else g / scale for g, n in zip(found, z, strict=True)]
+    def look(self, noises: Sequence[Tensor], reference: Path | None) -> Candidate:
+        """Generate from `noises`; `reference` None: this is the reference."""
         with torch.no_grad():
-            images = self.render(path.x0.detach())
-        return Candidate([n.detach() for n in z], path.detach(), images, energy.detach(), gradients)
+            path = self.rollout([n.detach() for n in noises]).detach()
+        self.evaluations += 1
+        return self._candidate(path, self._energy(path, reference).detach())
+
+    def look_along(self, variables: Variables, reference: Path | None) -> Candidate:
+        """`look` at the noises that these make, with the energy's gradients with respect to what is free of them."""
+        path, energy, gradients = self.slope(variables, lambda path: self._energy(path, reference))
+        return self._candidate(path, energy, gradients)
+
+    def slope(self, variables: Variables, value: Callable[[Path], Tensor]) -> tuple[Path, Tensor, list[Tensor]]:
+        """The path of these noises, its value (B,), and the gradients of that with respect to what is free of them."""
+        if self.scale is None:
+            self.scale = LossScale(self.settings.loss_scale, len(variables.start[0]))
+        while True:
+            with torch.enable_grad():
+                path = self.rollout(variables.noises())
+                found = value(path)
+            gradients = self.scale.gradients(found, variables.leaves)
+            self.evaluations += 1
+            self.backwards += 1
+            path, found = path.detach(), found.detach()
+            if not self.scale.lower(torch.isfinite(found) & ~finite(gradients)):
+                return path, found, gradients
+
+    def _energy(self, path: Path, reference: Path | None) -> Tensor:
+        return ENERGIES[self.settings.energy](path, reference or path.detach())
+
+    def _candidate(self, path: Path, energy: Tensor, gradients: list[Tensor] | None = None) -> Candidate:
+        with torch.no_grad():
+            images = self.render(path.x0)
+        return Candidate(list(path.noises), path, images, energy, gradients)
 
 
 def towards(noises: Sequence[Tensor], direction: Sequence[Tensor], share: float) -> list[Tensor]:

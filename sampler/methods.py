@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from .candidates import Candidate, Run, clipped, pick, pick_path, picked, towards
+from .gradients import step
 from .keep import chosen
 from .optimize import OPTIMIZERS
 from .rollout import Path, mean_square, per_image, total
+from .variables import Variables
 
 if TYPE_CHECKING:
     from .preference import Verdict
@@ -48,16 +50,16 @@ class Dpo(Method):
 
     def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]) -> None:
         self.run = run
-        self.z = [[n.detach().clone() for n in t] for t in trajectories]
+        self.variables = [Variables("trajectory", t, run.rollout.mask) for t in trajectories]
         self.references: list[Path] = []
         s = run.settings
-        self.optimizers = [OPTIMIZERS[s.optimizer](z, s.lr) for z in self.z]
+        self.optimizers = [OPTIMIZERS[s.optimizer](v.leaves, s.lr) for v in self.variables]
         self.apart: Tensor | None = None
 
     def candidates(self) -> list[Candidate]:
         # One after the other: each keeps its gradient only, so that the memory is that of one trajectory.
-        references = self.references or [None] * len(self.z)
-        found = [self.run.look(z, r, True) for z, r in zip(self.z, references, strict=True)]
+        references = self.references or [None] * len(self.variables)
+        found = [self.run.look_along(v, r) for v, r in zip(self.variables, references, strict=True)]
         self.references = self.references or [c.path for c in found]
         return found
 
@@ -72,26 +74,20 @@ class Dpo(Method):
         if s.skip_ties:
             moves &= ~verdict.tie.to(moves.device)
         size = torch.zeros_like(push)
-        for i, (candidate, z, optimizer) in enumerate(zip(found, self.z, self.optimizers, strict=True)):
+        for i, (candidate, of_it, optimizer) in enumerate(zip(found, self.variables, self.optimizers, strict=True)):
             factor = torch.where(best == i, push, torch.where(worst == i, -push, torch.zeros_like(push)))
             factor = torch.where(moves, factor, torch.zeros_like(factor))
             gradients, norm = clipped([g * per_image(factor.to(g), g) for g in candidate.gradients], s.clip_norm)
-            finite = torch.isfinite(norm)
             size = torch.maximum(size, norm.nan_to_num())
-            stepping = (factor != 0) & finite
-            before = [n.clone() for n in z]
-            for n, g in zip(z, gradients, strict=True):
-                n.grad = torch.where(per_image(stepping, g), g, torch.zeros_like(g))
-            optimizer.step()
-            for n, b in zip(z, before, strict=True):
-                n.copy_(torch.where(per_image(stepping, n), n, b))
+            step(optimizer, of_it.leaves, gradients, (factor != 0) & torch.isfinite(norm))
         if s.kick:
             self._kick(found, best, worst)
         return size
 
     def updated(self) -> tuple[list[Tensor], Path]:
         """Of every image the last comparison's winner: its noises, moved by what was learned, and its reference."""
-        noises = [picked(z, self.winner) for z in zip(*self.z, strict=True)]
+        made = [[z.detach() for z in v.noises()] for v in self.variables]
+        noises = [picked(z, self.winner) for z in zip(*made, strict=True)]
         return noises, pick_path(self.references, self.winner)
 
     def _kick(self, found: list[Candidate], best: Tensor, worst: Tensor) -> None:
@@ -100,10 +96,12 @@ class Dpo(Method):
         apart = mean_square(latents[images, best] - latents[images, worst])
         self.apart = apart if self.apart is None else self.apart
         same = apart < SAME * self.apart
-        for i, z in enumerate(self.z):
+        for i, of_it in enumerate(self.variables):
+            z = of_it.leaves
             kicked = towards(z, self.run.fresh(z), self.run.settings.kick)
-            for n, fresh in zip(z, kicked, strict=True):
-                n.copy_(torch.where(per_image(same & (worst == i), n), fresh, n))
+            with torch.no_grad():
+                for n, fresh in zip(z, kicked, strict=True):
+                    n.copy_(torch.where(per_image(same & (worst == i), n), fresh, n))
 
 
 class Challenged(Method):
@@ -119,10 +117,10 @@ class Challenged(Method):
 
     def candidates(self) -> list[Candidate]:
         if self.incumbent is None:
-            self.incumbent = self.run.look(self.noises, None, False)
+            self.incumbent = self.run.look(self.noises, None)
             self.reference = self.incumbent.path
         challenges = self.challenges(self.run.settings.candidates - 1)
-        return [self.incumbent, *(self.run.look(z, self.reference, False) for z in challenges)]
+        return [self.incumbent, *(self.run.look(z, self.reference) for z in challenges)]
 
     def challenges(self, count: int) -> list[list[Tensor]]:
         raise NotImplementedError
@@ -186,7 +184,7 @@ class Dueling(Challenged):
                 directions = zip(*self.directions, strict=True)
                 liked = [picked(noise, (verdict.best - 1).clamp(min=0)) for noise in directions]
                 nearer = towards(self.incumbent.noises, liked, s.step * s.explore)
-                moved = self.run.look(nearer, self.reference, False)
+                moved = self.run.look(nearer, self.reference)
             self.take(won, moved)
         return torch.zeros(len(won))
 
@@ -198,17 +196,17 @@ class Hybrid2(Method):
 
     def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]) -> None:
         self.run = run
-        self.z = [n.detach().clone() for n in trajectories[0]]
+        self.variables = Variables("trajectory", trajectories[0], run.rollout.mask)
         self.reference: Path | None = None
-        self.optimizer = OPTIMIZERS[run.settings.optimizer](self.z, run.settings.lr)
+        self.optimizer = OPTIMIZERS[run.settings.optimizer](self.variables.leaves, run.settings.lr)
 
     def candidates(self) -> list[Candidate]:
-        middle = self.run.look(self.z, self.reference, False)
+        middle = self.run.look(self.variables.noises(), self.reference)
         self.reference = self.reference or middle.path
-        probes = []
+        probes, z = [], middle.noises
         for _ in range(self.run.settings.candidates - 1):
-            near = [z + self.run.settings.explore * d for z, d in zip(self.z, self.run.fresh(self.z), strict=True)]
-            probes.append(self.run.look(near, self.reference, False))
+            near = [n + self.run.settings.explore * d for n, d in zip(z, self.run.fresh(z), strict=True)]
+            probes.append(self.run.look(near, self.reference))
         return [middle, *probes]
 
     def learn(self, found: list[Candidate], verdict: Verdict) -> Tensor:
@@ -220,23 +218,14 @@ class Hybrid2(Method):
             per_image(gain[:, i].to(middle), middle) * (probe.images - middle) for i, probe in enumerate(found[1:])
         ) / len(found[1:])
         along = along / per_image(along.flatten(1).norm(dim=1) + 1e-3, along)
-        z = [n.detach().requires_grad_() for n in self.z]
-        with torch.enable_grad():
-            images = self.run.render(self.run.rollout(z).x0)
-            wanted = -(along.to(images) * images).sum()
-        self.run.evaluations += 1
-        self.run.backwards += 1
-        scale = self.run.settings.loss_scale
-        along_noise = torch.autograd.grad(wanted * scale, z, allow_unused=True)
-        gradients = [torch.zeros_like(n) if g is None else g / scale for g, n in zip(along_noise, z, strict=True)]
+
+        def towards_it(path: Path) -> Tensor:
+            images = self.run.render(path.x0)
+            return -(along.to(images) * images).flatten(1).sum(1)
+
+        _, _, gradients = self.run.slope(self.variables, towards_it)
         gradients, size = clipped(gradients, self.run.settings.clip_norm)
-        finite = torch.isfinite(size)
-        before = [n.clone() for n in self.z]
-        for n, g in zip(self.z, gradients, strict=True):
-            n.grad = torch.where(per_image(finite, g), g, torch.zeros_like(g))
-        self.optimizer.step()
-        for n, b in zip(self.z, before, strict=True):
-            n.copy_(torch.where(per_image(finite, n), n, b))
+        step(self.optimizer, self.variables.leaves, gradients, torch.isfinite(size))
         return size
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .ending import Interrupts, attempt
+from .gradients import LossScale, step
 from .keep import Keeper
 from .replay import Segment
 from .resume import Left
@@ -52,7 +53,7 @@ KEEP = ("best_within_drift", "best_reward", "last")
 STOP = ("never", "plateau", "drift", "plateau_or_drift", "plateau_at_limit")
 HELD_GAIN = 0.02  # of its gain so far: what an image that stands at its limit gains at least, or it is left alone
 MAX_HALVINGS = 3
-LOSS_SCALE_STEP = 16  # by how much a loss scale falls when gradients overflow
+FLAT = "the gradient of its reward is zero, so that it cannot be optimised from here"
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class Settings:
         around z0). "dual_ascent": beta rises while the drift is above the limit and falls while it is below.
     rounds, restart_denoise: the iterations are split into so many rounds, and each but the first begins from a restart
         of what the one before kept (`restart.in_rounds`, which the host calls), noised to this share of the schedule.
-    loss_scale: multiplies the loss in backward and divides the gradients, for networks in float16; it is lowered
-        when the gradients overflow.
+    loss_scale: multiplies the loss in backward and divides the gradients, for networks in float16; it is lowered for
+        an image whose gradients overflow.
     """
 
     iterations: int = 30
@@ -191,7 +192,7 @@ class _State:
     variables: Variables
     optimizer: torch.optim.Optimizer
     keeper: Keeper
-    loss_scale: float
+    scale: LossScale
     reference: Path | None = None
     check_reward: bool = True
     good: list[Tensor] | None = None
@@ -273,13 +274,13 @@ def optimize(
     ([-0.31, -0.0], 1.0)
     """
     _check_noises(noises, settings)
-    variables = Variables(settings.variables, noises)
+    variables = Variables(settings.variables, noises, rollout.mask)
     batch = len(noises[0])
     state = _State(
         variables,
         OPTIMIZERS[settings.optimizer](variables.leaves, settings.lr),
         Keeper(settings.keep, settings.drift_limit),
-        settings.loss_scale,
+        LossScale(settings.loss_scale, batch),
         reference,
         check_reward,
         relative=settings.relative_beta and settings.beta > 0,
@@ -296,14 +297,11 @@ def optimize(
         state, keeper, trace, iterates, latest = resume.value
         k = resume.done
 
-    def iteration(k: int) -> _Evaluation | None:
-        """Evaluate, keep and report; None where the gradients overflowed, and a smaller scale is to be tried."""
+    def iteration(k: int) -> _Evaluation:
+        """Evaluate, keep and report."""
         nonlocal latest, keeper, made
         started = time.perf_counter()
         evaluation = _evaluate(rollout, score, state, settings, gradient=k < settings.iterations)
-        if _overflowed(state, evaluation):
-            state.loss_scale = max(1.0, state.loss_scale / LOSS_SCALE_STEP)
-            return None
         latest = evaluation.path.x0.detach()
         rows = _rows(k, state, evaluation, settings, time.perf_counter() - started, memory())
         on_cpu = latest.cpu()
@@ -312,6 +310,8 @@ def optimize(
         keeper = copy.copy(state.keeper)  # which changes nothing in place
         state.keeper.update(k, evaluation.score.total, evaluation.drift, latest, evaluation.path.noises, state.active)
         trace.rows[k * batch :], iterates[k:], made = rows, [on_cpu], k
+        if made == 0 and k == 0:
+            trace.notices.extend(f"image {b}: {why}" for b, why in enumerate(state.reasons) if why)
         trace.notices.extend(_not_finite(k, evaluation, state.active))
         on_iteration(k, rows, evaluation.score)  # a host's progress bar raises its interrupts too
         return evaluation
@@ -334,8 +334,6 @@ def optimize(
                 raise cut.problem
             reason, cut_short = f"{cut} at iteration {k}", True
             break
-        if evaluation is None:
-            continue
         if not state.active.any() and k < settings.iterations:
             reason = "; ".join(dict.fromkeys(r for r in state.reasons if r))
             break
@@ -352,8 +350,13 @@ def optimize(
 
 
 def _evaluate(rollout: Rollout, score: Callable, state: _State, settings: Settings, gradient: bool) -> _Evaluation:
+    """With a gradient that is finite, where there is a loss scale at which it is."""
     try:
-        return _evaluated(rollout, score, state, settings, gradient)
+        while True:
+            evaluation = _evaluated(rollout, score, state, settings, gradient)
+            if not gradient or not state.scale.lower(_overflowed(evaluation).cpu() & state.active):
+                return evaluation
+            evaluation = None  # nothing of it is alive while the next one is made
     finally:
         rollout.let_go()
 
@@ -364,7 +367,7 @@ def _evaluated(rollout: Rollout, score: Callable, state: _State, settings: Setti
         result = score(path.x0)
         if state.reference is None:
             if gradient and state.check_reward:
-                _check_reward(result.total, path.x0)
+                state.end(_flat(result.total, path.x0, state.scale), FLAT)
             state.reference = path.detach()
         # The regulariser alone carries a gradient, where it has a weight; the others are for the record.
         weighed = bool(state.beta.any())
@@ -384,38 +387,29 @@ def _evaluated(rollout: Rollout, score: Callable, state: _State, settings: Setti
         drift = surrogates[settings.drift_metric]
         if not gradient:
             return _Evaluation(path, result, surrogates, drift, loss)
-        grads = _gradients(loss, state)
+        grads = state.scale.gradients(loss, state.z)
     result = replace(result, total=result.total.detach())
     return _Evaluation(path.detach(), result, surrogates, drift, loss.detach(), grads, _norm(grads))
 
 
-def _gradients(values: Tensor, state: _State, retain_graph: bool = False) -> list[Tensor]:
-    """Of (B,) values with respect to what is optimised; zero where they do not depend on it."""
-    total = values.sum() * state.loss_scale
-    found = torch.autograd.grad(total, state.z, retain_graph=retain_graph, allow_unused=True)
-    return [torch.zeros_like(z) if g is None else g / state.loss_scale for g, z in zip(found, state.z, strict=True)]
-
-
 def _make_absolute(reward: Tensor, penalty: Tensor, state: _State, settings: Settings) -> None:
     """beta, so far in units of |grad r| / |grad R| with respect to the noises, as the loss takes it."""
-    norms = [_norm(_gradients(values, state, retain_graph=True)).cpu() for values in (reward, penalty)]
+    norms = [_norm(state.scale.gradients(values, state.z, retain_graph=True)).cpu() for values in (reward, penalty)]
     ratio, known = norms[0] / norms[1], torch.isfinite(reward.detach()).cpu()
     if images := torch.nonzero(known & (norms[1] == 0)).flatten().tolist():
         raise NoGradient(
             f"relative_beta: {settings.regularizer} has no gradient at the unchanged noises of image(s) {images}, so "
             "that its weight cannot be measured there: turn relative_beta off, or use more steps or gradient_steps 0"
         )
-    if state.loss_scale > 1 and not torch.isfinite(ratio[known]).all():
-        return  # the scale is lowered, and this comes again
+    if (known & ~torch.isfinite(ratio) & (state.scale.value > 1)).any():
+        return  # its scale is lowered, and this comes again
     ratio = torch.where(torch.isfinite(ratio), ratio, 1)
     state.beta, state.floor, state.relative = state.beta * ratio, state.floor * ratio, False
 
 
-def _overflowed(state: _State, evaluation: _Evaluation) -> bool:
-    """A gradient that is not finite under a finite loss, while there is a scale to lower."""
-    if evaluation.norms is None or state.loss_scale <= 1:
-        return False
-    return bool((torch.isfinite(evaluation.loss) & ~torch.isfinite(evaluation.norms)).any())
+def _overflowed(evaluation: _Evaluation) -> Tensor:
+    """(B,): a gradient that is not finite under a finite loss."""
+    return torch.isfinite(evaluation.loss) & ~torch.isfinite(evaluation.norms)
 
 
 def _not_finite(k: int, evaluation: _Evaluation, active: Tensor) -> list[str]:
@@ -440,20 +434,22 @@ class NoGradient(RuntimeError):
     """The reward cannot be optimised from here: nothing failed, it was asked for what there is not."""
 
 
-def _check_reward(reward: Tensor, x0: Tensor) -> None:
-    """A penalty has a gradient of its own, so a reward without one would be lost silently: look at it alone."""
+def _flat(reward: Tensor, x0: Tensor, scale: LossScale) -> Tensor:
+    """(B,): whose reward has no slope. A penalty has a gradient of its own, so it would be lost silently: it is looked
+    at alone. Raises NoGradient where none has one.
+    """
     if not reward.requires_grad:
         raise NoGradient(
             "the reward has no gradient with respect to the image: use a differentiable reward, "
             "or a method that only ranks images"
         )
-    (gradient,) = torch.autograd.grad(reward.sum(), x0, retain_graph=True)
-    images = torch.nonzero(_norm([gradient]) == 0).flatten().tolist()
-    if images:
+    flat = _norm(scale.gradients(reward, [x0], retain_graph=True)).cpu() == 0
+    if flat.all():
         raise NoGradient(
-            f"the gradient of the reward is zero for image(s) {images}: it cannot be optimised from here; "
+            "the gradient of the reward is zero for every image: it cannot be optimised from here; "
             "check that the reward is differentiable and not saturated"
         )
+    return flat
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -503,32 +499,29 @@ def _step(state: _State, evaluation: _Evaluation, settings: Settings) -> None:
     state.end(bad & (state.halvings > MAX_HALVINGS), f"reward or gradient not finite {MAX_HALVINGS + 1} times in a row")
     if state.good is None:
         state.end(bad, "reward or gradient of the plain sample not finite")
-    stepping = (finite & state.active).to(state.z[0].device)
-    halving = (bad & state.active).to(state.z[0].device)
-    before = [z.detach().clone() for z in state.z]
-    good = before if state.good is None else state.good
+    stepping, halving = finite & state.active, bad & state.active
     if settings.optimizer in NORMALIZED:
-        scale = sum(z[0].numel() for z in state.z) ** 0.5 / norms.clamp(min=1e-20)
+        scale = state.variables.count.cpu() ** 0.5 / norms.clamp(min=1e-20)
     elif settings.clip_norm:
         scale = (settings.clip_norm / norms.clamp(min=1e-12)).clamp(max=1)
     else:
         scale = torch.ones_like(norms)
-    for z, gradient in zip(state.z, evaluation.gradients, strict=True):
-        clipped = gradient * per_image(scale.to(gradient), gradient)
-        z.grad = torch.where(per_image(stepping, gradient), clipped, 0)
-    state.optimizer.step()
+    clipped = [g * per_image(scale.to(g), g) for g in evaluation.gradients]
+    before = step(state.optimizer, state.z, clipped, stepping)
+    good = before if state.good is None else state.good
     with torch.no_grad():
         for z, b, g in zip(state.z, before, good, strict=True):
             back = torch.where(torch.isfinite(b), (b + g) / 2, g)
-            z.copy_(torch.where(per_image(stepping, z), z, torch.where(per_image(halving, z), back, b)))
-    state.good = [torch.where(per_image(stepping, b), b, g).detach() for b, g in zip(before, good, strict=True)]
+            z.copy_(torch.where(per_image(halving.to(z.device), z), back, z))
+    moved = stepping.to(before[0].device)
+    state.good = [torch.where(per_image(moved, b), b, g) for b, g in zip(before, good, strict=True)]
 
 
 @torch.no_grad()
 def _hold(state: _State, settings: Settings, drift: Tensor) -> None:
     """Keep the drift at its limit. drift (B,): of the iterate that the last update started from."""
     if settings.hold == "projection":
-        starts = [state.variables.start[i] for i in state.variables.free]
+        starts = state.variables.begun
         moved = [z - start for z, start in zip(state.z, starts, strict=True)]
         shares = total(mean_square(m, state.reference.mask) for m in moved) / 2
         inside = settings.drift_limit * (1 - 1e-4)  # within the limit after rounding too

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .ending import within_memory
+from .gradients import LossScale, finite
 from .keep import Kept
-from .optimize import LOSS_SCALE_STEP, Score
+from .optimize import Score
 from .resampling import select
 from .rollout import Denoiser, NoiseSource, Path, Record, Rollout, escapes, per_image
 from .seeds import stream
@@ -321,35 +322,30 @@ class Particles:
         """D(x), the gradient of r(D(x)) with respect to x, and the score, all (P, B, ...), chunk by chunk."""
         found: list[tuple[Tensor, Tensor, Score]] = []
 
-        def evaluated(some: Sequence[int], scale: float) -> tuple[Tensor, Tensor, Score]:
+        def evaluated(some: Sequence[int], scale: LossScale) -> tuple[Tensor, Tensor, Score]:
             with torch.enable_grad():
                 state = x[list(some)].flatten(0, 1).detach().requires_grad_()
                 try:
                     out = self.chain.denoise(state, sigma.to(state).expand(len(state)))
                     score = self.evaluate(out)
-                    (gradient,) = torch.autograd.grad(score.total.sum() * scale, state)
+                    (gradient,) = scale.gradients(score.total, [state])
                 finally:
                     self.rollout.let_go()
             self.calls += len(some)
             self.backwards += len(some)
-            score = replace(score, total=score.total.detach(), images=score.images.cpu())
-            return out.detach(), gradient / scale, score
+            return out.detach(), gradient, replace(score, total=score.total.detach(), images=score.images.cpu())
 
         def work(some: Sequence[int]) -> None:
-            out, gradient, score = evaluated(some, self.scale)
-            finite, scored = torch.isfinite(gradient).flatten(1).all(1), torch.isfinite(score.total)
-            smaller = self.scale
-            # Where float16 has no room for a gradient at this scale, it may have at a smaller one.
-            while not finite[scored].all() and smaller > 1:
-                smaller = max(1.0, smaller / LOSS_SCALE_STEP)
-                other = evaluated(some, smaller)[1]
-                gradient = torch.where(per_image(finite, gradient), gradient, other)
-                finite = torch.isfinite(gradient).flatten(1).all(1)
-            if finite[scored].all():
-                self.scale = smaller
+            scale = LossScale(self.scale, len(some) * self.batch)
+            out, gradient, score = evaluated(some, scale)
+            while scale.lower(torch.isfinite(score.total) & ~finite([gradient])):
+                out, gradient, score = evaluated(some, scale)
+            steered = finite([gradient])
+            if steered[torch.isfinite(score.total)].all():
+                self.scale = scale.value.min().item()
             elif UNSTEERED not in self.trace.notices:
                 self.trace.notices.append(UNSTEERED)
-            found.append((out, torch.where(per_image(finite, gradient), gradient, 0), score))
+            found.append((out, torch.where(per_image(steered, gradient), gradient, 0), score))
 
         self.chunks(range(len(x)), work)
         x0, gradients, scores = zip(*found, strict=True)

@@ -41,7 +41,7 @@ class PreferenceSettings:
     much fresh noise the loser gets when the candidates have become the same image; 0 is none.
     clip_norm: the largest gradient norm of one image; 0 does not clip. patience: ties of every image in a row after
     which nothing can be learned. loss_scale: multiplies the energy in backward and divides the gradients, for networks
-    in float16.
+    in float16; it is lowered for an image whose gradients overflow.
     """
 
     iterations: int = 20
@@ -285,7 +285,7 @@ def _end_with_update(book: _Book, run: Run, judge: Judge, on_iteration: Callable
     """Algorithm 2's last line: what comes back is the last winner after its update, which nobody has compared."""
     started = time.perf_counter()
     noises, reference = book.method.updated()
-    winner = run.look(noises, reference, gradient=False)
+    winner = run.look(noises, reference)
     nobody = torch.zeros(len(winner.images), dtype=torch.long)
     scores = judge(book.k, [winner.images]).scores if book.kept.score is not None else None
     verdict = Verdict(nobody, nobody, torch.ones_like(nobody, dtype=torch.bool), scores)  # it was not compared

@@ -86,11 +86,9 @@ def das(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
             run.report(i, population, reward, parts, images, False, {"ess": effective(log_weights)})
         index, log_weights = survivors(run, log_weights, ssp, settings.ess)
         population, gradient, before = population.take(index), select(gradient, index), select(before, index)
-        # x' = mean + up z: a mean moved by up^2 strength gradient is a noise moved by up strength gradient.
-        nsr, after = (s / signal(s) for s in (schedule[i], schedule[i + 1]))
-        up = (after**2 * (1 - (after / nsr) ** 2)).sqrt() * signal(schedule[i])
+        share = shift(schedule[i], schedule[i + 1], signal)
         strength = settings.strength * share_of_strength(i + 1, run.steps, settings.tempering)
-        mu = strength * up.to(gradient) * gradient
+        mu = strength * share.to(gradient) * gradient
         for odds in propose(run, population, i, mu):
             log_weights = (log_weights - odds).nan_to_num(nan=WORST, posinf=WORST, neginf=WORST)
     reward, parts, images = run.score(population.x)
@@ -194,6 +192,17 @@ def propose(run: Particles, population: Population, i: int, mu: Tensor) -> list[
     before = len(population.noises)
     run.advance(population, i, i + 1, drawn, population.x0)
     return [((z - mu / 2) * mu).float().flatten(2).sum(2).cpu() for z in population.noises[before:]]
+
+
+def shift(sigma: Tensor, after: Tensor, signal: Callable[[Tensor], Tensor]) -> Tensor:
+    """Of DAS's proposal: how far the noise of a step's mean moves along grad r(x0_hat(x)), x in the host's coordinates.
+
+    A mean moved by up^2 grad r, up the deviation of a DDIM transition (eta = 1), is a noise moved by up grad r. That
+    holds in variance-preserving coordinates, which are the host's over sqrt(signal^2 + sigma^2).
+    """
+    nsr, next_nsr = sigma / signal(sigma), after / signal(after)
+    up = (next_nsr**2 / (1 + next_nsr**2) * (1 - (next_nsr / nsr) ** 2)).sqrt()
+    return up * (signal(sigma) ** 2 + sigma**2).sqrt()
 
 
 def share_of_strength(i: int, steps: int, gamma: float) -> float:

@@ -123,6 +123,11 @@ def test_inpainting_changes_nothing_outside_the_mask(world):
     assert rewards(done)[-1] > rewards(done)[0]
     row = done.result.trace.of(0)[-1]
     assert row["latent_distance"] > 0 and row["path_kl"] > 0
+    # What is given is noised with z_T too: it stays the one that KSampler draws.
+    z, z0 = (
+        r.best_noises[0][..., :7] for r in (done.result, world.optimize(latent=latent, mask=mask, iterations=0).result)
+    )
+    assert torch.equal(z, z0)
 
 
 @pytest.mark.every_host

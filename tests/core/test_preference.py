@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import gaussian
 import pytest
@@ -11,6 +12,7 @@ from mira.sampler.candidates import Run, towards
 from mira.sampler.methods import METHODS, OPTIMIZERS, Dpo
 from mira.sampler.preference import PreferenceSettings, Verdict, by_score, prefer
 from mira.sampler.surrogates import SURROGATES
+from mira.sampler.variables import Variables
 
 MEAN = lambda images: images.flatten(1).mean(1)  # noqa: E731
 
@@ -61,11 +63,11 @@ def test_the_first_step_is_the_papers_loss_differentiated_at_once():
     state = Run(rollout, render, settings, torch.Generator())
     method = Dpo(state, trajectories)
     method.references = [r.detach() for r in references]
-    method.z = [[n.detach().clone() for n in t] for t in z]
-    method.optimizers = [OPTIMIZERS["sgd"](t, lr) for t in method.z]
+    method.variables = [Variables("trajectory", t) for t in z]
+    method.optimizers = [OPTIMIZERS["sgd"](v.leaves, lr) for v in method.variables]
     found = method.candidates()
     method.learn(found, by_score(torch.stack([MEAN(c.images) for c in found], 1)))
-    moved = [n for t in method.z for n in t]
+    moved = [n.detach() for v in method.variables for n in v.leaves]
     for before, after, gradient in zip((n.detach() for t in z for n in t), moved, joint, strict=True):
         # SGD with Nesterov momentum: the first step is lr (1 + 0.9) times the gradient.
         torch.testing.assert_close(before - after, lr * 1.9 * gradient, rtol=1e-9, atol=1e-12)
@@ -256,10 +258,24 @@ def test_a_kick_parts_candidates_that_are_the_same():
     state = Run(gaussian.rollout(), render, settings, torch.Generator().manual_seed(0))
     method = Dpo(state, pair())
     method.apart = torch.full((2,), 1e9, dtype=torch.float64)  # ... and what has become 1 % of it is
-    before = [n.clone() for n in method.z[1]]
+    before = method.variables[1].begun
     found = method.candidates()
     method.learn(found, Verdict(torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([False, False])))
-    assert (method.z[1][0] - before[0]).std() > 0.3
+    assert (method.variables[1].leaves[0] - before[0]).std() > 0.3
+
+
+@pytest.mark.parametrize("method", ["dpo", "hybrid2"])
+def test_a_gradient_that_overflows_is_taken_at_a_smaller_scale(method):
+    settings = PreferenceSettings(iterations=3, method=method, lr=0.1, candidates=3 if method == "hybrid2" else 2)
+    narrow = gaussian.narrow(gaussian.denoiser())
+
+    def run_at(scale, D=None):
+        at_scale = replace(settings, loss_scale=scale)
+        return prefer(gaussian.rollout(D=D), render, judged(), pair(), at_scale)
+
+    wanted, found = run_at(1.0), run_at(2.0**16, narrow)
+    torch.testing.assert_close(found.best, wanted.best)
+    assert found.trace.settings["evaluations"]["backward"] > wanted.trace.settings["evaluations"]["backward"]
 
 
 class Interrupted(Exception):

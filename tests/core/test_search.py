@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from mira.sampler.resampling import effective, multinomial, ssp
 from mira.sampler.rollout import Rollout, noised
 from mira.sampler.search import METHODS, SearchSettings, best_of_n_kl, search
 from mira.sampler.seeds import stream
+from mira.sampler.steering import shift
 from mira.sampler.whitening import whiten
 
 STEPS = 24
@@ -447,16 +449,18 @@ def test_halving_ends_with_what_is_left_where_steps_are_few():
     torch.testing.assert_close(result.best[:, 0, 0, 0], ends.max(0).values)
 
 
-class Narrow(torch.autograd.Function):
-    """As float16: no room for a gradient above 100."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return torch.where(gradient.abs() > 100, torch.inf, gradient)
+@pytest.mark.parametrize("flow", [False, True])
+def test_das_moves_the_noise_as_the_papers_proposal_moves_the_mean(flow):
+    """DDIM's transition (eta = 1) in variance-preserving coordinates, its mean moved by sigma^2 grad r."""
+    levels = [0.3, 0.7, 0.9] if flow else [0.1, 2.0, 14.0]
+    signal = (lambda sigma: 1 - sigma) if flow else torch.ones_like
+    for after, sigma in itertools.pairwise(map(torch.tensor, [*levels, 1.0] if flow else levels)):
+        length = (signal(sigma) ** 2 + sigma**2).sqrt()  # x / length is variance-preserving
+        abar, abar_after = ((signal(s) ** 2 / (signal(s) ** 2 + s**2)) for s in (sigma, after))
+        up = ((1 - abar_after) / (1 - abar) * (1 - abar / abar_after)).sqrt()
+        # r = x / length, of gradient 1 there and 1 / length here; the transition's noise has the factor `up`.
+        torch.testing.assert_close(shift(sigma, after, signal) / length, up**2 / up)
+    assert shift(sigma, torch.tensor(0.0), signal) == 0
 
 
 @pytest.mark.parametrize("method", ["das", "ntrk"])
@@ -468,13 +472,13 @@ def test_a_gradient_that_overflows_is_taken_at_a_smaller_scale(method):
         return search(chain, rollout, value(reward), z, replace(settings, **more), seed=1)
 
     wanted = run(linear)
-    found = run(lambda x: Narrow.apply(x), loss_scale=1024.0)
+    found = run(gaussian.narrow(linear), loss_scale=1024.0)
     torch.testing.assert_close(found.particles, wanted.particles)
     assert not any("not finite" in notice for notice in found.trace.notices)
     assert found.trace.settings["backwards"] == wanted.trace.settings["backwards"] + 1  # at 1024, once
 
     def broken(x):  # for the second image there is no room at any scale
-        return Narrow.apply(x) * torch.tensor([1.0, 1e4]).repeat(len(x) // 2).view(-1, 1, 1, 1)
+        return gaussian.narrow(linear)(x) * torch.tensor([1.0, 1e4]).repeat(len(x) // 2).view(-1, 1, 1, 1)
 
     lame = run(broken, loss_scale=1024.0)
     torch.testing.assert_close(lame.particles[:, 0], wanted.particles[:, 0])

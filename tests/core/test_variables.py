@@ -8,8 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from gaussian import noises, rollout
+from mira.sampler.candidates import Run
 from mira.sampler.guidance import anneal, blend, lean, within
-from mira.sampler.optimize import Score, Settings, optimize
+from mira.sampler.methods import METHODS
+from mira.sampler.optimize import OPTIMIZERS, Score, Settings, optimize
+from mira.sampler.preference import PreferenceSettings, by_score
+from mira.sampler.rollout import Rollout
 from mira.sampler.surrogates import chi
 from mira.sampler.variables import VARIABLES, Variables
 
@@ -43,6 +47,63 @@ def test_only_what_is_free_moves(name, expected):
     assert moved(result) == [bool(e) for e in expected]
     for row in result.trace.of(0)[1:]:
         assert row["reward"] > result.trace.of(0)[0]["reward"]
+
+
+def inpainting(steps=6):
+    """Half of an image is to be painted. What is given, 0.5, is noised with z_T, and the network sees both."""
+    mask = torch.zeros(2, 1, 2, 2, dtype=torch.float64)
+    mask[..., 0, :] = 1
+    whole = rollout(steps)
+
+    def sample(z_T, source, wrap):
+        def beside(D):
+            def seen(x, sigma):
+                x = torch.where(mask > 0, x, 0.5 + sigma.view(-1, 1, 1, 1) * z_T)
+                denoised = D(x, sigma)  # of a pixel, from all
+                return torch.where(mask > 0, denoised + denoised.mean((1, 2, 3), keepdim=True), 0.5)
+
+            return seen
+
+        return whole.sample(z_T, source, lambda D: wrap(beside(D)))
+
+    return Rollout(sample, whole.schedule, memory="none", mask=mask), mask
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("variables", ["trajectory", "initno"])
+def test_around_a_mask_no_noise_is_optimised(optimizer, variables):
+    """There no surrogate counts it, though the network sees it."""
+    if (optimizer, variables) == ("sphere", "initno"):
+        pytest.skip("refused")
+    painted, mask = inpainting()
+    settings = Settings(iterations=1, lr=0.05, optimizer=optimizer, variables=variables, keep="last", clip_norm=0)
+    result = optimize(painted, mean_reward, noises(), settings)
+    outside = mask.expand(2, 3, 2, 2) == 0
+    steps = [z - z0 for z, z0 in zip(result.best_noises, noises(), strict=True)]
+    assert all((s[outside] == 0).all() for s in steps) and (steps[0][~outside] != 0).all()
+    if optimizer == "sphere":
+        for z, z0 in zip(result.best_noises, noises(), strict=True):
+            inside = [(n * mask).flatten(1).norm(dim=1) for n in (z, z0)]
+            torch.testing.assert_close(*inside)
+    if optimizer == "normalized" and variables == "trajectory":  # lr 0.1 x (1 - dampening), over what is free
+        size = torch.stack([(s * mask).square().sum((1, 2, 3)) for s in steps]).sum(0) / (6 * 6)
+        torch.testing.assert_close(size.sqrt(), torch.full((2,), 0.05, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["dpo", "hybrid2"])
+def test_nor_is_it_by_preferences(name):
+    painted, mask = inpainting()
+    settings = PreferenceSettings(method=name, lr=0.05)
+    trajectories = [noises(seed=s) for s in (0, 1)][: METHODS[name].trajectories(2)]
+    method = METHODS[name](Run(painted, lambda x0: x0, settings, torch.Generator()), trajectories)
+    for _ in range(2):
+        found = method.candidates()
+        method.learn(found, by_score(torch.stack([c.images.flatten(1).mean(1) for c in found], 1)))
+    outside = mask.expand(2, 3, 2, 2) == 0
+    optimised = [method.variables] if name == "hybrid2" else method.variables
+    for variables, start in zip(optimised, trajectories, strict=True):
+        steps = [z.detach() - z0 for z, z0 in zip(variables.noises(), start, strict=True)]
+        assert all((s[outside] == 0).all() for s in steps) and (steps[0][~outside] != 0).all()
 
 
 def test_initno_optimises_a_mean_and_a_deviation_and_pays_their_kl():
