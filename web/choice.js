@@ -48,9 +48,11 @@ export function tabTitle(title, waits) {
   return waits ? CALL + bare : bare;
 }
 
-/** Whether text is being written into this element. */
-export function isWriting(element) {
-  return Boolean(element) && (element.isContentEditable === true || /^(INPUT|TEXTAREA|SELECT)$/.test(element.tagName ?? ""));
+/** Whether the keys are somebody else's while this element has the focus: of text that is written, of a dialog. */
+export function isTaken(element) {
+  if (!element) return false;
+  const writing = element.isContentEditable === true || /^(INPUT|TEXTAREA|SELECT)$/.test(element.tagName ?? "");
+  return writing || Boolean(element.closest?.("dialog, [role=dialog], [role=menu], [role=listbox]"));
 }
 
 /** The answer that a key stands for among so many images, or null. Keys with a modifier belong to others. */
@@ -151,8 +153,8 @@ export function createChooser({ imageUrl, onAnswer }) {
       grid.replaceChildren(...next.images.map((image, i) => offer(image, i + 1)));
       count.textContent = questionOf(next);
       box.hidden = false;
-      // Keys choose at once, but never those of somebody who is writing.
-      if (!isWriting(document.activeElement)) box.focus({ preventScroll: true });
+      // Keys choose at once, but never those of somebody who does something else with them.
+      if (!isTaken(document.activeElement)) box.focus({ preventScroll: true });
     },
   };
 }

@@ -202,6 +202,34 @@ function addPresets(node) {
   }
 }
 
+const SUBGRAPH_INPUT = "-10"; // the id of a subgraph's inputs, where a link begins
+const outer = new WeakSet(); // widgets of subgraph nodes that were seen
+
+/** The widget on a subgraph's node that gives its value to one inside, or undefined. */
+function promoted(holder, node, name) {
+  const input = node.inputs?.find((i) => i.widget?.name === name);
+  const link = input?.link == null ? null : holder.subgraph.getLink?.(input.link);
+  const slot = String(link?.origin_id) === SUBGRAPH_INPUT ? holder.subgraph.inputs[link.origin_slot] : null;
+  return slot && holder.widgets?.find((w) => w.name === slot.name);
+}
+
+/** A preset that is chosen outside of a subgraph sets the dials that are outside with it. */
+function addPromotedPresets(holder) {
+  for (const node of holder.subgraph?.nodes ?? []) {
+    const told = PRESETS.get(node.comfyClass);
+    const preset = told && promoted(holder, node, "preset");
+    if (!preset || outer.has(preset)) continue;
+    outer.add(preset);
+    chain(preset, "callback", (value) => {
+      for (const [name, wanted] of Object.entries(presetValues(told, value))) {
+        const widget = promoted(holder, node, name);
+        if (widget) widget.value = wanted;
+      }
+      holder.setDirtyCanvas?.(true, true);
+    });
+  }
+}
+
 /** Another seed or setting is another run: of that, the iterate that was taken from the last one means nothing. */
 function forgetTaken(node) {
   const view = node[VIEW];
@@ -306,7 +334,8 @@ function callFor(chooser) {
 
 function showChoice(data) {
   const choice = validChoice(data);
-  const { chooser, chart } = (choice && nodeOf(choice.node)?.[VIEW]) ?? {};
+  const node = choice && nodeOf(choice.node);
+  const { chooser, chart } = (isOf(node, choice ?? {}) && node[VIEW]) || {};
   if (!chooser) return;
   chooser.show(choice);
   if (chart.run().rows.length === 0) chart.set({ ...chart.run(), waiting: "Waiting for your choice" });
@@ -444,9 +473,12 @@ app.registerExtension({
       addPresets(node);
       forgetTaken(node);
     }
+    // A subgraph's node has its widgets once it is in the graph, or once its graph is open.
+    if (node.subgraph) setTimeout(() => addPromotedPresets(node));
   },
   afterConfigureGraph() {
     colourTypes();
+    for (const node of (app.rootGraph ?? app.graph)?.nodes ?? []) addPromotedPresets(node);
     restoreSoon().then(showDropped).catch(warn);
   },
   getNodeMenuItems(node) {

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...rewards.preprocess import picture
 from ...sampler.preference import Verdict, by_score
 from ...sampler.seeds import stream
-from .live import forget, store
+from .live import forget, running, store
 
 ROUTE = "/mira/choice"
 WORDS = ("tie", "stop", "back")  # what may be answered instead of an image's place, from 1
@@ -193,9 +193,12 @@ class PersonJudge:
     def ask(self, order: list[int], images: Sequence[Tensor], told: dict) -> int | str:
         """Which of the images is chosen, or one of `WORDS`. order: of those that are shown."""
         token = secrets.token_urlsafe(16)
+        workflow, kind = running(self.node)
         shown: dict[str, Any] = told | {
             "prompt_id": self.prompt,
             "node": self.node,
+            "workflow": workflow,
+            "kind": kind,
             "token": token,
             # The names tell nothing of which candidate is which.
             "images": [

@@ -111,5 +111,9 @@ def take_iterate(done: Optimized, iterate: int, node: str) -> tuple[Tensor, list
             f"{node}: iterate is {iterate}, but the run ended at iteration {count - 1}: use that, or -1 "
             "for the one that `keep` chooses"
         )
-    told = [] if [iterate] * len(trace.kept) == trace.kept else ["noise and sampler are of the kept iterate"]
-    return done.iterates[iterate], [iterate] * len(trace.kept), told
+    taken = [iterate] * len(trace.kept)
+    if taken == trace.kept:
+        return done.iterates[iterate], taken, []
+    chosen = ", ".join(map(str, dict.fromkeys(trace.kept)))
+    told = f"iterate is {iterate}, but {chosen} is what the run keeps (-1 gives it), of which noise and sampler are"
+    return done.iterates[iterate], taken, [told]

@@ -285,6 +285,15 @@ def test_choosing_by_click_and_by_key(quickstart):
     editor.shot("choose")
     assert editor.page.locator(".mira-offers img").count() == 3
     assert "Choose" in editor.page.title()
+    graph = editor.js("() => app.graph.serialize()")
+    editor.load(
+        graph | {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, "another"))}
+    )  # its node of the same number waits for nothing
+    editor.settle()
+    assert not editor.page.is_visible(".mira-choice")
+    editor.load(graph)
+    wait_for(editor, lambda: "1 of 4" in count(editor), "the first three again")
+    editor.look_at(PREFERENCE)
     editor.page.click(".mira-offers button[data-answer='3']")
     wait_for(editor, lambda: "2 of 4" in count(editor), "the second three")
     editor.page.locator(".mira-choice").press("2")
@@ -546,13 +555,25 @@ def test_the_blueprint_is_a_node_that_runs(editor):
             text.connect(0, mira, into("negative"));
             latent.connect(0, mira, into("latent_image"));
             mira.connect(0, shown, 0);
-            for (const [name, value] of Object.entries({{ steps: 3, iterations: 3, seed: 5 }}))
-                mira.widgets.find(w => w.name === name).value = value;
+            const preset = mira.widgets.find(w => w.name === "preset");
+            preset.value = "strong";
+            preset.callback(preset.value, app.canvas, mira);
         }}"""
     )
     editor.settle()
-    (optimizer,) = (n["inputs"] for n in editor.prompt().values() if n["class_type"] == OPTIMIZER)
-    assert [optimizer[k] for k in ("steps", "iterations", "seed", "preset")] == [3, 3, 5, "balanced"]
+
+    def asked(*names):
+        (optimizer,) = (n["inputs"] for n in editor.prompt().values() if n["class_type"] == OPTIMIZER)
+        return [optimizer[name] for name in names]
+
+    assert asked("preset", "iterations", "drift_limit") == ["strong", 24, 0.1]  # the dials outside go with it
+    editor.js(
+        f"""() => {{
+            for (const [name, value] of Object.entries({{ steps: 3, iterations: 3, seed: 5, preset: "balanced" }}))
+                {outer}.widgets.find(w => w.name === name).value = value;
+        }}"""
+    )
+    assert asked("steps", "iterations", "seed", "preset") == [3, 3, 5, "balanced"]
     editor.shot("blueprint")
     editor.queue()
     told = f"""() => {outer}.subgraph.nodes.find(n => n.comfyClass === '{OPTIMIZER}')

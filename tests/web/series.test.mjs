@@ -115,10 +115,12 @@ test("a run that has begun says what it does before its first image", () => {
   assert.equal(series.status({ ...series.newRun(), waiting: "Trying 4 seeds ..." }, 0), "Trying 4 seeds ...");
 });
 
-test("keys of somebody who is writing choose nothing", () => {
-  for (const tagName of ["INPUT", "TEXTAREA", "SELECT"]) assert.ok(choice.isWriting({ tagName }));
-  assert.ok(choice.isWriting({ tagName: "DIV", isContentEditable: true }));
-  for (const other of [null, undefined, { tagName: "BODY" }, { tagName: "CANVAS" }]) assert.ok(!choice.isWriting(other));
+test("keys of somebody who writes or looks at a dialog choose nothing", () => {
+  for (const tagName of ["INPUT", "TEXTAREA", "SELECT"]) assert.ok(choice.isTaken({ tagName }));
+  assert.ok(choice.isTaken({ tagName: "DIV", isContentEditable: true }));
+  const within = (role) => ({ tagName: "BUTTON", closest: (selector) => (selector.includes(`[role=${role}]`) ? {} : null) });
+  assert.ok(choice.isTaken(within("dialog")) && !choice.isTaken(within("toolbar")));
+  for (const other of [null, undefined, { tagName: "BODY" }, { tagName: "CANVAS" }]) assert.ok(!choice.isTaken(other));
 });
 
 const told = { presets: { fast: { rounds: 2, seeds: 2 } }, dials: { fast: { iterations: 6 } } };
