@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,20 +15,35 @@ from .rollout import difference
 SEEN = 0.02  # a relative error at which a gradient is right, and no other length of the difference is tried
 
 
-def gradient_error(
+@dataclass(frozen=True)
+class Checked:
+    """wrong: the relative error of a gradient, infinite where it is zero or not finite. moved: how far f's value is off
+    where a gradient is wanted, the largest of the batch, relative. What both were found with: plain, the value without
+    a gradient, and the gradient itself; None where there is none.
+    """
+
+    wrong: float
+    moved: float
+    plain: Tensor
+    gradient: Tensor | None = None
+
+
+def check(
     f: Callable[[Tensor], Tensor],
     x: Tensor,
     steps: Sequence[float] = (1e-2, 1e-3, 1e-4),
     *,
     within: Callable[[], AbstractContextManager] = nullcontext,
     looked_at: Callable[[Tensor], Tensor] = lambda out: out,
-) -> tuple[float, float]:
-    """(the relative error of autograd's derivative of <f(x), v> along its own gradient, v fixed and random;
-    how far looked_at(f(x)) with a gradient is from the same without, the largest of the batch, relative).
+    known: Checked | None = None,
+) -> Checked:
+    """Autograd's derivative of <f(x), v> along its own gradient, v fixed and random, against finite differences; and
+    looked_at(f(x)) with a gradient against the same without.
 
     f: (B, ...) -> (B, ...). steps: lengths of the difference, relative to x; the best agreement counts, because a
     long step meets curvature and a short one rounding, while a wrong gradient agrees at none. within: of forward and
-    backward. An error is inf when the gradient is zero or not finite. Raises what f raises.
+    backward. known: what was found of f at x within something else, which is compared with and not measured again.
+    Raises what f raises.
     """
     generator = torch.Generator().manual_seed(0)
     x = x.detach()
@@ -36,19 +53,25 @@ def gradient_error(
         # In float64 on the CPU: not every device has it.
         return t.cpu().double().sum()
 
-    with torch.no_grad():
-        expected = looked_at(f(x))
+    if known:
+        plain = known.plain
+    else:
+        with torch.no_grad():
+            plain = looked_at(f(x))
     with torch.enable_grad(), within():
         leaf = x.clone().requires_grad_()
         out = f(leaf)
         if not out.requires_grad:
-            return float("inf"), 0.0
-        moved = difference(looked_at(out.detach()), expected).max().item()
+            return Checked(math.inf, 0.0, plain)
+        moved = difference(looked_at(out.detach()), plain).max().item()
         (gradient,) = torch.autograd.grad(total(out * v), leaf)
     length = total(gradient**2).sqrt()
     if not torch.isfinite(length) or length == 0:
-        return float("inf"), moved
-    best = float("inf")
+        return Checked(math.inf, moved, plain)
+    if known and known.gradient is not None:
+        apart = total((gradient - known.gradient) ** 2).sqrt() / total(known.gradient**2).sqrt()
+        return Checked(known.wrong + apart.item(), moved, plain, gradient)
+    best = math.inf
     for step in steps:
         direction = gradient * (total(x**2).sqrt() / length * step).item()
         with torch.no_grad():
@@ -57,4 +80,4 @@ def gradient_error(
         best = min(best, (((up - down) / 2 - slope).abs() / slope.abs()).item())
         if best < SEEN:
             break
-    return best, moved
+    return Checked(best, moved, plain, gradient)

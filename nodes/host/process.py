@@ -11,6 +11,7 @@ import functools
 import inspect
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ from ...sampler.resume import Left
 from ...sampler.rollout import USABLE, NoiseSource, Rollout, difference, draw
 from ...sampler.search import METHODS, SearchSettings
 from ...sampler.seeds import Start, another, fresh, stream
-from ...sampler.selftest import gradient_error
+from ...sampler.selftest import Checked, check
 from .dynamic import static
 from .grad import (
     PLACES,
@@ -590,11 +591,12 @@ class Process:
         blocks = self.blocks()
         ways = [nullcontext, *([blocks] if blocks else []), lambda: _both(offloaded(), (blocks or nullcontext)())]
         both = blocks and job.memory not in ("none", "per_step")  # what a checkpoint breaks shows with it only
-        errors: list[tuple[float, float]] = []
+        found: list[Checked] = []
+        known: dict[int, Checked] = {}
         cut = None
-        while ways and len(errors) < (2 if both else 1):
+        while ways and len(found) < (2 if both else 1):
             try:
-                error, cut = within_memory(self._gradient_error, noise, ways[0])
+                checked, cut = within_memory(self._checked, noise, ways[0], known)
             except RuntimeError as problem:
                 said = str(problem).splitlines()[0]
                 if has_no_repeatable_way(problem):
@@ -611,10 +613,10 @@ class Process:
                 continue
             ways.pop(0)
             if cut is None:
-                errors.append(error)
-        if not errors:
+                found.append(checked)
+        if not found:
             raise cut.problem
-        wrong, moved = map(max, zip(*errors, strict=True))
+        wrong, moved = max(c.wrong for c in found), max(c.moved for c in found)
         if not wrong < (0.5 if self.half else 0.1):
             raise RuntimeError(
                 f"{job.node}: {name} gives no usable gradient: it is off by {wrong:.2g} (relative) against a finite "
@@ -668,9 +670,9 @@ class Process:
                 "PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment."
             ) from problem
 
-    def _gradient_error(self, noise: Tensor, within: Callable) -> tuple[float, float]:
-        """(of the gradient, of the predicted noise with a gradient against without), both relative."""
-        found: list[tuple[float, float]] = []
+    def _checked(self, noise: Tensor, within: Callable, known: dict[int, Checked]) -> Checked:
+        """The gradient of a step, and what noise it predicts. known, by step: what was found in other ways so far."""
+        found: list[Checked] = []
 
         def function(model_k: Any, x: Tensor, sigmas: Tensor, extra_args: dict, **options: Any) -> Tensor:
             extra_args, call = self._network(model_k.inner_model, extra_args)
@@ -688,8 +690,9 @@ class Process:
                     return at - self.signal(sigma[0]) * out  # noqa: B023
 
                 at = x * (sigma[0] ** 2 + 1).sqrt() / (sigmas[0] ** 2 + 1).sqrt()
-                found[:] = [gradient_error(predict, at, within=within, looked_at=noise_of)]
-                if found[0][0] < float("inf"):
+                found[:] = [check(predict, at, within=within, looked_at=noise_of, known=known.get(step))]
+                if math.isfinite(found[0].wrong):
+                    known.setdefault(step, found[0])
                     break
             return x
 

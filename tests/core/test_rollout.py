@@ -8,7 +8,7 @@ import torch
 from gaussian import ancestral, ddim, denoiser, noises, rollout, schedule
 from mira.sampler.memory import offloaded, out_of_memory, saved_bytes
 from mira.sampler.rollout import NotTheSame, Rollout, draw, mean_square
-from mira.sampler.selftest import gradient_error
+from mira.sampler.selftest import check
 from mira.sampler.surrogates import REGULARIZERS, energies
 
 
@@ -166,21 +166,45 @@ def test_unknown_choices_are_refused(kwargs):
         rollout(**kwargs)
 
 
-def test_gradient_error():
+def half_the_product_rule(y):
+    return y * y.detach()
+
+
+def test_a_gradient_against_a_finite_difference():
     x = noises(1)[0]
-    assert gradient_error(lambda y: y.sin(), x)[0] < 1e-3
-    assert gradient_error(lambda y: y * y.detach(), x)[0] > 0.1  # half of the product rule is missing
-    assert gradient_error(lambda y: y.detach() * 1.0, x)[0] == float("inf")
-    assert gradient_error(lambda y: y * 0, x)[0] == float("inf")
+    assert check(torch.sin, x).wrong < 1e-3
+    assert check(half_the_product_rule, x).wrong > 0.1
+    assert check(lambda y: y.detach() * 1.0, x).wrong == math.inf
+    assert check(lambda y: y * 0, x).wrong == math.inf
+
+
+def test_a_gradient_against_one_that_is_known():
+    x, asked = noises(1)[0], []
+
+    def sine(y):
+        asked.append(y)
+        return y.sin()
+
+    known = check(sine, x)
+    count = len(asked)
+    again = check(sine, x, known=known)
+    assert (again.wrong, again.moved) == (known.wrong, 0) and len(asked) == count + 1
+    # A checkpoint that loses a half of it, as far as the two are apart.
+    whole = check(lambda y: y * y, x)
+    assert check(half_the_product_rule, x, known=whole).wrong == pytest.approx(0.5, abs=1e-3)
+    assert check(lambda y: y.detach() * 1.0, x, known=whole).wrong == math.inf
 
 
 def test_a_prediction_that_changes_with_the_wish_for_a_gradient():
+    def changes(y):
+        return y * (1.1 if y.requires_grad else 1.0)
+
     x = noises(1)[0]
-    assert gradient_error(lambda y: y.sin(), x)[1] == 0
-    moved = gradient_error(lambda y: y * (1.1 if y.requires_grad else 1.0), x)[1]
-    assert moved == pytest.approx(0.1)
+    assert check(torch.sin, x).moved == 0
+    assert check(changes, x).moved == pytest.approx(0.1)
     # Seen in what the network says, not in what it is a small part of.
-    assert gradient_error(lambda y: y * (1.1 if y.requires_grad else 1.0), x, looked_at=lambda d: d - 0.9 * x)[1] > 0.9
+    assert check(changes, x, looked_at=lambda d: d - 0.9 * x).moved > 0.9
+    assert check(changes, x, known=check(lambda y: y * 1.0, x)).moved == pytest.approx(0.1)
 
 
 class Counting:
