@@ -105,7 +105,8 @@ def particulars() -> list[io.Input]:
             "energy",
             options=list(ENERGIES),
             default=DEFAULT.energy,
-            tooltip="What dpo pushes apart. mira: the paper's score energy; its sign reversed; both sides.",
+            tooltip="What dpo pushes apart. mira: the paper's score energy; its sign reversed; both sides, which have "
+            "no slope at the first choice, so that it teaches next to nothing.",
         ),
         io.Float.Input(
             "explore",

@@ -323,13 +323,13 @@ async function answer({ prompt_id, node, token }, choice) {
   }
 }
 
-const waiting = new Set(); // choosers with a choice
+const choosers = new Set(); // those with a choice
 
 /** The tab calls for whoever looks elsewhere; ComfyUI writes its title anew when a run gets on. */
 function callFor(chooser) {
-  if (chooser.choice()) waiting.add(chooser);
-  else waiting.delete(chooser);
-  document.title = tabTitle(document.title, waiting.size > 0);
+  if (chooser.choice()) choosers.add(chooser);
+  else choosers.delete(chooser);
+  document.title = tabTitle(document.title, choosers.size > 0);
 }
 
 function showChoice(data) {
@@ -354,6 +354,8 @@ async function get(path, more = {}) {
 async function restore(cached = [], missed = false) {
   // Without a server there is history all the same.
   const [live, waiting] = await Promise.all([get("/mira/live", { nodes: cached.join() }), get("/mira/choice")]).catch((problem) => (warn(problem), [{}, {}]));
+  // Some frontends do not tell a node within a subgraph that its graph was closed.
+  for (const chooser of choosers) if (nodeOf(chooser.choice()?.node)?.[VIEW]?.chooser !== chooser) chooser.hide();
   // One that has told of no image may be over: nothing is known of it.
   const runs = (live.runs ?? []).filter((known) => known.rows.length && isOf(nodeOf(known.node), known));
   const running = new Set(runs.filter((known) => !known.output).map((known) => String(known.node)));

@@ -29,18 +29,23 @@ def is_dynamic(patcher: ModelPatcher) -> bool:
     return hasattr(patcher, "is_dynamic") and bool(patcher.is_dynamic())
 
 
-def static(patcher: ModelPatcher, what: str, own: bool = False) -> ModelPatcher:
-    """The same patches on a copy of the network that stays where it is; a patcher that is not dynamic, as it is.
-
-    Of a model whose work is split over several GPUs (MultiGPU Work Units) only the part on its own device: the others
-    run in threads that know nothing of gradients, and of what is recorded here.
-
-    what: node and input, for the error. own: a copy that nobody else is given. Raises ValueError where none can be had.
+def on_one_device(patcher: ModelPatcher, what: str) -> ModelPatcher:
+    """Of a model whose work is split over several GPUs (MultiGPU Work Units) the part on its own device: the others run
+    in threads that know nothing of gradients, and of what is recorded here.
     """
     if patcher.get_additional_models_with_key("multigpu"):
         log.warning("%s is split over several GPUs: it runs on %s alone", what, patcher.load_device)
         patcher = patcher.clone()
         patcher.remove_additional_models("multigpu")
+    return patcher
+
+
+def static(patcher: ModelPatcher, what: str, own: bool = False) -> ModelPatcher:
+    """The same patches on a copy of the network that stays where it is; a patcher that is not dynamic, as it is.
+
+    what: node and input, for the error. own: a copy that nobody else is given. Raises ValueError where none can be had.
+    """
+    patcher = on_one_device(patcher, what)
     if not is_dynamic(patcher) or "disable_dynamic" not in inspect.signature(patcher.clone).parameters:
         return patcher
     if patcher.injections:

@@ -107,10 +107,10 @@ def loaded(patchers: Sequence, memory: float, gradient: bool = True) -> Iterator
     """ComfyUI's patchers on the device in one call (several could evict one another), with what a gradient needs.
 
     memory: bytes that the work within will take beside the weights. gradient: without one, weights may stay behind and
-    come when they are used, as in ComfyUI's own sampling.
+    come when they are used, as in ComfyUI's own sampling, which keeps what lies where of those: none is replaced.
     """
     for patcher in {m for p in patchers for m in (p, *p.model_patches_models())}:
-        if is_dynamic(patcher):
+        if gradient and is_dynamic(patcher):
             raise RuntimeError(
                 f"{type(patcher.model).__name__}: its weights are in dynamic VRAM, which no gradient survives: start "
                 "ComfyUI with --disable-dynamic-vram"
@@ -120,9 +120,10 @@ def loaded(patchers: Sequence, memory: float, gradient: bool = True) -> Iterator
     with torch.inference_mode():
         comfy.model_management.load_models_gpu(list(patchers), memory_required=memory, force_full_load=gradient)
     modules = [patcher.model for patcher in patchers]
-    with torch.inference_mode(False):
-        for module in modules:
-            leave_inference_mode(module)
+    if gradient:
+        with torch.inference_mode(False):
+            for module in modules:
+                leave_inference_mode(module)
     with frozen(modules):
         yield
 
@@ -133,14 +134,17 @@ SWITCHES = {"in_training": True, "training_fp8_bwd": False}
 
 
 @contextmanager
-def training() -> Iterator[None]:
-    """Outside inference mode, with a gradient, and with none of ComfyUI's kernels that have no exact backward."""
+def training(gradient: bool = True) -> Iterator[None]:
+    """Outside inference mode, with a gradient, and with none of ComfyUI's kernels that have no exact backward.
+
+    gradient: without one, these kernels alone, so that the same noises give the same image in every method.
+    """
     management = comfy.model_management
     before = {name: getattr(management, name) for name in SWITCHES if hasattr(management, name)}
     try:
         for name in before:
             setattr(management, name, SWITCHES[name])
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(not gradient), torch.set_grad_enabled(gradient):
             yield
     finally:
         for name, value in before.items():

@@ -148,8 +148,9 @@ class Process:
     ) -> None:
         self.job, self.model_wrap, self.sigmas = job, model_wrap, sigmas
         self.vae = copy.copy(job.vae)
-        self.vae.patcher = static(job.vae.patcher, f"{job.node}: vae")
-        self.vae.first_stage_model = self.vae.patcher.model
+        if job.gradient:
+            self.vae.patcher = static(job.vae.patcher, f"{job.node}: vae")
+            self.vae.first_stage_model = self.vae.patcher.model
         self.latent_image, self.mask = latent_image, mask
         self.extra_args = extra_args
         self.inner = model_wrap.inner_model
@@ -170,7 +171,7 @@ class Process:
         name = comfy.ldm.modules.attention.optimized_attention.__name__
         own = extra_args["model_options"].get("transformer_options", {}).get("optimized_attention_override")
         self.exact_attention = own is None and "sage" not in name
-        self.draws: bool | None = None  # whether a call draws from them; not known before the plain sample is there
+        self._draws: bool | None = None
         dtype = self.inner.manual_cast_dtype or self.inner.get_dtype()
         # Gradients of a mean over pixels are near float16's smallest numbers.
         scale = 2.0**10 if torch.float16 in (dtype, self.vae.vae_dtype) else 1.0
@@ -276,7 +277,7 @@ class Process:
         options = self.extra_args["model_options"]
         options = options | {"transformer_options": options.get("transformer_options", {}) | {"sample_sigmas": sigmas}}
         process.extra_args = self.extra_args | {"model_options": options, "seed": self.seed_of(RESTART + number)}
-        process.states, process.draws, process.expected = [], None, None
+        process.states, process._draws, process.expected = [], None, None
         if self.depends_on_seed:
             z = self.initial_of(RESTART + number)
         else:
@@ -397,10 +398,15 @@ class Process:
         for group in {c["hooks"] for cs in self.model_wrap.conds.values() for c in cs if c.get("hooks")} | {hooks}:
             group.reset()
 
+    @property
+    def draws(self) -> bool:
+        """Whether a call of the model draws random numbers of its own; known once the plain sample is there."""
+        if self._draws is None:
+            self._draws = any(not same_state(s, self.states[0]) for s in self.states)
+        return self._draws
+
     def random(self, n: int) -> AbstractContextManager:
         """Where call n of a trajectory draws what it drew in the plain sample (token merging, tiling)."""
-        if self.draws is None:
-            self.draws = any(not same_state(s, self.states[0]) for s in self.states)
         known = self.draws and n < len(self.states)
         return _RandomState(self.states[n], self.sigmas.device) if known else nullcontext()
 
@@ -577,7 +583,7 @@ class Process:
         return max(1, min(settings.particles, fit))
 
     def blocks(self) -> Callable | None:
-        return blocks_checkpointed(self.inner.diffusion_model, lambda: self.place(), random=bool(self.draws))
+        return blocks_checkpointed(self.inner.diffusion_model, lambda: self.place(), random=self.draws)
 
     def check_gradient(self, noise: Tensor) -> None:
         """One denoising step, its gradient against a finite difference, before anything is optimised."""

@@ -27,7 +27,7 @@ from ...sampler.search import METHODS, SearchSettings, search
 from ...sampler.seeds import Start, best_of
 from ...sampler.statistics import expected, noise_statistics
 from ...sampler.trace import Trace
-from .dynamic import static, with_static_controls
+from .dynamic import on_one_device, static, with_static_controls
 from .grad import has_no_repeatable_way, normal, pytorch_kernels, repeatable, training
 from .patches import named, why_no_gradient
 from .process import INTERRUPTS, RESTART, Chain, Job, Process, free_bytes, reset_peak, synchronize, used_bytes
@@ -52,16 +52,19 @@ class Optimized:
 
 
 def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None = None) -> Optimized:
-    """Sample, optimise, hand back. The whole thread is outside inference mode until it is done: no `await` within.
+    """Sample, optimise, hand back. What needs a gradient takes the whole thread out of inference mode until it is done:
+    no `await` within. What needs none goes on as ComfyUI samples, with the graph's own models wherever they are.
 
     work(process, noises): what to do with the plain sample's noises; the reward's optimisation if not given.
     """
     guider = copy.copy(job.guider)
     several = guider.model_patcher.get_additional_models_with_key("multigpu")
-    guider.model_patcher = static(guider.model_patcher, f"{job.node}: model")
-    guider.original_conds = with_static_controls(guider.original_conds, job.node)
-    if job.gradient and (why := why_no_gradient(guider)):
-        raise ValueError(f"{job.node}: {why}")
+    guider.model_patcher = on_one_device(guider.model_patcher, f"{job.node}: model")
+    if job.gradient:
+        guider.model_patcher = static(guider.model_patcher, f"{job.node}: model")
+        guider.original_conds = with_static_controls(guider.original_conds, job.node)
+        if why := why_no_gradient(guider):
+            raise ValueError(f"{job.node}: {why}")
     sampler = _WorkingSampler(job, work or optimizing)
     # ComfyUI's own part stays in inference mode, as the executor has it: what it makes and moves, its nodes use again.
     with torch.inference_mode():
@@ -261,11 +264,12 @@ class _WorkingSampler(comfy.samplers.Sampler):
         self.plain = model_wrap.inner_model.process_latent_out(plain.float())
         with ExitStack() as stack:
             self._load(process, stack)
-            stack.enter_context(training())
+            stack.enter_context(training(job.gradient))
             stack.enter_context(pytorch_kernels())
             if job.repeatable and plain.is_cuda:
                 stack.enter_context(repeatable())
-            process = process.outside_inference_mode()
+            if job.gradient:
+                process = process.outside_inference_mode()
             # Updates of noises in half precision vanish, or become NaN.
             noises = tuple(normal(z).float() for z in noises)
             process.expected = normal(plain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.samplers
@@ -83,10 +84,10 @@ def schedule(model: ModelPatcher, values: dict) -> Tensor:
     GPU's exp differs from a CPU's in the last bits: KSampler's first image is another than its second.
     """
     sampling = copy.deepcopy(model.get_model_object("model_sampling")).to(model.load_device)
-    model = model.clone()
-    model.add_object_patch("model_sampling", sampling)
+    # No clone with another table: when it goes, it lets go of the memory that ComfyUI has locked for the model itself.
+    of_it = SimpleNamespace(get_model_object=lambda name: sampling)
     return comfy.samplers.KSampler(
-        model,
+        of_it,
         steps=values["steps"],
         device=model.load_device,
         sampler=values["sampler_name"],

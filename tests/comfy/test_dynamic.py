@@ -13,9 +13,10 @@ import comfy.ops
 import comfy.sd
 import pytest
 import torch
-from mira.nodes import demo
+from mira.nodes import demo, host
 from mira.nodes.host import dynamic as vram
 from mira.nodes.host import grad
+from mira.sampler.search import SearchSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
 from dynamic import KNOWN, Dynamic, dynamic
@@ -169,6 +170,23 @@ def test_rl_guidance_by_a_lora(world, model):
     assert torch.equal(world.ksampler(model=base), world.ksampler())
     torch.testing.assert_close(world.ksampler(model=guided), world.ksampler(model=tuned), atol=1e-4, rtol=1e-4)
     assert torch.isfinite(world.optimize(model=guided, iterations=1).latent).all()
+
+
+@pytest.mark.parametrize("method", ["best_of_n", "restarts"])
+def test_without_a_gradient_it_stays_where_it_is(world, model, vae, method):
+    """And so does a network that comes with the model, such as a patch of its layers."""
+
+    def searched(**parts):
+        job = world.job(steps=2, gradient=False, **parts)
+        job.settings = SearchSettings(method=method, particles=2, rounds=2)
+        with torch.inference_mode():
+            return host.run(job, host.searching).latent
+
+    with torch.inference_mode():
+        model.set_additional_models("with_it", [dynamic(demo.load_model())])
+    before, copies = (weights(model), weights(vae.patcher)), len(vram._STILL)
+    assert torch.equal(searched(model=model, vae=vae), searched())
+    assert (weights(model), weights(vae.patcher)) == before and len(vram._STILL) == copies
 
 
 def test_what_cannot_be_copied_is_refused_with_its_place(world, model):

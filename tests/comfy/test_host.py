@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import comfy.controlnet
 import comfy.model_management
@@ -14,6 +15,7 @@ import pytest
 import torch
 from mira.nodes import demo, host
 from mira.nodes.host import grad, probe
+from mira.nodes.shared.inputs import schedule
 from mira.rewards.combine import WeightedSum
 from mira.rewards.pixel import PixelReward
 from mira.sampler.rollout import Rollout
@@ -128,6 +130,17 @@ def test_inpainting_changes_nothing_outside_the_mask(world):
         r.best_noises[0][..., :7] for r in (done.result, world.optimize(latent=latent, mask=mask, iterations=0).result)
     )
     assert torch.equal(z, z0)
+
+
+@pytest.mark.every_host
+def test_a_schedule_leaves_the_memory_alone_that_a_model_has_locked(world, monkeypatch):
+    """A clone that goes away would unlock it, and ComfyUI locks it again only where it loads the model anew."""
+    model, unlocked = world.model, []
+    monkeypatch.setattr(type(model), "unpin_all_weights", lambda self: unlocked.append(self))
+    values = {"steps": 4, "sampler_name": "euler", "scheduler": "normal", "denoise": 0.5}
+    assert len(schedule(model, values)) == 5
+    gc.collect()
+    assert not [m for m in unlocked if m.model is model.model]
 
 
 @pytest.mark.every_host

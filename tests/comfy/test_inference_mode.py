@@ -128,6 +128,25 @@ def test_stock_nodes_behave_after_ours_as_before(world, fresh, before, ours):
             assert torch.equal(a, b)
 
 
+@pytest.mark.every_host
+@pytest.mark.parametrize("method", ["best_of_n", "restarts"])
+def test_without_a_gradient_no_weight_is_replaced(world, fresh, method):
+    """ComfyUI may have locked the memory that it lies in, for a device to read from."""
+    model, _, vae = fresh
+
+    def weights():
+        return [id(p) for m in (model.model, vae.first_stage_model) for p in m.parameters()]
+
+    before = weights()
+    job = world.job(model=model, vae=vae, steps=2, gradient=False)
+    job.settings = SearchSettings(method=method, particles=2, rounds=2)
+    with torch.inference_mode():
+        done = host.run(job, host.searching)
+    assert weights() == before and len(done.result.trace.rows) > 1
+    Graph(world, *fresh).optimize()  # which replaces them, and what the search left is none of its business
+    assert weights() != before
+
+
 def test_a_weight_that_a_stock_node_moved_is_replaced(world):
     """It has a version counter, and data that were made in inference mode: autograd takes neither half of it."""
     module = torch.nn.Linear(2, 2)

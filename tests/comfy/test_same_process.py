@@ -17,6 +17,7 @@ from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_freelunch import FreeU_V2
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from comfy_extras.nodes_tomesd import TomePatchModel
 from mira.nodes import demo, host
 from mira.nodes.host import grad, probe
 from mira.nodes.initno import MadeNoise
@@ -28,6 +29,7 @@ from mira.sampler.optimize import Settings
 from mira.sampler.search import SearchSettings
 from mira.sampler.seeds import another
 
+from testing.networks import SMALL, random_unet, thin_vae
 from testing.pack import mira
 
 nodes = mira("nodes")
@@ -209,8 +211,8 @@ def test_without_a_gradient_keyframes_begin_anew_in_every_trajectory(world):
         job.gradient, job.settings = False, SearchSettings(method="best_of_n", particles=3)
         job.initial = lambda seed: job.noise
         done = host.run(job, host.searching)
+        reward = PixelReward("brightness").score(host.decode(world.vae, stock.clone()), [""]).item()
     assert torch.equal(done.plain, stock)
-    reward = PixelReward("brightness").score(host.decode(world.vae, stock.clone()), [""]).item()
     assert rows(done) == pytest.approx([reward] * 3, abs=1e-3)
 
 
@@ -254,6 +256,21 @@ def test_random_choices_of_a_model_are_the_plain_samples(world):
         torch.set_rng_state(before)
         again = run(world, model=forgetful(world), steps=3, memory=memory, iterations=2)
         torch.testing.assert_close(again.latent, done.latent, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("memory", ["per_block", "offload"])
+def test_token_merging_merges_the_same_tokens_again(world, memory):
+    """ComfyUI's own node, which draws them inside of the blocks."""
+    at_full_size = SMALL | {"num_res_blocks": [1, 1], "transformer_depth": [1, 1], "transformer_depth_output": [1] * 4}
+    unpatched, vae, latent = random_unet(at_full_size, torch.float32), thin_vae(), torch.zeros(1, 4, 16, 16)
+    model = as_node(TomePatchModel, model=unpatched, ratio=0.5).args[0]
+    before, done = torch.get_rng_state(), {}
+    for way in ("none", memory):
+        torch.set_rng_state(before)
+        done[way] = run(world, model=model, vae=vae, latent=latent, steps=3, memory=way, iterations=2, beta=0)
+    assert done[memory].result.trace.settings["checkpointing"] == memory
+    torch.testing.assert_close(done[memory].latent, done["none"].latent, atol=1e-3, rtol=1e-3)
+    assert not torch.equal(done["none"].plain, world.ksampler(model=unpatched, latent=latent, steps=3))
 
 
 def test_random_choices_inside_a_block_are_drawn_once():
