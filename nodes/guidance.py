@@ -33,7 +33,7 @@ from .host.grad import (
     training,
     without_tf32,
 )
-from .shared.checks import check_links, check_reward, check_values, needs, needs_gradient
+from .shared.checks import check_links, check_reward, check_values, needs, needs_gradient, spoken
 from .shared.inputs import vae_input
 from .shared.types import MiraReward, aliases
 
@@ -293,6 +293,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
                 state = x if x.requires_grad else x.detach().requires_grad_()
                 denoised = super(DyMOGuider, self).predict_noise(state, timestep, options, seed)
                 images = decode(self.vae, self.inner_model.process_latent_out(denoised.float()))
+                self.reward.evaluation(0)  # whatever was scored before
                 with without_tf32():
                     total, _ = self.reward(images, [self.prompt] * len(images))
                 # Under an optimisation of the noises this term counts as a constant. Its length does not count, but in
@@ -404,7 +405,7 @@ class MiraDyMOGuider(io.ComfyNode):
             raise ValueError(
                 f"{DYMO}: vae decodes {vae.latent_channels} latent channels, but model has {channels}: use its own VAE"
             )
-        guider = DyMOGuider(model, vae, reward, prompt or "", scale, start_percent, end_percent)
+        guider = DyMOGuider(model, vae, reward, spoken(prompt or ""), scale, start_percent, end_percent)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         return io.NodeOutput(guider)

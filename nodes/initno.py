@@ -26,6 +26,7 @@ from ..sampler.seeds import stream
 from .host import INTERRUPTS, samples_of
 from .host.dynamic import static
 from .host.grad import blocks_checkpointed, loaded, normal, pytorch_kernels, sdpa, training
+from .shared import memo
 from .shared.checks import check_links, check_values
 from .shared.inputs import seed_input
 from .shared.job import ksampler_noise
@@ -296,6 +297,10 @@ class MiraInitNONoise(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> Any:
+        return memo.cuts(inputs)
+
+    @classmethod
     def execute(
         cls,
         model: ModelPatcher,
@@ -347,6 +352,8 @@ class MiraInitNONoise(io.ComfyNode):
             made.append(found.noise.cpu())
             lines.append(described(b, found))
             if found.cut_short:
+                asked = {"prompt": prompt, "words": words, "seed": seed, "rounds": rounds, "iterations": iterations}
+                memo.ask_again(asked | {"response": response, "conflict": conflict})
                 made += list(noise[b + 1 :].split(1))
                 log.warning("%s: %s", NODE, found.reason)
                 break

@@ -90,7 +90,8 @@ def expect(node: str, name: str, state: dict, wanted: str) -> None:
         )
 
 
-def whole_clip(node: str, path: Path, precision: str, size: str, fit: Callable) -> Encoder:
+def whole_clip(node: str, path: Path, precision: str, size: str, fit: Callable) -> tuple[Encoder, float]:
+    """A whole CLIP of a file, and its logit scale as the file has it."""
     with opening(node, path):
         state = weight_files.read(path)
         kind = weight_files.require(state, (weight_files.OPEN_CLIP, weight_files.HF_CLIP), path.name, node)
@@ -98,8 +99,9 @@ def whole_clip(node: str, path: Path, precision: str, size: str, fit: Callable) 
             state = open_clip_layout(state)
         expect(node, path.name, state, size)
         encoder = clip_of(state, weight_files.OPEN_CLIP, path, quick_gelu=False)
+    scale = encoder.network.logit_scale.float().item()  # which bfloat16 rounds by a per cent
     encoder.network.to(dtype_of(precision))
-    return replace(encoder, preprocessing=Preprocessing(encoder.preprocessing.size, fit))
+    return replace(encoder, preprocessing=Preprocessing(encoder.preprocessing.size, fit)), scale
 
 
 class MiraLoadAestheticReward(io.ComfyNode):
@@ -228,7 +230,7 @@ class MiraLoadHPSReward(io.ComfyNode):
             if not found:
                 raise ValueError(f"{cls.NAME}: the name {file} tells no version: set version to v2 or v2.1")
             version = found[0]
-        return io.NodeOutput(hps(whole_clip(cls.NAME, path, precision, "ViT-H/14", pad_longest), version))
+        return io.NodeOutput(hps(whole_clip(cls.NAME, path, precision, "ViT-H/14", pad_longest)[0], version))
 
 
 class MiraLoadPickScoreReward(io.ComfyNode):
@@ -259,8 +261,7 @@ class MiraLoadPickScoreReward(io.ComfyNode):
     @classmethod
     def execute(cls, file: str, precision: str) -> io.NodeOutput:
         path = path_of(cls.NAME, file, known.PICKSCORE)
-        encoder = whole_clip(cls.NAME, path, precision, "ViT-H/14", crop_transformers)
-        return io.NodeOutput(pick_score(encoder, encoder.network.logit_scale.float().item()))
+        return io.NodeOutput(pick_score(*whole_clip(cls.NAME, path, precision, "ViT-H/14", crop_transformers)))
 
 
 class MiraLoadImageReward(io.ComfyNode):

@@ -60,6 +60,7 @@ def preferring(judge: Any, seed: int, history: int) -> Callable:
 
     def work(process: host.Process, noises: tuple[Tensor, ...]) -> Result:
         settings: PreferenceSettings = process.settings
+        process.redraw = False  # candidates are compared under the same draw of a reward that draws
         count = METHODS[settings.method].trajectories(settings.candidates)
         others = [process.noises_of(n, noises) for n in range(1, count)]
 

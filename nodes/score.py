@@ -11,7 +11,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..rewards.base import Reward
-from .shared.checks import check_reward
+from .shared.checks import check_reward, spoken
 from .shared.images import to_core
 from .shared.scores import score_images
 from .shared.types import MiraReward, aliases
@@ -58,11 +58,13 @@ class MiraScoreImages(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: list[Tensor], reward: Any, prompt: Sequence[str] = ("",)) -> io.NodeOutput:
+        if len(reward) != 1:
+            raise ValueError(f"{cls.NAME}: reward is a list of {len(reward)}: connect one, or a node for each")
         (reward,) = reward
         check_reward(cls.NAME, reward)
         batches = [to_core(batch, f"{cls.NAME}: images") for batch in images]
         count = sum(len(batch) for batch in batches)
-        prompts = list(prompt) * count if len(prompt) == 1 else list(prompt)
+        prompts = [spoken(p) for p in (list(prompt) * count if len(prompt) == 1 else prompt)]  # as the samplers do
         if len(prompts) != count:
             raise ValueError(f"{cls.NAME}: {len(prompts)} prompts for {count} images: give one, or one per image")
         if reward.facts.needs_prompt and not all(p.strip() for p in prompts):

@@ -84,7 +84,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
     for key, tensor in state.items():
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise WrongFile(f"{path.name} holds weights that are sparse, quantised or empty ({key}): use plain ones")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # Of a byte each there is no `isfinite`.
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():
             raise WrongFile(f"{path.name} holds NaN or infinite weights ({key}): download it again, or use another one")
     return state
 

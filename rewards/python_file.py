@@ -12,6 +12,7 @@ import importlib.machinery
 import importlib.util
 import linecache
 import math
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ def located(problem: BaseException, path: Path) -> str:
 def _is_range(value: Any) -> bool:
     """(low, high), two numbers."""
     numbers = isinstance(value, (tuple, list)) and len(value) == 2
-    return numbers and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+    return numbers and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in value)
 
 
 def facts_of(declared: Any, path: Path) -> Facts:
@@ -82,6 +83,7 @@ class PythonReward(Reward):
         linecache.checkcache(str(path))
         loader = _Fresh(f"mira_reward_{path.stem}", str(path))
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+        sys.modules[loader.name] = module  # where dataclasses and pickle look for it
         try:
             with _outside_inference_mode():
                 loader.exec_module(module)

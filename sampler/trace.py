@@ -49,7 +49,7 @@ class Trace:
         """Plain JSON: a number that is not finite becomes null (browsers refuse NaN)."""
         return {
             "version": VERSION,
-            "settings": self.settings,
+            "settings": json_value(self.settings),
             "rows": [json_row(row) for row in self.rows],
             "kept": self.kept,
             "reasons": self.reasons,
@@ -121,4 +121,13 @@ def _is_row(row: Any) -> bool:
 
 
 def json_row(row: dict[str, float]) -> dict[str, float | None]:
-    return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
+    return {k: json_value(v) for k, v in row.items()}
+
+
+def json_value(value: Any) -> Any:
+    """JSON has no number for what is not finite: null, also within lists and dicts."""
+    if isinstance(value, dict):
+        return {k: json_value(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_value(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

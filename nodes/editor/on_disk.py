@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 from collections import OrderedDict
 from datetime import datetime
@@ -92,14 +93,28 @@ def is_link(value: object, prompt: dict) -> bool:
     )
 
 
+def run_by(prompt: dict) -> list[str]:
+    """The nodes that ComfyUI runs of a prompt: those with an output of their own, and what comes before them."""
+    known = sys.modules["nodes"].NODE_CLASS_MAPPINGS  # ComfyUI's
+    found, left = set(), []
+    for node, of in prompt.items():
+        if isinstance(of, dict) and getattr(known.get(of.get("class_type")), "OUTPUT_NODE", False):
+            left.append(node)
+    while left:
+        if (node := left.pop()) not in found and isinstance(prompt.get(node), dict):
+            found.add(node)
+            left += [v[0] for v in (prompt[node].get("inputs") or {}).values() if is_link(v, prompt)]
+    return [node for node in prompt if node in found]
+
+
 def remembered(request: dict) -> dict:
     """A handler of prompts that are queued: the records of nodes that were asked for just this before. One that runs
     after all writes its own.
     """
     prompt, extra = request.get("prompt"), (request.get("extra_data") or {}).get("extra_pnginfo")
     if isinstance(prompt, dict) and isinstance(extra, dict) and _records:
-        for node, of in prompt.items():
-            if isinstance(of, dict) and str(of.get("class_type")).startswith("Mira"):
+        for node in run_by(prompt):
+            if str(prompt[node].get("class_type")).startswith("Mira"):
                 extra.setdefault(PNG_KEY, {}).update(_records.get(what_is_asked(prompt, node), {}))
         if not extra.get(PNG_KEY):
             extra.pop(PNG_KEY, None)

@@ -31,7 +31,9 @@ def score_images(reward: Reward, images: Tensor, prompts: list[str]) -> tuple[Te
         comfy.model_management.throw_exception_if_processing_interrupted()
         with without_tf32():  # as the optimising nodes
             total, named = reward(images[start : start + chunk].to(device), prompts[start : start + chunk])
-        totals.append(total.float().cpu())
+        # Whatever a reward makes of an image that is none: as JPEG it is black, and small.
+        whole = torch.isfinite(images[start : start + chunk]).flatten(1).all(1).cpu()
+        totals.append(torch.where(whole, total.float().cpu(), torch.nan))
         for name, part in named.items():
             parts.setdefault(name, []).append(part.float().cpu())
     total = torch.cat(totals)
@@ -45,6 +47,7 @@ def score_images(reward: Reward, images: Tensor, prompts: list[str]) -> tuple[Te
 
 def score_latent(vae: VAE, reward: Reward, latent: Tensor, prompts: list[str]) -> Tensor:
     """latent (B, C, ...), of stills -> the rewards (B,) of the images that VAE Decode makes of it."""
+    reward.evaluation(0)  # one that draws at random draws what it does for the others that this is compared with
     images = vae.decode(latent)
     images = images.reshape(-1, *images.shape[-3:])  # a still is one frame, where there are frames
     return score_images(reward, to_core(images, "what the VAE decodes"), prompts)[0]

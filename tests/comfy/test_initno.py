@@ -154,7 +154,10 @@ def test_a_cancelled_one_hands_back_the_best_so_far(make, monkeypatch):
             comfy.model_management.interrupt_current_processing()
 
     monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", cancel)
+    asked = {"seed": 5, "iterations": 50}  # what ComfyUI's cache goes by is another once it was cut short
+    before = node.MiraInitNONoise.fingerprint_inputs(**asked)
     z, report = make(batch=2, iterations=50)
+    assert node.MiraInitNONoise.fingerprint_inputs(**asked) == before + 1
     assert len(z) == 2 and torch.equal(z[1:], given(batch=2)[1:])
     assert "interrupted after 3 evaluations" in report and report.count("image") == 1
 

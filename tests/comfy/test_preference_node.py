@@ -54,6 +54,18 @@ def test_every_method_with_a_black_box(world, method, sampler):
     assert out.ui["mira"][0]["rows"][0]["reward"] == trace.rows[0]["reward"]
 
 
+def test_candidates_are_compared_under_the_same_draw(world):
+    """Of a reward that draws at random, else the draws would be compared."""
+    drawn = []
+
+    class Drawing(JPEG):
+        def evaluation(self, k):
+            drawn.append(k)
+
+    prefer(world, reward=Drawing(), method="dueling")
+    assert len(drawn) >= 6 and set(drawn) == {0}
+
+
 def test_two_runs_are_the_same_and_the_choices_repeat_it(world):
     a, b = prefer(world), prefer(world)
     assert torch.equal(a.args[0]["samples"], b.args[0]["samples"])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import comfy.clip_vision
@@ -26,7 +27,7 @@ from tools.comfy import comfyui_folder
 
 host, Settings = mira("nodes.host"), mira("sampler.optimize").Settings
 nodes, score = mira("nodes"), mira("nodes.score")
-PixelReward = mira("rewards.pixel").PixelReward
+PixelReward, JPEG = mira("rewards.pixel").PixelReward, mira("rewards.jpeg").JPEG
 IMAGE = small.tensor_of(small.images()["512x512"])
 BATCH = torch.rand(3, 40, 56, 3)
 
@@ -393,11 +394,29 @@ def test_prompts_of_scored_images():
     assert "cut to 77" in long
 
 
-def test_no_score_is_made_up():
+@pytest.mark.parametrize("reward", [PixelReward("brightness"), JPEG()])  # as JPEG it is black, and small
+def test_no_score_is_made_up(reward):
     with pytest.raises(RuntimeError, match=r"gave no finite score for image\(s\) \[1\]"):
         images = BATCH.clone()
         images[1] = float("nan")
-        execute(nodes.MiraScoreImages, images=[images], reward=[PixelReward("brightness")])
+        execute(nodes.MiraScoreImages, images=[images], reward=[reward])
+
+
+def test_one_reward_scores():
+    with pytest.raises(ValueError, match="MIRA Score Images: reward is a list of 2"):
+        execute(nodes.MiraScoreImages, images=[BATCH], reward=[PixelReward("brightness")] * 2)
+
+
+def test_a_prompt_is_read_as_the_samplers_read_it():
+    score = partial(execute, nodes.MiraScoreImages, images=[BATCH], reward=[reward_of(nodes.MiraDemoCLIPScore)])
+    assert score(prompt=["(a fox:1.3) <lora:x:1>"]).args[0] == score(prompt=["a fox"]).args[0]
+
+
+def test_pickscore_counts_by_the_scale_that_its_file_has(models):
+    """bfloat16 rounds it by a per cent."""
+    node, inputs = LOADERS["pickscore"]
+    whole, half = (reward_of(getattr(nodes, node), **inputs | {"precision": p}) for p in ("fp32", "bf16"))
+    assert half.scale == whole.scale
 
 
 def test_black_boxes_are_refused_where_a_gradient_is_needed(world):

@@ -1,5 +1,6 @@
 import contextlib
 import itertools
+import json
 import math
 import weakref
 
@@ -400,6 +401,15 @@ def test_no_gradient_is_said_and_not_optimised():
 def test_settings_name_what_is_wrong(wrong, message):
     with pytest.raises(ValueError, match=message):
         Settings(**wrong)
+
+
+def test_what_is_not_finite_is_null_in_a_record_wherever_it_stands():
+    """A browser reads no NaN."""
+    trace = Trace(
+        {"seed_rewards": [[math.nan, 1.0]], "of": {"it": -math.inf}}, [{"iteration": 0, "image": 0, "r": math.nan}], [0]
+    )
+    found = json.loads(trace.to_json(), parse_constant=lambda name: pytest.fail(name))
+    assert found["settings"] == {"seed_rewards": [[None, 1.0]], "of": {"it": None}} and found["rows"][0]["r"] is None
 
 
 def test_trace_round_trip_and_csv():

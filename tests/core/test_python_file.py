@@ -27,6 +27,13 @@ def test_a_file_becomes_a_reward(tmp_path):
     assert parts.keys() == {"red"} and total.requires_grad and reward.facts.differentiable
 
 
+def test_a_file_may_define_classes(tmp_path):
+    """A dataclass looks its module up by name."""
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    text += "@dataclass\nclass Weights:\n    red: float = 1.0\n"
+    assert made(tmp_path, text + GOOD).facts.name == "red"
+
+
 def test_an_edit_counts_at_once(tmp_path):
     assert made(tmp_path, GOOD).facts.name == "red"
     assert made(tmp_path, GOOD.replace('"red"', '"rad"')).facts.name == "rad"  # same size, same second
@@ -55,6 +62,7 @@ def test_a_black_box_may_answer_with_a_list(tmp_path):
         ("def score(images, prompts): ...", "defines no FACTS"),
         ('FACTS = {"name": "n"}', "FACTS lacks typical"),
         ('FACTS = {"name": "n", "typical": (0, 1), "tipical": 1}', "FACTS has no tipical"),
+        ('FACTS = {"name": "n", "typical": (0, float("inf"))}', "low below high"),
         ('FACTS = {"name": "n", "typical": (1, 0)}', "give .low, high., low below high"),
         ('FACTS = {"name": "", "typical": (0, 1)}', "give it a name"),
         ('FACTS = {"name": "n", "typical": (0, 1)}', "defines no function score"),

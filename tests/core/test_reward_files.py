@@ -41,6 +41,17 @@ def test_formats_and_precisions(tmp_path, suffix, dtype):
     assert kind_of(back) is files.AESTHETIC_HEAD
 
 
+def test_eight_bits(tmp_path):
+    """Of which nothing can be asked but what they are in more."""
+    state = {k: v.to(torch.float8_e4m3fn) for k, v in small.head_state(8).items()}
+    save_file(state, tmp_path / "head.safetensors")
+    assert kind_of(read(tmp_path / "head.safetensors")) is files.AESTHETIC_HEAD
+    state["layers.0.bias"].view(torch.uint8).fill_(0x7F)  # NaN
+    save_file(state, tmp_path / "nan.safetensors")
+    with pytest.raises(files.WrongFile, match=r"holds NaN or infinite weights \(layers.0.bias\)"):
+        read(tmp_path / "nan.safetensors")
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
