@@ -24,6 +24,7 @@ from ..sampler.surrogates import SURROGATES
 from ..sampler.trace import Trace
 from .editor.plot import COLOURS, Line, Panel, draw
 from .host import patcher_of
+from .shared.checks import spoken
 from .shared.images import to_core
 from .shared.scores import score_images
 from .shared.types import MiraReward, MiraTrace, aliases
@@ -118,11 +119,21 @@ def embed(clip: Similarity, images: Tensor) -> Tensor:
     return F.normalize(torch.cat(out).float(), dim=1).cpu()
 
 
-def clip_scores(clip: Similarity, images: Tensor, prompt: str) -> Tensor:
-    return score_images(clip, images, [prompt] * len(images))[0]
+def texts_of(trace: Trace, given: str) -> list[str]:
+    """What images in their order are compared with, from the first again where there are more of them: the given text,
+    or what the rewards of the run read; nothing where neither is known.
+    """
+    texts = trace.settings.get("prompts")
+    if given.strip() or not (isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts)):
+        texts = [spoken(given.strip() or str(trace.settings.get("prompt") or ""))]
+    return texts if any(texts) else []
 
 
-def measure(run: Run, metric: str, clip: Any, prompt: str, base: dict | None) -> dict:
+def clip_scores(clip: Similarity, images: Tensor, texts: list[str]) -> Tensor:
+    return score_images(clip, images, (texts * len(images))[: len(images)])[0]
+
+
+def measure(run: Run, metric: str, clip: Any, texts: list[str], base: dict | None) -> dict:
     """The numbers of one run: its kept iterates against its plain samples, and against the base model's images."""
     first = run.means[0]
     out = {"run": run.label, "kept": run.trace.kept, "reward_plain": first.get("reward", math.nan)}
@@ -131,8 +142,8 @@ def measure(run: Run, metric: str, clip: Any, prompt: str, base: dict | None) ->
     out |= {name: run.kept(name) for name in SURROGATES}
     out["drift"] = out[metric]
     if clip is not None and run.images is not None:
-        if prompt:
-            out["clip_score"] = clip_scores(clip, run.images, prompt).mean().item()
+        if texts:
+            out["clip_score"] = clip_scores(clip, run.images, texts).mean().item()
         if base is not None:
             embeddings = embed(clip, run.images)
             distances = torch.cdist(embeddings.double(), base["embeddings"].double())
@@ -182,12 +193,12 @@ def verdict(row: dict, base: dict | None) -> str:
     return f"{gain}, drift within the base model's own seed-to-seed spread ({'; '.join(fine)}){tail}"
 
 
-def base_of(images: Tensor, clip: Similarity, prompt: str) -> dict:
+def base_of(images: Tensor, clip: Similarity, texts: list[str]) -> dict:
     embeddings = embed(clip, images)
     apart = spread(embeddings)
     out = {"embeddings": embeddings, "distance": (apart.mean().item(), apart.std().item())}
-    if prompt:
-        scores = clip_scores(clip, images, prompt)
+    if len(set(texts)) == 1:  # else nobody knows which of them a base image is of
+        scores = clip_scores(clip, images, texts)
         out["clip_score"] = (scores.mean().item(), scores.std().item())
     return out
 
@@ -306,14 +317,14 @@ class MiraDriftMonitor(io.ComfyNode):
             raise ValueError(f"{NODE}: clip is {name}, which has no CLIP to compare images by; connect a CLIPScore")
         if base_images is not None and clip is None:
             raise ValueError(f"{NODE}: base_images needs a clip to be compared by; connect a CLIPScore")
-        prompt = (prompt or "").strip() or runs[0].trace.settings.get("prompt", "")
+        texts = texts_of(runs[0].trace, prompt or "")
         base = None
         if base_images is not None:
             try:
-                base = base_of(to_core(base_images, f"{NODE}: base_images"), clip, prompt)
+                base = base_of(to_core(base_images, f"{NODE}: base_images"), clip, texts)
             except ValueError as problem:
                 raise ValueError(f"{NODE}: {problem}") from problem
-        rows = [measure(run, drift_metric, clip, prompt, base) for run in runs]
+        rows = [measure(run, drift_metric, clip, texts, base) for run in runs]
         says = [f"{run.label}: {verdict(row, base)}" for run, row in zip(runs, rows, strict=True)]
         try:
             files = f"written: {', '.join(write(runs, filename_prefix))}"
@@ -322,13 +333,13 @@ class MiraDriftMonitor(io.ComfyNode):
             log.warning("%s: %s", NODE, files)
         notices = [f"{run.label}: {n}" for run in runs for n in run.trace.notices]
         table = text_of(rows, [*at_equal_drift(runs, drift_metric), *notices])
-        spoken = "\n".join(says)
-        shown = "\n\n".join([spoken, table, files])
+        said = "\n".join(says)
+        shown = "\n\n".join([said, table, files])
 
         def column(name: str) -> list[float]:
             return [row.get(name, math.nan) for row in rows]
 
         return io.NodeOutput(
-            plots(runs, drift_metric), table, spoken, column("gain"), column("drift"), column("clip_score"),
+            plots(runs, drift_metric), table, said, column("gain"), column("drift"), column("clip_score"),
             column("cmmd"), ui={"mira_text": [shown], "mira": [runs[0].trace.to_dict()]},
         )  # fmt: skip

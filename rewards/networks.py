@@ -109,13 +109,19 @@ def config_beside(path: Path) -> dict:
     return config
 
 
-def uses_quick_gelu(state: dict[str, Tensor], path: Path, name: str) -> bool:
-    """Which GELU a network was trained with is not in its weights: its config.json, OpenAI's marks, or its size say."""
+def uses_quick_gelu(state: dict[str, Tensor], path: Path, name: str, width: int) -> bool:
+    """Which GELU a network was trained with is not in its weights: OpenAI's marks, its config.json, or its size say.
+
+    width: of its vision tower. A folder may have several models' files, and one's config.json.
+    """
+    if state.keys() & OPENAI_MARKS:
+        return True
     config = config_beside(path)
-    act = (config.get("vision_config") or {}).get("hidden_act") or config.get("hidden_act")
-    if act:
+    vision = config.get("vision_config") or config
+    its_own = str(config.get("model_type", "clip")).startswith("clip") and vision.get("hidden_size", width) == width
+    if its_own and (act := vision.get("hidden_act")):
         return act == "quick_gelu"
-    return bool(state.keys() & OPENAI_MARKS) or name in QUICK_GELU_BY_SIZE
+    return name in QUICK_GELU_BY_SIZE
 
 
 def vision_sizes(state: dict[str, Tensor]) -> dict:
@@ -142,9 +148,9 @@ def clip_of(state: dict[str, Tensor], kind: Kind, path: Path, quick_gelu: bool |
     if kind is not OPEN_CLIP:
         state = open_clip_layout(state)
     _complete(state, ("visual.proj", "text_projection"), path.name)
-    name = name_of(state)
+    name, vision = name_of(state), vision_sizes(state)
     if quick_gelu is None:
-        quick_gelu = uses_quick_gelu(marks, path, name)
+        quick_gelu = uses_quick_gelu(marks, path, name, vision["width"])
     context, width = state["positional_embedding"].shape
     text = dict(
         context_length=context,
@@ -153,7 +159,6 @@ def clip_of(state: dict[str, Tensor], kind: Kind, path: Path, quick_gelu: bool |
         heads=max(1, width // 64),
         layers=depth(state, r"transformer\.resblocks\.(\d+)\."),
     )
-    vision = vision_sizes(state)
     with torch.device("meta"):
         network = open_clip().CLIP(state["visual.proj"].shape[1], vision, text, quick_gelu=quick_gelu)
     # Made without storage like the rest, but in no file.
@@ -175,7 +180,7 @@ def clip_image_half(
     _complete(state, ("visual.proj",), path.name)
     name, sizes = name_of(state), vision_sizes(state)
     if quick_gelu is None:
-        quick_gelu = uses_quick_gelu(marks, path, name)
+        quick_gelu = uses_quick_gelu(marks, path, name, sizes["width"])
     heads = sizes["width"] // sizes.pop("head_width")
     with torch.device("meta"):
         network = transformer.VisionTransformer(

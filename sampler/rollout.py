@@ -204,7 +204,8 @@ class Rollout:
     sample: the host's sampler, see `Sample`.
     schedule: (T + 1,) sigmas, from large to small.
     signal: sigma -> the factor of x0 in x_t: 1 in k-diffusion (variance-exploding) coordinates, 1 - t for
-        rectified flow; eps_hat = (x - signal * D) / sigma.
+        rectified flow; eps_hat = (x - signal * D) / (sigma * noise_scale).
+    noise_scale: what noise of unit variance is multiplied by besides sigma; 1 for nearly every model.
     gradient_steps: through the network of how many of the last steps a gradient flows; in the earlier ones the network
         counts as a constant, and only the sampler's own arithmetic carries one. They cost as much as a plain sample's,
         in time and in memory. 0: through all.
@@ -236,6 +237,7 @@ class Rollout:
         schedule: Tensor,
         *,
         signal: Callable[[Tensor], Tensor] = torch.ones_like,
+        noise_scale: float = 1.0,
         weighting: str = "marginal",
         measured: str = "guided",
         gradient_steps: int = 0,
@@ -252,7 +254,7 @@ class Rollout:
             raise ValueError(f"memory policy {memory!r} is not one of {', '.join((*self.POLICIES, 'auto'))}")
         self.sample = sample
         self.schedule = schedule
-        self.signal = signal
+        self.signal, self.noise_scale = signal, noise_scale
         self.weighting = WEIGHTINGS[weighting]
         self.conditional = measured == "conditional"
         self.gradient_steps = gradient_steps
@@ -412,13 +414,13 @@ class Record:
         """Takes one call's input and output, and gives the prediction that samples."""
         rollout = self.rollout
         guided, judged = out if isinstance(out, tuple) else (out, out)
-        alpha, schedule = rollout.signal(sigma), rollout.schedule
+        alpha, schedule, scale = rollout.signal(sigma), rollout.schedule, rollout.noise_scale
         judged = judged if rollout.conditional else guided
-        self.eps.append((x - per_image(alpha, x) * judged) / per_image(sigma, x))
+        self.eps.append((x - per_image(alpha, x) * judged) / per_image(scale * sigma, x))
         after = schedule[schedule < sigma.min()]
         after = (after.max() if len(after) else schedule.new_zeros(())).to(sigma).expand_as(sigma)
-        self.sigmas.append(sigma / alpha)
-        self.weights.append(rollout.weighting(sigma / alpha, after / rollout.signal(after)))
+        self.sigmas.append(scale * sigma / alpha)
+        self.weights.append(rollout.weighting(scale * sigma / alpha, scale * after / rollout.signal(after)))
         return guided
 
     def path(self, x0: Tensor, noises: Sequence[Tensor]) -> Path:

@@ -86,7 +86,7 @@ def das(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
             run.report(i, population, reward, parts, images, False, {"ess": effective(log_weights)})
         index, log_weights = survivors(run, log_weights, ssp, settings.ess)
         population, gradient, before = population.take(index), select(gradient, index), select(before, index)
-        share = shift(schedule[i], schedule[i + 1], signal)
+        share = shift(schedule[i], schedule[i + 1], signal, run.rollout.noise_scale)
         strength = settings.strength * share_of_strength(i + 1, run.steps, settings.tempering)
         mu = strength * share.to(gradient) * gradient
         for odds in propose(run, population, i, mu):
@@ -150,7 +150,7 @@ def tilt(run: Particles, population: Population, i: int, direction: Tensor, shar
 def restarted(run: Particles, population: Population, step: int) -> Population:
     """Every particle's image at the noise level of a step, with fresh noise."""
     z, sigma = run.fresh(range(len(population.x)), run.noises[0]), run.rollout.schedule[step]
-    pairs = zip(population.x, z, strict=True)
+    pairs = zip(population.x, run.rollout.noise_scale * z, strict=True)
     return Population(torch.stack([noised(x0, sigma, n, run.rollout.signal) for x0, n in pairs]))
 
 
@@ -194,15 +194,16 @@ def propose(run: Particles, population: Population, i: int, mu: Tensor) -> list[
     return [((z - mu / 2) * mu).float().flatten(2).sum(2).cpu() for z in population.noises[before:]]
 
 
-def shift(sigma: Tensor, after: Tensor, signal: Callable[[Tensor], Tensor]) -> Tensor:
+def shift(sigma: Tensor, after: Tensor, signal: Callable[[Tensor], Tensor], noise_scale: float = 1.0) -> Tensor:
     """Of DAS's proposal: how far the noise of a step's mean moves along grad r(x0_hat(x)), x in the host's coordinates.
 
     A mean moved by up^2 grad r, up the deviation of a DDIM transition (eta = 1), is a noise moved by up grad r. That
     holds in variance-preserving coordinates, which are the host's over sqrt(signal^2 + sigma^2).
     """
-    nsr, next_nsr = sigma / signal(sigma), after / signal(after)
+    sigma, signal_now, next_nsr = noise_scale * sigma, signal(sigma), noise_scale * after / signal(after)
+    nsr = sigma / signal_now
     up = (next_nsr**2 / (1 + next_nsr**2) * (1 - (next_nsr / nsr) ** 2)).sqrt()
-    return up * (signal(sigma) ** 2 + sigma**2).sqrt()
+    return up * (signal_now**2 + sigma**2).sqrt()
 
 
 def share_of_strength(i: int, steps: int, gamma: float) -> float:

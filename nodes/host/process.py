@@ -300,6 +300,7 @@ class Process:
             self.differentiable,
             self.sigmas,
             signal=self.signal,
+            noise_scale=float(getattr(self.inner.model_sampling, "noise_scale", 1.0)),
             weighting=job.weighting,
             measured=job.measured,
             gradient_steps=job.gradient_steps,

@@ -292,6 +292,8 @@ class _WorkingSampler(comfy.samplers.Sampler):
                 "expected": expected(noises),
             },
         }
+        if len(set(job.prompts)) > 1:  # what the setting of one text does not tell
+            result.trace.settings["prompts"] = list(job.prompts)
         if estimate := process.rollout.estimate:
             parts = {"step": estimate.step, "decoding_and_reward": estimate.score, "free": estimate.free}
             result.trace.settings["memory_mb"] = {k: json_number(v / 1e6) for k, v in parts.items()}

@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 from testing.pack import as_node, mira
 
 nodes, monitor, record = mira("nodes"), mira("nodes.monitor"), mira("nodes.record")
+host = mira("nodes.host")
 MOST_LISTED = mira("nodes.shared.made").MOST_LISTED
 on_disk = mira("nodes.editor.on_disk")
 Trace = mira("sampler.trace").Trace
@@ -67,6 +68,25 @@ def runs(world, demo_model, demo_vae):
 def base(world, demo_model, decode):
     latent = torch.zeros(8, 4, 16, 16)
     return decode(world.ksampler(model=demo_model, steps=6, seed=123, latent=latent))
+
+
+def test_every_image_is_compared_with_its_own_prompt(world):
+    """As it was scored: read without what only a tokenizer reads, one line for each image of a batch of prompts."""
+    clip = execute(nodes.MiraDemoCLIPScore).args[0]
+    positive = world.encode_batch(["a fox", "a whale"])
+    with torch.inference_mode():
+        job = world.job(
+            positive=positive, batch=2, steps=2, iterations=1, reward=clip, prompts=["a fox", "a whale"], keep="last"
+        )
+        done = host.run(job)
+        images = host.decode(world.vae, done.latent).movedim(1, 3)
+    shown = watch(trace_1=done.result.trace, images_1=images, clip=clip)
+    kept = [done.result.trace.of(b)[-1]["reward"] for b in range(2)]
+    assert shown.args[5] == pytest.approx([sum(kept) / 2], abs=0.05)
+    given = [
+        watch(trace_1=done.result.trace, images_1=images, clip=clip, prompt=p).args[5] for p in ("a fox", "(a fox:1.2)")
+    ]
+    assert given[0] == given[1] != shown.args[5]
 
 
 def test_a_verdict_by_the_base_models_own_spread(runs, decode, base):

@@ -240,11 +240,20 @@ def test_hugging_faces_layout_is_open_clips_under_other_names(hf_clip):
 
 def test_which_gelu(tmp_path, clip, hf_clip):
     path = tmp_path / "model.safetensors"
-    assert not uses_quick_gelu(hf_clip, path, "ViT-H/14")
-    assert uses_quick_gelu(hf_clip, path, "ViT-L/14")
-    assert uses_quick_gelu({**clip, "input_resolution": torch.tensor(224)}, path, "ViT-B/32")
-    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu"}}))
-    assert not uses_quick_gelu(hf_clip, path, "ViT-L/14")
+    assert not uses_quick_gelu(hf_clip, path, "ViT-H/14", 1280)
+    assert uses_quick_gelu(hf_clip, path, "ViT-L/14", 1024)
+    marked = {**clip, "input_resolution": torch.tensor(224)}
+    assert uses_quick_gelu(marked, path, "ViT-B/32", 768)
+    for of_it in ({}, {"hidden_size": 1024}):
+        (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu"} | of_it}))
+        assert not uses_quick_gelu(hf_clip, path, "ViT-L/14", 1024)
+        assert uses_quick_gelu(marked, path, "ViT-L/14", 1024)
+    for of_another in (
+        {"model_type": "bert", "hidden_act": "gelu", "hidden_size": 1024},
+        {"model_type": "clip", "vision_config": {"hidden_act": "gelu", "hidden_size": 1280}},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(of_another))
+        assert uses_quick_gelu(hf_clip, path, "ViT-L/14", 1024)
     for text, complaint in {
         "{": "is no JSON",
         "[" * 100_000: "is no JSON",
@@ -253,7 +262,7 @@ def test_which_gelu(tmp_path, clip, hf_clip):
     }.items():
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(WrongFile, match=complaint):
-            uses_quick_gelu(hf_clip, path, "ViT-L/14")
+            uses_quick_gelu(hf_clip, path, "ViT-L/14", 1024)
 
 
 def test_siglip_needs_its_tokenizer(tmp_path):

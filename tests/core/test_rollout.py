@@ -207,6 +207,24 @@ def test_a_prediction_that_changes_with_the_wish_for_a_gradient():
     assert check(changes, x, known=check(lambda y: y * 1.0, x)).moved == pytest.approx(0.1)
 
 
+def test_a_models_own_scale_of_noise_is_taken_out_of_the_score():
+    """Its noise at sigma is 8 sigma z: that is another's at 8 sigma."""
+
+    def of(scale):
+        D = denoiser()
+
+        def sample(z_T, source, wrap):
+            model = wrap(lambda x, sigma: D(x, 8 / scale * sigma))
+            return model(16.0 * z_T, torch.full((len(z_T),), 2.0 * scale / 8, dtype=z_T.dtype))
+
+        schedule = torch.tensor([2.0 * scale / 8, 0.0], dtype=torch.float64)
+        return Rollout(sample, schedule, memory="none", noise_scale=8 / scale)(noises(1))
+
+    own, another = of(1.0), of(8.0)
+    for name in ("eps", "sigmas", "weights"):
+        torch.testing.assert_close(getattr(own, name), getattr(another, name))
+
+
 class Counting:
     """A denoiser that remembers how often it was asked."""
 

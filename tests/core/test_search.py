@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gaussian
 import pytest
 import torch
 from mira.sampler.optimize import Score
+from mira.sampler.particles import Population
 from mira.sampler.resampling import effective, multinomial, ssp
 from mira.sampler.rollout import Rollout, noised
 from mira.sampler.search import METHODS, SearchSettings, best_of_n_kl, search
 from mira.sampler.seeds import stream
-from mira.sampler.steering import shift
+from mira.sampler.steering import restarted, shift
 from mira.sampler.whitening import whiten
 
 STEPS = 24
@@ -461,6 +463,21 @@ def test_das_moves_the_noise_as_the_papers_proposal_moves_the_mean(flow):
         # r = x / length, of gradient 1 there and 1 / length here; the transition's noise has the factor `up`.
         torch.testing.assert_close(shift(sigma, after, signal) / length, up**2 / up)
     assert shift(sigma, torch.tensor(0.0), signal) == 0
+
+
+def test_a_restart_noises_as_much_as_the_model_expects():
+    """Some models' noise is not of unit variance: what they have at a level is `noise_scale` times as much."""
+    chain, rollout, z = problem(shape=(1, 64, 64))
+    state = SimpleNamespace(
+        rollout=rollout, noises=z, fresh=lambda some, like: torch.randn(len(some), *like.shape).to(like)
+    )
+    sigma = chain.schedule[5].item()
+    for scale in (1.0, 8.0):
+        rollout.noise_scale = scale
+        x = restarted(state, Population(torch.ones(2, *z[0].shape, dtype=torch.float64)), 5).x
+        assert (x - 1).std().item() == pytest.approx(scale * sigma, rel=0.03) and x.mean() == pytest.approx(
+            1, abs=0.1 * scale * sigma
+        )
 
 
 @pytest.mark.parametrize("method", ["das", "ntrk"])
