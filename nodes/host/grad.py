@@ -10,7 +10,7 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import comfy.conds
@@ -137,14 +137,18 @@ SWITCHES = {"in_training": True, "training_fp8_bwd": False}
 def training(gradient: bool = True) -> Iterator[None]:
     """Outside inference mode, with a gradient, and with none of ComfyUI's kernels that have no exact backward.
 
-    gradient: without one, these kernels alone, so that the same noises give the same image in every method.
+    gradient: without one, these kernels alone, so that the same noises give the same image in every method; the mode is
+    the graph's, which a guider with gradients of its own may have left.
     """
     management = comfy.model_management
     before = {name: getattr(management, name) for name in SWITCHES if hasattr(management, name)}
     try:
         for name in before:
             setattr(management, name, SWITCHES[name])
-        with torch.inference_mode(not gradient), torch.set_grad_enabled(gradient):
+        with ExitStack() as stack:
+            if gradient:
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.enable_grad())
             yield
     finally:
         for name, value in before.items():
