@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -26,6 +27,14 @@ class Facts:
     def describe(self) -> str:
         """One line: the range, and where unoptimised images lie."""
         return f"typical {self.typical[0]:g} to {self.typical[1]:g}, range {self.low:g} to {self.high:g}"
+
+
+def of_whole_images(total: Tensor, images: Tensor) -> Tensor:
+    """The rewards (B,) of images (B, 3, H, W): NaN for one that is not finite, whatever a reward makes of it. As JPEG,
+    for one, it is black, and small.
+    """
+    whole = torch.isfinite(images.detach()).flatten(1).all(1)
+    return torch.where(whole.to(total.device), total, torch.nan)
 
 
 class Reward:

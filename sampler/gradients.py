@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .rollout import per_image
 
-STEP = 16  # by how much a scale falls when gradients overflow
+SCALE_STEP = 16  # by how much a scale falls when gradients overflow
 
 
 class LossScale:
@@ -40,7 +40,7 @@ class LossScale:
         """overflowed (B,): whose gradient is not finite though its loss is. Whether one of them has a scale to lower,
         so that its gradient is worth another try."""
         where = overflowed.cpu() & (self.value > 1)
-        self.value = torch.where(where, (self.value / STEP).clamp(min=1), self.value)
+        self.value = torch.where(where, (self.value / SCALE_STEP).clamp(min=1), self.value)
         return bool(where.any())
 
 

@@ -310,7 +310,7 @@ def optimize(
         keeper = copy.copy(state.keeper)  # which changes nothing in place
         state.keeper.update(k, evaluation.score.total, evaluation.drift, latest, evaluation.path.noises, state.active)
         trace.rows[k * batch :], iterates[k:], made = rows, [on_cpu], k
-        if made == 0 and k == 0:
+        if k == 0:
             trace.notices.extend(f"image {b}: {why}" for b, why in enumerate(state.reasons) if why)
         trace.notices.extend(_not_finite(k, evaluation, state.active))
         on_iteration(k, rows, evaluation.score)  # a host's progress bar raises its interrupts too

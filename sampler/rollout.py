@@ -415,12 +415,13 @@ class Record:
         rollout = self.rollout
         guided, judged = out if isinstance(out, tuple) else (out, out)
         alpha, schedule, scale = rollout.signal(sigma), rollout.schedule, rollout.noise_scale
+        nsr = scale * sigma / alpha
         judged = judged if rollout.conditional else guided
         self.eps.append((x - per_image(alpha, x) * judged) / per_image(scale * sigma, x))
         after = schedule[schedule < sigma.min()]
         after = (after.max() if len(after) else schedule.new_zeros(())).to(sigma).expand_as(sigma)
-        self.sigmas.append(scale * sigma / alpha)
-        self.weights.append(rollout.weighting(scale * sigma / alpha, scale * after / rollout.signal(after)))
+        self.sigmas.append(nsr)
+        self.weights.append(rollout.weighting(nsr, scale * after / rollout.signal(after)))
         return guided
 
     def path(self, x0: Tensor, noises: Sequence[Tensor]) -> Path:

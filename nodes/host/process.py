@@ -31,7 +31,7 @@ from comfy.sd import VAE
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...rewards.base import Reward
+from ...rewards.base import Reward, of_whole_images
 from ...sampler.ending import within_memory
 from ...sampler.memory import offloaded, out_of_memory, saved_bytes
 from ...sampler.optimize import Result, Score, Settings
@@ -535,10 +535,9 @@ class Process:
         return Score(total, {k: p.detach().float() for k, p in parts.items()}, images.detach())
 
     def reward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(the rewards (B,), their parts): not a number of an image that is none, whatever a reward makes of it."""
+        """(the rewards (B,), their parts)."""
         total, parts = self._reward(images)
-        whole = torch.isfinite(images.detach()).flatten(1).all(1).to(total.device)
-        return torch.where(whole, total, torch.nan), parts
+        return of_whole_images(total, images), parts
 
     def _reward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         job, keep = self.job, self._keep

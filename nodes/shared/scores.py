@@ -7,7 +7,7 @@ import torch
 from comfy.sd import VAE
 from torch import Tensor
 
-from ...rewards.base import Reward
+from ...rewards.base import Reward, of_whole_images
 from ..host import patcher_of
 from ..host.grad import without_tf32
 from .images import to_core
@@ -31,9 +31,7 @@ def score_images(reward: Reward, images: Tensor, prompts: list[str]) -> tuple[Te
         comfy.model_management.throw_exception_if_processing_interrupted()
         with without_tf32():  # as the optimising nodes
             total, named = reward(images[start : start + chunk].to(device), prompts[start : start + chunk])
-        # Whatever a reward makes of an image that is none: as JPEG it is black, and small.
-        whole = torch.isfinite(images[start : start + chunk]).flatten(1).all(1).cpu()
-        totals.append(torch.where(whole, total.float().cpu(), torch.nan))
+        totals.append(of_whole_images(total.float().cpu(), images[start : start + chunk]))
         for name, part in named.items():
             parts.setdefault(name, []).append(part.float().cpu())
     total = torch.cat(totals)
