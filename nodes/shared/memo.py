@@ -115,5 +115,5 @@ def take_iterate(done: Optimized, iterate: int, node: str) -> tuple[Tensor, list
     if taken == trace.kept:
         return done.iterates[iterate], taken, []
     chosen = ", ".join(map(str, dict.fromkeys(trace.kept)))
-    told = f"iterate is {iterate}, but {chosen} is what the run keeps (-1 gives it), of which noise and sampler are"
+    told = f"this is iteration {iterate}, as iterate says; the run keeps {chosen} (iterate -1), as do noise and sampler"
     return done.iterates[iterate], taken, [told]
