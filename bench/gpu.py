@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ RESERVED = 0.6  # GB of a card that others have: the desktop, CUDA itself
 POLICIES = ("none", "per_step", "per_block", "offload")
 MODELS = {"sd15": 512, "sdxl": 1024, "flow": 1024}  # pixels
 SIDES = {"sd15": (512, 768, 1024), "sdxl": (768, 1024, 1280), "flow": (768, 1024)}
+LARGER = {"sd15": 2, "sdxl": 4, "flow": 8}  # GB of a card that the model is larger than
 DTYPES = {"sd15": ("fp16", "bf16"), "sdxl": ("fp16",), "flow": ("bf16", "fp8")}
 LIMIT = int(os.environ.get("MIRA_LIMIT", 540))  # seconds of a piece
 
@@ -37,7 +39,7 @@ PIECES = (
     *(f"tests-{folder}" for folder in ("core", "comfy", "server")),
     *(f"speed-{model}-{dtype}" for model in MODELS for dtype in DTYPES[model]),
     *(f"card-{model}-{gb}-{pixels}" for model in MODELS for gb in CARDS for pixels in SIDES[model]),
-    "leaks", "repeat", "scorers",
+    *(f"larger-{model}" for model in MODELS), "leaks", "repeat", "scorers",
 )  # fmt: skip
 
 # Of a machine that has PyTorch, transformers and the like already; wheels without their dependencies.
@@ -151,6 +153,29 @@ def flow_transformer(dtype: str, small: bool):
         return comfy.model_patcher.ModelPatcher(model, device, management.unet_offload_device())
 
 
+def from_file(model, name: str):
+    """The same network as ComfyUI's own loader makes it; in dynamic VRAM its weights come when they are used."""
+    import comfy.sd
+    import comfy.utils
+    import torch
+
+    file = Path(os.environ["MIRA_PIECE"]).with_suffix(".safetensors")
+    with torch.inference_mode():
+        network = model.model.diffusion_model
+        comfy.utils.save_torch_file({k: v.contiguous().cpu() for k, v in network.state_dict().items()}, str(file))
+        return comfy.sd.load_diffusion_model(str(file))
+
+
+def off_card(model):
+    """Where ComfyUI's loaders leave it: a part that is on the card already would stay there."""
+    import torch
+
+    model.model.to(model.offload_device)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return model
+
+
 def options_of(world, name: str, dtype: str, pixels: int, small: bool) -> dict:
     """Keyword arguments of `World.optimize`: a model with random weights, its VAE, conditioning, an empty latent."""
     import torch
@@ -166,9 +191,13 @@ def options_of(world, name: str, dtype: str, pixels: int, small: bool) -> dict:
     def text(width: int, length: int = 77) -> list:
         return [[torch.randn(1, length, width, generator=g), {"pooled_output": torch.randn(1, 1280, generator=g)}]]
 
+    dynamic = bool(os.environ.get("MIRA_DYNAMIC"))
     if name == "flow":
+        model = flow_transformer(dtype, small)
         return shared | {
-            "model": flow_transformer(dtype, small), "vae": full_vae(16, small), "sampler": "euler",
+            "model": from_file(model, name) if dynamic else off_card(model), "vae": full_vae(16, small),
+            "sampler": "euler",
+            "steps": 2 if small else 8, "cfg": 1.0,  # as Z-Image Turbo is used
             "latent": torch.zeros(1, 16, side, side), "positive": text(2560), "negative": text(2560),
         }  # fmt: skip
     latent = torch.zeros(1, 4, side, side)
@@ -179,6 +208,7 @@ def options_of(world, name: str, dtype: str, pixels: int, small: bool) -> dict:
             model, width = sd15(torch.bfloat16 if dtype == "bf16" else None), 768
         else:
             model, width = rigs.random_rig("sdxl", world, rigs.PAPER["sdxl"]).model, 2048
+    model = from_file(model, name) if dynamic else off_card(model)
     vae = full_vae(4, small)
     return shared | {"model": model, "vae": vae, "latent": latent, "positive": text(width), "negative": text(width)}
 
@@ -243,10 +273,11 @@ def speed(name: str, dtype: str, small: bool) -> dict:
     world = World()
     options = options_of(world, name, dtype, MODELS[name], small)
     ways = {
-        **{policy: {"memory": policy, "repeatable": False} for policy in POLICIES},
-        **{f"{policy}, repeatable": {"memory": policy} for policy in ("none", "per_step")},
-        **{f"last 3, {policy}": {"memory": policy, "gradient_steps": 3} for policy in POLICIES[:2]},
-        "auto": {}, "auto, last 3": {"gradient_steps": 3},
+        **{policy: {"memory": policy, "repeatable": False} for policy in ("per_step", "per_block")},
+        "auto": {}, "auto, last 3": {"gradient_steps": 3}, "per_step, repeatable": {"memory": "per_step"},
+        **{f"last 3, {policy}": {"memory": policy, "gradient_steps": 3} for policy in ("none", "per_step")},
+        **{policy: {"memory": policy, "repeatable": False} for policy in ("none", "offload")},
+        "none, repeatable": {"memory": "none"},
     }  # fmt: skip
     table, began = {}, time.time()
     timed(world, options, 2, memory="per_step")  # warm
@@ -306,12 +337,18 @@ def dno(world, options: dict) -> dict:
     return {"iteration_over_sample": statistics.median(seconds[1:]) / sampled} | peak
 
 
-def make_smaller(gb: float) -> None:
-    """A card of so many GB out of a larger one: for PyTorch's allocator, and for what ComfyUI believes is free."""
+def make_smaller(gb: float) -> float:
+    """A card of so many GB out of a larger one: for PyTorch's allocator, and for what ComfyUI believes is free. With
+    dynamic VRAM, which asks the driver, the rest is taken. Returns the GB that are, which the peaks contain.
+    """
     import comfy.model_management as management
     import torch
 
     cap = (gb - RESERVED) * GIB
+    if os.environ.get("MIRA_DYNAMIC"):
+        taken = torch.cuda.mem_get_info()[0] - cap
+        BALLAST.append(torch.empty(int(taken), dtype=torch.uint8, device="cuda"))
+        return taken / GIB
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.get_device_properties(0).total_memory))
     original = management.get_free_memory
 
@@ -323,6 +360,10 @@ def make_smaller(gb: float) -> None:
         return (left, unused) if torch_free_too else left
 
     management.get_free_memory = free
+    return 0.0
+
+
+BALLAST: list = []
 
 
 def card(name: str, gb: int, pixels: int, small: bool) -> dict:
@@ -332,19 +373,71 @@ def card(name: str, gb: int, pixels: int, small: bool) -> dict:
     from testing.pack import with_comfyui
 
     with_comfyui(sdpa=True)
-    if torch.cuda.is_available():
-        make_smaller(gb)
     from testing.world import World
 
     world, table = World(), {}
     options = options_of(world, name, DTYPES[name][0], pixels, small)
+    taken = make_smaller(gb) if torch.cuda.is_available() else 0.0
     for gradient, steps in (("last 3", 3), ("all steps", 0)):
         try:
             found = timed(world, options, 2, gradient_steps=steps)
         except RuntimeError as problem:  # out of memory is one
             found = {"failed": str(problem).splitlines()[0]}
+        if "peak_gb" in found:
+            found["peak_gb"] -= taken
         table[gradient] = found
         print(name, gb, "GB", pixels, gradient, found, flush=True)
+    return table
+
+
+def larger(name: str, small: bool) -> dict:
+    """KSampler, a search without a gradient, KSampler, an optimisation, KSampler, on a card that the model is larger
+    than: KSampler's latent after each, and what is allocated.
+    """
+    import torch
+
+    from testing.pack import mira, with_comfyui
+
+    with_comfyui(sdpa=True)
+    from testing.world import World, host
+
+    world, table = World(), {}
+    options = options_of(world, name, DTYPES[name][0], 512 if name == "sd15" else 768, small)
+    if torch.cuda.is_available():
+        make_smaller(LARGER[name])
+    stock = {k: v for k, v in options.items() if k not in ("vae", "lr", "regularizer", "keep")}
+
+    def search() -> None:
+        with torch.inference_mode():
+            job = world.job(**options)
+            job.settings, job.gradient = mira("sampler.search").SearchSettings(method="best_of_n", particles=2), False
+            rewards = host.run(job, host.searching).result.trace.rows
+        if not all(math.isfinite(r["reward"]) for r in rewards):
+            raise RuntimeError("a reward is not finite")
+
+    def after(what: str, work) -> None:
+        problem = None
+        try:
+            work()
+        except RuntimeError as e:
+            problem = str(e).splitlines()[0]
+        try:
+            latent = world.ksampler(**stock)
+        except RuntimeError as e:
+            latent, problem = None, f"KSampler: {e}"
+        table[what] = {
+            "problem": problem,
+            "same bits as KSampler's second": latent is not None and torch.equal(latent, second),
+            "allocated_gb": torch.cuda.memory_allocated() / GIB if torch.cuda.is_available() else 0.0,
+        }
+        print(name, what, table[what], flush=True)
+
+    world.ksampler(**stock)  # the first KSampler of a process reads a table that lies in the CPU's memory
+    second = world.ksampler(**stock)
+    after("KSampler", lambda: None)
+    for again in ("", " again"):
+        after(f"search{again}", search)
+        after(f"optimisation{again}", lambda: world.optimize(**options, iterations=1, gradient_steps=3))
     return table
 
 
@@ -411,6 +504,8 @@ def piece(name: str, small: bool) -> dict:
     kind, *rest = name.split("-")
     if kind == "tests":
         return tests(*rest)
+    if kind == "larger":
+        return larger(*rest, small)
     if kind == "card":
         return card(rest[0], int(rest[1]), int(rest[2]), small)
     from testing.pack import with_comfyui

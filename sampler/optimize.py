@@ -328,7 +328,7 @@ def optimize(
             whole = cut is None  # half of an update is no state to go on from
         if cut:
             if cut.memory and made != k and rollout.shrink():
-                trace.notices.append(f"{cut} at iteration {k}: went on with {rollout.memory} checkpointing")
+                trace.notices.append(f"{cut} at iteration {k}: went on with {rollout.way}")
                 continue
             if state.keeper.latent is None:
                 raise cut.problem

@@ -148,7 +148,7 @@ class Particles:
                 self.most = len(some) // 2
                 self.trace.notices.append(f"{cut} with {len(some)} particles at once: went on with {self.most}")
             elif self.rollout.shrink():
-                self.trace.notices.append(f"{cut}: went on with {self.rollout.memory} checkpointing")
+                self.trace.notices.append(f"{cut}: went on with {self.rollout.way}")
             else:
                 raise cut.problem
 

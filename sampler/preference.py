@@ -219,9 +219,7 @@ def prefer(
         if cut:
             if cut.memory and rollout.shrink():
                 book.restore()
-                trace.notices.append(
-                    f"out of memory at iteration {book.k}: went on with {rollout.memory} checkpointing"
-                )
+                trace.notices.append(f"out of memory at iteration {book.k}: went on with {rollout.way}")
                 continue
             if not trace.rows or (cut.failed and not reported):
                 raise cut.problem

@@ -211,7 +211,8 @@ class Rollout:
         in time and in memory. 0: through all.
     memory: what is kept for backward, one of `POLICIES` from fast to thrifty, or "auto": the fastest that fits.
         "none": everything. "per_step": only the latents. "per_block": what goes into the model's blocks, of every step
-        where that fits, else of one at a time. "offload": of one, and what is kept waits in the CPU's memory.
+        where that fits, else of one at a time. "offload": of one, and what is kept waits in the CPU's memory; for want
+        of memory (`shrink`) at first of the score alone, whose layers are the larger and whose backward runs once.
     free_bytes: how much memory is left, for "auto".
     score_bytes: x -> how much the score of a latent like x keeps for backward, at most `most`, for "auto".
     blocks: a context inside which the model checkpoints its own blocks, for "per_block" and "offload"; None when it
@@ -266,6 +267,7 @@ class Rollout:
         self.random = random
         self.estimate: Estimate | None = None
         self._blocks_alone: bool | None = None  # not known before the first call
+        self._score_alone = False  # of what the CPU's memory could take
         self._watching = self._watched = False  # the first trajectory's predictions, when they are computed again
         self._calls: list[_Call] = []
         if memory == "per_block" and not blocks:
@@ -353,7 +355,7 @@ class Rollout:
     def thrifty(self) -> AbstractContextManager:
         """What the policy asks for inside a step: block checkpoints, and the CPU's memory for what is still kept."""
         stack = ExitStack()
-        if self.memory == "offload":
+        if self.memory == "offload" and not self._score_alone:
             stack.enter_context(offloaded())
         if self.blocks and self.memory in ("per_block", "offload"):
             stack.enter_context(self.blocks())
@@ -390,14 +392,23 @@ class Rollout:
             return "none"
         return "per_step" if step < room else "per_block" if self.blocks else "offload"
 
+    @property
+    def way(self) -> str:
+        """The policy in words, for a notice."""
+        return f"{self.memory} checkpointing{' of decoding and reward' if self._score_alone else ''}"
+
     def shrink(self) -> bool:
         """After running out of memory: go to the next thriftier policy. False when there is none."""
         alone, self._blocks_alone = self._blocks_alone, False  # from here on, a step at a time
         if self.memory == "per_block" and alone:
             return True
+        if self._score_alone:
+            self._score_alone = False
+            return True
         left = self.POLICIES[self.POLICIES.index(self.memory) + 1 :] if self.memory != "auto" else self.POLICIES[-1:]
         rest = [p for p in left if p != "per_block" or self.blocks]
-        self.memory = rest[0] if rest else self.memory
+        if rest:
+            self.memory, self._score_alone = rest[0], rest[0] == "offload"
         return bool(rest)
 
 

@@ -275,7 +275,9 @@ class _WorkingSampler(comfy.samplers.Sampler):
             process.expected = normal(plain)
             process.given = process.expected, noises
             result = self._work(process, noises)
-        self.iterates = [model_wrap.inner_model.process_latent_out(x.float()) for x in result.iterates]
+        # Where the sample itself goes through it: a GPU's arithmetic differs from a CPU's in the last bits.
+        out = model_wrap.inner_model.process_latent_out
+        self.iterates = [out(x.to(plain.device).float()).cpu() for x in result.iterates]
         for notice in process.notices:
             log.warning("%s: %s", job.node, notice)
         result.trace.notices += process.notices

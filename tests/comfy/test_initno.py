@@ -49,7 +49,7 @@ def listened(world, clip, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         listener = node._Listener(words.tokens)
         listener.positions = 64
         sigma = world.sigmas(steps=6)[:1]
-        x = (z * (1 + sigma**2).sqrt()).to(world.model.load_device)
+        x = (z.to(sigma) * (1 + sigma**2).sqrt()).to(world.model.load_device)
         guider = comfy.samplers.CFGGuider(world.model)
         guider.set_conds(clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT)), [])
         guider.set_cfg(1.0)

@@ -322,14 +322,16 @@ def test_out_of_memory_goes_on_thriftier_and_then_ends_with_the_best():
     calls = iter(range(1000))
 
     def score(x0):
-        if next(calls) in (3, 6, 8, 10):
+        if next(calls) in (3, 6, 8, 10, 11):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         return mean_reward(x0)
 
     r = rollout(blocks=contextlib.nullcontext)
     result = run(Settings(iterations=10, beta=0), score, r=r)
     assert r.memory == "offload"
-    assert [n.split()[-2] for n in result.trace.notices] == ["per_step", "per_block", "offload"]
+    ways = [n.split("went on with ")[1].split(" ", 1) for n in result.trace.notices]
+    assert [policy for policy, _ in ways] == ["per_step", "per_block", "offload", "offload"]
+    assert [more for _, more in ways[-2:]] == ["checkpointing of decoding and reward", "checkpointing"]
     assert result.reason == "out of memory at iteration 7" and result.cut_short
     torch.testing.assert_close(result.best, run(Settings(iterations=6, beta=0)).best)
 

@@ -106,7 +106,8 @@ def test_auto_takes_the_fastest_policy_that_fits():
         run(leaves(noises()))
         assert run.memory == policy
         assert run.estimate.step == (step if policy != "per_block" else math.inf) and run.estimate.free == room
-    assert run.shrink() and run.memory == "offload" and run.shrink() is False
+    assert run.shrink() and run.way == "offload checkpointing of decoding and reward"
+    assert run.shrink() and run.way == "offload checkpointing" and run.shrink() is False
     run = rollout(memory="auto", D=D, free_bytes=lambda: step)
     run(leaves(noises()))
     assert run.memory == "offload" and run.shrink() is False  # no blocks to checkpoint
@@ -134,7 +135,29 @@ def test_where_the_blocks_inputs_fit_no_step_is_computed_again():
     assert plenty - 1 >= steps
     run = rollout(memory="per_block", D=D, free_bytes=lambda: 1e12, blocks=contextlib.nullcontext)
     run(leaves(noises()))
-    assert [run.shrink() for _ in range(3)] == [True, True, False] and run.memory == "offload"
+    assert [run.shrink() for _ in range(4)] == [True, True, True, False] and run.memory == "offload"
+
+
+def test_the_scores_tensors_are_offloaded_before_the_networks(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def counted():
+        entered.append(1)
+        yield
+
+    monkeypatch.setattr("mira.sampler.rollout.offloaded", counted)
+
+    def offloads(run) -> int:
+        entered.clear()
+        run(leaves(noises())).x0.sum().backward()
+        return len(entered)
+
+    run = rollout(memory="per_step", D=denoiser())
+    assert offloads(run) == 0
+    assert run.shrink() and run.memory == "offload" and offloads(run) == 0
+    assert run.shrink() and run.memory == "offload" and offloads(run) > 0
+    assert offloads(rollout(memory="offload", D=denoiser())) > 0
 
 
 def test_conditional_prediction_can_be_measured():
