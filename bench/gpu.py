@@ -132,6 +132,8 @@ def flow_transformer(dtype: str, small: bool):
     import comfy.supported_models as models
     import torch
 
+    from testing.pack import weights_at_once
+
     size = dict(dim=256, n_layers=2, n_heads=8, n_kv_heads=8, axes_dims=[8, 12, 12]) if small else dict(
         dim=3840, n_layers=30, n_heads=30, n_kv_heads=30, axes_dims=[32, 48, 48]
     )  # fmt: skip
@@ -144,7 +146,7 @@ def flow_transformer(dtype: str, small: bool):
     compute = torch.float32 if device.type == "cpu" else torch.bfloat16
     stored = torch.float8_e4m3fn if dtype == "fp8" else compute
     config.set_inference_dtype(stored, compute if dtype == "fp8" else None)
-    with torch.inference_mode():
+    with torch.inference_mode(), weights_at_once():
         model = config.get_model({}, "", device=device)
         for p in model.diffusion_model.parameters():
             p.copy_(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bench.grid import Failure
-from testing.pack import mira
+from testing.pack import mira, weights_at_once
 from testing.world import World, demo
 
 RANDOM = "random"
@@ -156,7 +156,8 @@ def random_rig(name: str, world: World, paper: Paper) -> Rig:
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
     config.set_inference_dtype(torch.float32 if name == "sd15" and device.type == "cpu" else half, None)
     torch.manual_seed(0)
-    model = config.get_model({}, "", device=device)
+    with weights_at_once():
+        model = config.get_model({}, "", device=device)
     for p in model.diffusion_model.parameters():
         p.fill_(1) if p.ndim == 1 else p.normal_(0, 0.5 / p[0].numel() ** 0.5)
     patcher = comfy.model_patcher.ModelPatcher(model, device, management.unet_offload_device())

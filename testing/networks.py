@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from testing.pack import with_comfyui
+from testing.pack import weights_at_once, with_comfyui
 
 with_comfyui()
 
@@ -28,12 +28,14 @@ SMALL = demo.demo_unet.CONFIG | dict(
 
 
 def random_unet(config: dict, dtype: torch.dtype | None = None) -> comfy.model_patcher.ModelPatcher:
-    """The same weights every time; dtype: float32, or float16 on a GPU, if it is not given."""
+    """The same weights every time; dtype: float32, or float16 on a GPU, if it is not given. In dynamic VRAM where that
+    is on, and then it can be loaded again without, as from a file.
+    """
     device = comfy.model_management.get_torch_device()
     config = demo.DemoSD15(config)
     config.set_inference_dtype(dtype or (torch.float16 if device.type == "cuda" else torch.float32), None)
     torch.manual_seed(0)
-    with torch.inference_mode():
+    with torch.inference_mode(), weights_at_once():
         model = config.get_model({}, "", device=device)
         for name, p in model.diffusion_model.named_parameters():
             if p.ndim > 1:
@@ -41,7 +43,21 @@ def random_unet(config: dict, dtype: torch.dtype | None = None) -> comfy.model_p
             else:
                 p.fill_(name.endswith("weight"))
         model.diffusion_model.out[-1].weight.mul_(0.3)  # as smooth a path as a trained model's
-    return comfy.model_patcher.ModelPatcher(model, device, comfy.model_management.unet_offload_device())
+    plain, offload = comfy.model_patcher.ModelPatcher, comfy.model_management.unet_offload_device()
+    kind = getattr(comfy.model_patcher, "CoreModelPatcher", plain)
+    if kind is plain:
+        return plain(model, device, offload)
+    weights = {k: v.to("cpu", copy=True) for k, v in model.diffusion_model.state_dict().items()}
+
+    def load(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+        with torch.inference_mode():
+            network = config.get_model({}, "", device=offload)
+            patcher = (plain if disable_dynamic else kind)(network, device, offload)
+            network.load_model_weights(dict(weights), "", assign=patcher.is_dynamic())
+        patcher.cached_patcher_init = (load, ())
+        return patcher
+
+    return load()
 
 
 def thin_vae() -> comfy.sd.VAE:

@@ -6,6 +6,8 @@ import importlib
 import os
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -51,6 +53,19 @@ def with_comfyui(sdpa: bool = False) -> None:
             raise RuntimeError("comfy-aimdo finds no card")
         comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
         comfy.memory_management.aimdo_enabled = True
+
+
+@contextmanager
+def weights_at_once() -> Iterator[None]:
+    """Networks that are made within have weights at once: in dynamic VRAM ComfyUI's layers wait for a file's."""
+    memory = importlib.import_module("comfy.memory_management") if os.environ.get("MIRA_DYNAMIC") else None
+    if memory:
+        memory.aimdo_enabled = False
+    try:
+        yield
+    finally:
+        if memory:
+            memory.aimdo_enabled = True
 
 
 def as_node(node, unique_id: str = "1"):

@@ -73,9 +73,10 @@ def static(patcher: ModelPatcher, what: str, own: bool = False) -> ModelPatcher:
 
 def _copied(patcher: ModelPatcher) -> nn.Module:
     """A copy of a dynamic patcher's network in the precision it runs in; read from its file where that is known."""
+    network = None
     if getattr(patcher, "cached_patcher_init", None) is not None:
         network = patcher.clone(disable_dynamic=True).model
-    else:
+    if network is None or _layers(network) != _layers(patcher.model):  # what another pack did to it is in no file
         network = _without_traces(patcher)
     # Dynamic VRAM keeps weights in the file's precision, and casts them as it moves them.
     for child in network.modules():
@@ -84,6 +85,10 @@ def _copied(patcher: ModelPatcher) -> nn.Module:
             if type(p) is nn.Parameter and p.is_floating_point() and dtype not in (None, p.dtype):
                 child._parameters[name] = nn.Parameter(p.detach().to(dtype), requires_grad=False)
     return network
+
+
+def _layers(network: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in network.named_modules()}
 
 
 def _without_traces(patcher: ModelPatcher) -> nn.Module:

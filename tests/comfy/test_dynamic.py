@@ -18,6 +18,8 @@ from mira.nodes.host import dynamic as vram
 from mira.nodes.host import grad
 from mira.sampler.search import SearchSettings
 
+from testing.pack import weights_at_once
+
 sys.path.insert(0, str(Path(__file__).parent))
 from dynamic import KNOWN, Dynamic, dynamic
 
@@ -100,6 +102,31 @@ def test_a_file_is_read_again_where_it_is_known(world):
     assert calls == [True]
 
 
+class Louder(torch.nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, *args, **kwargs):
+        return self.block(x, *args, **kwargs) * 1.2
+
+
+def test_what_another_pack_did_to_the_layers_is_in_the_copy(world):
+    """Of which the file knows nothing."""
+
+    def changed():
+        model = demo.load_model()
+        blocks = model.model.diffusion_model.middle_block[1].transformer_blocks
+        blocks[0] = Louder(blocks[0])
+        return model
+
+    with torch.inference_mode():
+        still, moving = changed(), dynamic(changed(), lambda disable_dynamic: demo.load_model())
+    found, expected = (world.optimize(model=m, iterations=1).latent for m in (moving, still))
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, world.optimize(iterations=1).latent)
+
+
 def test_a_lora(world, model):
     name = "middle_block_1_transformer_blocks_0_attn2_to_v"
     g = torch.Generator().manual_seed(0)
@@ -132,7 +159,7 @@ def test_a_controlnet(world, model):
     from comfy.cldm.cldm import ControlNet
 
     config = {k: v for k, v in demo.demo_unet.CONFIG.items() if k not in ("out_channels", "transformer_depth_output")}
-    with torch.inference_mode():
+    with torch.inference_mode(), weights_at_once():
         torch.manual_seed(1)
         network = ControlNet(**config, hint_channels=3, dtype=torch.float32, operations=comfy.ops.manual_cast)
         for p in network.parameters():
@@ -168,7 +195,9 @@ def test_rl_guidance_by_a_lora(world, model):
         tuned = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
         base, guided = (nodes.MiraRLGuidance.execute(model, tuned, w, "constant", 1.0).args[0] for w in (0.0, 1.0))
     assert torch.equal(world.ksampler(model=base), world.ksampler())
-    torch.testing.assert_close(world.ksampler(model=guided), world.ksampler(model=tuned), atol=1e-4, rtol=1e-4)
+    # One has the LoRA in its weights, the other adds it as they come, which a GPU rounds otherwise.
+    off = 1e-4 if world.model.load_device.type == "cpu" else 0.03
+    torch.testing.assert_close(world.ksampler(model=guided), world.ksampler(model=tuned), atol=off, rtol=off)
     assert torch.isfinite(world.optimize(model=guided, iterations=1).latent).all()
 
 

@@ -20,7 +20,7 @@ from mira.nodes import host
 from mira.nodes.host import process
 from mira.rewards.pixel import PixelReward
 
-from testing.pack import as_node
+from testing.pack import as_node, weights_at_once
 from tools.examples import EXAMPLES, needs_files
 
 UNET = dict(
@@ -162,7 +162,7 @@ def made(name: str, dtype=torch.float32):
     """(model, VAE, conditioning, latent)."""
     kind, options, channels, frames, _ = FAMILIES[name]
     device = comfy.model_management.get_torch_device()
-    with torch.inference_mode():
+    with torch.inference_mode(), weights_at_once():
         config = kind(dict(options))
         config.set_inference_dtype(dtype, None)
         torch.manual_seed(0)

@@ -21,6 +21,7 @@ from mira.rewards.pixel import PixelReward
 from mira.sampler.rollout import Rollout
 
 from testing.networks import SMALL
+from testing.pack import weights_at_once
 
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
 # Found by running their twins: both are called through a module, decorated, and adapt their steps to the image.
@@ -260,7 +261,7 @@ def test_controlnet(world):
     from comfy.cldm.cldm import ControlNet
 
     config = {k: v for k, v in SMALL.items() if k not in ("out_channels", "transformer_depth_output")}
-    with torch.inference_mode():
+    with torch.inference_mode(), weights_at_once():
         torch.manual_seed(1)
         network = ControlNet(**config, hint_channels=3, dtype=torch.float32, operations=comfy.ops.manual_cast)
         for p in network.parameters():
