@@ -31,7 +31,7 @@ RESERVED = 0.6  # GB of a card that others have: the desktop, CUDA itself
 POLICIES = ("none", "per_step", "per_block", "offload")
 MODELS = {"sd15": 512, "sdxl": 1024, "flow": 1024}  # pixels
 SIDES = {"sd15": (512, 768, 1024), "sdxl": (768, 1024, 1280), "flow": (768, 1024)}
-LARGER = {"sd15": 2, "sdxl": 4, "flow": 8}  # GB of a card that the model is larger than
+STOCK = {"sd15": (2,), "sdxl": (4, 12), "flow": (8,)}  # GB: of 2, 4 and 8 the model is larger than the card
 DTYPES = {"sd15": ("fp16", "bf16"), "sdxl": ("fp16",), "flow": ("bf16", "fp8")}
 LIMIT = int(os.environ.get("MIRA_LIMIT", 540))  # seconds of a piece
 
@@ -39,7 +39,7 @@ PIECES = (
     *(f"tests-{folder}" for folder in ("core", "comfy", "server")),
     *(f"speed-{model}-{dtype}" for model in MODELS for dtype in DTYPES[model]),
     *(f"card-{model}-{gb}-{pixels}" for model in MODELS for gb in CARDS for pixels in SIDES[model]),
-    *(f"larger-{model}" for model in MODELS), "leaks", "repeat", "scorers",
+    *(f"stock-{model}-{gb}" for model in MODELS for gb in STOCK[model]), "leaks", "repeat", "scorers",
 )  # fmt: skip
 
 # Of a machine that has PyTorch, transformers and the like already; wheels without their dependencies.
@@ -392,9 +392,10 @@ def card(name: str, gb: int, pixels: int, small: bool) -> dict:
     return table
 
 
-def larger(name: str, small: bool) -> dict:
-    """KSampler, a search without a gradient, KSampler, an optimisation, KSampler, on a card that the model is larger
-    than: KSampler's latent after each, and what is allocated.
+def stock(name: str, gb: int, small: bool) -> dict:
+    """KSampler, a search without a gradient, KSampler, an optimisation, KSampler, twice, on a card of `gb` GB: whether
+    KSampler's latent is the same bits after each, and what is allocated. A model that is larger than the card has no
+    gradient there.
     """
     import torch
 
@@ -406,8 +407,8 @@ def larger(name: str, small: bool) -> dict:
     world, table = World(), {}
     options = options_of(world, name, DTYPES[name][0], 512 if name == "sd15" else 768, small)
     if torch.cuda.is_available():
-        make_smaller(LARGER[name])
-    stock = {k: v for k, v in options.items() if k not in ("vae", "lr", "regularizer", "keep")}
+        make_smaller(gb)
+    inputs = {k: v for k, v in options.items() if k not in ("vae", "lr", "regularizer", "keep")}
 
     def search() -> None:
         with torch.inference_mode():
@@ -424,18 +425,18 @@ def larger(name: str, small: bool) -> dict:
         except RuntimeError as e:
             problem = str(e).splitlines()[0]
         try:
-            latent = world.ksampler(**stock)
+            latent = world.ksampler(**inputs)
         except RuntimeError as e:
             latent, problem = None, f"KSampler: {e}"
         table[what] = {
-            "problem": problem,
+            "problem": problem or "",
             "same bits as KSampler's second": latent is not None and torch.equal(latent, second),
             "allocated_gb": torch.cuda.memory_allocated() / GIB if torch.cuda.is_available() else 0.0,
         }
         print(name, what, table[what], flush=True)
 
-    world.ksampler(**stock)  # the first KSampler of a process reads a table that lies in the CPU's memory
-    second = world.ksampler(**stock)
+    world.ksampler(**inputs)  # the first KSampler of a process reads a table that lies in the CPU's memory
+    second = world.ksampler(**inputs)
     after("KSampler", lambda: None)
     for again in ("", " again"):
         after(f"search{again}", search)
@@ -506,8 +507,8 @@ def piece(name: str, small: bool) -> dict:
     kind, *rest = name.split("-")
     if kind == "tests":
         return tests(*rest)
-    if kind == "larger":
-        return larger(*rest, small)
+    if kind == "stock":
+        return stock(rest[0], int(rest[1]), small)
     if kind == "card":
         return card(rest[0], int(rest[1]), int(rest[2]), small)
     from testing.pack import with_comfyui
