@@ -31,7 +31,7 @@ RESERVED = 0.6  # GB of a card that others have: the desktop, CUDA itself
 POLICIES = ("none", "per_step", "per_block", "offload")
 MODELS = {"sd15": 512, "sdxl": 1024, "flow": 1024}  # pixels
 SIDES = {"sd15": (512, 768, 1024), "sdxl": (768, 1024, 1280), "flow": (768, 1024)}
-STOCK = {"sd15": (2,), "sdxl": (4, 12), "flow": (8,)}  # GB: of 2, 4 and 8 the model is larger than the card
+STOCK = {"sd15": (2, 6), "sdxl": (4, 12), "flow": (8,)}  # GB: of 2, 4 and 8 the model is larger than the card
 DTYPES = {"sd15": ("fp16", "bf16"), "sdxl": ("fp16",), "flow": ("bf16", "fp8")}
 LIMIT = int(os.environ.get("MIRA_LIMIT", 540))  # seconds of a piece
 
@@ -431,6 +431,7 @@ def stock(name: str, gb: int, small: bool) -> dict:
         table[what] = {
             "problem": problem or "",
             "same bits as KSampler's second": latent is not None and torch.equal(latent, second),
+            "furthest": math.nan if latent is None else (latent - second).abs().max().item(),
             "allocated_gb": torch.cuda.memory_allocated() / GIB if torch.cuda.is_available() else 0.0,
         }
         print(name, what, table[what], flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -25,12 +25,11 @@ from .host import decode, patcher_of
 from .host.dynamic import is_dynamic, static, with_static_controls
 from .host.grad import (
     OutOfPlace,
+    Repeating,
     blocks_checkpointed,
-    has_no_repeatable_way,
     loaded,
     normal,
     pytorch_kernels,
-    repeatable,
     sdpa,
     training,
     without_tf32,
@@ -219,7 +218,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
         self.reward, self.prompt = reward, prompt
         self.scale, self.start, self.end = scale, start, end
         self.thrift = 0  # up to THRIFTIEST
-        self.repeats = True
+        self.repeating = Repeating(DYMO)
 
     def set_conds(self, positive: list, negative: list) -> None:
         super().set_conds(positive, negative)
@@ -292,8 +291,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
 
         def looked():
             """(the prediction, the gradient of its reward, its length (B,))."""
-            same = repeatable() if self.repeats and x.is_cuda else nullcontext()
-            with torch.enable_grad(), pytorch_kernels(), same, self._thrifty():
+            with torch.enable_grad(), pytorch_kernels(), self._thrifty():
                 state = x if x.requires_grad else x.detach().requires_grad_()
                 denoised = super(DyMOGuider, self).predict_noise(state, timestep, options, seed)
                 images = decode(self.vae, self.inner_model.process_latent_out(denoised.float()))
@@ -310,15 +308,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
             return denoised, gradient, lengths
 
         while True:
-            try:
-                result, cut = within_memory(looked)
-            except RuntimeError as problem:
-                if not (self.repeats and has_no_repeatable_way(problem)):
-                    raise
-                said = str(problem).splitlines()[0]
-                log.warning("%s: its images do not repeat to the bit on this device: %s", DYMO, said)
-                self.repeats = False
-                continue
+            result, cut = self.repeating(x.device, lambda: within_memory(looked))
             if cut is None:
                 denoised, gradient, lengths = result
                 break

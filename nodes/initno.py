@@ -25,7 +25,7 @@ from ..sampler.memory import offloaded
 from ..sampler.seeds import stream
 from .host import INTERRUPTS, samples_of
 from .host.dynamic import static
-from .host.grad import blocks_checkpointed, loaded, normal, pytorch_kernels, sdpa, training
+from .host.grad import Repeating, blocks_checkpointed, loaded, normal, pytorch_kernels, sdpa, training
 from .shared import memo
 from .shared.checks import check_links, check_values
 from .shared.inputs import seed_input
@@ -225,12 +225,12 @@ class _Attending(comfy.samplers.Sampler):
                     interrupts=INTERRUPTS,
                 )  # fmt: skip
 
-            offloading = False
-            found, cut = within_memory(better)
+            offloading, repeating = False, Repeating(NODE)
+            found, cut = repeating(noise.device, lambda: within_memory(better))
             if cut:  # before the first update: nothing is lost, and once more with less
                 log.warning("%s: %s: what is kept for the gradient waits in the CPU's memory", NODE, cut)
                 offloading = True
-                found = better()
+                found = repeating(noise.device, better)
             return found
 
 

@@ -20,6 +20,9 @@ FULL = (
 )  # fmt: skip
 
 
+LOCKED = 4 * 2**30  # bytes of the CPU's memory, of what one backward keeps
+
+
 def out_of_memory(problem: BaseException) -> bool:
     """CUDA has an exception of its own; other allocators, cuBLAS and cuDNN raise a plain RuntimeError.
 
@@ -40,6 +43,13 @@ def give_back() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+        unlock()
+
+
+def unlock() -> None:
+    """Hand page-locked memory that nobody uses any more back: PyTorch keeps it for the process's life."""
+    if torch.cuda.is_initialized() and hasattr(torch._C, "_host_emptyCache"):
+        torch._C._host_emptyCache()
 
 
 class _Enough(BaseException):
@@ -84,16 +94,33 @@ def saved_bytes(fn: Callable[[Tensor], object], x: Tensor, most: float = math.in
 
 
 def offloaded() -> AbstractContextManager:
-    """Within, what autograd keeps waits in the CPU's memory. Weights stay where they are."""
+    """Within, what autograd keeps waits in the CPU's memory. Weights stay where they are.
+
+    The first `LOCKED` bytes of an NVIDIA card's in page-locked memory, to which it copies several times as fast.
+    """
+    locked = 0
+
+    def on_cpu(t: Tensor) -> Tensor:
+        nonlocal locked
+        size = t.numel() * t.element_size()
+        if not t.is_cuda or locked + size > LOCKED:
+            return t.cpu()
+        try:
+            there = torch.empty_like(t, device="cpu", pin_memory=True)
+        except RuntimeError:  # no more of it may be locked: a fast way less, not a fault
+            locked = LOCKED
+            return t.cpu()
+        locked += size
+        return there.copy_(t, non_blocking=True)  # in the stream's order, as is every use of either
 
     def pack(t: Tensor) -> Any:
         # Bare tensors, as in `saved_bytes`. torch's own `save_on_cpu` returns a CPU tensor as it is, with its history.
-        return t if _is_weight(t) else (t.device, t.detach().cpu())
+        return t if _is_weight(t) else (t.device, on_cpu(t.detach()))
 
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         device, t = packed
-        return t.to(device)
+        return t.to(device, non_blocking=t.is_pinned())
 
     return saved_tensors_hooks(pack, unpack)

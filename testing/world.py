@@ -6,6 +6,7 @@ from testing.pack import mira, with_comfyui
 
 with_comfyui()
 
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
@@ -126,7 +127,10 @@ class World:
         mask=None,
         **_,
     ):
-        """What the stock KSampler node gives."""
+        """What the stock KSampler node gives where the model is loaded: its sigmas come from the model's own table, and
+        a GPU makes them otherwise in their last bits than a CPU does.
+        """
+        comfy.model_management.load_models_gpu([model or self.model])
         latent = torch.zeros(batch, 4, self.side, self.side) if latent is None else latent
         return comfy.sample.sample(
             model or self.model,

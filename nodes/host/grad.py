@@ -7,11 +7,13 @@ inference mode only (`loaded`), and what autograd cannot save is replaced by an 
 from __future__ import annotations
 
 import copy
+import gc
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.conds
 import comfy.ldm.modules.attention
@@ -22,6 +24,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from .dynamic import is_dynamic
+
+log = logging.getLogger("mira")
+T = TypeVar("T")
 
 # Of a layer that is worth a checkpoint of its own: how many layers with weights it has at least.
 BLOCK_LAYERS = 3
@@ -103,6 +108,18 @@ def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
+def _uncollected() -> Iterator[None]:
+    """While ComfyUI walks its list of loaded models: a network that is collected meanwhile takes its entry along."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@contextmanager
 def loaded(patchers: Sequence, memory: float, gradient: bool = True) -> Iterator[None]:
     """ComfyUI's patchers on the device in one call (several could evict one another), with what a gradient needs.
 
@@ -117,7 +134,7 @@ def loaded(patchers: Sequence, memory: float, gradient: bool = True) -> Iterator
             )
     # A weight that is moved outside inference mode is one that no stock node can use any more, and making room moves
     # those of other models too.
-    with torch.inference_mode():
+    with torch.inference_mode(), _uncollected():
         comfy.model_management.load_models_gpu(list(patchers), memory_required=memory, force_full_load=gradient)
     modules = [patcher.model for patcher in patchers]
     if gradient:
@@ -237,6 +254,26 @@ def repeatable() -> Iterator[None]:
 
 def has_no_repeatable_way(problem: BaseException) -> bool:
     return isinstance(problem, RuntimeError) and "deterministic" in str(problem)
+
+
+class Repeating:
+    """Work outside of a run that is the same bits every time, as long as the device has a way: else that is logged."""
+
+    def __init__(self, node: str) -> None:
+        self.node, self.possible = node, True
+
+    def __call__(self, device: torch.device, work: Callable[[], T]) -> T:
+        if self.possible and device.type == "cuda":
+            try:
+                with repeatable():
+                    return work()
+            except RuntimeError as problem:
+                if not has_no_repeatable_way(problem):
+                    raise
+                said = str(problem).splitlines()[0]
+                log.warning("%s: does not repeat to the bit on this device: %s", self.node, said)
+                self.possible = False
+        return work()
 
 
 # In-place arithmetic, and what gives the same without writing over what backward needs.

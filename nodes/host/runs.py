@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...sampler.ending import within_memory
 from ...sampler.hybrid import hybrid
-from ...sampler.memory import out_of_memory
+from ...sampler.memory import out_of_memory, unlock
 from ...sampler.optimize import Result, Score
 from ...sampler.replay import Segment
 from ...sampler.restart import Stretch, in_rounds, search_by_restarts
@@ -252,6 +252,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
             return self._through(process, noise)
         finally:
             process.end()
+            unlock()
 
     def _through(self, process: Process, noise: Tensor) -> Tensor:
         job, model_wrap = self.job, process.model_wrap

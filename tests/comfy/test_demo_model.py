@@ -30,11 +30,11 @@ def test_comfyuis_text_encoder_is_the_open_clip_model(world):
 
     clip = demo._clip_network()
     ids = open_clip.SimpleTokenizer(context_length=77)(["a 3d fox on a blue background"])
-    ids = torch.where(ids == 0, 49407, ids)  # SD1.5 pads with end tokens
+    ids = torch.where(ids == 0, 49407, ids).to(clip.positional_embedding.device)  # SD1.5 pads with end tokens
     with torch.no_grad():
         x = clip.token_embedding(ids) + clip.positional_embedding
         x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask))
-    torch.testing.assert_close(world.encode("a 3d fox on a blue background")[0][0], x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(world.encode("a 3d fox on a blue background")[0][0].cpu(), x.cpu(), atol=1e-4, rtol=1e-4)
 
 
 def test_unknown_words_share_a_row(world):

@@ -16,6 +16,7 @@ import comfy.samplers
 import pytest
 import torch
 from mira.nodes.editor import live, on_disk
+from mira.nodes.host.dynamic import static
 from mira.rewards.pixel import PixelReward
 from mira.sampler import ending
 from mira.sampler.trace import Trace
@@ -79,8 +80,11 @@ class Injector:
 @pytest.fixture
 def inject(world, monkeypatch, prompt_server, caplog):
     inject, reward = Injector(), PixelReward("brightness")
-    network, decoder = world.model.model.diffusion_model, world.vae.first_stage_model
-    monkeypatch.setattr(network, "forward", inject.around("network", network.forward))
+    # In dynamic VRAM the network that a gradient goes through is a copy.
+    networks = {patcher.model.diffusion_model for patcher in (world.model, static(world.model, "here"))}
+    for network in networks:
+        monkeypatch.setattr(network, "forward", inject.around("network", network.forward))
+    decoder = world.vae.first_stage_model
     monkeypatch.setattr(decoder, "decode", inject.around("decoder", decoder.decode))
     monkeypatch.setattr(reward, "score", inject.around("reward", reward.score))
     monkeypatch.setattr(live, "store", inject.around("thumbnail", live.store))

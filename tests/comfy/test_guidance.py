@@ -41,9 +41,6 @@ def brightness(world, latent):
 
 
 def sample(world, model, batch=4):
-    # The scheduler reads the model's table, which a GPU makes otherwise in its last bits than the CPU did before.
-    with torch.inference_mode():
-        comfy.model_management.load_models_gpu([model])
     return world.ksampler(model=model, steps=STEPS, batch=batch, seed=11)
 
 

@@ -25,7 +25,7 @@ from mira.sampler.preference import PreferenceSettings, by_score
 from mira.sampler.rollout import Rollout
 from mira.sampler.search import SearchSettings
 
-from testing.networks import SMALL, random_unet
+from testing.networks import SMALL, random_unet, thin_vae
 
 
 def alive() -> dict[int, type]:
@@ -302,7 +302,7 @@ def test_a_decoder_in_half_precision_has_its_loss_scaled(world):
 
     for dtype in (torch.float16, torch.bfloat16):
         vae = copy.copy(world.vae)
-        vae.first_stage_model = copy.deepcopy(vae.first_stage_model).to(dtype)
+        vae.first_stage_model = thin_vae().first_stage_model.to(dtype)
         vae.patcher = comfy.model_patcher.ModelPatcher(vae.first_stage_model, vae.device, vae.device)
         vae.vae_dtype = dtype
         with torch.inference_mode():

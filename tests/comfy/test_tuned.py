@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from testing.networks import SD15
-from testing.pack import ROOT, mira
+from testing.pack import ROOT, mira, weights_at_once
 
 from .test_families import made
 
@@ -119,7 +119,7 @@ def test_peft_names_fit_sd3(prefix):
 
 def test_a_unet_as_diffusers_saves_it_is_recognised_to_its_last_tensor():
     """Of SD1.5's full size, without its bytes."""
-    with torch.device("meta"):
+    with torch.device("meta"), weights_at_once():
         network = openaimodel.UNetModel(**SD15, operations=comfy.ops.manual_cast)
     mine = network.state_dict()
     names = comfy.utils.unet_to_diffusers(SD15)
