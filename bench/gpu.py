@@ -348,7 +348,7 @@ def make_smaller(gb: float) -> float:
 
     cap = (gb - RESERVED) * GIB
     if os.environ.get("MIRA_DYNAMIC"):
-        taken = torch.cuda.mem_get_info()[0] - cap
+        taken = max(0, torch.cuda.mem_get_info()[0] - cap)
         BALLAST.append(torch.empty(int(taken), dtype=torch.uint8, device="cuda"))
         return taken / GIB
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.get_device_properties(0).total_memory))
