@@ -60,6 +60,7 @@ WORKERS = ["--numprocesses", "2", "--dist", "loadgroup", "--no-loadscope-reorder
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 ON_HOSTS = ["tests/comfy", "tests/server"]  # what depends on ComfyUI, but for the browser's
 
+TO_USE = ("demo", "serve")  # commands of whoever develops nothing
 DOCS = ("help", "examples", "thumbnails", "pictures")  # modules of tools/, in the order in which one needs another
 BENCHES = {
     "speed": "bench.speed",
@@ -255,8 +256,8 @@ def row_of(name: str, report: Path) -> tuple:
     return (name, count["tests"] - bad - count["skipped"], bad, count["skipped"], ", ".join(failed) or "-")
 
 
-def existing_installation(path: Path) -> tuple[Path, Path]:
-    """A ComfyUI that is already there, and its Python."""
+def existing_installation(path: Path, command: str) -> tuple[Path, Path]:
+    """A ComfyUI that is already there, and its Python, which has what the command needs."""
     path = path.expanduser().resolve()
     if not (path / "main.py").is_file() or not (path / "comfy").is_dir():
         raise Failure(f"--comfyui {path} holds no ComfyUI (no main.py and comfy/): give its folder")
@@ -271,16 +272,14 @@ def existing_installation(path: Path) -> tuple[Path, Path]:
             break
     else:
         python = Path(sys.executable)
-    needed = (
-        "torch aiohttp tqdm PIL psutil open_clip matplotlib playwright pytest pytest_timeout hypothesis ruff mypy "
-        "comfy_cli"
-    ).split()
+    to_develop = "matplotlib playwright pytest pytest_timeout hypothesis ruff mypy comfy_cli"
+    needed = f"torch aiohttp tqdm PIL psutil open_clip {'' if command in TO_USE else to_develop}".split()
     code = f"import importlib.util as u; print(' '.join(n for n in {needed} if u.find_spec(n) is None))"
     missing = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
     if missing.returncode or missing.stdout.strip():
         raise Failure(
             f"{python} lacks {missing.stdout.strip() or missing.stderr.strip()}. Install it with\n"
-            f"  {python} -m pip install -r requirements.txt -r requirements-dev.txt"
+            f"  {python} -m pip install -r requirements.txt{'' if command in TO_USE else ' -r requirements-dev.txt'}"
         )
     return python, path
 
@@ -377,18 +376,22 @@ def main() -> int:
     parser.add_argument("command", choices=["demo", "serve", "test", "fuzz", "bench", "docs", "train"])
     parser.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI and its Python")
     parser.add_argument("--host", metavar="VERSION", help="test: on another ComfyUI, a known version, a path, or all")
-    parser.add_argument("--seconds", type=int, default=600, help="fuzz: for how long")
-    parser.add_argument("--seed", type=int, default=0, help="fuzz: where to begin; the same one makes the same prompts")
     parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU")
     arguments, extra = parser.parse_known_args()
-    if arguments.command in ("demo", "serve") and extra:
+    if arguments.command in TO_USE and extra:
         raise Failure(f"{arguments.command} takes no {' '.join(extra)}")
-    python, comfyui = existing_installation(arguments.comfyui) if arguments.comfyui else build_environment()
+    python, comfyui = (
+        existing_installation(arguments.comfyui, arguments.command) if arguments.comfyui else build_environment()
+    )
     command, gpu = arguments.command, arguments.gpu
-    if command in ("demo", "serve"):
+    if command in TO_USE:
         return execute(python, comfyui, ["-m", f"tools.{command}", *extra], gpu)
     if command == "fuzz":
-        where = {"MIRA_FUZZ_SECONDS": str(arguments.seconds), "MIRA_FUZZ_SEED": str(arguments.seed)}
+        fuzz = argparse.ArgumentParser(prog="dev.py fuzz")
+        fuzz.add_argument("--seconds", type=int, default=600, help="for how long")
+        fuzz.add_argument("--seed", type=int, default=0, help="where to begin; the same one makes the same prompts")
+        chosen, extra = fuzz.parse_known_args(extra)
+        where = {"MIRA_FUZZ_SECONDS": str(chosen.seconds), "MIRA_FUZZ_SEED": str(chosen.seed)}
         return execute(python, comfyui, ["-m", "pytest", "-s", "tests/faults/test_fuzz.py", *extra], gpu, where)
     if command == "test" and arguments.host:
         return test_all_hosts(gpu) if arguments.host == "all" else test_host(arguments.host, gpu, extra)

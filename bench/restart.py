@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -213,7 +214,8 @@ def at_last_passage(path: torch.Tensor, level: float) -> torch.Tensor | None:
 def against(mine: torch.Tensor, plain: torch.Tensor, animals: list[str], level: float | None) -> dict | None:
     """At one reward: passes, adherence and CLIPScore less plain optimisation's, with a bootstrap over animals.
 
-    level None: at the reward of `mine`'s end.
+    level None: at the reward of `mine`'s end. resamples_reached: the share of resamples in which plain optimisation
+    gets as far, of which the errors are. resamples: the difference in adherence in each, NaN where it does not.
     """
 
     def once(chosen: list[int]) -> torch.Tensor | None:
@@ -229,16 +231,31 @@ def against(mine: torch.Tensor, plain: torch.Tensor, animals: list[str], level: 
     names = sorted(set(animals))
     of = {a: [n for n, b in enumerate(animals) if b == a] for a in names}
     g = torch.Generator().manual_seed(0)
-    found = []
-    for _ in range(RESAMPLES):
-        drawn = torch.randint(len(names), (len(names),), generator=g).tolist()
-        if (one := once([n for i in drawn for n in of[names[i]]])) is not None:
-            found.append(one)
-    spread = torch.stack(found).std(0) if len(found) > RESAMPLES // 2 else torch.full((5,), float("nan"))
+    nowhere = torch.full((5,), math.nan)
+    drawn = (torch.randint(len(names), (len(names),), generator=g).tolist() for _ in range(RESAMPLES))
+    found = [once([n for i in some for n in of[names[i]]]) for some in drawn]
+    reached = [one for one in found if one is not None]
+    # Of a few that got so far nothing can be said.
+    spread = torch.stack(reached).std(0) if len(reached) > RESAMPLES // 4 else nowhere
     passes, plain_passes, plain_adherence, more, clip = everyone.tolist()
     return {
         "level": level, "passes": passes, "plain_passes": plain_passes, "plain_adherence": plain_adherence,
         "adherence_above": more, "se": spread[3].item(), "clip_above": clip, "clip_se": spread[4].item(),
+        "resamples_reached": len(reached) / RESAMPLES,
+        "resamples": torch.stack([nowhere if one is None else one for one in found])[:, 3],
+    }  # fmt: skip
+
+
+def pooled(found: dict[str, dict]) -> dict:
+    """Of several rewards' `against`, of the same animals: the mean difference in adherence over the rewards, its
+    bootstrap error, and p, the share of resamples in which it is not above 0; where plain optimisation reaches all.
+    """
+    mean = torch.stack([one["resamples"] for one in found.values()]).mean(0)
+    mean = mean[~mean.isnan()]
+    return {
+        "rewards": " ".join(found),
+        "adherence_above": sum(one["adherence_above"] for one in found.values()) / len(found),
+        "se": mean.std().item(), "p": (mean <= 0).double().mean().item(), "resamples_reached": len(mean) / RESAMPLES,
     }  # fmt: skip
 
 
@@ -288,6 +305,7 @@ def report() -> None:
         numbers = {k: float(row[k]) for k in ("iterate", "kept", *COLUMNS)}
         runs.setdefault(of, []).append(numbers | {"animal": row["animal"], "part": (row["part"], row["seed"])})
     rows, ends, tilts = [], [], []
+    together: dict[tuple, dict[str, dict]] = {}
     for (reward, steps, name), mine in runs.items():
         if (reward, steps, "dno") not in runs:
             continue
@@ -306,16 +324,25 @@ def report() -> None:
         back = {(r["part"], r["animal"]): r for r in kept}
         chosen = torch.tensor([[back[i][c] for i in shared] for c in COLUMNS])
         if found := against(chosen[:, None], b, animals, None):
-            end |= {k: found[k] for k in ("plain_adherence", "plain_passes", "adherence_above", "se")}
+            names = ("plain_adherence", "plain_passes", "adherence_above", "se", "clip_above", "clip_se")
+            end |= {k: found[k] for k in (*names, "resamples_reached")}
+            together.setdefault((steps, name, tuple(sorted(set(animals)))), {})[reward] = found
         ends.append(end)
         for k, share in enumerate(VARIANTS[name].shares if name in VARIANTS else ()):
             reached = dict(zip(COLUMNS, a[:, k].mean(1).tolist(), strict=True))
             row = of | {"tilt": share, "reached": reached.pop("reward")} | reached
             tilts.append(row | (against(a[:, k : k + 1], b, animals, None) or {}))
-            tilts[-1].pop("level", None)
+            tilts[-1].pop("level", None), tilts[-1].pop("resamples", None)
         for level in LEVELS[reward]:
             if name != "dno" and (found := against(a, b, animals, level)):
+                found.pop("resamples")
                 rows.append(of | found)
+    together = {k: v for k, v in together.items() if k[1] != "dno" and len(v) > 1}
+    joint = [
+        {"steps": steps, "variant": name, "animals": len(animals)} | pooled(found)
+        for (steps, name, animals), found in sorted(together.items())
+    ]
+    write(OUT / "restart_pooled.csv", joint)
     write(OUT / "restart.csv", rows)
     write(OUT / "restart_kept.csv", ends)
     write(OUT / "restart_tilt.csv", tilts)
@@ -328,6 +355,8 @@ def report() -> None:
         print("kept:", row["reward"], row["steps"], row["variant"], row["images"], f"{row['start']:.3f} -> ",
               f"{row['kept']:.3f}, passes {row['passes']:.0f}",
               f"adherence {row['start_adherence']:.3f} -> {row['adherence']:.3f}", more)  # fmt: skip
+    for row in joint:
+        print("together:", row)
 
 
 def main() -> None:

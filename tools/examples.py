@@ -374,7 +374,7 @@ def sd15() -> dict[str, Node]:
 
 def sdxl() -> dict[str, Node]:
     loader = Node("MiraLoadHPSReward", 1, values={"file": "HPS_v2.1_compressed.pt", "version": "v2.1"})
-    return checkpoint("sd_xl_base_1.0.safetensors", 1024, loader, {"memory": "per_block"})
+    return checkpoint("sd_xl_base_1.0.safetensors", 1024, loader, {})
 
 
 def lightning() -> dict[str, Node]:
@@ -565,7 +565,7 @@ NOTES = {
         "own line in the chart; `image` chooses."
     ),
     "mira_sd15_aesthetic": "Needs SD1.5, the aesthetic head and CLIP ViT-L/14; the loader says where each file goes.",
-    "mira_sdxl_hps": "Needs SDXL and HPSv2.1's file. A 12 GB card holds 768 px, and 1024 px at the edge.",
+    "mira_sdxl_hps": "Needs SDXL and HPSv2.1's file. If a 12 GB card does not hold it beside HPS, take 768 px.",
     "mira_sdxl_lightning": (
         "Four steps and no negative prompt: a tenth of the network's work of SDXL in 20 steps. Needs SDXL Lightning (4 "
         "steps) and PickScore. Of so few steps the gradient goes through all."

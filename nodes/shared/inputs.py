@@ -168,7 +168,7 @@ def dial_inputs() -> list:
             min=1,
             max=1000,
             tooltip=(
-                "Updates of the noises. Each costs about one and a half plain samples, or two to three with the whole "
+                "Updates of the noises. Each costs about one to two plain samples, or three to five with the whole "
                 "gradient (gradient_steps 0)."
             ),
         ),
