@@ -22,6 +22,7 @@ from testing.pack import ROOT
 # What decides a result: a change of any of these files is another code version.
 CODE = (
     "sampler", "rewards", "nodes/host", "nodes/preference.py", "nodes/editor/judges.py", "nodes/shared/inputs.py",
+    "nodes/shared/presets.py",
     "nodes/guidance.py", "nodes/shared/job.py", "nodes/demo.py", "nodes/loaders.py", "demo", "bench/methods.py",
     "bench/paper.py", "bench/rigs.py", "testing/world.py",
 )  # fmt: skip

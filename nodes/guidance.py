@@ -20,7 +20,7 @@ from torch import Tensor
 from ..rewards.base import Reward
 from ..sampler.ending import within_memory
 from ..sampler.guidance import anneal, blend, lean, within
-from ..sampler.memory import offloaded
+from ..sampler.memory import offloaded, unlock
 from .host import decode, patcher_of
 from .host.dynamic import is_dynamic, static, with_static_controls
 from .host.grad import (
@@ -34,6 +34,7 @@ from .host.grad import (
     training,
     without_tf32,
 )
+from .host.patches import why_no_gradient
 from .shared.checks import check_links, check_reward, check_values, needs, needs_gradient, spoken
 from .shared.inputs import vae_input
 from .shared.types import MiraReward, aliases
@@ -157,6 +158,12 @@ class MiraRLGuidance(io.ComfyNode):
     ) -> io.NodeOutput:
         check_links(RLG, model=model, tuned=tuned)
         check_values(RLG, cls.define_schema().inputs, dict(weight=weight, power=power, schedule=schedule))
+        injected = {*getattr(model, "injections", ()), *getattr(tuned, "injections", ())}
+        if injected and tuned.model is model.model:
+            raise ValueError(
+                f"{RLG}: {' and '.join(sorted(injected))} is in the layers that model and tuned share, where it cannot "
+                "be for one of them alone: load that LoRA without bypass"
+            )
         base_kind, tuned_kind = type(model.model).__name__, type(tuned.model).__name__
         latents = [m.get_model_object("latent_format").latent_channels for m in (model, tuned)]
         if base_kind != tuned_kind or latents[0] != latents[1]:
@@ -250,6 +257,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
                 )  # fmt: skip
             finally:
                 self.model_options = options
+                unlock()
 
     @contextmanager
     def _thrifty(self) -> Iterator[None]:
@@ -259,9 +267,17 @@ class DyMOGuider(comfy.samplers.CFGGuider):
                 stack.enter_context(offloaded())
             if self.thrift:
                 networks = (self.inner_model.diffusion_model, self.vae.first_stage_model, *self.reward.modules)
-                for blocks in filter(None, (blocks_checkpointed(n, OutOfPlace) for n in networks)):
+                for blocks in filter(None, (blocks_checkpointed(n, self._place) for n in networks)):
                     stack.enter_context(blocks())
             yield
+
+    def _place(self) -> ExitStack:
+        """Where a layer is computed again."""
+        stack = ExitStack()
+        if self.thrift == THRIFTIEST:
+            stack.enter_context(offloaded())
+        stack.enter_context(OutOfPlace())
+        return stack
 
     @contextmanager
     def without_constants(self) -> Iterator[None]:
@@ -291,13 +307,14 @@ class DyMOGuider(comfy.samplers.CFGGuider):
 
         def looked():
             """(the prediction, the gradient of its reward, its length (B,))."""
-            with torch.enable_grad(), pytorch_kernels(), self._thrifty():
+            with torch.enable_grad(), pytorch_kernels():
                 state = x if x.requires_grad else x.detach().requires_grad_()
-                denoised = super(DyMOGuider, self).predict_noise(state, timestep, options, seed)
-                images = decode(self.vae, self.inner_model.process_latent_out(denoised.float()))
-                self.reward.evaluation(0)  # whatever was scored before
-                with without_tf32():
-                    total, _ = self.reward(images, [self.prompt] * len(images))
+                with self._thrifty():
+                    denoised = super(DyMOGuider, self).predict_noise(state, timestep, options, seed)
+                    images = decode(self.vae, self.inner_model.process_latent_out(denoised.float()))
+                    self.reward.evaluation(0)  # whatever was scored before
+                    with without_tf32():
+                        total, _ = self.reward(images, [self.prompt] * len(images))
                 # Under an optimisation of the noises this term counts as a constant. Its length does not count, but in
                 # float16 it would fall below the smallest number, or rise above the largest.
                 for scale in (2.0**10, 2.0**5, 1.0):
@@ -410,4 +427,6 @@ class MiraDyMOGuider(io.ComfyNode):
         guider = DyMOGuider(model, vae, reward, spoken(prompt or ""), scale, start_percent, end_percent)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
+        if why := why_no_gradient(guider):
+            raise ValueError(f"{DYMO}: {why}")
         return io.NodeOutput(guider)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..sampler.ending import within_memory
 from ..sampler.initno import Found, Maps, Settings, improve
-from ..sampler.memory import offloaded
+from ..sampler.memory import offloaded, unlock
 from ..sampler.seeds import stream
 from .host import INTERRUPTS, samples_of
 from .host.dynamic import static
@@ -175,9 +175,12 @@ class _Attending(comfy.samplers.Sampler):
         need = 3 * inner.memory_required([2, *noise.shape[1:]])
         with loaded(patchers, need), training(), pytorch_kernels():
             model_wrap.conds = normal(model_wrap.conds)
-            self.found = self._improve(
-                model_wrap, normal(sigmas), normal(extra_args), normal(noise), normal(latent_image)
-            )
+            try:
+                self.found = self._improve(
+                    model_wrap, normal(sigmas), normal(extra_args), normal(noise), normal(latent_image)
+                )
+            finally:
+                unlock()
         return noise
 
     def _improve(self, model_wrap: Any, sigmas: Tensor, extra_args: dict, noise: Tensor, latent_image: Tensor) -> Found:

@@ -177,18 +177,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        iterations: int | None = None,
-        steps: int | None = None,
-        beta: float | None = None,
-        learning_rate: float | None = None,
-        drift_limit: float | None = None,
-        clip_norm: float | None = None,
-        patience: int | None = None,
-        denoise: float | None = None,
-        stop: str | None = None,
-    ) -> bool | str:
+    def validate_inputs(cls, drift_limit: float | None = None, stop: str | None = None) -> bool | str:
         return complain(locals(), cls.define_schema().inputs) or True
 
     @classmethod
@@ -265,16 +254,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        iterations: int | None = None,
-        beta: float | None = None,
-        learning_rate: float | None = None,
-        drift_limit: float | None = None,
-        clip_norm: float | None = None,
-        patience: int | None = None,
-        stop: str | None = None,
-    ) -> bool | str:
+    def validate_inputs(cls, drift_limit: float | None = None, stop: str | None = None) -> bool | str:
         return complain(locals(), cls.define_schema().inputs) or True
 
     @classmethod
@@ -310,7 +290,10 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         def initial(seed: int) -> Tensor:
             other = copy.copy(noise)
             if seed != noise.seed:
-                other.seed = seed
+                try:
+                    other.seed = seed
+                except AttributeError:  # of two noises, say, and their seeds
+                    log.debug("%s: the seed of %s cannot be set", node, type(noise).__name__)
             return other.generate_noise({**latent_image, "samples": samples})
 
         return run(

@@ -218,15 +218,7 @@ class MiraDPOPreference(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        iterations: int | None = None,
-        steps: int | None = None,
-        learning_rate: float | None = None,
-        denoise: float | None = None,
-        judge: str | None = None,
-        method: str | None = None,
-    ) -> bool | str:
+    def validate_inputs(cls, judge: str | None = None, method: str | None = None) -> bool | str:
         return complain(locals(), cls.define_schema().inputs) or wrong_judge(locals()) or True
 
     @classmethod

@@ -23,7 +23,6 @@ from .shared.checks import (
     check_links,
     check_reward,
     check_values,
-    complain,
     fill_in,
     needs,
     needs_gradient,
@@ -267,16 +266,6 @@ class MiraSearchKSampler(Searching):
             **shown_again(),
         )
 
-    @classmethod
-    def validate_inputs(
-        cls,
-        steps: int | None = None,
-        denoise: float | None = None,
-        learning_rate: float | None = None,
-        beta: float | None = None,
-    ) -> bool | str:
-        return complain(locals(), cls.define_schema().inputs) or True
-
 
 class MiraTiltKSampler(Searching):
     TITLE, BLACK_BOX = TILT, f"{NODE}, of which most methods need none"
@@ -341,12 +330,6 @@ class MiraTiltKSampler(Searching):
             **shown_again(),
         )
 
-    @classmethod
-    def validate_inputs(
-        cls, steps: int | None = None, denoise: float | None = None, tilt: float | None = None
-    ) -> bool | str:
-        return complain(locals(), cls.define_schema().inputs) or True
-
 
 def run_search(
     cls: type[Searching], hidden: Any, given: KSamplerInputs, reward: Reward, values: dict
@@ -373,7 +356,8 @@ def run_search(
         can_steer(node, settings.method, cls.OTHER, sampler, model.get_model_object("model_sampling"), values)
     record = describe(node, told | {"method": settings.method}, given.seed, prompt, reward.facts.name)
     # Another seed is far from the plain sample by every distance; its score energy need not be.
-    live = LiveRun(hidden, settings.rows(values["steps"]), {"drift_metric": "mira_two_sided"}, record)
+    record["drift_metric"] = "mira_two_sided"
+    live = LiveRun(hidden, settings.rows(values["steps"]), {"drift_metric": record["drift_metric"]}, record)
     job = ksampler_job(
         given, values, node=node, reward=reward, settings=settings, gradient=method.gradient, on_iteration=live
     )

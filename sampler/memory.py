@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,7 +21,7 @@ FULL = (
 )  # fmt: skip
 
 
-LOCKED = 4 * 2**30  # bytes of the CPU's memory, of what one backward keeps
+LOCKED = 4 * 2**30  # bytes of the CPU's memory at most
 
 
 def out_of_memory(problem: BaseException) -> bool:
@@ -93,25 +94,41 @@ def saved_bytes(fn: Callable[[Tensor], object], x: Tensor, most: float = math.in
     return total
 
 
-def offloaded() -> AbstractContextManager:
-    """Within, what autograd keeps waits in the CPU's memory. Weights stay where they are.
-
-    The first `LOCKED` bytes of an NVIDIA card's in page-locked memory, to which it copies several times as fast.
+class _PageLocked:
+    """Copies of a card's tensors in page-locked memory, which it reaches several times as fast as other memory, as
+    long as they are few enough, and the system allows them.
     """
-    locked = 0
 
-    def on_cpu(t: Tensor) -> Tensor:
-        nonlocal locked
-        size = t.numel() * t.element_size()
-        if not t.is_cuda or locked + size > LOCKED:
-            return t.cpu()
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.used = 0
+
+    def copy(self, t: Tensor) -> Tensor | None:
+        size = 1 << max(0, t.numel() * t.element_size() - 1).bit_length()  # PyTorch takes the next power of two
+        if not t.is_cuda or self.used + size > self.most:
+            return None
         try:
             there = torch.empty_like(t, device="cpu", pin_memory=True)
         except RuntimeError:  # no more of it may be locked: a fast way less, not a fault
-            locked = LOCKED
-            return t.cpu()
-        locked += size
+            self.most = self.used
+            return None
+        self.used += size
+        weakref.finalize(there, self._free, size).atexit = False
         return there.copy_(t, non_blocking=True)  # in the stream's order, as is every use of either
+
+    def _free(self, size: int) -> None:
+        self.used -= size
+
+
+_locked = _PageLocked(LOCKED)
+
+
+def offloaded() -> AbstractContextManager:
+    """Within, what autograd keeps waits in the CPU's memory. Weights stay where they are."""
+
+    def on_cpu(t: Tensor) -> Tensor:
+        fast = _locked.copy(t)
+        return t.cpu() if fast is None else fast
 
     def pack(t: Tensor) -> Any:
         # Bare tensors, as in `saved_bytes`. torch's own `save_on_cpu` returns a CPU tensor as it is, with its history.

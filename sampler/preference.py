@@ -200,9 +200,11 @@ def prefer(
         return verdict
 
     while book.k < settings.iterations:
-        book.remember()
+        _, cut = attempt(interrupts, book.remember)
+        remembered = cut is None
         try:
-            verdict, cut = attempt(interrupts, comparison)
+            if remembered:
+                verdict, cut = attempt(interrupts, comparison)
         except _Back:
             book.restore(1)
             continue
@@ -211,6 +213,7 @@ def prefer(
                 nobody = torch.zeros(len(found[0].images), dtype=torch.long)
                 undecided = Verdict(nobody, nobody, torch.ones_like(nobody, dtype=torch.bool))
                 book.kept.update(0, nobody == 0, found[0], None)
+                book.iterates = [found[0].path.x0.cpu()]
                 trace.rows += _rows(0, run, found, undecided, [c.path for c in found], None, 0.0, memory())
             reason = "the judge had enough"
             break
@@ -218,8 +221,9 @@ def prefer(
             rollout.let_go()
         if cut:
             if cut.memory and rollout.shrink():
-                book.restore()
-                trace.notices.append(f"out of memory at iteration {book.k}: went on with {rollout.way}")
+                if remembered:
+                    book.restore()
+                trace.notices.append(f"{cut} at iteration {book.k}: went on with {rollout.way}")
                 continue
             if not trace.rows or (cut.failed and not reported):
                 raise cut.problem
@@ -275,7 +279,7 @@ class _Book:
         inner, state, generator = self.past.pop()
         vars(self.method).update(inner)
         self.k, self.ties, self.kept, rows, choices = state
-        del self.trace.rows[rows:], self.choices[choices:]
+        del self.trace.rows[rows:], self.choices[choices:], self.iterates[self.k :]
         self.generator.set_state(generator)
 
 
@@ -303,7 +307,7 @@ def _better(
         return everywhere
     if score is not None:
         return ~(score < kept.score)
-    if method.incumbent_first:
+    if method.incumbent_first and s.step == 1:  # else the incumbent is an image in between, which nobody has kept
         return everywhere
     asked = ask([kept.images, winner.images])
     return (asked.best == 1) & ~asked.tie

@@ -238,7 +238,7 @@ def search_by_restarts(
     # A candidate that was kept in a round that was cut short has no row of its own: it takes the place of the last.
     last = int(trace.rows[-1]["iteration"])
     if cut and (kept.iteration > last).any():
-        report(last + 1, [best])
+        attempt(interrupts, report, last + 1, [best])  # the row is there, whatever becomes of telling it
         last += 1
     reason = f"{cut} after row {last}" if cut else "all rounds done"
     trace.kept, trace.reasons = kept.iteration.tolist(), [reason] * len(best)

@@ -397,6 +397,11 @@ class Rollout:
         """The policy in words, for a notice."""
         return f"{self.memory} checkpointing{' of decoding and reward' if self._score_alone else ''}"
 
+    def go_on_as(self, other: Rollout) -> None:
+        """With what another one of the same model had to learn about the memory: a restart is a shorter stretch."""
+        self.memory, self._score_alone, self.estimate = other.memory, other._score_alone, other.estimate
+        self._blocks_alone = False if other._blocks_alone is False else None
+
     def shrink(self) -> bool:
         """After running out of memory: go to the next thriftier policy. False when there is none."""
         alone, self._blocks_alone = self._blocks_alone, False  # from here on, a step at a time

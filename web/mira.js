@@ -5,7 +5,7 @@ import { addStyles, createChart } from "./chart.js";
 import { CSS as CHOICE_CSS, createChooser, heightOf, tabTitle, validChoice } from "./choice.js";
 import { migrated, presetAfter, presetValues } from "./layout.js";
 import { recordsOf } from "./png.js";
-import { addStep, csv, fromOutput, newRun, status } from "./series.js";
+import { addStep, csv, escaped, fromOutput, newRun, status } from "./series.js";
 import { textElement, textOf } from "./text.js";
 
 // In pixels, of the chart with its status, and of the slider and its buttons.
@@ -63,11 +63,14 @@ async function preview(node, stored) {
   api.dispatchEvent(new CustomEvent("b_preview_with_metadata", { detail: { blob, ...ids } }));
 }
 
-/** What the status of a node inside a subgraph says, on the node outside. */
+/** What the status of a node inside a subgraph says, on the node outside, which the frontend seeks in the open graph. */
 function tellOutside(node, run) {
   const path = run.rows.length ? ranAt(node) : null;
-  if (!path || path.length < 2) return;
-  api.dispatchEvent(new CustomEvent("progress_text", { detail: { nodeId: String(path[0]), text: status(run, 0) } }));
+  const open = app.canvas?.graph;
+  if (!path || path.length < 2 || (open && open !== (app.rootGraph ?? app.graph))) return;
+  // Older frontends take it for HTML, and a record may be a stranger's.
+  const text = escaped(status(run, 0));
+  api.dispatchEvent(new CustomEvent("progress_text", { detail: { nodeId: String(path[0]), text } }));
 }
 
 /** Whether a run is of this node: another workflow may have the same ids. What the server does not know fits. */
@@ -123,12 +126,23 @@ function foldAdvanced(node) {
 const ANEW = 0.65; // the share of the noise that an iterate is painted anew from, where none is set
 const USUAL = "mira_final_restart"; // a node's property: what `final_restart` was before an iterate was taken
 
+const SEEDS = ["seed", "noise_seed", "value"]; // the widgets that a seed is in
+
+/** The node whose widget is the seed: another one's where that, or the noise, comes by a link. */
+function seededBy(node) {
+  const slot = node.inputs?.findIndex((i) => SEEDED.includes(i.name) && i.link !== null && i.link !== undefined) ?? -1;
+  return (slot >= 0 && node.getInputNode?.(slot)) || node;
+}
+
+const SEEDED = ["seed", "noise"]; // inputs
+
 /** Return iterate k, or that painted anew: the run's own seed again, fixed, and `iterate`; all else is as it was. */
 function take(node, chart, iterate, anew) {
   if (!chart.run().done) return;
   const seed = chart.run().settings.seed;
-  if (Number.isSafeInteger(seed)) setWidget(node, "seed", seed);
-  setWidget(node, "control_after_generate", "fixed");
+  const seeded = seededBy(node);
+  if (Number.isSafeInteger(seed)) for (const name of SEEDS) setWidget(seeded, name, seed);
+  setWidget(seeded, "control_after_generate", "fixed");
   setWidget(node, "iterate", iterate);
   node.properties[USUAL] ??= node.widgets?.find((w) => w.name === "final_restart")?.value ?? 0;
   setWidget(node, "final_restart", anew ? node.properties[USUAL] || ANEW : 0);
@@ -317,6 +331,7 @@ async function answer({ prompt_id, node, token }, choice) {
       body: JSON.stringify(body),
     });
     if (reply.ok) return null;
+    if (reply.status === 409) restoreSoon(); // it may be over
     return (await reply.json()).error ?? `the server answered ${reply.status}`;
   } catch (problem) {
     return `the server cannot be reached (${problem.message}); the choice is still open`;
@@ -352,10 +367,17 @@ async function get(path, more = {}) {
  * cached: ids of nodes that are not run again. missed: whether a whole run may have come and gone meanwhile.
  */
 async function restore(cached = [], missed = false) {
+  const shown = new Set([...choosers].map((chooser) => chooser.choice()?.token)); // before anything was asked
   // Without a server there is history all the same.
   const [live, waiting] = await Promise.all([get("/mira/live", { nodes: cached.join() }), get("/mira/choice")]).catch((problem) => (warn(problem), [{}, {}]));
   // Some frontends do not tell a node within a subgraph that its graph was closed.
   for (const chooser of choosers) if (nodeOf(chooser.choice()?.node)?.[VIEW]?.chooser !== chooser) chooser.hide();
+  // What the server no longer waits for was answered elsewhere, or is over.
+  const open = waiting.pending && new Set(waiting.pending.map((choice) => choice.token));
+  for (const chooser of open ? choosers : []) {
+    const token = chooser.choice()?.token;
+    if (shown.has(token) && !open.has(token)) chooser.hide(token);
+  }
   // One that has told of no image may be over: nothing is known of it.
   const runs = (live.runs ?? []).filter((known) => known.rows.length && isOf(nodeOf(known.node), known));
   const running = new Set(runs.filter((known) => !known.output).map((known) => String(known.node)));

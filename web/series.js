@@ -133,6 +133,12 @@ export function status(run, image) {
   return parts.join(" · ");
 }
 
+/** As HTML that shows it, and does nothing else. */
+export function escaped(text) {
+  const codes = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
+  return text.replace(/[&<>"']/g, (c) => codes[c]);
+}
+
 /** The rows as CSV, every column that any row has. */
 export function csv(run) {
   const names = [...new Set(run.rows.flatMap((r) => Object.keys(r)))];

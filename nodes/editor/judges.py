@@ -190,6 +190,10 @@ class PersonJudge:
             self.enough = worst == "stop"
             return best, worst if isinstance(worst, int) else others[0], False  # of equally bad ones, any
 
+    def _listener(self) -> str | None:
+        """The page that queued the run; every page where that is closed, and another one may answer."""
+        return self.client if self.client in PromptServer.instance.sockets else None
+
     def ask(self, order: list[int], images: Sequence[Tensor], told: dict) -> int | str:
         """Which of the images is chosen, or one of `WORDS`. order: of those that are shown."""
         token = secrets.token_urlsafe(16)
@@ -211,7 +215,7 @@ class PersonJudge:
         try:
             with _lock:
                 _pending[self.node] = pending
-            server.send_sync("mira.choice", shown, self.client)
+            server.send_sync("mira.choice", shown, self._listener())
             while not pending.answered.wait(0.1):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 if self.timeout and time.monotonic() > end:
@@ -222,5 +226,5 @@ class PersonJudge:
                     del _pending[self.node]
             for stored in shown["images"]:
                 forget(stored)
-            server.send_sync("mira.chosen", {"node": self.node, "token": token}, self.client)
+            server.send_sync("mira.chosen", {"node": self.node, "token": token}, self._listener())
         return order[pending.answer - 1] if isinstance(pending.answer, int) else pending.answer

@@ -77,6 +77,7 @@ def _copied(patcher: ModelPatcher) -> nn.Module:
     if getattr(patcher, "cached_patcher_init", None) is not None:
         network = patcher.clone(disable_dynamic=True).model
     if network is None or _layers(network) != _layers(patcher.model):  # what another pack did to it is in no file
+        network = None  # not two copies at once
         network = _without_traces(patcher)
     # Dynamic VRAM keeps weights in the file's precision, and casts them as it moves them.
     for child in network.modules():
@@ -87,8 +88,10 @@ def _copied(patcher: ModelPatcher) -> nn.Module:
     return network
 
 
-def _layers(network: nn.Module) -> dict[str, type]:
-    return {name: type(module) for name, module in network.named_modules()}
+def _layers(network: nn.Module) -> dict[str, tuple[str, str]]:
+    """By name, not by class: ComfyUI makes the classes of quantised layers anew for every file that it reads."""
+    kinds = {name: type(module) for name, module in network.named_modules()}
+    return {name: (kind.__module__, kind.__qualname__) for name, kind in kinds.items()}
 
 
 def _without_traces(patcher: ModelPatcher) -> nn.Module:

@@ -290,6 +290,7 @@ class Process:
         """`from_image` as what can be optimised."""
         process, _, noises = self.from_image(number, x0)
         process.begin_rollout(self.rollout.memory)
+        process.rollout.go_on_as(self.rollout)
         self.rollout = process.rollout  # whose policy decoding and reward follow
         return Stretch(process.rollout, noises)
 

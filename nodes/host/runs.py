@@ -36,6 +36,9 @@ from .replay import ReplayNoise, ReplaySampler, described
 log = logging.getLogger("mira")
 
 
+SEEDS_CUT = "interrupted while seeds were compared"
+
+
 @dataclass
 class Optimized:
     """Latents as a KSampler gives them: the kept iterates, the plain sample of the same noise, and every iterate.
@@ -147,6 +150,8 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
         result.trace.settings["restart_seeds"] = [process.seed_of(RESTART + n) for n in range(1, settings.rounds)]
     if start:
         tell_seeds(process, start, count, result.trace)
+        if start.cut and start.cut.interrupted:
+            result.cut_short, result.reason = True, SEEDS_CUT
     return result
 
 
@@ -177,7 +182,7 @@ def tell_seeds(process: Process, start: Start, count: int, trace: Trace) -> None
     if start.cut:
         trace.notices.append(f"{start.cut} after {len(start.rewards)} of {count} seeds: the others were not tried")
         if start.cut.interrupted:
-            trace.reasons = ["interrupted while seeds were compared"] * len(start.chosen)
+            trace.reasons = [SEEDS_CUT] * len(start.chosen)
 
 
 def began(image: int, start: Start, seed: int) -> str:

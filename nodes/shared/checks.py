@@ -32,8 +32,9 @@ TOO_SMALL = {
 def complain(values: dict, inputs: Sequence[io.Input]) -> str | None:
     """What is wrong with the plain values of a node's inputs, or None.
 
-    A value that is not known yet (a linked input) is None. The inputs' own ranges are the only ones: ComfyUI does not
-    look at those of the inputs that a node validates, nor at a linked value.
+    A value that is not known yet (a linked input) is None. The inputs' own ranges are the only ones: ComfyUI looks at
+    them before anything is queued, but not at those of the inputs that a node validates itself, of which it tells an
+    error once for each, nor at a linked value.
     """
     for known in inputs:
         low, high, value = getattr(known, "min", None), getattr(known, "max", None), values.get(known.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +42,8 @@ def finish(
             whose = "record, noise and sampler are" if noises else "record is"
             told = [
                 f"painted anew at the end (final_restart): the {whose} of the image before that",
-                *restart.compared([trace.summary(b)[1]["reward"] for b in range(len(kept))], samples),
+                # A person gives no numbers, and what was painted anew has none either.
+                *restart.compared([trace.summary(b)[1].get("reward", math.nan) for b in range(len(kept))], samples),
                 *told,
             ]
             trace.settings = trace.settings | {"final_restart": restart.share, "final_restart_seed": restart.number}

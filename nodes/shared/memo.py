@@ -22,12 +22,16 @@ _runs: OrderedDict[str, tuple[dict, tuple, Any]] = OrderedDict()  # by node: inp
 _cuts: list[dict] = []  # the widgets of runs that were cut short
 
 
+GONE = object()  # in the place of what is no more, and of nothing else: an input that is missing is None
+
+
 def _held(value: object) -> Callable:
     """Gives the value back. Models and the like are not kept alive by having been used."""
     if isinstance(value, PLAIN):
         return lambda: value
     try:
-        return weakref.ref(value)
+        there = weakref.ref(value)
+        return lambda: GONE if there() is None else there()
     except TypeError:  # lists and dicts: conditioning, latents
         return lambda: value
 

@@ -127,6 +127,16 @@ def test_what_another_pack_did_to_the_layers_is_in_the_copy(world):
     assert not torch.equal(found, world.optimize(iterations=1).latent)
 
 
+@pytest.mark.skipif(not hasattr(comfy.ops, "mixed_precision_ops"), reason="this ComfyUI has no such layers")
+def test_quantised_layers_are_the_same_ones_in_every_copy():
+    """Their classes are not: each file that is read gets its own."""
+    one, two = (
+        torch.nn.Sequential(comfy.ops.mixed_precision_ops({}, torch.float32).Linear(2, 2, dtype=torch.float32))
+        for _ in range(2)
+    )
+    assert type(one[0]) is not type(two[0]) and vram._layers(one) == vram._layers(two)
+
+
 def test_a_lora(world, model):
     name = "middle_block_1_transformer_blocks_0_attn2_to_v"
     g = torch.Generator().manual_seed(0)

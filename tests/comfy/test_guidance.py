@@ -130,6 +130,17 @@ def guided(world, which, batch=1, sampler="euler_ancestral", mask=None):
         )  # fmt: skip
 
 
+@pytest.mark.every_host
+@pytest.mark.skipif(not hasattr(comfy.sd, "load_bypass_lora_for_models"), reason="this ComfyUI has no such LoRAs")
+def test_a_bypass_lora_is_refused(world):
+    """It is in the layers of both."""
+    with torch.inference_mode():
+        lora = load_file(ROOT / "demo" / "weights" / "bright_lora.safetensors")
+        tuned = comfy.sd.load_bypass_lora_for_models(world.model, None, lora, 1.0, 0)[0]
+    with pytest.raises(ValueError, match=r"MIRA RL Guidance: .*bypass.* load that LoRA without bypass"):
+        rlg(world.model, tuned, 0.5)
+
+
 def test_dymo_follows_the_reward_by_its_scale(world):
     found = [brightness(world, guided(world, guider(world, scale=s), batch=2)) for s in (0.0, 0.5, 1.5)]
     assert found[0] < found[1] < found[2] and found[2] > found[0] + 0.05

@@ -69,7 +69,7 @@ class Cancelled(comfy.model_management.InterruptProcessingException):
 
 
 @pytest.mark.parametrize("problem", [Cancelled, torch.OutOfMemoryError])
-@pytest.mark.parametrize("memory", ["auto", "per_block"])
+@pytest.mark.parametrize("memory", ["auto", "per_step", "per_block"])
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "euler_ancestral_cfg_pp"])
 def test_nor_does_an_aborted_one(world, sampler, memory, problem):
     """In the middle of a trajectory, where a checkpoint holds the denoiser's arguments and they a prediction."""

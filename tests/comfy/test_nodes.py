@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import math
 import shutil
 import subprocess
@@ -341,9 +340,9 @@ def test_a_vae_of_another_model_is_refused(world):
 
 def test_validation_before_the_queue():
     validate = nodes.MiraOptimizeKSampler.validate_inputs
-    assert validate(iterations=5, steps=3, beta=0.1) is True
-    assert validate(steps=3) is True
-    assert "beta is -1" in validate(beta=-1)
+    assert validate(drift_limit=0.1, stop="drift") is True and validate(stop="drift") is True
+    assert "drift_limit is -1" in validate(drift_limit=-1)
+    assert "set a limit" in validate(drift_limit=0, stop="drift")
 
 
 SAMPLERS = (
@@ -353,18 +352,15 @@ SAMPLERS = (
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_what_a_node_validates_keeps_to_the_ranges_that_it_shows(name):
-    """ComfyUI looks at the range of no input that a node validates."""
-    node = getattr(nodes, name)
-    inputs = {i.id: i for i in node.define_schema().inputs}
-    validated = set(inspect.signature(node.validate_inputs).parameters)
-    assert validated <= set(inputs)
-    ranged = [i for i in inputs.values() if i.id in validated and getattr(i, "max", None) is not None]
-    assert len(ranged) > 1
+def test_a_linked_value_keeps_to_the_ranges_that_a_node_shows(name):
+    """ComfyUI looks at the range of no value that comes by a link."""
+    inputs = getattr(nodes, name).define_schema().inputs
+    ranged = [i for i in inputs if getattr(i, "max", None) is not None]
+    assert len(ranged) > 5
     for known in ranged:
         for value in (known.min - 1, known.max + 1, math.nan):
-            assert f"{known.id} is {value}: " in node.validate_inputs(**{known.id: value})
-        assert node.validate_inputs(**{known.id: known.default}) is True
+            assert f"{known.id} is {value}: " in checks.complain({known.id: value}, inputs)
+        assert checks.complain({known.id: known.default}, inputs) is None
 
 
 def test_combine_rewards():
@@ -488,10 +484,12 @@ def test_cancelled_while_seeds_are_compared(world, monkeypatch):
         return real(self, x0)
 
     monkeypatch.setattr(host.Process, "score", cancelling)
-    out, _, trace = optimize(world, seeds=50, iterations=3).args[:3]
-    assert trace.reasons == ["interrupted while seeds were compared"]
+    out, _, trace = optimize(world, seeds=5, iterations=3, final_restart=0.5).args[:3]
+    assert trace.reasons == ["interrupted while seeds were compared"] == [trace.settings["ended"]]
     assert 1 <= len(trace.settings["seed_rewards"][0]) <= 2 and len(trace.rows) == 1
-    assert torch.isfinite(out["samples"]).all()
+    assert torch.isfinite(out["samples"]).all() and "final_restart_seed" not in trace.settings
+    again = optimize(world, seeds=5, iterations=3, final_restart=0.5).args[2]
+    assert len(again.rows) == 4 and len(again.settings["seed_rewards"][0]) == 5
 
 
 @pytest.mark.parametrize(

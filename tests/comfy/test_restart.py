@@ -216,6 +216,20 @@ def test_a_final_restart_is_a_stock_ksamplers_and_runs_nothing_else(world, monke
     assert torch.equal(again.args[0]["samples"], latent) and again.args[2].notices == before.args[2].notices
 
 
+def test_a_final_restart_of_what_a_person_chose_has_no_reward(world):
+    node, more = NODES["preference"]
+    inputs = dict(
+        model=world.model, positive=world.positive, negative=world.negative, vae=world.vae, seed=7, steps=3, cfg=5.0,
+        sampler_name="euler_ancestral", scheduler="normal", iterations=1,
+        latent_image={"samples": torch.zeros(1, 4, 8, 8)},
+    )  # fmt: skip
+    chosen = execute(node, **inputs, **more, reward=PixelReward("brightness")).args[3]
+    more = more | dict(judge="recorded choices", choices=chosen)
+    before, after = (execute(node, **inputs, **more, final_restart=share).args for share in (0.0, 0.5))
+    assert after[2].settings["final_restart"] == 0.5 and not torch.equal(after[0]["samples"], before[0]["samples"])
+    assert not any(n.startswith("its reward: ") for n in after[2].notices)
+
+
 def test_a_final_restart_that_cannot_be_or_is_cancelled_leaves_the_image_as_it_was(world, monkeypatch):
     one = optimize(world, steps=1, iterations=1, sampler_name="euler", final_restart=0.5)
     assert any("final_restart is 0.5, but was left out: a schedule of one step" in n for n in one.args[2].notices)

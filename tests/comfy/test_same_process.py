@@ -108,6 +108,19 @@ def test_a_noise_that_was_made_is_the_noise_that_is_used(world):
     assert "seed_rewards" not in trace.settings and "the given one was used" in trace.notices[0]
 
 
+def test_a_noise_whose_seed_cannot_be_set_is_kept(world):
+    """As a node pack's mixture of two noises has it."""
+
+    class Mixed(RandomNoise):
+        seed = property(lambda self: 5)
+
+        def __init__(self):
+            pass
+
+    trace = advanced(world, Mixed(), sigmas=world.sigmas(steps=3), seeds=4)[2]
+    assert "seed_rewards" not in trace.settings and "the given one was used" in trace.notices[0]
+
+
 def test_another_seed_is_the_hosts_own_sample_of_it(world):
     """What an image began from can be had from a stock KSampler with the seed that the record names."""
     for sampler in ("euler", "euler_ancestral", "dpmpp_sde"):

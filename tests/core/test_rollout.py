@@ -160,6 +160,21 @@ def test_the_scores_tensors_are_offloaded_before_the_networks(monkeypatch):
     assert offloads(rollout(memory="offload", D=denoiser())) > 0
 
 
+def test_a_restart_goes_on_with_what_was_learned_about_the_memory():
+    first = rollout(memory="per_block", free_bytes=lambda: 1e12, blocks=contextlib.nullcontext)
+    first(leaves(noises()))
+    ways = []
+    while first.shrink():
+        then = rollout(memory=first.memory, free_bytes=lambda: 1e12, blocks=contextlib.nullcontext)
+        then.go_on_as(first)
+        then(leaves(noises()))
+        ways.append((then.way, then._blocks_alone))
+    assert ways == [
+        ("per_block checkpointing", False), ("offload checkpointing of decoding and reward", False),
+        ("offload checkpointing", False),
+    ]  # fmt: skip
+
+
 def test_conditional_prediction_can_be_measured():
     D = denoiser()
 

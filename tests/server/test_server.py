@@ -283,9 +283,9 @@ def test_a_client_that_comes_back_goes_on_listening(server, quickstart):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"iterations": 0}, "iterations is 0"),
-        ({"steps": 0}, "steps is 0"),
-        ({"beta": -1.0}, "beta is -1"),
+        ({"iterations": 0}, "^Value 0 smaller than min of 1.*: iterations$"),  # once
+        ({"steps": 0}, "^Value 0 smaller than min of 1.*: steps$"),
+        ({"beta": -1.0}, "^Value -1.0 smaller than min of 0.*: beta$"),
         ({"regularizer": "kl"}, "regularizer"),
         ({"sampler_name": "dpm_fast"}, "MiraOptimizeKSampler: MIRA Optimize KSampler: sampler dpm_fast cannot"),
     ],

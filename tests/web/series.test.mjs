@@ -172,6 +172,13 @@ test("a choice has at least two images, in a square of them, and a question", ()
   assert.equal(choice.questionOf({ ...asked, wanted: "worst" }), "And which is the least good? 1 of 9");
 });
 
+test("what a stranger's record says is shown, and nothing else is done with it", () => {
+  const record = { rows: [{ iteration: 0, image: 0 }], kept: [0], reasons: ["<img src=x onerror='alert(1)'> & \"more\""] };
+  const said = series.status(series.fromOutput({ mira: [record] }), 0);
+  const html = "&lt;img src=x onerror=&#39;alert(1)&#39;&gt; &amp; &quot;more&quot;";
+  assert.ok(said.includes("<img") && series.escaped(said).endsWith(html) && !series.escaped(said).includes("<"));
+});
+
 test("the tab says that a choice is waited for, once, and stops saying so", () => {
   const called = choice.tabTitle("[0%] ComfyUI", true);
   assert.match(called, /Choose .* \[0%\] ComfyUI$/);
