@@ -28,7 +28,7 @@ const CSS = `
 .mira-scrub input { flex: 1; min-width: 40px; accent-color: ${REWARD}; }
 .mira-scrub img { width: 72px; height: 72px; object-fit: contain; border-radius: 4px;
   background: var(--comfy-input-bg, #222); }
-.mira-notices { color: var(--descrip-text, #999); white-space: pre-line; }
+.mira-notices { color: var(--descrip-text, #999); white-space: pre-line; max-height: 96px; overflow-y: auto; }
 .mira-box [hidden] { display: none !important; }
 `;
 

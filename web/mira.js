@@ -10,6 +10,7 @@ import { textElement, textOf } from "./text.js";
 
 // In pixels, of the chart with its status, and of the slider and its buttons.
 const [CHART_HEIGHT, SCRUB_HEIGHT] = [206, 78];
+const MARGIN = 10; // that the canvas leaves around an element
 const TYPE_COLOURS = { MIRA_REWARD: "#e0a458", MIRA_TRACE: "#4db6ac" };
 const PREFERENCE = "MiraDPOPreference";
 const MONITOR = "MiraDriftMonitor";
@@ -182,8 +183,11 @@ function addCharted(node) {
   addDom(node, "mira_chart", chart.element, () => {
     const scrub = chart.run().rows.length ? SCRUB_HEIGHT : 0;
     const choice = view.chooser?.choice();
-    return CHART_HEIGHT + scrub + (choice ? heightOf(choice.images.length) : 0);
+    // Notices, and a status of two lines, take what they take.
+    const usual = CHART_HEIGHT + scrub + (choice ? heightOf(choice.images.length) : 0);
+    return Math.max(usual, chart.inner.offsetHeight + 2 * MARGIN);
   });
+  new ResizeObserver(() => fit(node)).observe(chart.inner);
   node[VIEW] = view;
   chain(node, "onExecuted", (output) => {
     const run = isOf(node, output?.mira?.[0] ?? {}) && fromOutput(output, chart.run());

@@ -246,6 +246,12 @@ def test_another_iterate_is_taken(quickstart):
     editor.page.click(".mira-anew")
     wait_for(editor, lambda: "painted anew" in editor.page.inner_text(".mira-notices"), "it painted anew")
     assert editor.js(f"{share}.value") == 0.65
+    below = """() => {
+        const notices = document.querySelector('.mira-notices');
+        const [mine, whole] = [notices, notices.parentElement.parentElement].map(e => e.getBoundingClientRect().bottom);
+        return mine - whole;
+    }"""
+    wait_for(editor, lambda: editor.js(below) < 2, "the notices within the chart's place")
     editor.shot("anew")
     seed = f"{node}.widgets.find(w => w.name === 'seed')"
     editor.js(f"() => {{ const seed = ({seed})(); seed.value = 77; seed.callback(77); }}")  # another run
