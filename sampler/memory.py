@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -19,9 +20,6 @@ FULL = (
     "cublas_status_not_init", "cudnn_status_not_init", "unable to find an engine", "valid cudnn algorithm",
     "out_of_device_memory", "invalid buffer size", "not enough gpu video memory",
 )  # fmt: skip
-
-
-LOCKED = 4 * 2**30  # bytes of the CPU's memory at most
 
 
 def out_of_memory(problem: BaseException) -> bool:
@@ -94,14 +92,24 @@ def saved_bytes(fn: Callable[[Tensor], object], x: Tensor, most: float = math.in
     return total
 
 
+LOCKED = 8 * 2**30  # bytes at most
+
+
+def _most() -> int:
+    """How much memory may be locked: what is, is nobody else's."""
+    try:
+        return min(LOCKED, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return LOCKED // 2
+
+
 class _PageLocked:
     """Copies of a card's tensors in page-locked memory, which it reaches several times as fast as other memory, as
     long as they are few enough, and the system allows them.
     """
 
     def __init__(self, most: int) -> None:
-        self.most = most
-        self.used = 0
+        self.most, self.used = most, 0
 
     def copy(self, t: Tensor) -> Tensor | None:
         size = 1 << max(0, t.numel() * t.element_size() - 1).bit_length()  # PyTorch takes the next power of two
@@ -120,7 +128,7 @@ class _PageLocked:
         self.used -= size
 
 
-_locked = _PageLocked(LOCKED)
+_locked = _PageLocked(_most())
 
 
 def offloaded() -> AbstractContextManager:
