@@ -211,8 +211,8 @@ class Rollout:
         in time and in memory. 0: through all.
     memory: what is kept for backward, one of `POLICIES` from fast to thrifty, or "auto": the fastest that fits.
         "none": everything. "per_step": only the latents. "per_block": what goes into the model's blocks, of every step
-        where that fits, else of one at a time. "offload": of one, and what is kept waits in the CPU's memory; for want
-        of memory (`shrink`) at first of the score alone, whose layers are the larger and whose backward runs once.
+        where that fits, else of one at a time. "offload": of one, and what is kept waits in the CPU's memory. What the
+        score keeps may do so alone (`score_offloaded`), for want of memory (`shrink`): its layers are the larger.
     free_bytes: how much memory is left, for "auto".
     score_bytes: x -> how much the score of a latent like x keeps for backward, at most `most`, for "auto".
     blocks: a context inside which the model checkpoints its own blocks, for "per_block" and "offload"; None when it
@@ -267,7 +267,7 @@ class Rollout:
         self.random = random
         self.estimate: Estimate | None = None
         self._blocks_alone: bool | None = None  # not known before the first call
-        self._score_alone = False  # of what the CPU's memory could take
+        self._score_apart = False
         self._watching = self._watched = False  # the first trajectory's predictions, when they are computed again
         self._calls: list[_Call] = []
         if memory == "per_block" and not blocks:
@@ -355,7 +355,7 @@ class Rollout:
     def thrifty(self) -> AbstractContextManager:
         """What the policy asks for inside a step: block checkpoints, and the CPU's memory for what is still kept."""
         stack = ExitStack()
-        if self.memory == "offload" and not self._score_alone:
+        if self.memory == "offload":
             stack.enter_context(offloaded())
         if self.blocks and self.memory in ("per_block", "offload"):
             stack.enter_context(self.blocks())
@@ -395,11 +395,18 @@ class Rollout:
     @property
     def way(self) -> str:
         """The policy in words, for a notice."""
-        return f"{self.memory} checkpointing{' of decoding and reward' if self._score_alone else ''}"
+        apart = self.score_offloaded and self.memory != "offload"
+        more = ", with what decoding and reward keep in the CPU's memory" if apart else ""
+        return f"{self.memory} checkpointing{more}"
+
+    @property
+    def score_offloaded(self) -> bool:
+        """Whether what the score keeps for its backward is to wait in the CPU's memory."""
+        return self._score_apart or self.memory == "offload"
 
     def go_on_as(self, other: Rollout) -> None:
         """With what another one of the same model had to learn about the memory: a restart is a shorter stretch."""
-        self.memory, self._score_alone, self.estimate = other.memory, other._score_alone, other.estimate
+        self.memory, self._score_apart, self.estimate = other.memory, other._score_apart, other.estimate
         self._blocks_alone = False if other._blocks_alone is False else None
 
     def shrink(self) -> bool:
@@ -407,13 +414,12 @@ class Rollout:
         alone, self._blocks_alone = self._blocks_alone, False  # from here on, a step at a time
         if self.memory == "per_block" and alone:
             return True
-        if self._score_alone:
-            self._score_alone = False
+        if self.memory in ("per_step", "per_block") and not self._score_apart:
+            self._score_apart = True
             return True
         left = self.POLICIES[self.POLICIES.index(self.memory) + 1 :] if self.memory != "auto" else self.POLICIES[-1:]
         rest = [p for p in left if p != "per_block" or self.blocks]
-        if rest:
-            self.memory, self._score_alone = rest[0], rest[0] == "offload"
+        self.memory = rest[0] if rest else self.memory
         return bool(rest)
 
 

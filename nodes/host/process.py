@@ -307,7 +307,7 @@ class Process:
             gradient_steps=job.gradient_steps,
             memory=memory,
             mask=self.mask,
-            free_bytes=free_bytes,
+            free_bytes=self.free_bytes,
             score_bytes=self.score_bytes,
             blocks=self.blocks(),
             random=self.random,
@@ -476,14 +476,14 @@ class Process:
 
             def place() -> AbstractContextManager:
                 # One layer of a decoder at full resolution is gigabytes when it is computed again.
-                offload = self.rollout.memory == "offload"
+                offload = self.rollout.score_offloaded
                 return _both(offloaded(), OutOfPlace()) if offload else OutOfPlace()
 
             self.layers[module] = blocks_checkpointed(module, place)
         if not (blocks := self.layers[module]):
             return None
         stack = ExitStack()
-        if self.rollout.memory == "offload":
+        if self.rollout.score_offloaded:
             stack.enter_context(offloaded())
         stack.enter_context(blocks())
         return stack
@@ -578,10 +578,15 @@ class Process:
         each += self.vae.memory_used_decode(shape, self.vae.vae_dtype)
         if METHODS[settings.method].gradient:
             each *= KEPT_FOR_BACKWARD
-        fit = int(USABLE * free_bytes() / each)  # running out of memory halves what runs at once
+        fit = int(USABLE * self.free_bytes() / each)  # running out of memory halves what runs at once
         if comfy.model_management.get_torch_device().type == "cpu":
             fit = min(fit, CPU_BATCH // shape[0])  # larger batches only cost memory there, and time to get it
         return max(1, min(settings.particles, fit))
+
+    def free_bytes(self) -> float:
+        """What is free, and what models in dynamic VRAM would give back, where there are such."""
+        patcher = self.model_wrap.model_patcher
+        return patcher.get_free_memory(patcher.load_device) if hasattr(patcher, "get_free_memory") else free_bytes()
 
     def blocks(self) -> Callable | None:
         return blocks_checkpointed(self.inner.diffusion_model, lambda: self.place(), random=self.draws)

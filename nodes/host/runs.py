@@ -373,7 +373,7 @@ def on_cpu(result: Result) -> None:
 
 def no_room(rollout: Rollout) -> str:
     """What a run that does not fit would have taken, and what to change."""
-    said = f"out of memory with {rollout.memory} checkpointing"
+    said = f"out of memory with {rollout.way}"
     if e := rollout.estimate:
         more = f"more than {USABLE * e.free / 1e9:.1f}"  # where measuring stopped
         parts = [

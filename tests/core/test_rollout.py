@@ -106,14 +106,15 @@ def test_auto_takes_the_fastest_policy_that_fits():
         run(leaves(noises()))
         assert run.memory == policy
         assert run.estimate.step == (step if policy != "per_block" else math.inf) and run.estimate.free == room
-    assert run.shrink() and run.way == "offload checkpointing of decoding and reward"
-    assert run.shrink() and run.way == "offload checkpointing" and run.shrink() is False
+    assert run.shrink() and run.memory == "per_block" and run.score_offloaded
+    assert run.shrink() and run.memory == "offload" and run.shrink() is False
     run = rollout(memory="auto", D=D, free_bytes=lambda: step)
     run(leaves(noises()))
     assert run.memory == "offload" and run.shrink() is False  # no blocks to checkpoint
     run = rollout(memory="auto", D=D, free_bytes=lambda: step * 20, score_bytes=lambda x, most: step * 13)
     run(leaves(noises()))
-    assert run.memory == "per_step" and run.shrink() and run.memory == "offload"
+    assert run.memory == "per_step" and run.shrink() and run.memory == "per_step" and run.score_offloaded
+    assert run.shrink() and run.memory == "offload"
 
 
 def test_where_the_blocks_inputs_fit_no_step_is_computed_again():
@@ -155,7 +156,7 @@ def test_the_scores_tensors_are_offloaded_before_the_networks(monkeypatch):
 
     run = rollout(memory="per_step", D=denoiser())
     assert offloads(run) == 0
-    assert run.shrink() and run.memory == "offload" and offloads(run) == 0
+    assert run.shrink() and run.memory == "per_step" and run.score_offloaded and offloads(run) == 0
     assert run.shrink() and run.memory == "offload" and offloads(run) > 0
     assert offloads(rollout(memory="offload", D=denoiser())) > 0
 
@@ -168,11 +169,8 @@ def test_a_restart_goes_on_with_what_was_learned_about_the_memory():
         then = rollout(memory=first.memory, free_bytes=lambda: 1e12, blocks=contextlib.nullcontext)
         then.go_on_as(first)
         then(leaves(noises()))
-        ways.append((then.way, then._blocks_alone))
-    assert ways == [
-        ("per_block checkpointing", False), ("offload checkpointing of decoding and reward", False),
-        ("offload checkpointing", False),
-    ]  # fmt: skip
+        ways.append((then.memory, then.score_offloaded, then._blocks_alone))
+    assert ways == [("per_block", False, False), ("per_block", True, False), ("offload", True, False)]
 
 
 def test_conditional_prediction_can_be_measured():
