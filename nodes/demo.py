@@ -22,7 +22,7 @@ from ..rewards.aesthetic import Aesthetic, head_of
 from ..rewards.clip import Encoder, Similarity, clip_score
 from ..rewards.preprocess import Preprocessing
 from ..rewards.text import ClipTokens, open_clip
-from .shared.types import MiraReward
+from .shared.types import MiraReward, aliases
 
 TEXT = demo_clip.CONFIG["text_cfg"]
 TEXT_CONFIG = {
@@ -106,6 +106,7 @@ class MiraDemoModel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraDemoModel",
+            **aliases("example model", "tiny checkpoint", "test model"),
             display_name="MIRA Demo Model",
             category="MIRA Alignment/loaders",
             description=(
@@ -131,6 +132,7 @@ class MiraDemoCLIPScore(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraDemoCLIPScore",
+            **aliases("clip score", "prompt alignment", "example reward"),
             display_name="MIRA Demo CLIPScore",
             category="MIRA Alignment/rewards",
             description=(
@@ -151,6 +153,7 @@ class MiraDemoAesthetic(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraDemoAesthetic",
+            **aliases("aesthetic score", "example reward"),
             display_name="MIRA Demo Aesthetic",
             category="MIRA Alignment/rewards",
             description=(

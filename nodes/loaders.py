@@ -24,7 +24,7 @@ from ..sampler.memory import out_of_memory
 from .host.dynamic import static
 from .host.grad import OutOfPlace
 from .shared import files
-from .shared.types import reward_output
+from .shared.types import aliases, reward_output
 
 CONNECTED = "the connected clip_vision"
 SAME_FILE = "in the same file"
@@ -111,6 +111,7 @@ class MiraLoadAestheticReward(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraLoadAestheticReward",
+            **aliases("aesthetic score", "laion", "beauty", "reward"),
             display_name=cls.NAME,
             category="MIRA Alignment/rewards",
             description=(
@@ -199,6 +200,7 @@ class MiraLoadHPSReward(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraLoadHPSReward",
+            **aliases("hpsv2", "human preference", "reward"),
             display_name=cls.NAME,
             category="MIRA Alignment/rewards",
             description="Human Preference Score v2 or v2.1: how much people like an image for its prompt, .2 to .35.",
@@ -240,6 +242,7 @@ class MiraLoadPickScoreReward(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraLoadPickScoreReward",
+            **aliases("pickapic", "human preference", "reward"),
             display_name=cls.NAME,
             category="MIRA Alignment/rewards",
             description="PickScore v1: which of two images people pick for a prompt; ordinary images score 18 to 24.",
@@ -271,6 +274,7 @@ class MiraLoadImageReward(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraLoadImageReward",
+            **aliases("image reward", "human preference", "reward"),
             display_name=cls.NAME,
             category="MIRA Alignment/rewards",
             description="ImageReward v1.0: human preference, standardised; ordinary images score -1 to 1.5.",
@@ -307,6 +311,7 @@ class MiraLoadCLIPScore(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraLoadCLIPScore",
+            **aliases("clip score", "siglip", "prompt alignment", "reward"),
             display_name=cls.NAME,
             category="MIRA Alignment/rewards",
             description="100 times the cosine between image and prompt, by any CLIP or SigLIP.",

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..sampler.trace import Trace
 from .editor.on_disk import PNG_KEY
 from .shared.made import found, listed, stamp, why_not
-from .shared.types import MiraTrace
+from .shared.types import MiraTrace, aliases
 
 SUFFIXES = (".png", ".json", ".csv")
 MOST_BYTES = 100 << 20
@@ -58,6 +58,7 @@ class MiraLoadTrace(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraLoadTrace",
+            **aliases("load record", "open run", "history"),
             display_name="MIRA Load Trace",
             category="MIRA Alignment/loaders",
             description="The record of an earlier run, from a PNG that it saved, or MIRA Drift Monitor's JSON or CSV.",

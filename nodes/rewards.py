@@ -71,6 +71,7 @@ class MiraJPEGReward(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraJPEGReward",
+            **aliases("file size", "compressibility", "reward"),
             display_name="MIRA JPEG Reward",
             category="MIRA Alignment/rewards",
             description="Minus the kilobytes of the image as a JPEG: small files score high.",
@@ -126,6 +127,7 @@ class MiraCombineRewards(io.ComfyNode):
         )
         return io.Schema(
             node_id="MiraCombineRewards",
+            **aliases("weighted sum", "several rewards", "composite reward"),
             display_name="MIRA Combine Rewards",
             category="MIRA Alignment/rewards",
             description="A weighted sum of rewards; each part stays in the record, in its own units.",
@@ -156,6 +158,7 @@ class MiraAugmentReward(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraAugmentReward",
+            **aliases("random crops", "robust reward", "less hacking"),
             display_name="MIRA Augment Reward",
             category="MIRA Alignment/rewards",
             description=(
@@ -231,6 +234,7 @@ class MiraRewardFromPython(io.ComfyNode):
         names = files.scripts() or [NO_SCRIPT]
         return io.Schema(
             node_id="MiraRewardFromPython",
+            **aliases("custom reward", "own reward", "script"),
             display_name=cls.NAME,
             category="MIRA Alignment/rewards",
             description=(
@@ -279,6 +283,7 @@ class MiraRewardFromHTTP(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraRewardFromHTTP",
+            **aliases("custom reward", "remote reward", "api"),
             display_name=cls.NAME,
             category="MIRA Alignment/rewards",
             description=(

@@ -623,6 +623,11 @@ class Process:
                     raise RuntimeError(f"{job.node}: {name} has no gradient: {said}. {remedy}") from problem
                 self.place = PLACES[PLACES.index(self.place) + 1]
                 continue
+            except (TypeError, AttributeError, KeyError) as problem:
+                said = f"{type(problem).__name__}: {problem}".splitlines()[0]
+                raise RuntimeError(
+                    f"{job.node}: {name} fails where a gradient is wanted ({said}){patches}. {remedy}"
+                ) from problem
             ways.pop(0)
             if cut is None:
                 found.append(checked)

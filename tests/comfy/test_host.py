@@ -256,6 +256,21 @@ def test_a_model_on_several_gpus_is_optimised_on_its_own(world, caplog):
 
 
 @pytest.mark.every_host
+def test_a_patch_that_fails_under_a_gradient_is_told_with_its_error(world):
+    model = world.model.clone()
+
+    def wrapper(apply, args):
+        if torch.is_grad_enabled():
+            raise TypeError("unsupported operand")
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(wrapper)
+    with pytest.raises(
+        RuntimeError, match=r"MIRA: \w+ fails where a gradient is wanted \(TypeError: unsupported operand"
+    ):
+        world.optimize(model=model, iterations=1)
+
+
 def test_controlnet(world):
     """Of the network's shape, with random weights."""
     from comfy.cldm.cldm import ControlNet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from comfy_api.latest import io
 
 from testing.networks import sd15
 from testing.pack import as_node, mira
@@ -215,6 +217,13 @@ def test_every_widget_has_a_tooltip():
     for node in nodes.NODES:
         for i in node.define_schema().inputs:
             assert i.tooltip or not hasattr(i, "default"), f"{node.__name__}.{i.id}"
+
+
+def test_every_node_is_found_by_other_words():
+    known = "search_aliases" in inspect.signature(io.Schema).parameters
+    for node in nodes.NODES:
+        found = getattr(node.define_schema(), "search_aliases", None) or []
+        assert not known or len(found) > 1, node.__name__
 
 
 def test_another_iterate_is_taken_without_running_again(world, monkeypatch):
