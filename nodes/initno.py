@@ -25,7 +25,16 @@ from ..sampler.memory import offloaded, unlock
 from ..sampler.seeds import stream
 from .host import INTERRUPTS, samples_of
 from .host.dynamic import static
-from .host.grad import Repeating, blocks_checkpointed, loaded, normal, pytorch_kernels, sdpa, training
+from .host.grad import (
+    Repeating,
+    blocks_checkpointed,
+    has_no_repeatable_way,
+    loaded,
+    normal,
+    pytorch_kernels,
+    sdpa,
+    training,
+)
 from .shared import memo
 from .shared.checks import check_links, check_values
 from .shared.inputs import seed_input
@@ -225,7 +234,7 @@ class _Attending(comfy.samplers.Sampler):
             def better() -> Found:
                 return improve(
                     maps, noise, self.words.subjects, self.settings, self.generator, on_iteration=self.report,
-                    interrupts=INTERRUPTS,
+                    interrupts=INTERRUPTS, mends=has_no_repeatable_way,
                 )  # fmt: skip
 
             offloading, repeating = False, Repeating(NODE)

@@ -124,6 +124,7 @@ def improve(
     *,
     on_iteration: Callable[[int, int, float, float], None] = lambda *row: None,
     interrupts: Interrupts = (),
+    mends: Callable[[BaseException], bool] = lambda problem: False,
 ) -> Found:
     """From `noise` (1, C, h, w) on, the best one: of the lowest response + conflict.
 
@@ -131,7 +132,7 @@ def improve(
     not good after `TRIAL` updates, or cannot go on (no gradient, or values that are not finite), is followed by a
     fresh z0 from `generator`; after `rounds` of them the best goes on for `iterations`. An exception of `interrupts`
     or an error after the first evaluation, and running out of memory after the first update, end it with the best so
-    far.
+    far; what the caller `mends`, to begin again, is raised.
     Raises RuntimeError when the given noise's attention is not finite.
     """
     rows: list[tuple[int, int, float, float]] = []
@@ -184,7 +185,7 @@ def improve(
         return bool(again) and climb(rows[index][0], best, settings.iterations)
 
     good, cut = attempt(interrupts, rounds)
-    if cut and (lowest == math.inf or (cut.memory and not updates)):
+    if cut and (lowest == math.inf or (cut.memory and not updates) or mends(cut.problem)):
         raise cut.problem
     if cut:
         return Found(best, rows, index, f"{cut} after {len(rows)} evaluations: the best of them", True)

@@ -6,6 +6,7 @@ import gc
 import math
 import os
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -49,6 +50,7 @@ def unlock() -> None:
     """Hand page-locked memory that nobody uses any more back: PyTorch keeps it for the process's life."""
     if torch.cuda.is_initialized() and hasattr(torch._C, "_host_emptyCache"):
         torch._C._host_emptyCache()
+    _locked.held = +_locked.used
 
 
 class _Enough(BaseException):
@@ -106,26 +108,44 @@ def _most() -> int:
 class _PageLocked:
     """Copies of a card's tensors in page-locked memory, which it reaches several times as fast as other memory, as
     long as they are few enough, and the system allows them.
+
+    PyTorch locks powers of two, and keeps what is freed for others of the same size, until `unlock`.
     """
 
     def __init__(self, most: int) -> None:
-        self.most, self.used = most, 0
+        self.most = most
+        self.used: Counter[int] = Counter()  # by size, how many copies there are ...
+        self.held: Counter[int] = Counter()  # ... and how many PyTorch has locked memory for
+
+    def take(self, size: int) -> bool:
+        """Whether there is room for one more of so many bytes, which counts from now on."""
+        if self.used[size] >= self.held[size]:
+            if self._bytes() + size > self.most and self.used != self.held:
+                unlock()
+            if self._bytes() + size > self.most:
+                return False
+        self.used[size] += 1
+        self.held[size] = max(self.held[size], self.used[size])
+        return True
+
+    def give(self, size: int) -> None:
+        self.used[size] -= 1
 
     def copy(self, t: Tensor) -> Tensor | None:
-        size = 1 << max(0, t.numel() * t.element_size() - 1).bit_length()  # PyTorch takes the next power of two
-        if not t.is_cuda or self.used + size > self.most:
+        size = 1 << max(0, t.numel() * t.element_size() - 1).bit_length()
+        if not t.is_cuda or not self.take(size):
             return None
         try:
             there = torch.empty_like(t, device="cpu", pin_memory=True)
         except RuntimeError:  # no more of it may be locked: a fast way less, not a fault
-            self.most = self.used
+            self.give(size)
+            self.most = 0
             return None
-        self.used += size
-        weakref.finalize(there, self._free, size).atexit = False
+        weakref.finalize(there, self.give, size).atexit = False
         return there.copy_(t, non_blocking=True)  # in the stream's order, as is every use of either
 
-    def _free(self, size: int) -> None:
-        self.used -= size
+    def _bytes(self) -> int:
+        return sum(size * count for size, count in self.held.items())
 
 
 _locked = _PageLocked(_most())

@@ -27,11 +27,12 @@ SAME = 1e-2  # of the first candidates' distance: below it, candidates have beco
 
 class Method:
     """gradient: it goes through the model. numbers: it needs how much better, not only which. several: every candidate
-    is a trajectory of its own, with its own reference. incumbent_first: the first candidate is the best so far.
+    is a trajectory of its own, with its own reference. incumbent_first: the first candidate is the best so far, unless
+    `between`: it has moved towards that, and is an image that nobody has compared.
     moves_winner: the noises of a comparison's winner are moved after it, to `updated()`.
     """
 
-    gradient = numbers = several = incumbent_first = moves_winner = False
+    gradient = numbers = several = incumbent_first = between = moves_winner = False
 
     @staticmethod
     def trajectories(candidates: int) -> int:
@@ -171,6 +172,10 @@ class Dueling(Challenged):
     Deviates from the paper: steps keep the variance of the noises, whose typical sphere takes the place of its ball.
     Several challengers at once are its multi-dueling form (Schuth et al., 2016), winner takes all.
     """
+
+    def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]) -> None:
+        super().__init__(run, trajectories)
+        self.between = run.settings.step != 1
 
     def challenges(self, count: int) -> list[list[Tensor]]:
         self.directions = [self.run.fresh(self.noises) for _ in range(count)]

@@ -307,8 +307,10 @@ def _better(
         return everywhere
     if score is not None:
         return ~(score < kept.score)
-    if method.incumbent_first and s.step == 1:  # else the incumbent is an image in between, which nobody has kept
+    if method.incumbent_first and not method.between:
         return everywhere
+    if torch.equal(kept.images, winner.images):
+        return ~everywhere
     asked = ask([kept.images, winner.images])
     return (asked.best == 1) & ~asked.tie
 

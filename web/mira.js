@@ -103,11 +103,12 @@ function addDom(node, name, element, height) {
   return widget;
 }
 
-function fit(node) {
+/** least: of its width, which is left alone where nothing but the content's height has changed. */
+function fit(node, least = 380) {
   // Vue lays a node out by what is in it; a height of ours, of widgets that it hides, would only stretch it.
   if (window.LiteGraph?.vueNodesMode) return;
   const wanted = node.computeSize();
-  node.setSize([Math.max(node.size[0], wanted[0], 380), Math.max(node.size[1], wanted[1])]);
+  node.setSize([least ? Math.max(node.size[0], wanted[0], least) : node.size[0], Math.max(node.size[1], wanted[1])]);
   node.setDirtyCanvas?.(true, true);
 }
 
@@ -128,6 +129,7 @@ const ANEW = 0.65; // the share of the noise that an iterate is painted anew fro
 const USUAL = "mira_final_restart"; // a node's property: what `final_restart` was before an iterate was taken
 
 const SEEDS = ["seed", "noise_seed", "value"]; // the widgets that a seed is in
+const SEEDED = ["seed", "noise"]; // the inputs that it may come by
 
 /** The node whose widget is the seed: another one's where that, or the noise, comes by a link. */
 function seededBy(node) {
@@ -135,15 +137,15 @@ function seededBy(node) {
   return (slot >= 0 && node.getInputNode?.(slot)) || node;
 }
 
-const SEEDED = ["seed", "noise"]; // inputs
-
 /** Return iterate k, or that painted anew: the run's own seed again, fixed, and `iterate`; all else is as it was. */
 function take(node, chart, iterate, anew) {
   if (!chart.run().done) return;
   const seed = chart.run().settings.seed;
-  const seeded = seededBy(node);
-  if (Number.isSafeInteger(seed)) for (const name of SEEDS) setWidget(seeded, name, seed);
-  setWidget(seeded, "control_after_generate", "fixed");
+  const seeded = seededBy(node); // whose value is in the node's own widget too, once it was queued
+  for (const one of new Set([node, seeded])) {
+    if (Number.isSafeInteger(seed)) for (const name of SEEDS) setWidget(one, name, seed);
+    setWidget(one, "control_after_generate", "fixed");
+  }
   setWidget(node, "iterate", iterate);
   node.properties[USUAL] ??= node.widgets?.find((w) => w.name === "final_restart")?.value ?? 0;
   setWidget(node, "final_restart", anew ? node.properties[USUAL] || ANEW : 0);
@@ -187,7 +189,7 @@ function addCharted(node) {
     const usual = CHART_HEIGHT + scrub + (choice ? heightOf(choice.images.length) : 0);
     return Math.max(usual, chart.inner.offsetHeight + 2 * MARGIN);
   });
-  new ResizeObserver(() => fit(node)).observe(chart.inner);
+  new ResizeObserver(() => fit(node, 0)).observe(chart.inner);
   node[VIEW] = view;
   chain(node, "onExecuted", (output) => {
     const run = isOf(node, output?.mira?.[0] ?? {}) && fromOutput(output, chart.run());

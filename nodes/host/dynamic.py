@@ -89,8 +89,10 @@ def _copied(patcher: ModelPatcher) -> nn.Module:
 
 
 def _layers(network: nn.Module) -> dict[str, tuple[str, str]]:
-    """By name, not by class: ComfyUI makes the classes of quantised layers anew for every file that it reads."""
-    kinds = {name: type(module) for name, module in network.named_modules()}
+    """By name, not by class: ComfyUI makes the classes of quantised layers anew for every file that it reads. Its own
+    nodes change what stands beside the layers (the noise schedule).
+    """
+    kinds = {name: type(module) for name, module in getattr(network, "diffusion_model", network).named_modules()}
     return {name: (kind.__module__, kind.__qualname__) for name, kind in kinds.items()}
 
 

@@ -271,6 +271,7 @@ def test_a_patch_that_fails_under_a_gradient_is_told_with_its_error(world):
         world.optimize(model=model, iterations=1)
 
 
+@pytest.mark.every_host
 def test_controlnet(world):
     """Of the network's shape, with random weights."""
     from comfy.cldm.cldm import ControlNet

@@ -177,3 +177,24 @@ def test_attention_that_is_not_finite_ends_a_noise_and_at_once_it_is_an_error():
 def test_settings_say_what_is_wrong(values, message):
     with pytest.raises(ValueError, match=message):
         Settings(**values)
+
+
+def test_what_the_caller_mends_is_raised_and_ends_nothing():
+    """A backward without a deterministic form, say, which is met after the first evaluation."""
+
+    class Refused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("x does not have a deterministic implementation")
+
+    def refusing(z):
+        return attend(Refused.apply(z))
+
+    settings = Settings(response=0.0)
+    assert improve(settings, attend=refusing).cut_short
+    with pytest.raises(RuntimeError, match="deterministic"):
+        improve(settings, attend=refusing, mends=lambda problem: "deterministic" in str(problem))

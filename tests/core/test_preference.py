@@ -210,6 +210,20 @@ def test_an_incumbent_without_numbers_is_asked_for():
     assert "reward" not in result.trace.rows[0]
 
 
+@pytest.mark.parametrize(("method", "asked"), [("best_of_n", 6), ("dueling", 6)])
+def test_nobody_is_asked_twice_about_the_same_images(method, asked):
+    """By a judge who always likes the best so far: a shorter step goes to no other."""
+    seen = []
+
+    def stays(k, candidates):
+        seen.append(torch.equal(*candidates[:2]))
+        nobody = torch.zeros(2, dtype=torch.long)
+        return Verdict(nobody, nobody + 1, nobody > 0)
+
+    run(PreferenceSettings(method=method, iterations=6, step=0.5), stays)
+    assert len(seen) == asked and not any(seen)
+
+
 def test_skipped_ties_change_nothing():
     def tie(k, candidates):
         return Verdict(

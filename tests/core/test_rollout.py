@@ -379,3 +379,19 @@ FULL = (
 @pytest.mark.parametrize("words", FULL)
 def test_what_running_out_of_memory_is_called(words):
     assert out_of_memory(RuntimeError(words)) and not out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_page_locked_memory_has_one_bound(monkeypatch):
+    """PyTorch keeps what is freed for others of its size: that counts until it is handed back."""
+    from mira.sampler import memory
+
+    unlocked = []
+    locked = memory._PageLocked(100)
+    monkeypatch.setattr(memory, "_locked", locked)
+    monkeypatch.setattr(memory, "unlock", lambda: (unlocked.append(1), setattr(locked, "held", +locked.used)))
+    assert locked.take(64) and not locked.take(64) and locked.take(32) and not locked.take(8) and not unlocked
+    locked.give(64)
+    assert locked.take(64) and not unlocked  # the same block
+    locked.give(64)
+    assert locked.take(32) and unlocked == [1]  # which another size cannot have
+    assert sum(size * count for size, count in locked.held.items()) == 64
