@@ -141,7 +141,7 @@ def test_search_records_and_finds(server):
     ("changes", "message"),
     [
         ({"sampler_name": "euler"}, "MIRA Search KSampler: method fk_steering needs a sampler that injects noise"),
-        ({"steps": 0}, "steps is 0"),
+        ({"steps": 0}, "Value 0 smaller than min of 1.*: steps"),
         ({"particles": 0}, "particles"),
     ],
 )
