@@ -236,7 +236,7 @@ def against(mine: torch.Tensor, plain: torch.Tensor, animals: list[str], level: 
     found = [once([n for i in some for n in of[names[i]]]) for some in drawn]
     reached = [one for one in found if one is not None]
     # Of a few that got so far nothing can be said.
-    spread = torch.stack(reached).std(0) if len(reached) > RESAMPLES // 4 else nowhere
+    spread = torch.stack(reached).std(0) if len(reached) > RESAMPLES // 2 else nowhere
     passes, plain_passes, plain_adherence, more, clip = everyone.tolist()
     return {
         "level": level, "passes": passes, "plain_passes": plain_passes, "plain_adherence": plain_adherence,
