@@ -33,6 +33,7 @@ MODELS = {"sd15": 512, "sdxl": 1024, "flow": 1024}  # pixels
 SIDES = {"sd15": (512, 768, 1024), "sdxl": (768, 1024, 1280), "flow": (768, 1024)}
 STOCK = {"sd15": (2, 6), "sdxl": (4, 12), "flow": (8,)}  # GB: of 2, 4 and 8 the model is larger than the card
 DTYPES = {"sd15": ("fp16", "bf16"), "sdxl": ("fp16",), "flow": ("bf16", "fp8")}
+BALLAST: list = []  # what makes a card smaller for whoever asks the driver
 LIMIT = int(os.environ.get("MIRA_LIMIT", 540))  # seconds of a piece
 
 PIECES = (
@@ -155,8 +156,13 @@ def flow_transformer(dtype: str, small: bool):
         return comfy.model_patcher.ModelPatcher(model, device, management.unet_offload_device())
 
 
-def from_file(model, name: str):
-    """The same network as ComfyUI's own loader makes it; in dynamic VRAM its weights come when they are used."""
+def as_loaded(model):
+    """As ComfyUI's loaders leave it: off the card, or in dynamic VRAM, where the weights come when they are used."""
+    return from_file(model) if os.environ.get("MIRA_DYNAMIC") else off_card(model)
+
+
+def from_file(model):
+    """The same network as ComfyUI's own loader makes it."""
     import comfy.sd
     import comfy.utils
     import torch
@@ -169,7 +175,7 @@ def from_file(model, name: str):
 
 
 def off_card(model):
-    """Where ComfyUI's loaders leave it: a part that is on the card already would stay there."""
+    """A part that is on the card already would stay there when it becomes smaller."""
     import torch
 
     model.model.to(model.offload_device)
@@ -193,12 +199,9 @@ def options_of(world, name: str, dtype: str, pixels: int, small: bool) -> dict:
     def text(width: int, length: int = 77) -> list:
         return [[torch.randn(1, length, width, generator=g), {"pooled_output": torch.randn(1, 1280, generator=g)}]]
 
-    dynamic = bool(os.environ.get("MIRA_DYNAMIC"))
     if name == "flow":
-        model = flow_transformer(dtype, small)
         return shared | {
-            "model": from_file(model, name) if dynamic else off_card(model), "vae": full_vae(16, small),
-            "sampler": "euler",
+            "model": as_loaded(flow_transformer(dtype, small)), "vae": full_vae(16, small), "sampler": "euler",
             "steps": 2 if small else 8, "cfg": 1.0,  # as Z-Image Turbo is used
             "latent": torch.zeros(1, 16, side, side), "positive": text(2560), "negative": text(2560),
         }  # fmt: skip
@@ -210,9 +213,14 @@ def options_of(world, name: str, dtype: str, pixels: int, small: bool) -> dict:
             model, width = sd15(torch.bfloat16 if dtype == "bf16" else None), 768
         else:
             model, width = rigs.random_rig("sdxl", world, rigs.PAPER["sdxl"]).model, 2048
-    model = from_file(model, name) if dynamic else off_card(model)
     vae = full_vae(4, small)
-    return shared | {"model": model, "vae": vae, "latent": latent, "positive": text(width), "negative": text(width)}
+    return shared | {
+        "model": as_loaded(model),
+        "vae": vae,
+        "latent": latent,
+        "positive": text(width),
+        "negative": text(width),
+    }
 
 
 # -- the pieces; each returns what goes into its file
@@ -363,9 +371,6 @@ def make_smaller(gb: float) -> float:
 
     management.get_free_memory = free
     return 0.0
-
-
-BALLAST: list = []
 
 
 def card(name: str, gb: int, pixels: int, small: bool) -> dict:

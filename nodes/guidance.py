@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -27,6 +27,7 @@ from .host.grad import (
     OutOfPlace,
     Repeating,
     blocks_checkpointed,
+    both,
     loaded,
     normal,
     pytorch_kernels,
@@ -271,13 +272,9 @@ class DyMOGuider(comfy.samplers.CFGGuider):
                     stack.enter_context(blocks())
             yield
 
-    def _place(self) -> ExitStack:
+    def _place(self) -> AbstractContextManager:
         """Where a layer is computed again."""
-        stack = ExitStack()
-        if self.thrift == THRIFTIEST:
-            stack.enter_context(offloaded())
-        stack.enter_context(OutOfPlace())
-        return stack
+        return both(offloaded(), OutOfPlace()) if self.thrift == THRIFTIEST else OutOfPlace()
 
     @contextmanager
     def without_constants(self) -> Iterator[None]:

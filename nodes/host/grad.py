@@ -12,7 +12,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import comfy.conds
@@ -92,6 +92,12 @@ def _holds_one(value: Any, depth: int = 2) -> bool:
     if depth and type(value) in (list, tuple, dict):
         return any(_holds_one(v, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
     return False
+
+
+@contextmanager
+def both(a: AbstractContextManager, b: AbstractContextManager) -> Iterator[None]:
+    with a, b:
+        yield
 
 
 @contextmanager

@@ -47,6 +47,7 @@ from .grad import (
     PLACES,
     OutOfPlace,
     blocks_checkpointed,
+    both,
     has_no_repeatable_way,
     leave_inference_mode,
     loaded,
@@ -477,7 +478,7 @@ class Process:
             def place() -> AbstractContextManager:
                 # One layer of a decoder at full resolution is gigabytes when it is computed again.
                 offload = self.rollout.score_offloaded
-                return _both(offloaded(), OutOfPlace()) if offload else OutOfPlace()
+                return both(offloaded(), OutOfPlace()) if offload else OutOfPlace()
 
             self.layers[module] = blocks_checkpointed(module, place)
         if not (blocks := self.layers[module]):
@@ -601,12 +602,12 @@ class Process:
             "gradient."
         )
         blocks = self.blocks()
-        ways = [nullcontext, *([blocks] if blocks else []), lambda: _both(offloaded(), (blocks or nullcontext)())]
-        both = blocks and job.memory not in ("none", "per_step")  # what a checkpoint breaks shows with it only
+        ways = [nullcontext, *([blocks] if blocks else []), lambda: both(offloaded(), (blocks or nullcontext)())]
+        twice = blocks and job.memory not in ("none", "per_step")  # what a checkpoint breaks shows with it only
         found: list[Checked] = []
         known: dict[int, Checked] = {}
         cut = None
-        while ways and len(found) < (2 if both else 1):
+        while ways and len(found) < (2 if twice else 1):
             try:
                 checked, cut = within_memory(self._checked, noise, ways[0], known)
             except RuntimeError as problem:
@@ -626,7 +627,7 @@ class Process:
             except (TypeError, AttributeError, KeyError) as problem:
                 said = f"{type(problem).__name__}: {problem}".splitlines()[0]
                 raise RuntimeError(
-                    f"{job.node}: {name} fails where a gradient is wanted ({said}){patches}. {remedy}"
+                    f"{job.node}: {name} fails where a gradient is wanted ({said}). {remedy}"
                 ) from problem
             ways.pop(0)
             if cut is None:
@@ -717,12 +718,6 @@ class Process:
         with getattr(self.model_wrap, "without_constants", nullcontext)():
             self._run(noise, function, {})
         return found[0]
-
-
-@contextmanager
-def _both(a: AbstractContextManager, b: AbstractContextManager) -> Iterator[None]:
-    with a, b:
-        yield
 
 
 def controls(conds: dict) -> list:

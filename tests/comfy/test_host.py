@@ -255,16 +255,21 @@ def test_a_model_on_several_gpus_is_optimised_on_its_own(world, caplog):
     assert model.get_additional_models_with_key("multigpu") == [other]
 
 
-@pytest.mark.every_host
-def test_a_patch_that_fails_under_a_gradient_is_told_with_its_error(world):
+def failing_under_a_gradient(world, problem):
     model = world.model.clone()
 
     def wrapper(apply, args):
         if torch.is_grad_enabled():
-            raise TypeError("unsupported operand")
+            raise problem
         return apply(args["input"], args["timestep"], **args["c"])
 
     model.set_model_unet_function_wrapper(wrapper)
+    return model
+
+
+@pytest.mark.every_host
+def test_a_patch_that_fails_under_a_gradient_is_told_with_its_error(world):
+    model = failing_under_a_gradient(world, TypeError("unsupported operand"))
     with pytest.raises(
         RuntimeError, match=r"MIRA: \w+ fails where a gradient is wanted \(TypeError: unsupported operand"
     ):
@@ -400,14 +405,7 @@ def test_a_step_that_fits_only_with_block_checkpoints_is_tested_with_them(world)
 
 
 def test_a_network_without_a_backward_is_refused_with_a_remedy(world):
-    model = world.model.clone()
-
-    def none(apply, args):
-        if torch.is_grad_enabled():
-            raise RuntimeError("derivative for aten::_scaled_mm is not implemented")
-        return apply(args["input"], args["timestep"], **args["c"])
-
-    model.set_model_unet_function_wrapper(none)
+    model = failing_under_a_gradient(world, RuntimeError("derivative for aten::_scaled_mm is not implemented"))
     with pytest.raises(RuntimeError, match=r"UNetModel has no gradient: derivative for aten::_scaled_mm.*quantised"):
         world.optimize(model=model, iterations=1)
 
