@@ -8,8 +8,8 @@
                             the known ones, a path, or all, which writes docs/compatibility.md
     python dev.py fuzz      prompts that nobody would think of, on the real server (--seconds 600, --seed 1)
     python dev.py bench     benchmarks: speed, surrogates, gaussian, model, rewards, preference, front, restart, beta,
-                            pruning, paper, gpu, few-steps; of paper's images: study (a page for people), judge (a
-                            vision-language model)
+                            pruning, paper, gpu, few-steps, families (docs/models.md; also with --host); of paper's
+                            images: study (a page for people), judge (a vision-language model)
     python dev.py docs      make again what is made, or some of it: help (pages), examples, thumbnails (of them),
                             pictures (of the nodes)
     python dev.py train     retrain the demo model: data, vae, clip, judge, unet, export, taste, lora
@@ -75,6 +75,7 @@ BENCHES = {
     "pruning": "bench.pruning",
     "gpu": "bench.gpu",
     "few-steps": "bench.few_steps",
+    "families": "bench.families",
     "paper": "bench.paper",
     "study": "bench.study",
     "judge": "bench.vlm",
@@ -375,7 +376,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["demo", "serve", "test", "fuzz", "bench", "docs", "train"])
     parser.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI and its Python")
-    parser.add_argument("--host", metavar="VERSION", help="test: on another ComfyUI, a known version, a path, or all")
+    parser.add_argument("--host", metavar="VERSION", help="test, bench: on another ComfyUI, a known version, a path; test: or all")
     parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU")
     arguments, extra = parser.parse_known_args()
     if arguments.command in TO_USE and extra:
@@ -403,6 +404,9 @@ def main() -> int:
     if not extra or extra[0] not in table:
         raise Failure(f"{command} what? One of: {', '.join(table)}")
     path = {"PYTHONPATH": os.pathsep.join([str(comfyui), str(ROOT)])} if command == "train" else None
+    if arguments.host:
+        comfyui = get_host(arguments.host)
+        python = host_environment(comfyui)
     return execute(python, comfyui, ["-m", table[extra[0]], *extra[1:]], gpu, path)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .rollout import difference
 
-SEEN = 0.02  # a relative error at which a gradient is right, and no other length of the difference is tried
+SEEN = 0.02  # a relative error at which a gradient is right
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,15 @@ def check(
     within: Callable[[], AbstractContextManager] = nullcontext,
     looked_at: Callable[[Tensor], Tensor] = lambda out: out,
     known: Checked | None = None,
+    enough: float = SEEN,
 ) -> Checked:
     """Autograd's derivative of <f(x), v> along its own gradient, v fixed and random, against finite differences; and
     looked_at(f(x)) with a gradient against the same without.
 
     f: (B, ...) -> (B, ...). steps: lengths of the difference, relative to x; the best agreement counts, because a
     long step meets curvature and a short one rounding, while a wrong gradient agrees at none. within: of forward and
-    backward. known: what was found of f at x within something else, which is compared with and not measured again.
-    Raises what f raises.
+    backward. known: what was found of f at x within something else, which is compared with and not measured again. enough: the
+    error at which no other length is tried. Raises what f raises.
     """
     generator = torch.Generator().manual_seed(0)
     x = x.detach()
@@ -78,6 +79,6 @@ def check(
             up, down = (total(f(x + sign * direction) * v) for sign in (1, -1))
         slope = total(gradient * direction)
         best = min(best, (((up - down) / 2 - slope).abs() / slope.abs()).item())
-        if best < SEEN:
+        if best < enough:
             break
     return Checked(best, moved, plain, gradient)

@@ -386,7 +386,8 @@ class Process:
             return extra_args, wrap(call)
 
         self.begin()
-        x0 = self._sample(noise, source, denoiser)
+        with self.sampling_again():
+            x0 = self._sample(noise, source, denoiser)
         self.compare(x0)
         return x0
 
@@ -412,6 +413,27 @@ class Process:
         """Where call n of a trajectory draws what it drew in the plain sample (token merging, tiling)."""
         known = self.draws and n < len(self.states)
         return _RandomState(self.states[n], self.sigmas.device) if known else nullcontext()
+
+    @contextmanager
+    def sampling_again(self) -> Iterator[None]:
+        """Where what worked in the plain sample fails in the first trajectory after it, something remembers that."""
+        try:
+            yield
+        except (TypeError, AttributeError, KeyError) as problem:
+            if self.expected is None:
+                raise
+            said = f"{type(problem).__name__}: {problem}".splitlines()[0]
+            raise RuntimeError(
+                f"{self.job.node}: sampled again from the same noises, the model fails ({said}): something in the "
+                f"graph remembers earlier steps{named(self.extra_args['model_options'])}. Bypass it."
+            ) from problem
+
+    def sample_again(self) -> None:
+        """`compare` for what samples only as KSampler does, where a patch could remember anything."""
+        if named(self.extra_args["model_options"]):
+            with self.sampling_again():
+                x0, _ = self.drawn(self.job.noise)
+            self.compare(x0)
 
     def compare(self, x0: Tensor) -> None:
         """The first trajectory's result with what its noises gave. Raises RuntimeError when it is another image."""

@@ -218,15 +218,17 @@ def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
                 return process.sample_of(p)
             return process.from_image((number - 1) * settings.particles + p, x0)[1:]
 
+        process.sample_again()
         del options["seed"]
         return search_by_restarts(sample, process.score, settings, steps=len(process.sigmas) - 1, **options)
 
     def found(chain: Chain) -> Result:
         most = process.most_particles(settings)
-        return search(
-            chain, process.rollout, process.score, noises, settings, most=most, initial=process.initial_of,
-            on_plain=process.compare, **options,
-        )  # fmt: skip
+        with process.sampling_again():
+            return search(
+                chain, process.rollout, process.score, noises, settings, most=most, initial=process.initial_of,
+                on_plain=process.compare, **options,
+            )  # fmt: skip
 
     return process.within_chain(noises[0], found)
 

@@ -236,6 +236,17 @@ def test_a_cache_of_steps_is_refused_by_name(world, node):
         run(world, model=model.args[0], steps=10, sampler="euler")
 
 
+@pytest.mark.parametrize("method", ["best_of_n", "halving", "restarts"])
+@pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
+def test_a_cache_of_steps_is_refused_by_a_search(world, node, method):
+    model = as_node(node, model=world.model, reuse_threshold=1.0, start_percent=0.15, end_percent=0.95, verbose=False)
+    with torch.inference_mode():
+        job = world.job(model=model.args[0], steps=10, iterations=1)
+        job.gradient, job.settings = False, SearchSettings(method=method, particles=2, rounds=1)
+        with pytest.raises(RuntimeError, match=r"remembers earlier steps.*easycache.*Bypass"):
+            host.run(job, host.searching)
+
+
 @pytest.mark.usefixtures("trained")
 def test_guidance_with_momentum(world):
     model = as_node(APG, model=world.model, eta=1.0, norm_threshold=5.0, momentum=-0.5).args[0]

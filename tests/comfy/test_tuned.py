@@ -16,10 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from testing.families import make
 from testing.networks import SD15
 from testing.pack import ROOT, mira, weights_at_once
-
-from .test_families import made
 
 nodes = mira("nodes")
 PAGE = (ROOT / "docs" / "tuned.md").read_text()
@@ -109,7 +108,7 @@ def test_the_same_weights_with_other_options_are_another_model(world):
 
 @pytest.mark.parametrize("prefix", ["transformer.", "base_model.model."])
 def test_peft_names_fit_sd3(prefix):
-    model = made("SD3")[0]
+    model = make("SD 3")[0]
     names = comfy.utils.mmdit_to_diffusers(model.model.model_config.unet_config, output_prefix="diffusion_model.")
     module = next(n for n in names if n.endswith("attn.to_out.0.weight")).removesuffix(".weight")
     weight = model.model.state_dict()[names[f"{module}.weight"]]
