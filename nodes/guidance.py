@@ -22,7 +22,7 @@ from ..sampler.ending import within_memory
 from ..sampler.guidance import anneal, blend, lean, within
 from ..sampler.memory import offloaded, unlock
 from .host import decode, patcher_of
-from .host.dynamic import is_dynamic, static, with_static_controls
+from .host.dynamic import is_dynamic, static, with_static_networks
 from .host.grad import (
     OutOfPlace,
     Repeating,
@@ -230,7 +230,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
 
     def set_conds(self, positive: list, negative: list) -> None:
         super().set_conds(positive, negative)
-        self.original_conds = with_static_controls(self.original_conds, DYMO)
+        self.original_conds = with_static_networks(self.original_conds, DYMO)
 
     def inner_sample(
         self,

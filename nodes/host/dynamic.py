@@ -46,8 +46,14 @@ def static(patcher: ModelPatcher, what: str, own: bool = False) -> ModelPatcher:
     what: node and input, for the error. own: a copy that nobody else is given. Raises ValueError where none can be had.
     """
     patcher = on_one_device(patcher, what)
-    if not is_dynamic(patcher) or "disable_dynamic" not in inspect.signature(patcher.clone).parameters:
+    if "disable_dynamic" not in inspect.signature(patcher.clone).parameters:
         return patcher
+    if is_dynamic(patcher):
+        patcher = _static(patcher, what, own)
+    return _with_static_patches(patcher, what)
+
+
+def _static(patcher: ModelPatcher, what: str, own: bool) -> ModelPatcher:
     if patcher.injections:
         raise ValueError(
             f"{what} is in dynamic VRAM and has {' and '.join(patcher.injections)} in its layers, which a copy of it "
@@ -69,6 +75,44 @@ def static(patcher: ModelPatcher, what: str, own: bool = False) -> ModelPatcher:
     clone = patcher.clone(disable_dynamic=True, model_override=base.get_clone_model_override())
     clone.parent = base  # to whom ComfyUI's list of loaded models turns when the clone is gone
     return clone
+
+
+def static_options(options: dict, what: str) -> dict:
+    """A model's options, whose patches' own networks stay where they are too (a "model patch", such as Z-Image's and
+    Qwen-Image's ControlNets).
+    """
+    done: dict[int, object] = {}  # a patch in several places stays one: it may keep something between its calls
+
+    def of(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: of(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [of(v) for v in value]
+        if not hasattr(value, "models") or not any(is_dynamic(p) for p in value.models()):
+            return value
+        if id(value) not in done:
+            done[id(value)] = new = copy.copy(value)
+            for name, inner in vars(value).items():
+                if isinstance(inner, ModelPatcher):
+                    setattr(new, name, static(inner, f"{what}: the network of {type(value).__name__}"))
+        return done[id(value)]
+
+    new = of(options)
+    return new if done else options
+
+
+def _with_static_patches(patcher: ModelPatcher, what: str) -> ModelPatcher:
+    options = static_options(patcher.model_options, what)
+    if options is not patcher.model_options:
+        patcher = patcher.clone()
+        patcher.model_options = options
+    for other in [*patcher.model_patches_models(), *patcher.get_nested_additional_models()]:
+        if is_dynamic(other):
+            raise ValueError(
+                f"{what} comes with a {type(other.model).__name__} in dynamic VRAM, which no gradient survives: bypass "
+                "what adds it, or start ComfyUI with --disable-dynamic-vram"
+            )
+    return patcher
 
 
 def _copied(patcher: ModelPatcher) -> nn.Module:
@@ -115,8 +159,8 @@ def _without_traces(patcher: ModelPatcher) -> nn.Module:
     return network
 
 
-def with_static_controls(conds: dict[str, list[dict]], what: str) -> dict[str, list[dict]]:
-    """A guider's conditioning, whose ControlNets stay where they are too: see `static`."""
+def with_static_networks(conds: dict[str, list[dict]], what: str) -> dict[str, list[dict]]:
+    """A guider's conditioning, whose ControlNets and other networks stay where they are too: see `static`."""
     done = {}  # the same one stays the same one: conditionings that share it run in one batch
 
     def of(control: Any) -> Any:
@@ -134,4 +178,15 @@ def with_static_controls(conds: dict[str, list[dict]], what: str) -> dict[str, l
                 new.control_model = new.control_model_wrapped.model
         return done[id(control)]
 
-    return {k: [c | {"control": of(c["control"])} if "control" in c else c for c in cs] for k, cs in conds.items()}
+    def all_of(cond: dict) -> dict:
+        new = dict(cond)
+        if "control" in cond:
+            new["control"] = of(cond["control"])
+        if "gligen" in cond:
+            kind, patcher, *rest = cond["gligen"]
+            new["gligen"] = (kind, static(patcher, f"{what}: GLIGEN"), *rest)
+        if "additional_models" in cond:
+            new["additional_models"] = [static(p, f"{what}: the conditioning's model") for p in cond["additional_models"]]
+        return new
+
+    return {k: [all_of(c) for c in cs] for k, cs in conds.items()}

@@ -27,7 +27,7 @@ from ...sampler.search import METHODS, SearchSettings, search
 from ...sampler.seeds import Start, best_of
 from ...sampler.statistics import expected, noise_statistics
 from ...sampler.trace import Trace
-from .dynamic import on_one_device, static, with_static_controls
+from .dynamic import on_one_device, static, static_options, with_static_networks
 from .grad import has_no_repeatable_way, normal, pytorch_kernels, repeatable, training
 from .patches import named, why_no_gradient
 from .process import INTERRUPTS, RESTART, Chain, Job, Process, free_bytes, reset_peak, synchronize, used_bytes
@@ -65,7 +65,8 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
     guider.model_patcher = on_one_device(guider.model_patcher, f"{job.node}: model")
     if job.gradient:
         guider.model_patcher = static(guider.model_patcher, f"{job.node}: model")
-        guider.original_conds = with_static_controls(guider.original_conds, job.node)
+        guider.model_options = static_options(guider.model_options, f"{job.node}: model")
+        guider.original_conds = with_static_networks(guider.original_conds, job.node)
         if why := why_no_gradient(guider):
             raise ValueError(f"{job.node}: {why}")
     sampler = _WorkingSampler(job, work or optimizing)

@@ -188,6 +188,59 @@ def test_a_controlnet(world, model):
     assert not torch.equal(done.plain, world.ksampler())
 
 
+class Patch:
+    """Adds what a network of its own says, as ComfyUI's model patches do, and keeps something between two calls."""
+
+    def __init__(self, patcher):
+        self.patcher, self.seen = patcher, []
+
+    def models(self):
+        return [self.patcher]
+
+    def __call__(self, out, extra):
+        self.seen.append(out)
+        return out + 0.3 * self.patcher.model(self.seen.pop().unsqueeze(-1)).squeeze(-1)
+
+    def to(self, *_):
+        return self
+
+
+def patched(patcher, kind):
+    torch.manual_seed(2)
+    layer = comfy.ops.manual_cast.Linear(1, 1, dtype=torch.float32)
+    torch.nn.init.ones_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    device = patcher.load_device
+    patch = Patch(kind(comfy.model_patcher.ModelPatcher(torch.nn.Sequential(layer), device, torch.device("cpu"))))
+    patcher = patcher.clone()
+    patcher.set_model_attn1_output_patch(patch)
+    patcher.set_model_attn2_output_patch(patch)
+    return patcher, patch
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_model_patch(world, model, moves):
+    """moves: the model itself is in dynamic VRAM too."""
+    with torch.inference_mode():
+        still, _ = patched(world.model, lambda p: p)
+        moving, patch = patched(model if moves else world.model, dynamic)
+    before = weights(patch.patcher)
+    expected = world.optimize(model=still, iterations=1)
+    done = world.optimize(model=moving, iterations=1)
+    assert torch.equal(done.latent, expected.latent) and not torch.equal(done.plain, world.ksampler())
+    assert weights(patch.patcher) == before and vram.is_dynamic(patch.patcher)
+    patches = vram.static(moving, "here").model_options["transformer_options"]["patches"]
+    copies = {id(p) for ps in patches.values() for p in ps}
+    assert len(copies) == 1 and copies != {id(patch)}
+
+
+def test_another_network_that_cannot_be_made_to_stay_is_refused_before_sampling(world, model):
+    with torch.inference_mode():
+        model.set_additional_models("with_it", [dynamic(demo.load_model())])
+    with pytest.raises(ValueError, match=r"MIRA: model comes with a BaseModel in dynamic VRAM.*--disable-dynamic-vram"):
+        world.optimize(model=model, iterations=1)
+
+
 def test_a_model_that_cannot_be_made_to_stay_is_refused_by_name(world, model):
     refused = pytest.raises(RuntimeError, match=r"BaseModel.*in dynamic VRAM.*--disable-dynamic-vram")
     with refused, grad.loaded([world.model, model], 0):
