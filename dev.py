@@ -376,7 +376,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["demo", "serve", "test", "fuzz", "bench", "docs", "train"])
     parser.add_argument("--comfyui", type=Path, metavar="PATH", help="use this ComfyUI and its Python")
-    parser.add_argument("--host", metavar="VERSION", help="test, bench: on another ComfyUI, a known version, a path; test: or all")
+    parser.add_argument(
+        "--host", metavar="VERSION", help="test, bench: on another ComfyUI, a known version, a path; test: or all"
+    )
     parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU")
     arguments, extra = parser.parse_known_args()
     if arguments.command in TO_USE and extra:

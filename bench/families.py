@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
-from pathlib import Path
 
 import torch
 
@@ -116,8 +114,8 @@ def page(results: dict) -> str:
     said = ", ".join(f"{version} on {at['date']}" for version, at in results.items())
     lines = [
         "# Which models", "",
-        f"`python dev.py bench families` on a CPU, with ComfyUI {said} ([raw](results/families.json)). A network of each"
-        " family, as ComfyUI builds it, a few layers deep and with random weights: what is not optimised is KSampler's"
+        f"`python dev.py bench families` on a CPU, with ComfyUI {said} ([raw](results/families.json)). A network of"
+        " each family, as ComfyUI builds it, a few layers deep and with random weights: what is not optimised is KSampler's"
         " picture bit for bit; the gradient of a step agrees with central differences in float64; computing again"
         " (`memory`) changes nothing; and a reward rises with the weights in float32 and in each of the formats below."
         " What a family's real weights do to a picture was not measured.", "",

@@ -36,8 +36,8 @@ from .host.grad import (
     without_tf32,
 )
 from .host.patches import why_no_gradient
-from .shared.checks import check_links, check_reward, check_values, needs, needs_gradient, spoken
-from .shared.inputs import vae_input
+from .shared.checks import check_links, check_reward, check_values, needs, needs_gradient, prompts_of
+from .shared.inputs import prompt_input, vae_input
 from .shared.types import MiraReward, aliases
 
 RLG = "MIRA RL Guidance"
@@ -223,7 +223,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
         self.vae.first_stage_model = self.vae.patcher.model
         self.networks = [self.vae.patcher, *(patcher_of(m) for m in reward.modules)]
         super().__init__(patcher)
-        self.reward, self.prompt = reward, prompt
+        self.reward, self.prompt, self.prompts = reward, prompt, [prompt]
         self.scale, self.start, self.end = scale, start, end
         self.thrift = 0  # up to THRIFTIEST
         self.repeating = Repeating(DYMO)
@@ -245,6 +245,9 @@ class DyMOGuider(comfy.samplers.CFGGuider):
     ) -> Tensor:
         if why := self.reward.unfit(len(noise)):
             raise ValueError(f"{DYMO}: reward {self.reward.facts.name!r}: {why}")
+        self.prompts, notices = prompts_of(self.prompt, self, len(noise))
+        for notice in notices:
+            log.warning("%s: %s", DYMO, notice)
         # ComfyUI has loaded the model in inference mode, where nothing has a gradient; from here on it would want one.
         need = self.inner_model.memory_required([2 * noise.shape[0], *noise.shape[1:]])
         patchers = [self.model_patcher, *self.loaded_models, *self.networks]
@@ -311,7 +314,8 @@ class DyMOGuider(comfy.samplers.CFGGuider):
                     images = decode(self.vae, self.inner_model.process_latent_out(denoised.float()))
                     self.reward.evaluation(0)  # whatever was scored before
                     with without_tf32():
-                        total, _ = self.reward(images, [self.prompt] * len(images))
+                        # Several particles of the batch may be there at once.
+                        total, _ = self.reward(images, self.prompts * (len(images) // len(self.prompts)))
                 # Under an optimisation of the noises this term counts as a constant. Its length does not count, but in
                 # float16 it would fall below the smallest number, or rise above the largest.
                 for scale in (2.0**10, 2.0**5, 1.0):
@@ -383,13 +387,7 @@ class MiraDyMOGuider(io.ComfyNode):
                     tooltip="From where in the noise schedule on. DyMO leaves the beginning to the prompt.",
                 ),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="And until where."),
-                io.String.Input(
-                    "prompt",
-                    default="",
-                    multiline=True,
-                    optional=True,
-                    tooltip="The prompt as text, for rewards that compare image and prompt.",
-                ),
+                prompt_input(),
             ],
             outputs=[io.Guider.Output("guider", display_name="guider")],
         )
@@ -421,7 +419,7 @@ class MiraDyMOGuider(io.ComfyNode):
             raise ValueError(
                 f"{DYMO}: vae decodes {vae.latent_channels} latent channels, but model has {channels}: use its own VAE"
             )
-        guider = DyMOGuider(model, vae, reward, spoken(prompt or ""), scale, start_percent, end_percent)
+        guider = DyMOGuider(model, vae, reward, prompt, scale, start_percent, end_percent)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         if why := why_no_gradient(guider):

@@ -43,8 +43,8 @@ def check(
 
     f: (B, ...) -> (B, ...). steps: lengths of the difference, relative to x; the best agreement counts, because a
     long step meets curvature and a short one rounding, while a wrong gradient agrees at none. within: of forward and
-    backward. known: what was found of f at x within something else, which is compared with and not measured again. enough: the
-    error at which no other length is tried. Raises what f raises.
+    backward. known: what was found of f at x within something else, which is compared with and not measured again.
+    enough: the error at which no other length is tried. Raises what f raises.
     """
     generator = torch.Generator().manual_seed(0)
     x = x.detach()

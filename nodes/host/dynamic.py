@@ -186,7 +186,9 @@ def with_static_networks(conds: dict[str, list[dict]], what: str) -> dict[str, l
             kind, patcher, *rest = cond["gligen"]
             new["gligen"] = (kind, static(patcher, f"{what}: GLIGEN"), *rest)
         if "additional_models" in cond:
-            new["additional_models"] = [static(p, f"{what}: the conditioning's model") for p in cond["additional_models"]]
+            new["additional_models"] = [
+                static(p, f"{what}: the conditioning's model") for p in cond["additional_models"]
+            ]
         return new
 
     return {k: [all_of(c) for c in cs] for k, cs in conds.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -179,7 +180,8 @@ def training(gradient: bool = True) -> Iterator[None]:
 
 
 ATTENTION = ("optimized_attention", "optimized_attention_masked")
-ROPE = ("apply_rope", "apply_rope1")
+# comfy-kitchen's fused rotary positions and norms, which have no backward; those that write over their input end in _.
+FUSED = re.compile(r"(apply_rope|rms_rope|rms_adaln|adaln)\w*(?<!_)")
 
 
 @contextmanager
@@ -187,11 +189,12 @@ def pytorch_kernels() -> Iterator[None]:
     """PyTorch's own code where a model asks for "the optimised one" and listens to no option.
 
     Of attention: sage and flash have no backward, and some models call the function that they imported, without
-    `transformer_options` (see `sdpa`). Of rotary positions: cores that have fused kernels and no switch for training.
+    `transformer_options` (see `sdpa`). Of rotary positions and norms: fused kernels are in cores without a switch for
+    training, and in models that do not ask it (Cosmos Predict 2, Anima and JoyImage in 0.33).
     """
     changed = []
     for name, module in list(sys.modules.items()):
-        if name.startswith("comfy."):
+        if name.startswith("comfy.") or name == "comfy_kitchen":
             for known, value in list(vars(module).items()):
                 if (other := _pytorch_kernel(known, value)) is not None:
                     changed.append((vars(module), known, value, other))
@@ -208,11 +211,10 @@ def _pytorch_kernel(name: str, value: object) -> Callable | None:
     """What takes the place of a module's function of this name, or None: it stays."""
     if name in ATTENTION:
         return comfy.ldm.modules.attention.attention_pytorch
-    switched = hasattr(comfy.model_management, "in_training")
-    if name in ROPE and not switched and getattr(value, "__module__", "").startswith("comfy_kitchen"):
+    if FUSED.fullmatch(name) and getattr(value, "__module__", "") == "comfy_kitchen":
         from comfy_kitchen.backends import eager
 
-        return getattr(eager, name)
+        return getattr(eager, name, None)
     return None
 
 
@@ -289,6 +291,7 @@ OUT_OF_PLACE: dict[Callable, Callable] = {
     Tensor.mul_: torch.mul,
     Tensor.div_: torch.div,
 }
+NORMS = (nn.functional.layer_norm, nn.functional.rms_norm)
 
 
 class OutOfPlace(TorchFunctionMode):
@@ -312,8 +315,23 @@ class SlicesToo(OutOfPlace):
         return out.clone() if func is Tensor.__getitem__ and torch.is_grad_enabled() else out
 
 
-# From one to the next where backward finds that something was overwritten.
-PLACES = (nullcontext, OutOfPlace, SlicesToo)
+class NormsApart(OutOfPlace):
+    """Writing into a slice stays what it is, and a norm keeps a copy of its input, over which it is done; what a tensor
+    is multiplied with is not itself written over (PixelDiT).
+    """
+
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in NORMS:
+            args = (args[0].clone(), *args[1:])
+        elif func is Tensor.addcmul_ and args[0] is args[1]:
+            func = torch.addcmul
+        elif func in OUT_OF_PLACE and args[0]._is_view():
+            return func(*args, **kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+# From one to the next where backward finds that something was overwritten, or that a gradient changes the prediction.
+PLACES = (nullcontext, OutOfPlace, SlicesToo, NormsApart)
 
 
 def sdpa(_: Any, *args: Any, **kwargs: Any) -> Tensor:

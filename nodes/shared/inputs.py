@@ -359,7 +359,10 @@ def prompt_input():
         default="",
         multiline=True,
         optional=True,
-        tooltip="The prompt as text, for rewards that compare image and prompt. One for the whole batch.",
+        tooltip=(
+            "The prompt as text, for rewards that compare image and prompt. One for the whole batch; of a conditioning "
+            "with several prompts, one a line."
+        ),
     )
 
 

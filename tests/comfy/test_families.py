@@ -15,7 +15,7 @@ from mira import nodes
 from mira.rewards.pixel import PixelReward
 
 from bench import families
-from bench.families import examine, exactness, in_precision, optimize
+from bench.families import exactness, examine, in_precision, optimize
 from testing.families import FAMILIES, known, make
 from testing.pack import as_node
 from tools.examples import EXAMPLES, needs_files

@@ -112,20 +112,21 @@ def test_other_models_are_refused(world):
         rlg(world.model, other, 1.5)
 
 
-def guider(world, cfg=5.0, reward=None, scale=1.0, start=0.2, end=1.0, model=None, **more):
+def guider(world, cfg=5.0, reward=None, scale=1.0, start=0.2, end=1.0, model=None, positive=None, **more):
     with torch.inference_mode():
         return nodes.MiraDyMOGuider.execute(
-            model or world.model, world.positive, world.negative, world.vae, reward or PixelReward("brightness"), cfg,
-            scale, start, end, **more,
+            model or world.model, positive or world.positive, world.negative, world.vae,
+            reward or PixelReward("brightness"), cfg, scale, start, end, **more,
         ).args[0]  # fmt: skip
 
 
-def guided(world, which, batch=1, sampler="euler_ancestral", mask=None):
+def guided(world, which, batch=1, sampler="euler_ancestral", mask=None, noise=None):
     """As SamplerCustomAdvanced samples."""
     latent = torch.zeros(batch, 4, 8, 8)
+    noise = comfy.sample.prepare_noise(latent, 11) if noise is None else noise
     with torch.inference_mode():
         return which.sample(
-            comfy.sample.prepare_noise(latent, 11), latent, comfy.samplers.sampler_object(sampler),
+            noise, latent, comfy.samplers.sampler_object(sampler),
             world.sigmas(steps=STEPS), denoise_mask=mask, seed=11, disable_pbar=True,
         )  # fmt: skip
 
@@ -174,6 +175,19 @@ def test_the_noise_is_optimised_under_dymo(world, scale):
         done = mira("nodes.host").run(job)
     rows = done.result.trace.rows
     assert rows[-1]["reward"] > rows[0]["reward"]
+
+
+def test_every_image_is_guided_by_its_own_prompt(world):
+    """A batch is what its images are alone."""
+    prompts = ["a fox", "a zebra"]
+    reward = mira("nodes.demo").demo_clip_score()
+    together = guider(world, reward=reward, prompt="\n".join(prompts), positive=world.encode_batch(prompts))
+    found = guided(world, together, batch=2, sampler="euler")
+    noise = comfy.sample.prepare_noise(torch.zeros(2, 4, 8, 8), 11)
+    for n, prompt in enumerate(prompts):
+        alone = guider(world, reward=reward, prompt=prompt, positive=world.encode(prompt))
+        one = guided(world, alone, sampler="euler", noise=noise[n : n + 1])
+        torch.testing.assert_close(found[n : n + 1], one, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -637,29 +637,26 @@ def test_what_a_network_cached_in_the_plain_sample_is_no_obstacle(world):
     assert rows(done)[-1] > rows(done)[0]
 
 
-def test_fused_positions_give_way_where_there_is_no_switch(monkeypatch):
-    """ComfyUI 0.8 to 0.13 has kernels for rotary positions without a backward."""
+def test_fused_positions_give_way(monkeypatch):
+    """ComfyUI 0.8 to 0.13 imports kernels without a backward by name; newer ones look them up where they are made."""
     eager = ModuleType("comfy_kitchen.backends.eager")
-    eager.apply_rope = eager.apply_rope1 = lambda x, freqs: "differentiable"
-    parents = {"comfy_kitchen": ModuleType("comfy_kitchen"), "comfy_kitchen.backends": ModuleType("backends")}
-    parents["comfy_kitchen.backends"].eager = eager
-    for name, module in {**parents, "comfy_kitchen.backends.eager": eager}.items():
-        monkeypatch.setitem(sys.modules, name, module)
+    eager.apply_rope1 = eager.rms_rope_split_half = lambda x, freqs: "differentiable"
+    kitchen, backends = ModuleType("comfy_kitchen"), ModuleType("comfy_kitchen.backends")
+    backends.eager = eager
+    for module in (kitchen, backends, eager):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
 
     def fused(x, freqs):
         return "fused"
 
     fused.__module__ = "comfy_kitchen"
+    kitchen.rms_rope_split_half = kitchen.rms_rope_split_half_ = kitchen.quantize = fused
     host_math = sys.modules["comfy.ldm.flux.math"]
     monkeypatch.setattr(host_math, "apply_rope1", fused)
-    for switch, expected in ((False, "differentiable"), (True, "fused")):
-        if switch:
-            monkeypatch.setattr(comfy.model_management, "in_training", False, raising=False)
-        else:
-            monkeypatch.delattr(comfy.model_management, "in_training", raising=False)
-        with grad.pytorch_kernels():
-            assert host_math.apply_rope1(None, None) == expected
-        assert host_math.apply_rope1 is fused
+    with grad.pytorch_kernels():
+        assert host_math.apply_rope1(None, None) == kitchen.rms_rope_split_half(None, None) == "differentiable"
+        assert kitchen.rms_rope_split_half_ is kitchen.quantize is fused  # another one's business
+    assert host_math.apply_rope1 is kitchen.rms_rope_split_half is fused
 
 
 def guided_by_brightness(world, scale=1.0):
