@@ -6,7 +6,8 @@ docs/results/families.json keeps what each found, and docs/models.md is the tabl
 - *plain*: the output that is not optimised is KSampler's, bit for bit;
 - *gradient*: the relative error of its gradient against central differences, both in float64;
 - *memory*: how far per_step and per_block are from the largest latent of none, which computes nothing again;
-- *precisions*: whether a reward rises with the weights in each of them.
+- *precisions*: whether a reward rises with the weights in each of them;
+- *moved*: how far a prediction is from itself where a gradient is wanted, relative.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def exactness(world: World, name: str) -> float:
 
 
 def examine(world: World, name: str) -> dict:
-    """plain, memory, and `moved`: how far the prediction is from itself where a gradient is wanted, relative."""
+    """All but the gradient and the precisions, and whether the reward rises."""
     parts = model, _, conds, latent = make(name)
     with self_tests() as found:
         done = {memory: optimize(world, parts, memory=memory) for memory in POLICIES}
@@ -90,11 +91,17 @@ def examine(world: World, name: str) -> dict:
 
 
 def in_precision(world: World, name: str, precision: str) -> bool | str:
-    """Whether the reward rises; or why it is not optimised."""
+    """Whether the reward rises; or why it is not optimised, which may be that ComfyUI itself does not sample it."""
+    model, vae, conds, latent = make(name, precision)
     try:
-        return rises(optimize(world, make(name, precision)))
+        return rises(optimize(world, (model, vae, conds, latent)))
     except RuntimeError as refused:
-        return str(refused).splitlines()[0]
+        said = str(refused).splitlines()[0]
+    try:
+        world.ksampler(model=model, latent=latent, steps=3, sampler="euler", **conds)
+    except RuntimeError as problem:
+        return f"ComfyUI's KSampler fails, too: {problem}".splitlines()[0]
+    return said
 
 
 def look_at(world: World, name: str) -> dict:
@@ -110,16 +117,19 @@ def works(found: dict) -> bool:
 
 def page(results: dict) -> str:
     """The newest ComfyUI's row of each family."""
-    newest = {name: (version, at["families"][name]) for version, at in results.items() for name in at["families"]}
+    newest = {name: (version, found) for version, at in results.items() for name, found in at["families"].items()}
     said = ", ".join(f"{version} on {at['date']}" for version, at in results.items())
     lines = [
         "# Which models", "",
-        f"`python dev.py bench families` on a CPU, with ComfyUI {said} ([raw](results/families.json)). A network of"
-        " each family, as ComfyUI builds it, a few layers deep and with random weights: what is not optimised is KSampler's"
-        " picture bit for bit; the gradient of a step agrees with central differences in float64; computing again"
-        " (`memory`) changes nothing; and a reward rises with the weights in float32 and in each of the formats below."
-        " What a family's real weights do to a picture was not measured.", "",
-        "| family | ComfyUI | works | gradient's error | memory | " + " | ".join(PRECISIONS) + " |",
+        f"`python dev.py bench families` on a CPU, with ComfyUI {said} ([raw](results/families.json)). Of each family",
+        "a network as ComfyUI builds it, a few layers deep and with random weights:", "",
+        "- what is not optimised is KSampler's picture bit for bit;",
+        "- the gradient of a step agrees with central differences in float64 (*gradient*: how far off, relative);",
+        "- computing again instead of keeping (`memory`) changes nothing (*memory*: how far per_step and per_block are",
+        "  off, relative);",
+        "- a reward rises, with the weights in float32 and in each of the formats on the right.", "",
+        "It says that the pack takes the family as it should, not what its real weights do to a picture.", "",
+        "| family | ComfyUI | works | gradient | memory | " + " | ".join(PRECISIONS) + " |",
         "|---|---|---|---|---|" + "---|" * len(PRECISIONS),
     ]  # fmt: skip
     notes: list[str] = []
@@ -132,7 +142,7 @@ def page(results: dict) -> str:
             got = found["precisions"][precision]
             if isinstance(got, str) and got not in notes:
                 notes.append(got)
-            cells.append({True: "yes", False: "no gain"}.get(got) or f"refused ({notes.index(got) + 1})")
+            cells.append({True: "yes", False: "no gain"}.get(got) or f"no ({notes.index(got) + 1})")
         yes = "yes" if works(found) else "**no**"
         figures = f"{found['gradient']:.0e} | {found['memory']:.0e}"
         lines.append(f"| {name} | {version} | {yes} | {figures} | {' | '.join(cells)} |")

@@ -481,7 +481,9 @@ class Process:
             if self.job.measured != "conditional":
                 return out
             if not conditional:
-                raise ValueError("this guider gives no conditional prediction: set `measured` to guided")
+                raise ValueError(
+                    f"{self.job.node}: this guider gives no conditional prediction: set `measured` to guided"
+                )
             return out, conditional.pop()
 
         call.escapes = escapes  # type: ignore[attr-defined]

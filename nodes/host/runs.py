@@ -18,7 +18,7 @@ from torch import Tensor
 from ...sampler.ending import within_memory
 from ...sampler.hybrid import hybrid
 from ...sampler.memory import out_of_memory, unlock
-from ...sampler.optimize import Result, Score
+from ...sampler.optimize import NoGradient, Result, Score
 from ...sampler.replay import Segment
 from ...sampler.restart import Stretch, in_rounds, search_by_restarts
 from ...sampler.resume import Left, frozen, thawed
@@ -349,6 +349,8 @@ class _WorkingSampler(comfy.samplers.Sampler):
                     if job.reward:
                         process.check_backward()
                 return self.work(process, noises)
+            except NoGradient as problem:
+                raise RuntimeError(f"{job.node}: {problem}") from problem
             except NotTheSame as problem:
                 raise RuntimeError(
                     f"{job.node}: {problem}: something in the graph remembers what it saw before"
@@ -356,7 +358,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
                 ) from problem
             except RuntimeError as problem:
                 if out_of_memory(problem):
-                    raise type(problem)(f"{job.node}: {no_room(process.rollout)}") from None
+                    raise type(problem)(f"{job.node}: {no_room(process.rollout, job.memory)}") from None
                 if not (process.repeatable and has_no_repeatable_way(problem)):
                     raise
                 said = str(problem).splitlines()[0]
@@ -374,8 +376,8 @@ def on_cpu(result: Result) -> None:
     result.best_noises = tuple(z.detach().cpu() for z in result.best_noises)
 
 
-def no_room(rollout: Rollout) -> str:
-    """What a run that does not fit would have taken, and what to change."""
+def no_room(rollout: Rollout, memory: str) -> str:
+    """What a run that does not fit would have taken, and what to change. memory: what was asked for."""
     said = f"out of memory with {rollout.way}"
     if e := rollout.estimate:
         more = f"more than {USABLE * e.free / 1e9:.1f}"  # where measuring stopped
@@ -384,7 +386,13 @@ def no_room(rollout: Rollout) -> str:
             for what, b in (("a step", e.step), ("decoding and reward", e.score))
         ]
         said += f" (for backward {' and '.join(parts)}, where {e.free / 1e9:.1f} GB were free)"
-    return f"{said}: take a smaller image or batch, gradient_steps 3, or a smaller reward model"
+    remedies = ["a smaller image or batch", "a smaller reward model"]
+    fewer = 3 if not rollout.gradient_steps or rollout.gradient_steps > 3 else 1
+    if fewer != rollout.gradient_steps:
+        remedies.insert(1, f"gradient_steps {fewer}")
+    if memory != "auto":
+        remedies.insert(0, "memory auto")
+    return f"{said}: take {', '.join(remedies[:-1])} or {remedies[-1]}"
 
 
 def json_number(value: float) -> float | None:

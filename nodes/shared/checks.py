@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -152,6 +153,8 @@ def needs(node: str, reward: Reward, prompt: str, count: int | None) -> None:
 def name_of(sampler: Any) -> str:
     """A SAMPLER's name as KSampler's list has it, or that of its class."""
     function = getattr(sampler, "sampler_function", None)
+    while isinstance(function, functools.partial):  # nodes that set options of a sampler
+        function = function.func
     return getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
 
 

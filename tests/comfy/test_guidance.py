@@ -120,14 +120,14 @@ def guider(world, cfg=5.0, reward=None, scale=1.0, start=0.2, end=1.0, model=Non
         ).args[0]  # fmt: skip
 
 
-def guided(world, which, batch=1, sampler="euler_ancestral", mask=None, noise=None):
+def guided(world, which, batch=1, sampler="euler_ancestral", mask=None, noise=None, steps=STEPS):
     """As SamplerCustomAdvanced samples."""
     latent = torch.zeros(batch, 4, 8, 8)
     noise = comfy.sample.prepare_noise(latent, 11) if noise is None else noise
     with torch.inference_mode():
         return which.sample(
             noise, latent, comfy.samplers.sampler_object(sampler),
-            world.sigmas(steps=STEPS), denoise_mask=mask, seed=11, disable_pbar=True,
+            world.sigmas(steps=steps), denoise_mask=mask, seed=11, disable_pbar=True,
         )  # fmt: skip
 
 
@@ -178,16 +178,22 @@ def test_the_noise_is_optimised_under_dymo(world, scale):
 
 
 def test_every_image_is_guided_by_its_own_prompt(world):
-    """A batch is what its images are alone."""
+    """A batch is what its images are alone, but for last bits, which two guided steps enlarge."""
     prompts = ["a fox", "a zebra"]
     reward = mira("nodes.demo").demo_clip_score()
-    together = guider(world, reward=reward, prompt="\n".join(prompts), positive=world.encode_batch(prompts))
-    found = guided(world, together, batch=2, sampler="euler")
+
+    def sampled(prompt, positive, noise):
+        which = guider(world, reward=reward, prompt=prompt, positive=positive, start=0.0)
+        return guided(world, which, sampler="euler", noise=noise, steps=2)
+
     noise = comfy.sample.prepare_noise(torch.zeros(2, 4, 8, 8), 11)
+    found = sampled("\n".join(prompts), world.encode_batch(prompts), noise)
     for n, prompt in enumerate(prompts):
-        alone = guider(world, reward=reward, prompt=prompt, positive=world.encode(prompt))
-        one = guided(world, alone, sampler="euler", noise=noise[n : n + 1])
-        torch.testing.assert_close(found[n : n + 1], one, atol=1e-3, rtol=1e-3)
+        own, others = (
+            sampled(text, world.encode(prompt), noise[n : n + 1]) - found[n : n + 1]
+            for text in (prompt, prompts[1 - n])
+        )
+        assert own.abs().max() < 0.03 and others.abs().max() > 0.2
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from mira.sampler.memory import saved_bytes
 from mira.sampler.optimize import Settings
 from mira.sampler.preference import PreferenceSettings, by_score
 from mira.sampler.rollout import Rollout
+from mira.sampler.search import METHODS as SEARCHES
 from mira.sampler.search import SearchSettings
 
 from testing.networks import SMALL, random_unet, thin_vae
@@ -127,6 +128,37 @@ def test_nor_any_search(world, method):
     flat(run)
 
 
+def failing(world, problem, reported: list):
+    """A model that raises `problem` in the second call after a row was reported, and in every later one."""
+    model, calls = world.model.clone(), []
+
+    def wrapper(apply, args):
+        calls.extend([1] * bool(reported))
+        if len(calls) >= 2:
+            raise problem("here")
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(wrapper)
+    return model
+
+
+@pytest.mark.parametrize("problem", [Cancelled, torch.OutOfMemoryError])
+@pytest.mark.parametrize("method", ["best_of_n", "das", "mira_fk", "restarts"])
+def test_nor_an_aborted_search(world, method, problem):
+    def run():
+        reported: list = []
+        with torch.inference_mode():
+            job = world.job(
+                model=failing(world, problem, reported), steps=3, latent=LATENT, gradient=SEARCHES[method].gradient,
+                on_iteration=lambda *row: reported.append(row[0]),
+            )  # fmt: skip
+            job.settings = SearchSettings(method=method, particles=3, rounds=2, iterations=2)
+            result = host.run(job, host.searching).result
+        assert result.cut_short and len(reported) <= 2
+
+    flat(run)
+
+
 class ByBrightness:
     def __call__(self, k, images):
         return by_score(torch.stack([i.mean((1, 2, 3)) for i in images], 1))
@@ -139,6 +171,23 @@ def test_nor_any_preference(world, method):
             job = world.job(steps=2, latent=LATENT)
             job.settings = PreferenceSettings(method=method, iterations=2)
             host.run(job, preferring(lambda process: ByBrightness(), 0, 0))
+
+    flat(run)
+
+
+@pytest.mark.parametrize("problem", [Cancelled, torch.OutOfMemoryError])
+@pytest.mark.parametrize("method", ["dpo", "dueling"])
+def test_nor_an_aborted_preference(world, method, problem):
+    def run():
+        reported: list = []
+        with torch.inference_mode():
+            job = world.job(
+                model=failing(world, problem, reported), steps=2, latent=LATENT,
+                on_iteration=lambda *row: reported.append(row[0]),
+            )  # fmt: skip
+            job.settings = PreferenceSettings(method=method, iterations=8)
+            done = host.run(job, preferring(lambda process: ByBrightness(), 0, 0))
+        assert done.result.cut_short and len(reported) <= 2
 
     flat(run)
 
@@ -382,6 +431,27 @@ def test_a_run_says_what_it_would_take(world):
     assert settings["checkpointing"] == "none"
     assert 0 < settings["memory_mb"]["step"] < settings["memory_mb"]["free"]
     assert settings["memory_mb"]["decoding_and_reward"] > 0
+
+
+@pytest.mark.parametrize(
+    ("memory", "gradient_steps", "remedies"),
+    [
+        ("auto", 0, "a smaller image or batch, gradient_steps 3 or a smaller reward model"),
+        ("none", 3, "memory auto, a smaller image or batch, gradient_steps 1 or a smaller reward model"),
+        ("auto", 1, "a smaller image or batch or a smaller reward model"),
+    ],
+)
+def test_a_remedy_is_one_that_is_left(world, memory, gradient_steps, remedies):
+    """Where nothing thriftier fits either."""
+
+    class Full(PixelReward):
+        def __call__(self, images, prompts):
+            if images.requires_grad:
+                raise torch.OutOfMemoryError("full")
+            return super().__call__(images, prompts)
+
+    with pytest.raises(torch.OutOfMemoryError, match=f"^MIRA: out of memory with .*: take {remedies}$"):
+        world.optimize(steps=4, iterations=1, reward=Full("brightness"), memory=memory, gradient_steps=gradient_steps)
 
 
 def test_layers_are_found_by_their_structure(world, kl_vae):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import math
 import shutil
@@ -547,6 +548,23 @@ def test_noises_that_the_gradient_does_not_reach_are_named(world, free):
         optimize(world, sampler_name="lcm", steps=12, variables=free, gradient_steps=3)
     trace = optimize(world, sampler_name="lcm", steps=3, variables=free, gradient_steps=-1).args[2]
     assert trace.of(0)[-1]["reward"] > trace.of(0)[0]["reward"]
+
+
+def test_a_sampler_with_options_of_its_own_keeps_its_name():
+    sampler = comfy.samplers.sampler_object("dpmpp_2m_sde")
+    sampler.sampler_function = functools.partial(sampler.sampler_function, eta=0.5)
+    assert checks.name_of(sampler) == "dpmpp_2m_sde"
+
+
+def test_a_reward_without_a_slope_is_told_with_the_nodes_name(world):
+    """It says that it has a gradient, and is the same everywhere."""
+
+    class Flat(PixelReward):
+        def __call__(self, images, prompts):
+            return images.flatten(1).mean(1) * 0, {}
+
+    with pytest.raises(RuntimeError, match="MIRA Optimize KSampler: the gradient of the reward is zero"):
+        optimize(world, reward=Flat("brightness"))
 
 
 def test_what_a_new_node_does_is_the_measured_default():
