@@ -18,6 +18,7 @@ from mira.nodes.guidance import MiraDyMOGuider, MiraRLGuidance
 from mira.nodes.host import grad
 from mira.nodes.initno import MiraInitNONoise
 from mira.nodes.preference import preferring
+from mira.nodes.score import MiraScoreImages
 from mira.rewards.pixel import PixelReward
 from mira.sampler.memory import saved_bytes
 from mira.sampler.optimize import Settings
@@ -357,6 +358,39 @@ def test_a_decoder_in_half_precision_has_its_loss_scaled(world):
         with torch.inference_mode():
             host.run(world.job(vae=vae, steps=1, iterations=1, latent=torch.zeros(1, 4, 4, 4)), seen)
     assert scales == [1024, 1]
+
+
+def test_rewards_are_computed_in_whole_float32(world):
+    """Under a gradient and without, in an optimisation and where a node only scores."""
+    switches, seen = (torch.backends.cudnn, torch.backends.cuda.matmul), []
+
+    class Watching(PixelReward):
+        def __call__(self, images, prompts):
+            seen.append([switch.allow_tf32 for switch in switches])
+            return super().__call__(images, prompts)
+
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = True
+        for memory in ("none", "per_step"):
+            world.optimize(steps=1, iterations=1, reward=Watching("brightness"), memory=memory)
+        MiraScoreImages.execute([torch.zeros(1, 8, 8, 3)], [Watching("brightness")])
+        assert len(seen) >= 5 and not any(any(one) for one in seen)
+        assert all(switch.allow_tf32 for switch in switches)
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
+def test_comfyuis_switches_of_training_are_as_a_gradient_needs_them(monkeypatch):
+    """Its own training nodes may have left a backward in fp8 on."""
+    management = comfy.model_management
+    for name, value in (("in_training", False), ("training_fp8_bwd", True)):
+        monkeypatch.setattr(management, name, value, raising=False)
+    with grad.training():
+        assert management.in_training and not management.training_fp8_bwd
+    assert not management.in_training and management.training_fp8_bwd
 
 
 def test_the_newer_switch_of_tf32_is_put_back(world):
