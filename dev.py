@@ -4,6 +4,7 @@
     python dev.py demo      MIRA on the demo model in a real ComfyUI; results in output/demo/
     python dev.py serve     the same ComfyUI, for a person
     python dev.py test      every test, and the quick ones on the newest ComfyUI (--no-browser: all but the browser's)
+    python dev.py test --with transformers==4.50.3 tests/core    with another version of a library
     python dev.py test --host 0.33     the tests of the adapter, the nodes and the server on another ComfyUI: one of
                             the known ones, a path, or all, which writes docs/compatibility.md
     python dev.py fuzz      prompts that nobody would think of, on the real server (--seconds 600, --seed 1)
@@ -185,11 +186,17 @@ def get_host(name: str) -> Path:
 def host_environment(comfyui: Path) -> Path:
     """A Python with another ComfyUI's requirements: a thin environment on top of the first one, which has PyTorch."""
     needed = [*(comfyui / "requirements.txt").read_text().splitlines(), "glfw"]  # which newer cores import and not list
+    # PyTorch stays: newer requirements name none, or any.
+    return layer(needed, TORCH, f"the requirements of {comfyui.name}")
+
+
+def layer(needed: list[str], kept: list[str], what: str) -> Path:
+    """The Python of a thin environment with these requirements on top of the first one; kept: what must not change."""
     wanted = hashlib.sha256("\n".join(needed).encode()).hexdigest()
     folder = CACHE / f"environment-{wanted[:12]}"
     python = folder / venv_python().relative_to(VENV)
     if not (folder / "installed.txt").is_file():
-        print(f"Installing the requirements of {comfyui.name} ...", flush=True)
+        print(f"Installing {what} ...", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         venv.create(folder, with_pip=True)
         ask = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
@@ -198,12 +205,11 @@ def host_environment(comfyui: Path) -> Path:
             for p in (venv_python(), python)
         )
         Path(own, "below.pth").write_text(base)
-        # PyTorch stays: newer requirements name none, or any.
         requirements = folder / "requirements.txt"
         requirements.write_text("\n".join(needed))
         run(
-            [python, "-m", "pip", "install", "--quiet", "--no-warn-conflicts", *TORCH, "-r", requirements],
-            f"installing the requirements of {comfyui.name}",
+            [python, "-m", "pip", "install", "--quiet", "--no-warn-conflicts", *kept, "-r", requirements],
+            f"installing {what}",
             "Check the network and the free disk space (1 GB), then run this again.",
         )
         (folder / "installed.txt").write_text(wanted)
@@ -379,6 +385,7 @@ def main() -> int:
     parser.add_argument(
         "--host", metavar="VERSION", help="test, bench: on another ComfyUI, a known version, a path; test: or all"
     )
+    parser.add_argument("--with", dest="instead", metavar="REQUIREMENT", help="test: another version of a library")
     parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU")
     arguments, extra = parser.parse_known_args()
     if arguments.command in TO_USE and extra:
@@ -398,6 +405,9 @@ def main() -> int:
         return execute(python, comfyui, ["-m", "pytest", "-s", "tests/faults/test_fuzz.py", *extra], gpu, where)
     if command == "test" and arguments.host:
         return test_all_hosts(gpu) if arguments.host == "all" else test_host(arguments.host, gpu, extra)
+    if command == "test" and arguments.instead:
+        python = layer([arguments.instead], TORCH, arguments.instead)
+        return execute(python, comfyui, ["-m", "pytest", *extra], gpu)
     if command == "test":
         return test(python, comfyui, gpu, extra)
     if command == "docs":
