@@ -102,12 +102,14 @@ def demo_aesthetic() -> Aesthetic:
 
 
 class MiraDemoModel(io.ComfyNode):
+    NAME = "MIRA Demo Model"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraDemoModel",
             **aliases("example model", "tiny checkpoint", "test model"),
-            display_name="MIRA Demo Model",
+            display_name=cls.NAME,
             category="MIRA Alignment/loaders",
             description=(
                 "A small SD1.5-style model that ships with the pack: 128 px emoji of 45 animals and 71 other "
@@ -128,12 +130,14 @@ class MiraDemoModel(io.ComfyNode):
 
 
 class MiraDemoCLIPScore(io.ComfyNode):
+    NAME = "MIRA Demo CLIPScore"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraDemoCLIPScore",
             **aliases("clip score", "prompt alignment", "example reward"),
-            display_name="MIRA Demo CLIPScore",
+            display_name=cls.NAME,
             category="MIRA Alignment/rewards",
             description=(
                 "100 times the cosine between image and prompt by the demo model's own CLIP. It knows emoji only: "
@@ -149,12 +153,14 @@ class MiraDemoCLIPScore(io.ComfyNode):
 
 
 class MiraDemoAesthetic(io.ComfyNode):
+    NAME = "MIRA Demo Aesthetic"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraDemoAesthetic",
             **aliases("aesthetic score", "example reward"),
-            display_name="MIRA Demo Aesthetic",
+            display_name=cls.NAME,
             category="MIRA Alignment/rewards",
             description=(
                 "A taste for the demo model: a small head on its CLIP that likes the 3d style (about 7) and not the "

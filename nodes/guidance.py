@@ -40,8 +40,6 @@ from .shared.checks import check_links, check_reward, check_values, needs, needs
 from .shared.inputs import prompt_input, vae_input
 from .shared.types import MiraReward, aliases
 
-RLG = "MIRA RL Guidance"
-DYMO = "MIRA DyMO Guider"
 log = logging.getLogger("mira")
 SCHEDULES = ("constant", "annealed")
 KEY = "mira_tuned"
@@ -93,7 +91,7 @@ def on_its_own(tuned: ModelPatcher, model: ModelPatcher) -> ModelPatcher:
     hold either with it or without it, so it gets a copy of its own.
     """
     if is_dynamic(tuned):
-        return static(tuned, f"{RLG}: tuned", own=True)
+        return static(tuned, f"{MiraRLGuidance.NAME}: tuned", own=True)
     patcher = tuned.clone()
     if tuned.model is not model.model:
         return patcher
@@ -110,12 +108,14 @@ def on_its_own(tuned: ModelPatcher, model: ModelPatcher) -> ModelPatcher:
 
 
 class MiraRLGuidance(io.ComfyNode):
+    NAME = "MIRA RL Guidance"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraRLGuidance",
             **aliases("guidance", "lora blend"),
-            display_name=RLG,
+            display_name=cls.NAME,
             category="MIRA Alignment/guidance",
             description=(
                 "Blends a model with its reward-tuned version (DDPO, Diffusion-DPO, D3PO ..., a checkpoint or a LoRA): "
@@ -157,31 +157,32 @@ class MiraRLGuidance(io.ComfyNode):
     def execute(
         cls, model: ModelPatcher, tuned: ModelPatcher, weight: float, schedule: str, power: float
     ) -> io.NodeOutput:
-        check_links(RLG, model=model, tuned=tuned)
-        check_values(RLG, cls.define_schema().inputs, dict(weight=weight, power=power, schedule=schedule))
+        check_links(cls.NAME, model=model, tuned=tuned)
+        check_values(cls.NAME, cls.define_schema().inputs, dict(weight=weight, power=power, schedule=schedule))
         injected = {*getattr(model, "injections", ()), *getattr(tuned, "injections", ())}
         if injected and tuned.model is model.model:
             raise ValueError(
-                f"{RLG}: {' and '.join(sorted(injected))} is in the layers that model and tuned share, where it cannot "
-                "be for one of them alone: load that LoRA without bypass"
+                f"{cls.NAME}: {' and '.join(sorted(injected))} is in the layers that model and tuned share, where it "
+                "cannot be for one of them alone: load that LoRA without bypass"
             )
         base_kind, tuned_kind = type(model.model).__name__, type(tuned.model).__name__
         latents = [m.get_model_object("latent_format").latent_channels for m in (model, tuned)]
         if base_kind != tuned_kind or latents[0] != latents[1]:
             raise ValueError(
-                f"{RLG}: model is a {base_kind} and tuned a {tuned_kind}: use a reward-tuned version of the same model"
+                f"{cls.NAME}: model is a {base_kind} and tuned a {tuned_kind}: use a reward-tuned version of the same "
+                "model"
             )
         if is_untuned(tuned, model):
             raise ValueError(
-                f"{RLG}: tuned has the same weights as model, so there is nothing to blend: no name in its LoRA's file "
-                "fitted (ComfyUI's log has them as 'lora key not loaded'). docs/tuned.md shows which files load, and "
-                "renames the others"
+                f"{cls.NAME}: tuned has the same weights as model, so there is nothing to blend: no name in its LoRA's "
+                "file fitted (ComfyUI's log has them as 'lora key not loaded'). docs/tuned.md shows which files load, "
+                "and renames the others"
             )
         kinds = [m.get_model_object("model_sampling") for m in (model, tuned)]
         if float(kinds[0].sigma_max) != float(kinds[1].sigma_max):
             raise ValueError(
-                f"{RLG}: model and tuned have different noise schedules (sigma up to {float(kinds[0].sigma_max):.4g} "
-                f"and {float(kinds[1].sigma_max):.4g}): patch both the same way"
+                f"{cls.NAME}: model and tuned have different noise schedules (sigma up to "
+                f"{float(kinds[0].sigma_max):.4g} and {float(kinds[1].sigma_max):.4g}): patch both the same way"
             )
         guided, second = model.clone(), on_its_own(tuned, model)
         inner = guided.get_additional_models_with_key(KEY)  # a blend of a blend needs all of them loaded
@@ -217,20 +218,20 @@ class DyMOGuider(comfy.samplers.CFGGuider):
     def __init__(
         self, model: ModelPatcher, vae: VAE, reward: Reward, prompt: str, scale: float, start: float, end: float
     ) -> None:
-        patcher = static(model.clone(), f"{DYMO}: model")
+        patcher = static(model.clone(), f"{MiraDyMOGuider.NAME}: model")
         self.vae = copy.copy(vae)
-        self.vae.patcher = static(vae.patcher, f"{DYMO}: vae")
+        self.vae.patcher = static(vae.patcher, f"{MiraDyMOGuider.NAME}: vae")
         self.vae.first_stage_model = self.vae.patcher.model
         self.networks = [self.vae.patcher, *(patcher_of(m) for m in reward.modules)]
         super().__init__(patcher)
         self.reward, self.prompt, self.prompts = reward, prompt, [prompt]
         self.scale, self.start, self.end = scale, start, end
         self.thrift = 0  # up to THRIFTIEST
-        self.repeating = Repeating(DYMO)
+        self.repeating = Repeating(MiraDyMOGuider.NAME)
 
     def set_conds(self, positive: list, negative: list) -> None:
         super().set_conds(positive, negative)
-        self.original_conds = with_static_networks(self.original_conds, DYMO)
+        self.original_conds = with_static_networks(self.original_conds, MiraDyMOGuider.NAME)
 
     def inner_sample(
         self,
@@ -244,10 +245,10 @@ class DyMOGuider(comfy.samplers.CFGGuider):
         **kwargs: Any,
     ) -> Tensor:
         if why := self.reward.unfit(len(noise)):
-            raise ValueError(f"{DYMO}: reward {self.reward.facts.name!r}: {why}")
+            raise ValueError(f"{MiraDyMOGuider.NAME}: reward {self.reward.facts.name!r}: {why}")
         self.prompts, notices = prompts_of(self.prompt, self, len(noise))
         for notice in notices:
-            log.warning("%s: %s", DYMO, notice)
+            log.warning("%s: %s", MiraDyMOGuider.NAME, notice)
         # ComfyUI has loaded the model in inference mode, where nothing has a gradient; from here on it would want one.
         need = self.inner_model.memory_required([2 * noise.shape[0], *noise.shape[1:]])
         patchers = [self.model_patcher, *self.loaded_models, *self.networks]
@@ -333,26 +334,33 @@ class DyMOGuider(comfy.samplers.CFGGuider):
             if self.thrift == THRIFTIEST:
                 raise cut.problem
             self.thrift += 1
-            log.warning("%s: %s: goes on keeping less for the gradient", DYMO, cut)
+            log.warning("%s: %s: goes on keeping less for the gradient", MiraDyMOGuider.NAME, cut)
         if not x.requires_grad:
             denoised = denoised.detach()
         name, sigma = self.reward.facts.name, timestep[0].item()
         if not (torch.isfinite(lengths).all() and (lengths > 0).any()):
-            raise RuntimeError(f"{DYMO}: the gradient of {name} is zero or not finite at sigma {sigma:.3g}")
+            raise RuntimeError(
+                f"{MiraDyMOGuider.NAME}: the gradient of {name} is zero or not finite at sigma {sigma:.3g}"
+            )
         if not (lengths > 0).all():
             log.warning(
-                "%s: the gradient of %s is zero for some images at sigma %.3g: not guided there", DYMO, name, sigma
+                "%s: the gradient of %s is zero for some images at sigma %.3g: not guided there",
+                MiraDyMOGuider.NAME,
+                name,
+                sigma,
             )
         return lean(denoised, gradient, found[0].detach(), self.scale)
 
 
 class MiraDyMOGuider(io.ComfyNode):
+    NAME = "MIRA DyMO Guider"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraDyMOGuider",
             **aliases("guidance", "reward guidance"),
-            display_name=DYMO,
+            display_name=cls.NAME,
             category="MIRA Alignment/guidance",
             description=(
                 "A CFG guider that leans towards a reward at every step (the preference term of DyMO): nothing is "
@@ -406,22 +414,25 @@ class MiraDyMOGuider(io.ComfyNode):
         end_percent: float,
         prompt: str = "",
     ) -> io.NodeOutput:
-        check_links(DYMO, model=model, positive=positive, negative=negative, vae=vae)
-        check_reward(DYMO, reward)
+        check_links(cls.NAME, model=model, positive=positive, negative=negative, vae=vae)
+        check_reward(cls.NAME, reward)
         values = dict(cfg=cfg, scale=scale, start_percent=start_percent, end_percent=end_percent)
-        check_values(DYMO, cls.define_schema().inputs, values)
-        needs_gradient(DYMO, reward, "MIRA Search KSampler, which needs no gradient")
-        needs(DYMO, reward, prompt, None)
+        check_values(cls.NAME, cls.define_schema().inputs, values)
+        needs_gradient(cls.NAME, reward, "MIRA Search KSampler, which needs no gradient")
+        needs(cls.NAME, reward, prompt, None)
         if start_percent > end_percent:
-            raise ValueError(f"{DYMO}: start_percent {start_percent} lies after end_percent {end_percent}: swap them")
+            raise ValueError(
+                f"{cls.NAME}: start_percent {start_percent} lies after end_percent {end_percent}: swap them"
+            )
         channels = model.get_model_object("latent_format").latent_channels
         if vae.latent_channels != channels:
             raise ValueError(
-                f"{DYMO}: vae decodes {vae.latent_channels} latent channels, but model has {channels}: use its own VAE"
+                f"{cls.NAME}: vae decodes {vae.latent_channels} latent channels, but model has {channels}: use its own "
+                "VAE"
             )
         guider = DyMOGuider(model, vae, reward, prompt, scale, start_percent, end_percent)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         if why := why_no_gradient(guider):
-            raise ValueError(f"{DYMO}: {why}")
+            raise ValueError(f"{cls.NAME}: {why}")
         return io.NodeOutput(guider)

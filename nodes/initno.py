@@ -41,7 +41,6 @@ from .shared.inputs import seed_input
 from .shared.job import ksampler_noise
 from .shared.types import aliases
 
-NODE = "MIRA InitNO Noise"
 DEFAULT = Settings()
 SIDE = 16  # of the attention maps that are looked at: the nearest that a model has
 log = logging.getLogger("mira")
@@ -58,7 +57,7 @@ class MadeNoise:
         samples = input_latent["samples"]
         if samples.shape != self.noise.shape:
             raise ValueError(
-                f"{NODE}: its noise is of shape {tuple(self.noise.shape)}, but latent_image is of "
+                f"{MiraInitNONoise.NAME}: its noise is of shape {tuple(self.noise.shape)}, but latent_image is of "
                 f"{tuple(samples.shape)}: give the same latent_image to both nodes"
             )
         return self.noise
@@ -90,7 +89,9 @@ def locate(clip: Any, prompt: str, words: Sequence[str]) -> Words:
         wanted = [token for chunk in chunks(word) for token in chunk if token not in empty]
         where = [n for n in range(len(ids)) if wanted and ids[n : n + len(wanted)] == wanted]
         if not where or None in wanted:
-            raise ValueError(f"{NODE}: words has {word!r}, which is not in the prompt {prompt!r}: write it as there")
+            raise ValueError(
+                f"{MiraInitNONoise.NAME}: words has {word!r}, which is not in the prompt {prompt!r}: write it as there"
+            )
         subjects.append(list(range(where[0], where[0] + len(wanted))))
     return Words(subjects, kept, sum(map(len, encoded)))
 
@@ -100,7 +101,10 @@ def grid(positions: int, height: int, width: int) -> tuple[int, int]:
     while height * width > positions:
         height, width = (height + 1) // 2, (width + 1) // 2
     if height * width != positions:
-        raise ValueError(f"{NODE}: attention over {positions} positions is no level of the model's: unpatch the model")
+        raise ValueError(
+            f"{MiraInitNONoise.NAME}: attention over {positions} positions is no level of the model's: unpatch the "
+            "model"
+        )
     return height, width
 
 
@@ -214,11 +218,14 @@ class _Attending(comfy.samplers.Sampler):
             both = [p for kind, p in listener.seen if kind == "cross" and ("own", p) in listener.seen]
             name = type(inner.diffusion_model).__name__
             if not both and not listener.seen and isinstance(inner.diffusion_model, UNetModel):
-                raise ValueError(f"{NODE}: a patch of model runs another network than its {name}: connect it unpatched")
+                raise ValueError(
+                    f"{MiraInitNONoise.NAME}: a patch of model runs another network than its {name}: connect it "
+                    "unpatched"
+                )
             if not both:
                 raise ValueError(
-                    f"{NODE}: {name} has no cross-attention on the prompt's {self.words.tokens} tokens: use a model "
-                    "with a UNet, such as SD1.5 or SDXL"
+                    f"{MiraInitNONoise.NAME}: {name} has no cross-attention on the prompt's {self.words.tokens} "
+                    "tokens: use a model with a UNet, such as SD1.5 or SDXL"
                 )
             listener.positions = min(both, key=lambda p: abs(p - SIDE**2))
             height, width = grid(listener.positions, *noise.shape[-2:])
@@ -237,22 +244,26 @@ class _Attending(comfy.samplers.Sampler):
                     interrupts=INTERRUPTS, mends=has_no_repeatable_way,
                 )  # fmt: skip
 
-            offloading, repeating = False, Repeating(NODE)
+            offloading, repeating = False, Repeating(MiraInitNONoise.NAME)
             found, cut = repeating(noise.device, lambda: within_memory(better))
             if cut:  # before the first update: nothing is lost, and once more with less
-                log.warning("%s: %s: what is kept for the gradient waits in the CPU's memory", NODE, cut)
+                log.warning(
+                    "%s: %s: what is kept for the gradient waits in the CPU's memory", MiraInitNONoise.NAME, cut
+                )
                 offloading = True
                 found = repeating(noise.device, better)
             return found
 
 
 class MiraInitNONoise(io.ComfyNode):
+    NAME = "MIRA InitNO Noise"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraInitNONoise",
             **aliases("noise", "attend and excite", "missing subject"),
-            display_name=NODE,
+            display_name=cls.NAME,
             category="MIRA Alignment/sampling",
             description=(
                 "A seed's noise, made better before anything is sampled: to the model's attention every named subject "
@@ -327,19 +338,21 @@ class MiraInitNONoise(io.ComfyNode):
         response: float,
         conflict: float,
     ) -> io.NodeOutput:
-        check_links(NODE, model=model, clip=clip, latent_image=latent_image, sigmas=sigmas)
-        check_values(NODE, cls.define_schema().inputs, dict(response=response, conflict=conflict))
+        check_links(cls.NAME, model=model, clip=clip, latent_image=latent_image, sigmas=sigmas)
+        check_values(cls.NAME, cls.define_schema().inputs, dict(response=response, conflict=conflict))
         names = [w.strip() for w in words.split(",") if w.strip()]
         if not names:
-            raise ValueError(f"{NODE}: words is empty: name the subjects of the prompt, such as: cat, red car")
+            raise ValueError(f"{cls.NAME}: words is empty: name the subjects of the prompt, such as: cat, red car")
         if not len(sigmas) or not sigmas[0] > 0:
-            raise ValueError(f"{NODE}: sigmas has no step that begins with noise: connect the sampler's own")
+            raise ValueError(f"{cls.NAME}: sigmas has no step that begins with noise: connect the sampler's own")
         samples = samples_of(model, latent_image)
         if samples.numel() == 0 or samples.ndim != 4:
-            raise ValueError(f"{NODE}: latent_image is of shape {tuple(samples.shape)}: give (B, C, H, W), and B not 0")
+            raise ValueError(
+                f"{cls.NAME}: latent_image is of shape {tuple(samples.shape)}: give (B, C, H, W), and B not 0"
+            )
         if "noise_mask" in latent_image:
             raise ValueError(
-                f"{NODE}: latent_image has a mask, and a subject would be looked for outside of it too: "
+                f"{cls.NAME}: latent_image has a mask, and a subject would be looked for outside of it too: "
                 "connect the latent without it here, and with it to the sampler"
             )
         where = locate(clip, prompt, names)
@@ -349,7 +362,7 @@ class MiraInitNONoise(io.ComfyNode):
         evaluations = settings.evaluations
         bar = comfy.utils.ProgressBar(len(noise) * evaluations)
         made, lines = [], []
-        guider = comfy.samplers.CFGGuider(static(model, f"{NODE}: model"))
+        guider = comfy.samplers.CFGGuider(static(model, f"{cls.NAME}: model"))
         guider.set_conds(clip.encode_from_tokens_scheduled(clip.tokenize(prompt)), [])
         guider.set_cfg(1.0)  # the authors look at the conditional prediction
         for b in range(len(noise)):
@@ -367,7 +380,7 @@ class MiraInitNONoise(io.ComfyNode):
                 asked = {"prompt": prompt, "words": words, "seed": seed, "rounds": rounds, "iterations": iterations}
                 memo.ask_again(asked | {"response": response, "conflict": conflict})
                 made += list(noise[b + 1 :].split(1))
-                log.warning("%s: %s", NODE, found.reason)
+                log.warning("%s: %s", cls.NAME, found.reason)
                 break
         return io.NodeOutput(MadeNoise(seed, torch.cat(made)), "\n".join(lines))
 

@@ -30,7 +30,6 @@ from .shared.scores import score_images
 from .shared.types import MiraReward, MiraTrace, aliases
 
 log = logging.getLogger("mira")
-NODE = "MIRA Drift Monitor"
 SLOTS = 4
 SIGMAS = 2.0  # of the base model's own spread
 
@@ -61,14 +60,15 @@ def run_of(number: int, trace: Trace, images: Tensor | None) -> Run:
     if not isinstance(trace, Trace) or not trace.rows:
         found = "an empty trace" if isinstance(trace, Trace) else f"a {type(trace).__name__}"
         raise ValueError(
-            f"{NODE}: trace_{number} is {found}: connect the trace of an optimising node or MIRA Load Trace"
+            f"{MiraDriftMonitor.NAME}: trace_{number} is {found}: connect the trace of an optimising node or MIRA Load "
+            "Trace"
         )
     if images is not None:
-        images = to_core(images, f"{NODE}: images_{number}")
+        images = to_core(images, f"{MiraDriftMonitor.NAME}: images_{number}")
         if len(images) != len(trace.kept):
             raise ValueError(
-                f"{NODE}: images_{number} has {len(images)} image(s), but trace_{number} is of {len(trace.kept)}: "
-                "connect the images of that run"
+                f"{MiraDriftMonitor.NAME}: images_{number} has {len(images)} image(s), but trace_{number} is of "
+                f"{len(trace.kept)}: connect the images of that run"
             )
     s = trace.settings
     method = s.get("method") or s.get("preset") or s.get("regularizer") or "run"
@@ -245,6 +245,8 @@ def write(runs: list[Run], prefix: str) -> list[str]:
 
 
 class MiraDriftMonitor(io.ComfyNode):
+    NAME = "MIRA Drift Monitor"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         inputs = []
@@ -257,7 +259,7 @@ class MiraDriftMonitor(io.ComfyNode):
         return io.Schema(
             node_id="MiraDriftMonitor",
             **aliases("drift", "hacking", "chart", "compare runs"),
-            display_name=NODE,
+            display_name=cls.NAME,
             category="MIRA Alignment/scores",
             description=(
                 "Plots reward and drift of one run or several, writes the records to the output folder, and says "
@@ -310,27 +312,27 @@ class MiraDriftMonitor(io.ComfyNode):
         numbers = [i for i in range(1, SLOTS + 1) if inputs.get(f"trace_{i}") is not None]
         stray = [i for i in range(1, SLOTS + 1) if inputs.get(f"images_{i}") is not None and i not in numbers]
         if stray:
-            raise ValueError(f"{NODE}: images_{stray[0]} is connected without trace_{stray[0]}; connect both")
+            raise ValueError(f"{cls.NAME}: images_{stray[0]} is connected without trace_{stray[0]}; connect both")
         runs = [run_of(i, inputs[f"trace_{i}"], inputs.get(f"images_{i}")) for i in numbers]
         if clip is not None and not isinstance(clip, Similarity):
             name = getattr(getattr(clip, "facts", None), "name", type(clip).__name__)
-            raise ValueError(f"{NODE}: clip is {name}, which has no CLIP to compare images by; connect a CLIPScore")
+            raise ValueError(f"{cls.NAME}: clip is {name}, which has no CLIP to compare images by; connect a CLIPScore")
         if base_images is not None and clip is None:
-            raise ValueError(f"{NODE}: base_images needs a clip to be compared by; connect a CLIPScore")
+            raise ValueError(f"{cls.NAME}: base_images needs a clip to be compared by; connect a CLIPScore")
         texts = texts_of(runs[0].trace, prompt or "")
         base = None
         if base_images is not None:
             try:
-                base = base_of(to_core(base_images, f"{NODE}: base_images"), clip, texts)
+                base = base_of(to_core(base_images, f"{cls.NAME}: base_images"), clip, texts)
             except ValueError as problem:
-                raise ValueError(f"{NODE}: {problem}") from problem
+                raise ValueError(f"{cls.NAME}: {problem}") from problem
         rows = [measure(run, drift_metric, clip, texts, base) for run in runs]
         says = [f"{run.label}: {verdict(row, base)}" for run, row in zip(runs, rows, strict=True)]
         try:
             files = f"written: {', '.join(write(runs, filename_prefix))}"
         except OSError as problem:  # the plots and the verdict are worth more than their files
             files = f"not written: {problem}"
-            log.warning("%s: %s", NODE, files)
+            log.warning("%s: %s", cls.NAME, files)
         notices = [f"{run.label}: {n}" for run in runs for n in run.trace.notices]
         table = text_of(rows, [*at_equal_drift(runs, drift_metric), *notices])
         said = "\n".join(says)

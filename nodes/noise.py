@@ -26,7 +26,6 @@ from .shared.types import aliases
 
 SUFFIXES = (".safetensors",)
 NO_FILE = "put a .safetensors of MIRA Save Noise into the input or output folder"
-SAVE, LOAD, GOLDEN = "MIRA Save Noise", "MIRA Load Noise", "MIRA Golden Noise"
 
 
 def noise_path(file: str) -> str:
@@ -34,12 +33,14 @@ def noise_path(file: str) -> str:
 
 
 class MiraSaveNoise(io.ComfyNode):
+    NAME = "MIRA Save Noise"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraSaveNoise",
             **aliases("save noise", "export noise", "share noise"),
-            display_name=SAVE,
+            display_name=cls.NAME,
             category="MIRA Alignment/sampling",
             description=(
                 "Saves the noises that an optimising node found, with its settings, so that the image can be sampled "
@@ -58,13 +59,15 @@ class MiraSaveNoise(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise: Any, sampler: Any, filename_prefix: str) -> io.NodeOutput:
-        check_links(SAVE, noise=noise, sampler=sampler)
-        check_values(SAVE, cls.define_schema().inputs, {"filename_prefix": filename_prefix})
+        check_links(cls.NAME, noise=noise, sampler=sampler)
+        check_values(cls.NAME, cls.define_schema().inputs, {"filename_prefix": filename_prefix})
         if not isinstance(noise, ReplayNoise) or not isinstance(sampler, ReplaySampler):
             wrong = "sampler" if isinstance(noise, ReplayNoise) else "noise"
-            raise ValueError(f"{SAVE}: {wrong} is no optimised one: connect noise and sampler of one optimising node")
+            raise ValueError(
+                f"{cls.NAME}: {wrong} is no optimised one: connect noise and sampler of one optimising node"
+            )
         if noise.segments is not sampler.segments:
-            raise ValueError(f"{SAVE}: noise and sampler are of two runs: connect both outputs of one node")
+            raise ValueError(f"{cls.NAME}: noise and sampler are of two runs: connect both outputs of one node")
         folder, name, counter, _, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory()
         )
@@ -77,12 +80,14 @@ class MiraSaveNoise(io.ComfyNode):
 
 
 class MiraLoadNoise(io.ComfyNode):
+    NAME = "MIRA Load Noise"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraLoadNoise",
             **aliases("load noise", "import noise", "reuse noise"),
-            display_name=LOAD,
+            display_name=cls.NAME,
             category="MIRA Alignment/loaders",
             description=(
                 "The noise and the sampler that MIRA Save Noise saved, for SamplerCustomAdvanced: with the same model, "
@@ -124,9 +129,9 @@ class MiraLoadNoise(io.ComfyNode):
                     raise ValueError("the file cannot name its sampler, which is of another pack: connect `sampler`")
                 sampler = made(facts["sampler"])
         except ValueError as problem:
-            raise ValueError(f"{LOAD}: {problem}") from None
+            raise ValueError(f"{cls.NAME}: {problem}") from None
         if not isinstance(sampler, comfy.samplers.KSAMPLER):
-            raise ValueError(f"{LOAD}: sampler is a {type(sampler).__name__}: connect one of ComfyUI's own kind")
+            raise ValueError(f"{cls.NAME}: sampler is a {type(sampler).__name__}: connect one of ComfyUI's own kind")
         settings = facts.get("settings")
         repeatable = settings.get("repeatable", True) if isinstance(settings, dict) else True
         replayed = ReplaySampler(sampler, segments, bool(facts.get("optimized", True)), bool(repeatable))
@@ -150,16 +155,18 @@ class GoldenNoise:
             with torch.no_grad():
                 return self.network(noise.float().cpu(), prompt).to(noise)
         except ValueError as problem:
-            raise ValueError(f"{GOLDEN}: {problem}") from None
+            raise ValueError(f"{MiraGoldenNoise.NAME}: {problem}") from None
 
 
 class MiraGoldenNoise(io.ComfyNode):
+    NAME = "MIRA Golden Noise"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraGoldenNoise",
             **aliases("golden noise", "npnet", "better noise"),
-            display_name=GOLDEN,
+            display_name=cls.NAME,
             category="MIRA Alignment/sampling",
             description=(
                 "A noise that a small published network has fitted to the prompt, for SamplerCustomAdvanced or MIRA "
@@ -183,14 +190,14 @@ class MiraGoldenNoise(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, positive: list, seed: int) -> io.NodeOutput:
-        check_links(GOLDEN, positive=positive)
+        check_links(cls.NAME, positive=positive)
         if not positive:
-            raise ValueError(f"{GOLDEN}: positive is empty: connect a CLIP Text Encode")
-        check_values(GOLDEN, cls.define_schema().inputs[2:], {"seed": seed})
+            raise ValueError(f"{cls.NAME}: positive is empty: connect a CLIP Text Encode")
+        check_values(cls.NAME, cls.define_schema().inputs[2:], {"seed": seed})
         if message := files.missing(file, known.GOLDEN_NOISE, files.NPNETS, into=files.NPNETS):
-            raise ValueError(f"{GOLDEN}: {message}")
+            raise ValueError(f"{cls.NAME}: {message}")
         try:
             network = golden.load(files.find(file, files.NPNETS))
         except ValueError as problem:
-            raise ValueError(f"{GOLDEN}: {problem}") from None
+            raise ValueError(f"{cls.NAME}: {problem}") from None
         return io.NodeOutput(GoldenNoise(network, positive[0][0], seed))

@@ -141,6 +141,8 @@ def run_optimization(
 
 
 class MiraOptimizeKSampler(io.ComfyNode):
+    NAME = "MIRA Optimize KSampler"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -156,7 +158,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
                 "optimize",
                 "ksampler",
             ),
-            display_name="MIRA Optimize KSampler",
+            display_name=cls.NAME,
             category="MIRA Alignment/sampling",
             description=(
                 "A KSampler that optimises its noises so that the image scores higher on a reward, while it stays "
@@ -198,7 +200,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
         prompt: str = "",
         **values: Any,
     ) -> io.NodeOutput:
-        node, inputs = "MIRA Optimize KSampler", cls.define_schema().inputs
+        node, inputs = cls.NAME, cls.define_schema().inputs
         check_values(node, inputs, values | {"cfg": cfg})
         check_links(node, positive=positive, negative=negative)
         effective, overruled = apply_preset(values)
@@ -228,12 +230,14 @@ class MiraOptimizeKSampler(io.ComfyNode):
 
 
 class MiraOptimizeSamplerAdvanced(io.ComfyNode):
+    NAME = "MIRA Optimize Sampler (Advanced)"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraOptimizeSamplerAdvanced",
             **aliases("align", "reward", "optimise", "optimize", "custom sampler"),
-            display_name="MIRA Optimize Sampler (Advanced)",
+            display_name=cls.NAME,
             category="MIRA Alignment/sampling",
             description="MIRA Optimize KSampler for any NOISE, GUIDER, SAMPLER and SIGMAS, as SamplerCustomAdvanced.",
             inputs=[
@@ -274,7 +278,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         prompt: str = "",
         **values: Any,
     ) -> io.NodeOutput:
-        node, inputs = "MIRA Optimize Sampler (Advanced)", cls.define_schema().inputs
+        node, inputs = cls.NAME, cls.define_schema().inputs
         check_links(node, sigmas=sigmas)
         if message := wrong_sigmas(sigmas):
             raise ValueError(f"{node}: {message}")

@@ -48,7 +48,6 @@ from .shared.job import KSamplerInputs, describe, ksampler_job, restart_at_end
 from .shared.types import MiraReward, aliases, shown_again
 
 log = logging.getLogger("mira")
-NODE = "MIRA-DPO Preference"
 JUDGES = ("reward", "person", "recorded choices")
 # What the measurement in docs/preference.md chose; Algorithm 2 itself is method dpo, keep last_winner, lr 0.01.
 DEFAULT = PreferenceSettings(method="dueling", explore=0.6, keep="incumbent", lr=0.05)
@@ -161,12 +160,14 @@ def particulars() -> list[io.Input]:
 
 
 class MiraDPOPreference(io.ComfyNode):
+    NAME = "MIRA-DPO Preference"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraDPOPreference",
             **aliases("choose", "preference", "compare", "a or b", "human feedback", "dpo"),
-            display_name=NODE,
+            display_name=cls.NAME,
             category="MIRA Alignment/sampling",
             description=(
                 "A KSampler that learns from preferences alone: it makes images, asks which is better (a reward "
@@ -244,7 +245,7 @@ class MiraDPOPreference(io.ComfyNode):
     ) -> io.NodeOutput:
         given = KSamplerInputs(model, positive, negative, latent_image, vae, seed, cfg, prompt)
         values, hidden = fill_in(cls.define_schema().inputs, values), cls.hidden
-        check_values(NODE, [final_restart_input()], {"final_restart": final_restart})
+        check_values(cls.NAME, [final_restart_input()], {"final_restart": final_restart})
         identity = values | vars(given) | {"reward": reward, "choices": choices}
         done, live = memo.of(
             hidden.unique_id,
@@ -254,7 +255,7 @@ class MiraDPOPreference(io.ComfyNode):
         )
         record = json.dumps(done.result.trace.settings["choices"])
         return finish(
-            NODE,
+            cls.NAME,
             hidden,
             done,
             live,
@@ -271,27 +272,35 @@ def run_preference(
 ) -> tuple[host.Optimized, LiveRun]:
     """One run: (what came out, what the editor was told)."""
     told = values | {"cfg": given.cfg}
-    check_values(NODE, MiraDPOPreference.define_schema().inputs, told)
-    check_links(NODE, positive=given.positive, negative=given.negative)
+    check_values(MiraDPOPreference.NAME, MiraDPOPreference.define_schema().inputs, told)
+    check_links(MiraDPOPreference.NAME, positive=given.positive, negative=given.negative)
     sampler = comfy.samplers.sampler_object(values["sampler_name"])
     if message := wrong_judge(values):
-        raise ValueError(f"{NODE}: {message}")
-    check_latent(NODE, given.model, given.latent, given.vae, sampler, values, METHODS[values["method"]].gradient)
+        raise ValueError(f"{MiraDPOPreference.NAME}: {message}")
+    check_latent(
+        MiraDPOPreference.NAME,
+        given.model,
+        given.latent,
+        given.vae,
+        sampler,
+        values,
+        METHODS[values["method"]].gradient,
+    )
     judge, context = values["judge"], get_executing_context()
     if judge == "reward":
-        check_reward(NODE, reward)
-        needs(NODE, reward, given.prompt, len(given.latent["samples"]))
+        check_reward(MiraDPOPreference.NAME, reward)
+        needs(MiraDPOPreference.NAME, reward, given.prompt, len(given.latent["samples"]))
     made = {
         "reward": lambda: lambda process: RewardJudge(lambda images: process.reward(images)[0]),
         "person": lambda: person(hidden.unique_id, context, values, given.seed),
         "recorded choices": lambda: recorded(choices),
     }[judge]()
-    settings = read_settings(NODE, values, PreferenceSettings)
+    settings = read_settings(MiraDPOPreference.NAME, values, PreferenceSettings)
     by = reward.facts.name if judge == "reward" else judge
-    record = describe(NODE, told, given.seed, given.prompt, by)
+    record = describe(MiraDPOPreference.NAME, told, given.seed, given.prompt, by)
     live = LiveRun(hidden, settings.iterations - 1 + settings.ends_with_update, {"drift_metric": "path_kl"}, record)
     job = ksampler_job(
-        given, values, node=NODE, reward=reward if judge == "reward" else None, settings=settings,
+        given, values, node=MiraDPOPreference.NAME, reward=reward if judge == "reward" else None, settings=settings,
         gradient=METHODS[settings.method].gradient, on_iteration=live,
     )  # fmt: skip
     done = host.run(job, preferring(made, given.seed, TAKE_BACK if judge == "person" else 0))
@@ -315,8 +324,8 @@ def person(node: str, context: Any, values: dict, seed: int) -> Callable[[host.P
     client = PromptServer.instance.client_id
     if client is None and not values["timeout"]:
         raise ValueError(
-            f"{NODE}: judge is person, but nobody is connected to choose (the run was queued without a client_id): set "
-            "a timeout, or use a reward or recorded choices"
+            f"{MiraDPOPreference.NAME}: judge is person, but nobody is connected to choose (the run was queued without "
+            "a client_id): set a timeout, or use a reward or recorded choices"
         )
     judge = PersonJudge(
         node,
@@ -335,5 +344,5 @@ def recorded(text: str) -> Callable[[host.Process], RecordedJudge]:
     try:
         judge = RecordedJudge(read_choices(text))
     except ValueError as problem:
-        raise ValueError(f"{NODE}: {problem}") from problem
+        raise ValueError(f"{MiraDPOPreference.NAME}: {problem}") from problem
     return lambda process: judge

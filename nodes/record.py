@@ -50,16 +50,18 @@ def read_trace(path: str, index: int) -> Trace:
             text = file.read()
         return Trace.from_csv(text) if name.lower().endswith(".csv") else Trace.from_dict(json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError, OSError, SyntaxError) as problem:
-        raise ValueError(f"MIRA Load Trace: {name} cannot be read: {problem}") from problem
+        raise ValueError(f"{MiraLoadTrace.NAME}: {name} cannot be read: {problem}") from problem
 
 
 class MiraLoadTrace(io.ComfyNode):
+    NAME = "MIRA Load Trace"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraLoadTrace",
             **aliases("load record", "open run", "history"),
-            display_name="MIRA Load Trace",
+            display_name=cls.NAME,
             category="MIRA Alignment/loaders",
             description="The record of an earlier run, from a PNG that it saved, or MIRA Drift Monitor's JSON or CSV.",
             inputs=[
@@ -88,5 +90,5 @@ class MiraLoadTrace(io.ComfyNode):
         try:
             path = trace_path(file)
         except ValueError as problem:
-            raise ValueError(f"MIRA Load Trace: {problem}") from None
+            raise ValueError(f"{cls.NAME}: {problem}") from None
         return io.NodeOutput(read_trace(path, index))

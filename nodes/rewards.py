@@ -28,12 +28,14 @@ NO_SCRIPT = "put a .py file into models/mira_rewards"
 
 
 class MiraPixelReward(io.ComfyNode):
+    NAME = "MIRA Pixel Reward"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraPixelReward",
             **aliases("brightness", "darkness", "contrast", "colour", "color", "sharpness"),
-            display_name="MIRA Pixel Reward",
+            display_name=cls.NAME,
             category="MIRA Alignment/rewards",
             description="A reward that is a formula of the pixels.",
             inputs=[
@@ -65,6 +67,8 @@ class MiraPixelReward(io.ComfyNode):
 
 
 class MiraJPEGReward(io.ComfyNode):
+    NAME = "MIRA JPEG Reward"
+
     GRADIENT = {"black box": JPEG, "differentiable estimate": JPEGSurrogate}
 
     @classmethod
@@ -72,7 +76,7 @@ class MiraJPEGReward(io.ComfyNode):
         return io.Schema(
             node_id="MiraJPEGReward",
             **aliases("file size", "compressibility", "reward"),
-            display_name="MIRA JPEG Reward",
+            display_name=cls.NAME,
             category="MIRA Alignment/rewards",
             description="Minus the kilobytes of the image as a JPEG: small files score high.",
             inputs=[
@@ -96,6 +100,8 @@ class MiraJPEGReward(io.ComfyNode):
 
 
 class MiraCombineRewards(io.ComfyNode):
+    NAME = "MIRA Combine Rewards"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         inputs = []
@@ -128,7 +134,7 @@ class MiraCombineRewards(io.ComfyNode):
         return io.Schema(
             node_id="MiraCombineRewards",
             **aliases("weighted sum", "several rewards", "composite reward"),
-            display_name="MIRA Combine Rewards",
+            display_name=cls.NAME,
             category="MIRA Alignment/rewards",
             description="A weighted sum of rewards; each part stays in the record, in its own units.",
             inputs=inputs,
@@ -154,12 +160,14 @@ class MiraCombineRewards(io.ComfyNode):
 
 
 class MiraAugmentReward(io.ComfyNode):
+    NAME = "MIRA Augment Reward"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraAugmentReward",
             **aliases("random crops", "robust reward", "less hacking"),
-            display_name="MIRA Augment Reward",
+            display_name=cls.NAME,
             category="MIRA Alignment/rewards",
             description=(
                 "Scores the mean of random crops and mirror images, so that patterns of pixels that fool a scorer at "

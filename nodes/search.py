@@ -49,8 +49,6 @@ from .shared.job import KSamplerInputs, describe, ksampler_job, restart_at_end
 from .shared.types import MiraReward, aliases, shown_again
 
 log = logging.getLogger("mira")
-NODE = "MIRA Search KSampler"
-TILT = "MIRA Tilt KSampler"
 DEFAULT = SearchSettings(particles=8)
 
 
@@ -148,11 +146,11 @@ def particulars() -> list[io.Input]:
 class Searching(io.ComfyNode):
     """What the two nodes share: one run of the settings that their values mean.
 
-    TITLE; OTHER and BLACK_BOX: what to take instead where a method cannot run, and where it needs a gradient that the
+    NAME; OTHER and BLACK_BOX: what to take instead where a method cannot run, and where it needs a gradient that the
     reward has not; DIALS: which input reaches further, by method, if it is not `particles`. For messages.
     """
 
-    TITLE = OTHER = BLACK_BOX = ""
+    NAME = OTHER = BLACK_BOX = ""
     DIALS: ClassVar[dict[str, str]] = {}
 
     @classmethod
@@ -181,13 +179,13 @@ class Searching(io.ComfyNode):
     ) -> io.NodeOutput:
         given = KSamplerInputs(model, positive, negative, latent_image, vae, seed, cfg, prompt)
         values, hidden = fill_in(cls.define_schema().inputs, values), cls.hidden
-        check_values(cls.TITLE, [final_restart_input()], {"final_restart": final_restart})
+        check_values(cls.NAME, [final_restart_input()], {"final_restart": final_restart})
         identity = values | vars(given) | {"reward": reward}
         run = memo.of(
             hidden.unique_id, identity, (iterate, final_restart), lambda: run_search(cls, hidden, given, reward, values)
         )
         return finish(
-            cls.TITLE,
+            cls.NAME,
             hidden,
             *run,
             latent_image,
@@ -199,20 +197,20 @@ class Searching(io.ComfyNode):
 
 
 class MiraSearchKSampler(Searching):
-    TITLE, OTHER = NODE, ", or method best_of_n or zero_order"
+    NAME, OTHER = "MIRA Search KSampler", ", or method best_of_n or zero_order"
     BLACK_BOX = "a method that needs none than {method}, such as fk_steering"
     DIALS: ClassVar[dict[str, str]] = {"ntrk": "radius"}
 
     @classmethod
     def settings(cls, values: dict) -> SearchSettings:
-        return read_settings(NODE, values, SearchSettings)
+        return read_settings(MiraSearchKSampler.NAME, values, SearchSettings)
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MiraSearchKSampler",
             **aliases("best of n", "search", "seeds", "particles", "improve", "align"),
-            display_name=NODE,
+            display_name=cls.NAME,
             category="MIRA Alignment/sampling",
             description=(
                 "A KSampler that samples several candidates of every image and lets the better ones survive: "
@@ -268,7 +266,7 @@ class MiraSearchKSampler(Searching):
 
 
 class MiraTiltKSampler(Searching):
-    TITLE, BLACK_BOX = TILT, f"{NODE}, of which most methods need none"
+    NAME, BLACK_BOX = "MIRA Tilt KSampler", f"{MiraSearchKSampler.NAME}, of which most methods need none"
     DIALS: ClassVar[dict[str, str]] = {"ntrk": "tilt"}
 
     @classmethod
@@ -281,7 +279,7 @@ class MiraTiltKSampler(Searching):
         return io.Schema(
             node_id="MiraTiltKSampler",
             **aliases("ntrk", "noise tilt", "guidance", "improve", "beautiful", "align", "fast"),
-            display_name=TILT,
+            display_name=cls.NAME,
             category="MIRA Alignment/sampling",
             description=(
                 "A KSampler whose noise leans towards a reward: `tilt` says how far. Nothing is optimised; the picture "
@@ -335,7 +333,7 @@ def run_search(
     cls: type[Searching], hidden: Any, given: KSamplerInputs, reward: Reward, values: dict
 ) -> tuple[host.Optimized, LiveRun]:
     """One run: (what came out, what the editor was told)."""
-    node, model, latent, prompt = cls.TITLE, given.model, given.latent, given.prompt
+    node, model, latent, prompt = cls.NAME, given.model, given.latent, given.prompt
     told = values | {"cfg": given.cfg}
     check_values(node, cls.define_schema().inputs, told)
     settings = cls.settings(values)
