@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .candidates import towards
 from .ending import Interrupts, attempt
-from .keep import Kept
+from .keep import Kept, comparable
 from .optimize import NoGradient, Result, Score, Settings, optimize
 from .rollout import Path, Rollout
 from .search import SearchSettings
@@ -68,7 +68,7 @@ class _Hybrid:
         self.trace.rows.extend(rows)
         self.iterates.append(end.latent.cpu())
         reward = torch.tensor([r["reward"] for r in rows], dtype=torch.double)
-        reward = reward.nan_to_num(nan=-math.inf, posinf=-math.inf)
+        reward = comparable(reward)
         better = (reward > self.best_reward) | (k == 0)
         self.best_reward = torch.where(better, reward, self.best_reward)
         self.kept.take(k, better, end.latent, end.noises)
@@ -98,7 +98,7 @@ class _Hybrid:
             return row["reward"] - (0.0 if regularizer == "none" else beta * row[regularizer])
 
         objectives = torch.tensor([list(map(objective, end.rows)) for end in ends])
-        index = objectives.nan_to_num(nan=-math.inf, posinf=-math.inf).argmax(0)
+        index = comparable(objectives).argmax(0)
         rows = [ends[p].rows[b] for b, p in enumerate(index.tolist())]
         noises = [_picked(z, index) for z in zip(*(end.noises for end in ends), strict=True)]
         latent, images = (_picked([getattr(end, name) for end in ends], index) for name in ("latent", "images"))

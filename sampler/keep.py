@@ -17,6 +17,11 @@ def chosen(where: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(per_image(where.to(old.device), old), new, old)
 
 
+def comparable(reward: Tensor) -> Tensor:
+    """The same, but that what is not finite (NaN, infinity) is worse than everything: no reward is that good."""
+    return torch.where(torch.isfinite(reward), reward, -math.inf)
+
+
 @dataclass
 class Kept:
     """What comes back: latent (B, C, ...), noises, each (B, C, ...), and of which iteration each image is, (B,)."""
@@ -60,7 +65,7 @@ class Keeper(Kept):
         reward, drift = reward.detach().cpu().double(), drift.detach().cpu().double()
         if self.latent is None:
             self.take(k, active, latent, noises)
-            self.reward = reward.nan_to_num(nan=-math.inf, posinf=-math.inf)
+            self.reward = comparable(reward)
             self.best, self.first, self.progress = self.reward.clone(), self.reward.clone(), self.iteration.clone()
             return
         finite = torch.isfinite(reward) & active

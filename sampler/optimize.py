@@ -56,6 +56,12 @@ MAX_HALVINGS = 3
 FLAT = "the gradient of its reward is zero, so that it cannot be optimised from here"
 
 
+def stops_at_no_limit(stop: str, drift_limit: float) -> str | None:
+    """What is wrong with a `stop` that looks at the drift where that has no limit; None: nothing."""
+    wrong = "drift" in stop and not drift_limit > 0
+    return f"stop is {stop}, which needs a drift_limit above 0" if wrong else None
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to optimise. The defaults here are plain noise optimisation; the nodes have the measured ones.
@@ -136,8 +142,8 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 or more")
         if "plateau" in self.stop and self.patience < 1:
             raise ValueError(f"patience is {self.patience}: stopping on a plateau needs at least 1 iteration")
-        if "drift" in self.stop and not self.drift_limit > 0:
-            raise ValueError("stop on drift needs a drift_limit above 0")
+        if why := stops_at_no_limit(self.stop, self.drift_limit):
+            raise ValueError(why)
         if self.hold != "no" and not self.drift_limit > 0:
             raise ValueError(f"hold is {self.hold}, which needs a drift_limit above 0")
         if self.hold == "projection" and (self.drift_metric != "path_kl" or self.variables == "initno"):

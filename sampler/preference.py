@@ -6,7 +6,6 @@ Nothing flows through the judge: it only says which image of a few it likes most
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from .candidates import ENERGIES, Candidate, Run, pick
 from .ending import Interrupts, attempt
-from .keep import Kept, chosen
+from .keep import Kept, chosen, comparable
 from .methods import METHODS
 from .optimize import OPTIMIZERS, Result
 from .rollout import Path, Rollout
@@ -113,7 +112,7 @@ def by_score(scores: Tensor) -> Verdict:
         raise ValueError(
             f"the reward gives no number for any candidate of image(s) {images}: there is nothing to prefer"
         )
-    known = torch.where(torch.isfinite(scores), scores, -math.inf)
+    known = comparable(scores)
     return Verdict(known.argmax(1), known.argmin(1), known.amax(1) == known.amin(1), scores)
 
 

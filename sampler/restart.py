@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .ending import Interrupts, attempt
-from .keep import Kept, chosen
+from .keep import Kept, chosen, comparable
 from .optimize import Result, Score, Settings, optimize
 from .replay import Segment
 from .resume import Left
@@ -84,7 +84,7 @@ class _Rounds:
         rewards = {(row["image"], row["iteration"]): row["reward"] for row in done.trace.rows}
         its = torch.tensor(done.trace.kept) + first
         reward = torch.tensor([rewards[b, k] for b, k in enumerate(its.tolist())], dtype=torch.double)
-        finite, reward = reward.isfinite(), reward.nan_to_num(nan=-math.inf, posinf=-math.inf)
+        finite, reward = reward.isfinite(), comparable(reward)
         better = finite if self.best is None or settings.keep == "last" else reward > self.best
         self.best = reward if self.best is None else torch.where(better, reward, self.best)
         self.kept.take(its, better, done.best, done.best_noises)
@@ -206,7 +206,7 @@ def search_by_restarts(
         nonlocal best, images, runs
         x0, noises = sample(number, p, kept.latent if number else None)
         found = score(x0)
-        reward = found.total.detach().cpu().double().nan_to_num(nan=-math.inf, posinf=-math.inf)
+        reward = comparable(found.total.detach().cpu().double())
         better = torch.ones(len(reward), dtype=torch.bool) if best is None else reward > best
         best = reward if best is None else torch.where(better, reward, best)
         images = found.images if images is None else chosen(better, found.images, images)

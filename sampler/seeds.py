@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .ending import Cut, Interrupts, attempt
-from .keep import chosen
+from .keep import chosen, comparable
 
 APART = 2**22  # beyond every number of a candidate or a restart
 
@@ -71,14 +71,14 @@ def best_of(
         raise cut.problem
     x0, noises, found = best
     rewards, which = [found], torch.zeros(len(x0), dtype=torch.long)
-    highest = found.nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+    highest = comparable(found)
     for n in range(1, count):
         other, cut = attempt(interrupts, tried, n)
         if cut:
             break
         its_x0, its_noises, found = other
         rewards.append(found)
-        found = found.nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+        found = comparable(found)
         better = found > highest
         highest, which = torch.where(better, found, highest), torch.where(better, n, which)
         x0 = chosen(better, its_x0, x0)

@@ -14,6 +14,7 @@ from comfy.sd import VAE
 from comfy_api.latest import io
 
 from ...rewards.base import Reward
+from ...sampler.optimize import stops_at_no_limit
 from ..host import samples_of
 from ..host.probe import begins_anew, injects_noise, why_not_differentiable
 from .inputs import gradient_steps
@@ -47,9 +48,8 @@ def complain(values: dict, inputs: Sequence[io.Input]) -> str | None:
         if not low <= value <= high:  # NaN too
             why = f"{TOO_SMALL[known.id]}; " if value < low and known.id in TOO_SMALL else ""
             return f"{known.id} is {_shown(value)}: {why}use {low:g} to {high:g}"
-    if "drift" in str(values.get("stop") or "") and values.get("drift_limit") == 0:
-        return f"stop is {values['stop']} but drift_limit is 0: set a limit above 0"
-    return None
+    stop, limit = values.get("stop"), values.get("drift_limit")
+    return stops_at_no_limit(stop, limit) if stop is not None and limit is not None else None
 
 
 def _shown(value: object) -> str:

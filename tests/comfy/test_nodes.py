@@ -291,7 +291,7 @@ def test_the_latent_dict_keeps_what_else_it_holds(world):
         ({"beta": math.nan}, "beta is nan"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"denoise": 0.0}, "denoise is 0.0"),
-        ({"stop": "drift"}, "stop is drift but drift_limit is 0"),
+        ({"stop": "drift"}, "stop is drift, which needs a drift_limit above 0"),
         ({"sampler_name": "dpm_adaptive"}, "sampler dpm_adaptive cannot be optimised through.*euler_ancestral"),
         ({"latent_image": {"samples": torch.zeros(0, 4, 16, 16)}}, "the batch is empty"),
         ({"latent_image": {"samples": torch.full((1, 4, 8, 8), math.nan)}}, "latent_image holds NaN"),

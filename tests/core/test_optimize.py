@@ -397,7 +397,7 @@ def test_no_gradient_is_said_and_not_optimised():
         ({"regularizer": "kl"}, "choose one of mira"),
         ({"relative_beta": True, "beta": 0.1, "regularizer": "path_kl"}, "that of path_kl is zero or chance there"),
         ({"relative_beta": True, "beta": 0.1, "regularizer": "chi"}, "that of chi is zero or chance there"),
-        ({"stop": "drift"}, "needs a drift_limit"),
+        ({"stop": "drift"}, "stop is drift, which needs a drift_limit"),
         ({"stop": "plateau", "patience": 0}, "patience is 0"),
     ],
 )
