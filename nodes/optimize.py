@@ -106,7 +106,8 @@ def run_optimization(
         notices.append(f"rounds is {values['rounds']}, but there were {settings.rounds}: one for every iteration")
     told = {"drift_metric": settings.drift_metric, "drift_limit": settings.drift_limit}
     record = describe(node, values, given["seed"], prompt, reward.facts.name)
-    live = LiveRun(hidden, settings.iterations + settings.rounds - 1, told, record)
+    seeds = settings.seeds if settings.seeds > 1 and not before else 0
+    live = LiveRun(hidden, settings.iterations + settings.rounds - 1, told, record, seeds)
     if before:
         live.go_on(before[1], before[0].done)
     job = host.Job(
@@ -128,6 +129,7 @@ def run_optimization(
         memory=values["memory"],
         repeatable=values.get("repeatable", True),
         on_iteration=live,
+        on_seed=live.tried,
         **given,
     )
     done = host.run(job)

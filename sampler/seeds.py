@@ -54,17 +54,21 @@ def best_of(
     reward: Callable[[Tensor], Tensor],
     count: int,
     interrupts: Interrupts = (),
+    on_tried: Callable[[int], None] = lambda n: None,
 ) -> Start:
     """The best of `count` samples of the frozen model for every image.
 
     sample: n -> (x0 (B, C, ...), its noises); 0 is the given seed's. reward: x0 -> (B,). Noises of two are in memory.
+    on_tried: is told how many there are so far.
     An exception of `interrupts`, running out of memory and any other error after the first one end the choice with
     what was tried.
     """
 
     def tried(n: int) -> tuple[Tensor, list[Tensor], Tensor]:
         x0, noises = sample(n)
-        return x0, [z.detach() for z in noises], reward(x0).detach().cpu().double()
+        found = reward(x0).detach().cpu().double()
+        on_tried(n + 1)
+        return x0, [z.detach() for z in noises], found
 
     best, cut = attempt(interrupts, tried, 0)
     if cut:

@@ -472,6 +472,12 @@ app.registerExtension({
       const seeds = node.widgets?.find((w) => w.name === "seeds")?.value ?? 1;
       chart.set({ ...newRun(), id: detail.run, waiting: seeds > 1 ? `Trying ${seeds} seeds ...` : "Sampling the first image ..." });
     });
+    api.addEventListener("mira.seed", ({ detail }) => {
+      const node = nodeOf(detail?.node);
+      const chart = isOf(node, detail) ? node[VIEW]?.chart : null;
+      if (!chart || (chart.run().id === detail.run && chart.run().rows.length)) return;
+      chart.set({ ...newRun(), id: detail.run, waiting: `Trying ${detail.seeds} seeds: ${detail.count} of them done` });
+    });
     for (const ended of ["execution_error", "execution_interrupted"]) {
       api.addEventListener(ended, ({ detail }) => {
         const chart = nodeOf(detail?.node_id)?.[VIEW]?.chart;

@@ -60,14 +60,16 @@ def running(node: str) -> tuple[str | None, str | None]:
 class LiveRun:
     """Progress bar, preview, stored thumbnails and an event per iteration, to the client that asked for the run."""
 
-    def __init__(self, hidden: Any, iterations: int, told: dict, settings: dict) -> None:
-        """hidden: the node's own. told: what the chart needs to know; settings: of the run, as its record has them."""
+    def __init__(self, hidden: Any, iterations: int, told: dict, settings: dict, seeds: int = 0) -> None:
+        """hidden: the node's own. told: what the chart needs to know; settings: of the run, as its record has them.
+        seeds: how many samples are compared before the first iteration.
+        """
         node = hidden.unique_id
-        self.node, self.iterations = node, iterations
+        self.node, self.iterations, self.seeds = node, iterations, seeds
         self.unfinished = Unfinished(node, told | settings, hidden.extra_pnginfo)
         self.name = secrets.token_hex(8)
         self.notices: list[str] = []  # what could not be reported, once
-        self.bar = comfy.utils.ProgressBar(iterations + 1, node_id=node)
+        self.bar = comfy.utils.ProgressBar(seeds + iterations + 1, node_id=node)
         self.server = PromptServer.instance
         context = get_executing_context()
         workflow, kind = running(node)
@@ -107,6 +109,16 @@ class LiveRun:
             except Exception as problem:
                 self._note(f"the editor was not told of every iteration: {problem}", trace=True)
 
+    def tried(self, count: int) -> None:
+        """So many of the seeds are sampled and scored."""
+        try:
+            self._send("mira.seed", count=count, seeds=self.seeds)
+            self.bar.update_absolute(count)
+        except comfy.model_management.InterruptProcessingException:
+            raise
+        except Exception as problem:
+            self._note(f"the editor was not told of every seed: {problem}", trace=True)
+
     def __call__(self, k: int, rows: list[dict], score: Score) -> None:
         """Nothing that fails here may cost the image, but for the interrupt that a progress bar raises."""
         try:
@@ -137,7 +149,7 @@ class LiveRun:
         except OSError as problem:  # a full disk; chart and progress can do without
             self._note(f"previews could not be stored in ComfyUI's temp folder: {problem}")
         self._send(iteration=k, rows=rows, preview=preview)
-        self.bar.update_absolute(k + 1, self.iterations + 1, ("JPEG", shown, PREVIEW))
+        self.bar.update_absolute(self.seeds + k + 1, preview=("JPEG", shown, PREVIEW))
 
     def _send(self, what: str = "mira.step", **event: Any) -> None:
         of = {name: self.run[name] for name in ("run", "node", "workflow", "kind", "iterations", "settings")}

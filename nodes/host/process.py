@@ -128,6 +128,7 @@ class Job:
     gradient: bool = True  # whether the work needs one through the model
     resume: Left | None = None
     on_iteration: Callable = lambda k, rows, score: None
+    on_seed: Callable = lambda count: None
 
 
 def why_no_restart(sigmas: Tensor, initial: Tensor) -> str | None:

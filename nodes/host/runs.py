@@ -167,7 +167,7 @@ def take_up(process: Process, resume: Left) -> Left:
 def compare_seeds(process: Process, count: int) -> Start:
     """The best of so many seeds of every image, under the same random numbers of the reward."""
     process.redraw = False
-    start = best_of(process.sample_of, lambda x0: process.score(x0).total, count, INTERRUPTS)
+    start = best_of(process.sample_of, lambda x0: process.score(x0).total, count, INTERRUPTS, process.job.on_seed)
     process.redraw = True
     return start
 

@@ -35,6 +35,18 @@ def test_every_image_begins_from_its_own_best_seed():
         assert torch.equal(new[kept], old[kept])
 
 
+def test_every_seed_is_told_and_a_stop_there_keeps_what_was_tried():
+    told = []
+
+    def tell(count):
+        told.append(count)
+        if count == 3:
+            raise KeyboardInterrupt
+
+    start = best_of(sampling(rollout(), noises(batch=2), 3), reward, 5, (KeyboardInterrupt,), tell)
+    assert told == [1, 2, 3] and start.cut.interrupted and len(start.rewards) == 2
+
+
 def test_it_repeats_and_more_seeds_only_add():
     r, z = rollout(), noises(batch=4)
     a, b, more = (best_of(sampling(r, z, 3), reward, n) for n in (3, 3, 6))

@@ -54,6 +54,16 @@ def run(server, prompt):
     return asyncio.run(go())
 
 
+def test_seeds_that_are_compared_are_told_as_they_are_tried(server, quickstart):
+    prompt = small(quickstart, seeds=3, iterations=1, rounds=1)
+    events, _ = run(server, prompt)
+    kinds = [kind for kind, _ in events if kind.startswith("mira.")]
+    assert kinds == ["mira.begin", *["mira.seed"] * 3, *["mira.step"] * 2]
+    assert [(d["count"], d["seeds"]) for k, d in events if k == "mira.seed"] == [(1, 3), (2, 3), (3, 3)]
+    progress = [d["value"] for k, d in events if k == "progress" and d["node"] == find(prompt, OPTIMIZER)]
+    assert progress == [1, 2, 3, 4, 5]
+
+
 def saved_records(server, prompt, prefix):
     """(rewards of iterations that ran, the records in each PNG of the node that saves under this prefix)."""
     (node,) = (id for id, n in prompt.items() if n["inputs"].get("filename_prefix") == prefix)
@@ -123,7 +133,8 @@ def test_quickstart_raises_the_reward_and_reports_every_iteration(server, quicks
     assert all(s["node"] == node and s["iterations"] == 3 for s in steps)
     assert [k for k, _ in events].count("preview") >= 4
     progress = [d for k, d in events if k == "progress" and d["node"] == node]
-    assert progress[-1]["value"] == progress[-1]["max"] == 4
+    seeds = prompt[node]["inputs"]["seeds"]
+    assert progress[-1]["value"] == progress[-1]["max"] == seeds + 4 == 8
     (record,) = outputs[node]["mira"]
     assert [r["reward"] for r in record["rows"]] == [s["rows"][0]["reward"] for s in steps]
     assert record["rows"][record["kept"][0]]["reward"] > record["rows"][0]["reward"]
