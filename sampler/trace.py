@@ -11,7 +11,52 @@ from typing import Any
 
 from torch import Tensor
 
+from .surrogates import REGULARIZERS
+
 VERSION = 1
+
+
+@dataclass(frozen=True)
+class Column:
+    """said: what it holds. measured: something of an image, which a chart draws; else of the run's own keeping."""
+
+    said: str
+    measured: bool = True
+
+
+# Of a row, beside the parts of a reward, `reward.<name>`. Not every method has all of them.
+COLUMNS = {
+    "iteration": Column("which one, from 0, the plain sample's", measured=False),
+    "image": Column("of the batch, from 0", measured=False),
+    "round": Column("from 1, where an image was noised again and optimised anew", measured=False),
+    "level": Column("sigma at which the round began", measured=False),
+    "reward": Column("what is optimised; for the best of a search's particles so far"),
+    "reward_mean": Column("the same, the mean over a search's particles"),
+    "ess": Column("of weighted particles: how many count, effectively"),
+    "preferred": Column("the candidate that was chosen, from 0; -1: none was better", measured=False),
+    "path_kl": Column(
+        "drift: half the square by which every noise differs, the KL of the two paths per latent element"
+    ),
+    "score_distance": Column(
+        "drift: the square by which every predicted noise differs, weighted, summed over the steps"
+    ),
+    "mira": Column("the paper's S(z0) - S(z), of the scores' energies; may be below 0"),
+    "mira_two_sided": Column("the same of every step, without its sign"),
+    "latent_distance": Column("the mean square by which the latent differs"),
+    "prno": Column("DNO's penalty of noise that does not look like noise"),
+    "chi": Column("ReNO's penalty of the initial noise's norm"),
+    "initno": Column("of a mean and a deviation that are optimised: their KL from 0 and 1"),
+    "noise_norm": Column("the root mean square of all noises; 1 is typical"),
+    "beta": Column("the penalty's weight, where it changes"),
+    "gradient_norm": Column("of the loss with respect to the free noises, before it is clipped"),
+    "lr": Column("the step as it is now; it is halved where a gradient is not finite", measured=False),
+    "evaluations": Column("calls of the network so far; of MIRA-DPO, samples", measured=False),
+    "backwards": Column("and with a gradient", measured=False),
+    "seconds": Column("that this iteration took", measured=False),
+    "memory_mb": Column(
+        "the most that was in use so far, in 10^6 bytes; on a CPU what the process holds", measured=False
+    ),
+}
 
 
 @dataclass
@@ -101,8 +146,11 @@ class Trace:
 
 def rows_of(iteration: int, columns: dict[str, Tensor], **of_the_run: float) -> list[dict[str, float]]:
     """The rows of one iteration, one per image. columns: measurements by name, each (B,); of_the_run: what is the same
-    for all images of the batch.
+    for all images of the batch. Raises ValueError for a column that nobody could look up in `COLUMNS`.
     """
+    for name in (*columns, *of_the_run):
+        if name not in COLUMNS and name not in REGULARIZERS and not name.startswith("reward."):
+            raise ValueError(f"a row has the column {name!r}, which COLUMNS does not tell of")
     values = {name: column.detach().cpu().double().tolist() for name, column in columns.items()}
     images = len(next(iter(values.values())))
     return [

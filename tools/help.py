@@ -3,15 +3,19 @@ knows them. `{files}` in a page stands for docs/help/files.md, and so on: what s
 
     python -m tools.help      (in ComfyUI's environment, $MIRA_COMFYUI set, as dev.py sets it)
 
-Pictures, web/docs/pictures/<NodeId>.jpg, are made by tools.pictures.
+And web/columns.js: which columns of a record the chart does not draw. Pictures, web/docs/pictures/<NodeId>.jpg, are
+made by tools.pictures.
 """
 
 from __future__ import annotations
 
 import asyncio
 
+from testing.pack import mira
+
 from .comfy import ROOT, Client, Server
 
+COLUMNS = mira("sampler.trace").COLUMNS
 FOLDER = ROOT / "web" / "docs"
 PROSE = ROOT / "docs" / "help"
 SHARED = ("files", "optimising")
@@ -58,7 +62,24 @@ def page(node: str, info: dict) -> str:
     tooltips = info.get("output_tooltips") or [""] * len(info["output"])
     for name, kind, tooltip in zip(info["output_name"], info["output"], tooltips, strict=True):
         lines.append(f"| `{name}` | {kind} | {cell(tooltip or '')} |")
+    if node == "MiraLoadTrace":
+        lines += [
+            "",
+            "## Columns",
+            "",
+            "Beside these a record has the parts of a reward, as `reward.` and their names.",
+            "",
+        ]
+        lines += ["| column | |", "|---|---|", *(f"| `{name}` | {cell(c.said)} |" for name, c in COLUMNS.items())]
     return "\n".join(lines) + "\n"
+
+
+def columns_js() -> str:
+    names = ", ".join(f'"{name}"' for name, column in COLUMNS.items() if not column.measured)
+    return (
+        "// Made by tools/help.py of COLUMNS in sampler/trace.py: what a row holds that was not measured of an image.\n"
+        f"export const BOOKKEEPING = new Set([{names}]);\n"
+    )
 
 
 async def ask() -> dict:
@@ -69,6 +90,7 @@ async def ask() -> dict:
 
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
+    (ROOT / "web" / "columns.js").write_text(columns_js())
     everything = asyncio.run(ask())
     for node_id in pages():
         (FOLDER / f"{node_id}.md").write_text(page(node_id, everything[node_id]))

@@ -1,17 +1,22 @@
-"""Makes web/docs/pictures/<NodeId>.jpg: every node as the graph editor draws it.
+"""Makes web/docs/pictures/<NodeId>.jpg: every node as the graph editor draws it; and docs/quickstart.jpg: the first
+example's graph, when it has run.
 
-python -m tools.pictures      (in ComfyUI's environment, $MIRA_COMFYUI and $MIRA_CHROMIUM set, as dev.py sets them)
+python -m tools.pictures [NodeId or quickstart ...]      (in ComfyUI's environment, $MIRA_COMFYUI and $MIRA_CHROMIUM
+set, as dev.py sets them)
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
+import sys
+import time
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from .comfy import Server
+from .comfy import ROOT, Server
 from .help import FOLDER, pages
 
 WIDTH, HEIGHT, LEFT, TOP = 1300, 1500, 420, 120
@@ -32,7 +37,42 @@ PLACE = """async id => {
 }""" % (LEFT, TOP)  # noqa: UP031  (braces abound)
 
 
-def main() -> None:
+QUICKSTART = "quickstart"
+# Pixels: of the window, of what lies over its edges, and of the picture.
+WIDE, HIGH, EDGE, UNDER_THE_BAR, SHOWN = 2100, 1300, 80, 150, 1400
+SHOW = (
+    "([scale, x, y]) => { Object.assign(app.canvas.ds, { scale, offset: [x, y] }); app.canvas.setDirty(true, true); }"
+)
+RUN = """async workflow => {
+    await app.loadGraphData(workflow);
+    await app.queuePrompt(0);
+}"""
+
+
+def graph(page, server: Server) -> Image.Image:
+    """The first example's whole graph with its chart and both pictures."""
+    workflow = json.loads((ROOT / "example_workflows" / f"mira_{QUICKSTART}.json").read_text())
+    page.evaluate(RUN, workflow)
+    end = time.monotonic() + 600
+    while time.monotonic() < end:
+        page.wait_for_timeout(500)
+        queue = json.loads(page.request.get(f"{server.url}/queue").text())
+        if not queue["queue_running"] and not queue["queue_pending"]:
+            break
+    page.set_viewport_size({"width": WIDE, "height": HIGH})
+    boxes = page.evaluate("() => app.graph.nodes.map(n => [n.pos[0], n.pos[1] - 30, ...n.size])")
+    left, top = (min(b[i] for b in boxes) for i in (0, 1))
+    width, height = (max(b[i] + b[i + 2] + 30 * i for b in boxes) - least for i, least in ((0, left), (1, top)))
+    scale = min((WIDE - 2 * EDGE) / width, (HIGH - UNDER_THE_BAR - EDGE) / height)
+    page.evaluate(SHOW, [scale, EDGE / scale - left, UNDER_THE_BAR / scale - top])
+    page.wait_for_timeout(1500)
+    bar = page.evaluate("() => app.canvas.canvas.getBoundingClientRect().top")
+    clip = {"x": EDGE - 10, "y": bar + UNDER_THE_BAR - 10, "width": width * scale + 20, "height": height * scale + 20}
+    shot = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
+    return shot.resize((SHOWN, round(shot.height * SHOWN / shot.width)), Image.Resampling.LANCZOS)
+
+
+def main(wanted: list[str]) -> None:
     (FOLDER / "pictures").mkdir(parents=True, exist_ok=True)
     with Server() as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=os.environ["MIRA_CHROMIUM"], args=FLAGS)
@@ -46,14 +86,16 @@ def main() -> None:
         page.wait_for_timeout(2000)
         assert not page.query_selector("[role=dialog]"), "a dialog covers the nodes"
         top = page.evaluate("() => app.canvas.canvas.getBoundingClientRect().top")
-        for node in pages():
+        for node in [n for n in pages() if not wanted or n in wanted]:
             width, height = page.evaluate(PLACE, node)
             clip = {"x": LEFT - 12, "y": top + TOP - 56, "width": width + 24, "height": min(height + 68, HEIGHT - TOP)}
             shot = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
             shot.save(FOLDER / "pictures" / f"{node}.jpg", quality=80)
             print(node, flush=True)
+        if not wanted or QUICKSTART in wanted:
+            graph(page, server).save(ROOT / "docs" / "quickstart.jpg", quality=85)
         browser.close()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,6 +1,6 @@
 // The live chart of one run as an element: no side effects beyond it, nothing of ComfyUI.
 import uPlot from "./vendor/uPlot.esm.js";
-import { brief, columns, csv, driftColumn, images, newRun, restarts, status, table } from "./series.js";
+import { brief, columns, csv, driftColumn, images, label, newRun, restarts, spread, status, table, ticks } from "./series.js";
 
 // On a dark and on a light ground; both have a contrast of 4.5 to 1 and more there.
 const REWARD = "var(--mira-reward)";
@@ -160,7 +160,8 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
     chart?.destroy();
     // Functions, so that a change of theme is seen at the next drawing.
     const grid = { stroke: () => colour("--border-color") || "#444", width: 0.5 };
-    const axis = { stroke: () => colour("--fg-color") || "#ddd", grid, ticks: grid, font: "11px Inter, Arial, sans-serif", size: 46 };
+    const values = (_, splits) => ticks(splits);
+    const axis = { stroke: () => colour("--fg-color") || "#ddd", grid, ticks: grid, values, font: "11px Inter, Arial, sans-serif", size: 46 };
     const series = rewards.map((name, i) => ({
       label: name, scale: "reward", stroke: reward, width: name === "reward" ? 2 : 1,
       dash: name === "reward" ? undefined : PART_DASHES[(i - 1) % PART_DASHES.length], points: { size: 4 },
@@ -170,7 +171,11 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
       {
         width: Math.max(plot.clientWidth, 120), height: HEIGHT, legend: { show: false },
         cursor: { drag: { x: false, y: false }, move: unscaled() },
-        scales: { x: { time: false }, reward: {}, drift: {} },
+        scales: {
+          x: { time: false, range: (_, min, max) => [min ?? 0, Math.max(max ?? 1, (min ?? 0) + 1)] },
+          reward: { range: (_, min, max) => spread(min, max) },
+          drift: { range: (_, min, max) => spread(min, max) },
+        },
         axes: [
           { ...axis, size: 26, incrs: [1, 2, 5, 10, 20, 50, 100, 200] },
           ...(rewards.length ? [{ ...axis, scale: "reward", stroke: reward }] : []),
@@ -192,10 +197,10 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
     if (!row) return;
     for (const name of ["iteration", ...list]) {
       const item = element("span");
-      const label = element("b");
-      label.textContent = `${name} `;
-      if (name !== "iteration") label.style.color = name === drift ? DRIFT : REWARD;
-      item.append(label, name === "iteration" ? String(row.iteration) : brief(row[name]));
+      const title = element("b");
+      title.textContent = `${label(run, name)} `;
+      if (name !== "iteration") title.style.color = name === drift ? DRIFT : REWARD;
+      item.append(title, name === "iteration" ? String(row.iteration) : brief(row[name]));
       values.append(item);
     }
   }

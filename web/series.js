@@ -1,7 +1,6 @@
 // Pure: from a run's record to what is drawn. No side effects, nothing of ComfyUI, nothing of the page.
+import { BOOKKEEPING } from "./columns.js";
 
-/** Columns that are not measurements of an image. */
-const BOOKKEEPING = new Set(["iteration", "image", "lr", "seconds", "memory_mb", "evaluations", "backwards", "preferred", "round", "level"]);
 const MOST_ROWS = 20000;
 
 /** A run as the events and the history tell it: settings, rows, kept iterations. Bad input gives an empty run. */
@@ -111,6 +110,29 @@ export function brief(value) {
   if (number === null) return "–";
   if (number !== 0 && (Math.abs(number) >= 1e5 || Math.abs(number) < 1e-3)) return number.toExponential(2);
   return String(Number(number.toPrecision(4)));
+}
+
+/** The bounds of an axis that shows values from `min` to `max`, of which there may be one or none (null). */
+export function spread(min, max) {
+  if (min === null || max === null) return [0, 1];
+  const room = max > min ? 0.08 * (max - min) : Math.abs(max) * 0.1 || 0.1;
+  return [min - room, max + room];
+}
+
+const DECIMALS = 5; // that an axis has room for
+
+/** What an axis says at its ticks: as many decimals as tell them apart. */
+export function ticks(values) {
+  const step = values.length > 1 ? Math.abs(values[1] - values[0]) : Math.abs(values[0] ?? 0);
+  let decimals = 0;
+  const exact = (v) => Math.abs(Number(v.toFixed(decimals)) - v) <= 1e-6 * step;
+  while (decimals <= DECIMALS && !values.every(exact)) decimals += 1;
+  return values.map((v) => (Math.abs(v) <= 1e-6 * step ? "0" : decimals > DECIMALS ? v.toExponential(1) : v.toFixed(decimals)));
+}
+
+/** What a column is called beside its value. */
+export function label(run, name) {
+  return name === driftColumn(run) ? `drift (${name})` : name;
 }
 
 /** One line of what has happened so far. */

@@ -99,7 +99,7 @@ def test_registration():
         "MiraRankImages": ["images", "scores", "indices", "latents", "masks"],
         "MiraDemoModel": ["model", "clip", "vae"],
     } | {node: ["reward"] for node in REWARDS}
-    assert all(getattr(nodes, name).NAME == schema.display_name for name, schema in listed.items())
+    assert all(schema.display_name == getattr(nodes, name).NAME for name, schema in listed.items())
     inputs = {node: [i.id for i in listed[node].inputs] for node in REWARDS}
     assert inputs == REWARDS
     assert [i.id for i in listed["MiraDriftMonitor"].inputs] == [

@@ -11,7 +11,7 @@ from mira.sampler.keep import Keeper
 from mira.sampler.optimize import Score, Settings, optimize
 from mira.sampler.rollout import Rollout, draw
 from mira.sampler.surrogates import REGULARIZERS
-from mira.sampler.trace import Trace
+from mira.sampler.trace import COLUMNS, Trace, rows_of
 
 
 def mean_reward(x0):
@@ -413,6 +413,13 @@ def test_what_is_not_finite_is_null_in_a_record_wherever_it_stands():
     )
     found = json.loads(trace.to_json(), parse_constant=lambda name: pytest.fail(name))
     assert found["settings"] == {"seed_rewards": [[None, 1.0]], "of": {"it": None}} and found["rows"][0]["r"] is None
+
+
+def test_a_column_that_nobody_could_look_up_is_an_error():
+    assert rows_of(0, {"reward": torch.ones(1), "reward.detail": torch.ones(1)}, seconds=1.0)[0]["seconds"] == 1
+    with pytest.raises(ValueError, match="column 'surprise', which COLUMNS does not tell of"):
+        rows_of(0, {"reward": torch.ones(1), "surprise": torch.ones(1)})
+    assert set(REGULARIZERS) - {"none"} <= set(COLUMNS)
 
 
 def test_trace_round_trip_and_csv():

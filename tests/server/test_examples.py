@@ -9,7 +9,7 @@ import pytest
 
 from tools.comfy import ROOT, Client, comfyui_folder
 from tools.examples import BLUEPRINT, EXAMPLES, NOTES, blueprint, gallery, graph, needs_files, published
-from tools.help import page, pages
+from tools.help import columns_js, page, pages
 from tools.workflow import find, to_prompt
 
 FOLDER = ROOT / "example_workflows"
@@ -111,6 +111,7 @@ def test_every_node_has_a_help_page_that_is_up_to_date(info):
         text = (ROOT / "web" / "docs" / f"{node}.md").read_text()
         assert text == page(node, info[node]), f"{node}.md is out of date: run python -m tools.help"
         assert (ROOT / "web" / "docs" / "pictures" / f"{node}.jpg").stat().st_size > 1000
+    assert (ROOT / "web" / "columns.js").read_text() == columns_js(), "out of date: run python -m tools.help"
 
 
 @pytest.mark.skipif(not HAS_BLUEPRINTS, reason="this ComfyUI shows no blueprints")

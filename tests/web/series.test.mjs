@@ -111,6 +111,30 @@ test("rounds are told, and where each but the first begins", () => {
   assert.ok(!series.columns(run).includes("round"));
 });
 
+test("an axis has room for one value, and for none", () => {
+  assert.deepEqual(series.spread(null, null), [0, 1]);
+  assert.deepEqual(series.spread(0, 0), [-0.1, 0.1]);
+  assert.deepEqual(series.spread(2, 2), [1.8, 2.2]);
+  const [low, high] = series.spread(0, 1);
+  assert.ok(low < 0 && low > -0.1 && high > 1 && high < 1.1);
+});
+
+test("no two ticks say the same", () => {
+  assert.deepEqual(series.ticks([0, 0.0005, 0.001, 0.0015]), ["0", "0.0005", "0.0010", "0.0015"]);
+  assert.deepEqual(series.ticks([0.25, 0.5, 0.75]), ["0.25", "0.50", "0.75"]);
+  assert.deepEqual(series.ticks([-20, 0, 20]), ["-20", "0", "20"]);
+  assert.deepEqual(series.ticks([0, 1e-7, 2e-7]), ["0", "1.0e-7", "2.0e-7"]);
+  assert.deepEqual(series.ticks([0.1 + 0.2]), ["0.3"]);
+  assert.deepEqual(series.ticks([]), []);
+});
+
+test("drift is called so wherever it is shown", () => {
+  const run = after({ iteration: 0, iterations: 1, rows: [row(0, 0, { path_kl: 0 })], settings: { drift_metric: "path_kl" } });
+  assert.equal(series.label(run, "path_kl"), "drift (path_kl)");
+  assert.equal(series.label(run, "reward"), "reward");
+  assert.match(series.status(run, 0), /drift 0/);
+});
+
 test("a run that has begun says what it does before its first image", () => {
   assert.equal(series.status({ ...series.newRun(), waiting: "Trying 4 seeds ..." }, 0), "Trying 4 seeds ...");
 });
