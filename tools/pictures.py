@@ -37,9 +37,13 @@ PLACE = """async id => {
 }""" % (LEFT, TOP)  # noqa: UP031  (braces abound)
 
 
+QUIET = """async () => {
+    await app.extensionManager.setting.set("Comfy.TutorialCompleted", true);
+    await app.extensionManager.setting.set("Comfy.Minimap.Visible", false);
+}"""
 QUICKSTART = "quickstart"
 # Pixels: of the window, of what lies over its edges, and of the picture.
-WIDE, HIGH, EDGE, UNDER_THE_BAR, SHOWN = 2100, 1300, 80, 150, 1400
+WIDE, HIGH, EDGE, UNDER_THE_BAR, SHOWN = 2100, 1300, 80, 200, 1400
 SHOW = (
     "([scale, x, y]) => { Object.assign(app.canvas.ds, { scale, offset: [x, y] }); app.canvas.setDirty(true, true); }"
 )
@@ -80,7 +84,7 @@ def main(wanted: list[str]) -> None:
         page.goto(server.url)
         page.wait_for_function(READY, timeout=60_000)
         # Else the first visit opens the template browser, over the nodes.
-        page.evaluate("async () => { await app.extensionManager.setting.set('Comfy.TutorialCompleted', true); }")
+        page.evaluate(QUIET)
         page.reload()
         page.wait_for_function(READY, timeout=60_000)
         page.wait_for_timeout(2000)
