@@ -62,18 +62,18 @@ def run(
     identity: what the job's own objects are made of. Guiders and the like are made anew for every execution: what they
     are made of tells whether it is the same run.
     """
-    iterate, share, node_id = values.get("iterate", -1), values.get("final_restart", 0.0), hidden.unique_id
+    iterate, share = values.get("iterate", -1), values.get("final_restart", 0.0)
     later = ("iterate", "final_restart")  # what is done to a run that there is
     widgets, effective = ({k: v for k, v in of.items() if k not in later} for of in (values, effective))
     inputs = widgets | {"vae": given["vae"], "reward": reward, "prompt": prompt, "seed": given["seed"]} | identity
 
     def work():
-        before = memo.left_of(node_id, inputs, effective.get("rounds", 1))
+        before = memo.left_of(hidden, inputs, effective.get("rounds", 1))
         return run_optimization(
             node, hidden, effective, overruled, before, latent=latent, reward=reward, prompt=prompt, **given
         )
 
-    done = memo.of(node_id, inputs, (iterate, share), work)
+    done = memo.of(hidden, inputs, (iterate, share), work)
     restart = None
     if share:
         of = {name: given[name] for name in ("guider", "sampler", "sigmas", "initial", "seed")}

@@ -248,7 +248,7 @@ class MiraDPOPreference(io.ComfyNode):
         check_values(cls.NAME, [final_restart_input()], {"final_restart": final_restart})
         identity = values | vars(given) | {"reward": reward, "choices": choices}
         done, live = memo.of(
-            hidden.unique_id,
+            hidden,
             identity,
             (iterate, final_restart),
             lambda: run_preference(hidden, given, reward, choices, values),

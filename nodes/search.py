@@ -182,7 +182,7 @@ class Searching(io.ComfyNode):
         check_values(cls.NAME, [final_restart_input()], {"final_restart": final_restart})
         identity = values | vars(given) | {"reward": reward}
         run = memo.of(
-            hidden.unique_id, identity, (iterate, final_restart), lambda: run_search(cls, hidden, given, reward, values)
+            hidden, identity, (iterate, final_restart), lambda: run_search(cls, hidden, given, reward, values)
         )
         return finish(
             cls.NAME,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,7 +20,8 @@ MOST = 8  # runs whose iterates are held
 MOST_CUTS = 64
 MOST_LEFT = 2  # runs that can be gone on with: an optimiser's state is several times the noises
 
-_runs: OrderedDict[str, tuple[dict, tuple, Any]] = OrderedDict()  # by node: inputs, the run, what was taken of it last
+# By node: inputs, the graph before it, the run, what was taken of it last.
+_runs: OrderedDict[str, tuple[dict, dict | None, tuple, Any]] = OrderedDict()
 _cuts: list[dict] = []  # the widgets of runs that were cut short
 
 
@@ -36,32 +39,65 @@ def _held(value: object) -> Callable:
         return lambda: value
 
 
-def _same(a: dict, b: dict) -> bool:
+def _same(a: dict, b: dict, graphs: tuple) -> bool:
     """a: held, b: as they are. Plain values by value; models and the like by identity, as ComfyUI hands the same ones
-    to an unchanged node.
+    to an unchanged node, or where they come from the same graph: with --cache-none it makes them anew for every run.
     """
     if a.keys() != b.keys():
         return False
+    alike = graphs[0] is not None and graphs[0] == graphs[1]
     pairs = [(a[k](), b[k]) for k in a]
-    return all(x is y or (isinstance(x, PLAIN) and isinstance(y, PLAIN) and x == y) for x, y in pairs)
+    return all(
+        x is y or (x == y if isinstance(x, PLAIN) and isinstance(y, PLAIN) else alike and not isinstance(y, PLAIN))
+        for x, y in pairs
+    )
 
 
-def of(node: str, inputs: dict, taken: object, run: Callable[[], tuple[Optimized, object]]) -> tuple[Optimized, Any]:
-    """What `run` gave for these very inputs when they were asked for before, or gives now. taken: what of it is wanted.
+def graph_before(hidden: Any) -> dict[str, str] | None:
+    """What a node's links come from, as ComfyUI's own cache tells one input from another: by the node's inputs, a
+    digest of classes and widgets. None where that does not tell: a node before it looks at more than its inputs (at a
+    file), or is not known.
+    """
+    kinds = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
+    prompt, known = getattr(hidden, "prompt", None) or {}, {}
+
+    def source(node: str, slot: int) -> str:
+        if node not in known:
+            kind = prompt[node]["class_type"]
+            own = (vars(c) for c in kinds[kind].__mro__ if not c.__module__.startswith("comfy_api"))
+            if any({"IS_CHANGED", "fingerprint_inputs"} & defined.keys() for defined in own):
+                raise KeyError(node)
+            inputs = {k: source(*v) if _is_link(v) else v for k, v in sorted(prompt[node]["inputs"].items())}
+            known[node] = hashlib.sha256(repr((kind, inputs)).encode()).hexdigest()
+        return f"{known[node]}:{slot}"
+
+    try:
+        return {k: source(*v) for k, v in prompt[str(hidden.unique_id)]["inputs"].items() if _is_link(v)}
+    except KeyError:
+        return None
+
+
+def _is_link(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+
+
+def of(hidden: Any, inputs: dict, taken: object, run: Callable[[], tuple[Optimized, object]]) -> tuple[Optimized, Any]:
+    """What `run` gave for these very inputs when they were asked for before, or gives now. hidden: the node's own.
+    taken: what of it is wanted.
 
     A run that was cut short is repeated when it is asked for again as it was: who queues it again wants its end.
     """
-    node = f"{node}#{place_in_list()}"  # a list is one run for each of its elements
+    node, graph = _place(hidden), graph_before(hidden)
     before = _runs.get(node)
-    if before and _same(before[0], inputs):
-        known, done, last = before
+    if before and _same(before[0], inputs, (before[1], graph)):
+        known, _, done, last = before
         if not (done[0].result.cut_short and taken == last):
-            _runs[node] = known, done, taken
+            _runs[node] = known, graph, done, taken
             return done
     done = run()
-    _runs[node] = {k: _held(v) for k, v in inputs.items()}, done, taken
+    _runs[node] = {k: _held(v) for k, v in inputs.items()}, graph, done, taken
     _runs.move_to_end(node)
-    for _, (older, _), _ in list(_runs.values())[:-MOST_LEFT]:
+    for _, _, (older, _), _ in list(_runs.values())[:-MOST_LEFT]:
         older.result.left = None
     while len(_runs) > MOST:
         _runs.popitem(last=False)
@@ -70,22 +106,26 @@ def of(node: str, inputs: dict, taken: object, run: Callable[[], tuple[Optimized
     return done
 
 
+def _place(hidden: Any) -> str:
+    return f"{hidden.unique_id}#{place_in_list()}"  # a list is one run for each of its elements
+
+
 def ask_again(inputs: dict) -> None:
     """What came of these inputs was cut short: ComfyUI's own cache is not to have it."""
     _cuts.append({k: v for k, v in inputs.items() if isinstance(v, PLAIN)})
     del _cuts[:-MOST_CUTS]
 
 
-def left_of(node: str, inputs: dict, rounds: int) -> tuple[Left, Any] | None:
+def left_of(hidden: Any, inputs: dict, rounds: int) -> tuple[Left, Any] | None:
     """(what a run of these inputs can go on from, what the editor was told of it): the node's last run, where that was
     cut short, or had fewer iterations. Over several `rounds` other iterations are another run from the start.
     """
-    before = _runs.get(f"{node}#{place_in_list()}")
+    before = _runs.get(_place(hidden))
     if before is None:
         return None
-    (optimized, live), left = before[1], before[1][0].result.left
+    (optimized, live), left, graphs = before[2], before[2][0].result.left, (before[1], graph_before(hidden))
     known = {k: v for k, v in before[0].items() if k != "iterations"}
-    if left is None or not _same(known, {k: v for k, v in inputs.items() if k != "iterations"}):
+    if left is None or not _same(known, {k: v for k, v in inputs.items() if k != "iterations"}, graphs):
         return None
     more = inputs["iterations"] - before[0]["iterations"]()
     return (left, live) if (optimized.result.cut_short and more == 0) or (rounds == 1 and more > 0) else None

@@ -8,6 +8,7 @@ import inspect
 import math
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.samplers
@@ -549,6 +550,23 @@ def test_noises_that_the_gradient_does_not_reach_are_named(world, free):
         optimize(world, sampler_name="lcm", steps=12, variables=free, gradient_steps=3)
     trace = optimize(world, sampler_name="lcm", steps=3, variables=free, gradient_steps=-1).args[2]
     assert trace.of(0)[-1]["reward"] > trace.of(0)[0]["reward"]
+
+
+def test_a_graph_tells_its_inputs_apart_but_for_those_of_files():
+    def before(**changes):
+        prompt = {
+            "1": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+            "2": {"class_type": "LatentUpscaleBy", "inputs": {"samples": ["1", 0], "scale_by": 2.0}},
+            "3": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
+            "9": {"class_type": "MiraOptimizeKSampler", "inputs": {"latent_image": ["2", 0], "seed": 1} | changes},
+        }
+        return memo.graph_before(SimpleNamespace(unique_id="9", prompt=prompt))
+
+    memo = mira("nodes.shared.memo")
+    assert before() == before(seed=2) and set(before()) == {"latent_image"}
+    assert len({before(latent_image=link)["latent_image"] for link in (["1", 0], ["2", 0], ["2", 1])}) == 3
+    assert before(reference=["3", 0]) is None and before(latent_image=["7", 0]) is None
+    assert memo.graph_before(SimpleNamespace(unique_id="9", prompt=None)) is None
 
 
 def test_a_sampler_with_options_of_its_own_keeps_its_name():

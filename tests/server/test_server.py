@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.comfy import ROOT, Client, ServerError
+from tools.comfy import ROOT, Client, Server, ServerError
 from tools.workflow import find, to_prompt
 
 QUICKSTART = json.loads((ROOT / "example_workflows" / "mira_quickstart.json").read_text())
@@ -404,3 +404,18 @@ def test_a_list_has_a_record_for_each_and_another_iterate_runs_none_again(server
     assert [reward for record in found[0].values() for reward in rewards_of(record)] == pytest.approx(ran)
     ran, again = saved_records(server, changed(prompt, iterate=1), "mira/optimized")
     assert ran == [] and [record["kept"] for record in again[0].values()] == [[1]] * 3
+
+
+@pytest.mark.every_host
+def test_another_iterate_runs_nothing_again_where_comfyui_keeps_nothing(quickstart):
+    """--cache-none makes models and conditioning anew, of the same graph; another prompt is another run."""
+    prompt = small(quickstart, iterations=2, seeds=1, seed=7)
+    (text,) = (id for id, n in prompt.items() if n["class_type"] == "PrimitiveStringMultiline")
+    other = copy.deepcopy(prompt)
+    other[text]["inputs"]["value"] = "generate an image of a cat"
+    with Server(arguments=("--cache-none",)) as server:
+        first, _ = saved_records(server, prompt, "mira/optimized")
+        again, (taken,) = saved_records(server, changed(prompt, iterate=1), "mira/optimized")
+        another, _ = saved_records(server, other, "mira/optimized")
+    assert len(first) == 3 and again == [] and taken[find(prompt, OPTIMIZER)]["kept"] == [1]
+    assert len(another) == 3 and another != first
