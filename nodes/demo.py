@@ -22,7 +22,7 @@ from ..rewards.aesthetic import Aesthetic, head_of
 from ..rewards.clip import Encoder, Similarity, clip_score
 from ..rewards.preprocess import Preprocessing
 from ..rewards.text import ClipTokens, open_clip
-from .shared.types import MiraReward, aliases
+from .shared.types import aliases, reward_output
 
 TEXT = demo_clip.CONFIG["text_cfg"]
 TEXT_CONFIG = {
@@ -118,9 +118,9 @@ class MiraDemoModel(io.ComfyNode):
             ),
             inputs=[],
             outputs=[
-                io.Model.Output("model", display_name="model"),
-                io.Clip.Output("clip", display_name="clip"),
-                io.Vae.Output("vae", display_name="vae"),
+                io.Model.Output("model", display_name="model", tooltip="A small network of SD1.5's kind, 128 px."),
+                io.Clip.Output("clip", display_name="clip", tooltip="Its text encoder."),
+                io.Vae.Output("vae", display_name="vae", tooltip="Its decoder."),
             ],
         )
 
@@ -144,7 +144,7 @@ class MiraDemoCLIPScore(io.ComfyNode):
                 "use it with the MIRA Demo Model. The optimiser needs the prompt as text."
             ),
             inputs=[],
-            outputs=[MiraReward.Output("reward", display_name="reward")],
+            outputs=[reward_output()],
         )
 
     @classmethod
@@ -167,7 +167,7 @@ class MiraDemoAesthetic(io.ComfyNode):
                 "flat one (about 4). Small enough to be hacked, so that drift can be seen. It knows emoji only."
             ),
             inputs=[],
-            outputs=[MiraReward.Output("reward", display_name="reward")],
+            outputs=[reward_output()],
         )
 
     @classmethod

@@ -37,8 +37,8 @@ from .host.grad import (
 )
 from .host.patches import why_no_gradient
 from .shared.checks import check_links, check_reward, check_values, needs, needs_gradient, prompts_of
-from .shared.inputs import prompt_input, vae_input
-from .shared.types import MiraReward, aliases
+from .shared.inputs import conditioned_inputs, prompt_input, vae_input
+from .shared.types import aliases, reward_input
 
 log = logging.getLogger("mira")
 SCHEDULES = ("constant", "annealed")
@@ -150,7 +150,7 @@ class MiraRLGuidance(io.ComfyNode):
                     tooltip="Of annealed: above 1 the base model has its way for longer.",
                 ),
             ],
-            outputs=[io.Model.Output("guided", display_name="guided")],
+            outputs=[io.Model.Output("guided", display_name="guided", tooltip="For any sampler, in place of model.")],
         )
 
     @classmethod
@@ -367,11 +367,9 @@ class MiraDyMOGuider(io.ComfyNode):
                 "optimised, one sample costs about three. For SamplerCustomAdvanced."
             ),
             inputs=[
-                io.Model.Input("model"),
-                io.Conditioning.Input("positive"),
-                io.Conditioning.Input("negative"),
+                *conditioned_inputs(),
                 vae_input(),
-                MiraReward.Input("reward"),
+                reward_input(),
                 io.Float.Input(
                     "cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Classifier-free guidance."
                 ),
@@ -397,7 +395,7 @@ class MiraDyMOGuider(io.ComfyNode):
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="And until where."),
                 prompt_input(),
             ],
-            outputs=[io.Guider.Output("guider", display_name="guider")],
+            outputs=[io.Guider.Output("guider", display_name="guider", tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod

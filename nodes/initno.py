@@ -271,7 +271,7 @@ class MiraInitNONoise(io.ComfyNode):
                 "optimise from. Models with a UNet."
             ),
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The one that will sample, unpatched: its attention is looked at."),
                 io.Clip.Input("clip", tooltip="The model's own: it encodes the prompt, and tells where its words are."),
                 io.Latent.Input("latent_image", tooltip="As the sampler gets it: the noise is made for its shape."),
                 io.Sigmas.Input("sigmas", tooltip="As the sampler gets them: the first one tells how noisy it begins."),
@@ -314,8 +314,12 @@ class MiraInitNONoise(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Noise.Output("noise", display_name="noise"),
-                io.String.Output("report", display_name="report"),
+                io.Noise.Output(
+                    "noise", display_name="noise", tooltip="For SamplerCustomAdvanced, or an optimising node."
+                ),
+                io.String.Output(
+                    "report", display_name="report", tooltip="How well every word was seen, before and after."
+                ),
             ],
         )
 

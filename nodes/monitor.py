@@ -251,7 +251,13 @@ class MiraDriftMonitor(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         inputs = []
         for i in range(1, SLOTS + 1):
-            inputs.append(MiraTrace.Input(f"trace_{i}", optional=i > 1))
+            inputs.append(
+                MiraTrace.Input(
+                    f"trace_{i}",
+                    optional=i > 1,
+                    tooltip="Of an optimising node, or of MIRA Load Trace: a run to look at.",
+                )
+            )
         for i in range(1, SLOTS + 1):
             inputs.append(
                 io.Image.Input(f"images_{i}", optional=True, tooltip=f"The images of trace_{i}, as they were returned.")
@@ -288,12 +294,14 @@ class MiraDriftMonitor(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("plot", display_name="plot"),
-                io.String.Output("table", display_name="table"),
-                io.String.Output("verdict", display_name="verdict"),
+                io.Image.Output("plot", display_name="plot", tooltip="Reward and drift of every run."),
+                io.String.Output("table", display_name="table", tooltip="A row for each run, in Markdown."),
+                io.String.Output("verdict", display_name="verdict", tooltip="The same in words."),
                 io.Float.Output("gain", display_name="gain", is_output_list=True, tooltip="Reward won, per trace."),
                 io.Float.Output("drift", display_name="drift", is_output_list=True, tooltip="Of the kept images."),
-                io.Float.Output("clip_score", display_name="clip_score", is_output_list=True),
+                io.Float.Output(
+                    "clip_score", display_name="clip_score", is_output_list=True, tooltip="By `clip`, per trace."
+                ),
                 io.Float.Output("cmmd", display_name="cmmd", is_output_list=True, tooltip="Against base_images."),
             ],
             is_output_node=True,

@@ -104,8 +104,10 @@ class MiraLoadNoise(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Noise.Output("noise", display_name="noise"),
-                io.Sampler.Output("sampler_with_noises", display_name="sampler"),
+                io.Noise.Output("noise", display_name="noise", tooltip="The initial noise that was found."),
+                io.Sampler.Output(
+                    "sampler_with_noises", display_name="sampler", tooltip="Injects the others; connect it with noise."
+                ),
                 io.String.Output("settings", display_name="settings", tooltip="Of the run that found it, as JSON."),
             ],
         )
@@ -181,7 +183,7 @@ class MiraGoldenNoise(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="The prompt by SDXL's text encoders, 75 tokens at most."),
                 seed_input("Of the noise that the network changes."),
             ],
-            outputs=[io.Noise.Output("noise", display_name="noise")],
+            outputs=[io.Noise.Output("noise", display_name="noise", tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod

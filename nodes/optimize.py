@@ -28,6 +28,7 @@ from .shared.inputs import (
     denoise_input,
     dial_inputs,
     gradient_steps,
+    latent_input,
     linked_inputs,
     noise_outputs,
     prompt_input,
@@ -40,7 +41,7 @@ from .shared.inputs import (
 )
 from .shared.job import cfg_guider, describe, ksampler_noise, scoring
 from .shared.presets import apply_preset
-from .shared.types import MiraReward, aliases, shown_again
+from .shared.types import aliases, reward_input, shown_again
 
 log = logging.getLogger("mira")
 # What a prompt from before presets may leave out.
@@ -168,7 +169,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
             ),
             inputs=[
                 *linked_inputs(),
-                MiraReward.Input("reward"),
+                reward_input(),
                 *sampling_inputs("Makes the noises that the optimisation starts from, as KSampler's does."),
                 *dial_inputs(),
                 prompt_input(),
@@ -243,13 +244,13 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
             category="MIRA Alignment/sampling",
             description="MIRA Optimize KSampler for any NOISE, GUIDER, SAMPLER and SIGMAS, as SamplerCustomAdvanced.",
             inputs=[
-                io.Noise.Input("noise"),
-                io.Guider.Input("guider"),
-                io.Sampler.Input("sampler"),
-                io.Sigmas.Input("sigmas"),
-                io.Latent.Input("latent_image"),
+                io.Noise.Input("noise", tooltip="Where the optimisation begins, and which seeds it is compared with."),
+                io.Guider.Input("guider", tooltip="With the model and the prompts."),
+                io.Sampler.Input("sampler", tooltip="One that a gradient goes through; others are refused by name."),
+                io.Sigmas.Input("sigmas", tooltip="The schedule, whole or a part of it."),
+                latent_input(),
                 vae_input(),
-                MiraReward.Input("reward"),
+                reward_input(),
                 *dial_inputs(),
                 prompt_input(),
                 *advanced_inputs(),

@@ -74,7 +74,7 @@ class MiraLoadTrace(io.ComfyNode):
                     tooltip="Which one, if a PNG has several: of other nodes, or of a list, in its order.",
                 ),
             ],
-            outputs=[MiraTrace.Output("trace", display_name="trace")],
+            outputs=[MiraTrace.Output("trace", display_name="trace", tooltip="For the MIRA Drift Monitor.")],
         )
 
     @classmethod

@@ -56,7 +56,7 @@ class MiraPixelReward(io.ComfyNode):
 
     @classmethod
     def execute(cls, measure: str, reference: Tensor = None) -> io.NodeOutput:
-        check_values("MIRA Pixel Reward", cls.define_schema().inputs, {"measure": measure})
+        check_values(cls.NAME, cls.define_schema().inputs, {"measure": measure})
         if measure != REFERENCE:
             return io.NodeOutput(PixelReward(measure))
         if reference is None:
@@ -95,7 +95,7 @@ class MiraJPEGReward(io.ComfyNode):
 
     @classmethod
     def execute(cls, kind: str, quality: int) -> io.NodeOutput:
-        check_values("MIRA JPEG Reward", cls.define_schema().inputs, {"kind": kind, "quality": quality})
+        check_values(cls.NAME, cls.define_schema().inputs, {"kind": kind, "quality": quality})
         return io.NodeOutput(cls.GRADIENT[kind](quality))
 
 
@@ -107,7 +107,7 @@ class MiraCombineRewards(io.ComfyNode):
         inputs = []
         for i in range(1, SLOTS + 1):
             inputs += [
-                MiraReward.Input(f"reward_{i}", optional=i > 1),
+                MiraReward.Input(f"reward_{i}", optional=i > 1, tooltip="One of the rewards to combine."),
                 io.Float.Input(
                     f"weight_{i}",
                     default=1.0,
@@ -144,13 +144,13 @@ class MiraCombineRewards(io.ComfyNode):
     @classmethod
     def execute(cls, scaling: str = "by typical range", **inputs: Any) -> io.NodeOutput:
         given = {k: v for k, v in inputs.items() if k.startswith("weight")} | {"scaling": scaling}
-        check_values("MIRA Combine Rewards", cls.define_schema().inputs, given)
+        check_values(cls.NAME, cls.define_schema().inputs, given)
         used = [i for i in range(1, SLOTS + 1) if inputs.get(f"reward_{i}") is not None]
         weights = [inputs.get(f"weight_{i}", 1.0) for i in used]
         if not any(weights):
             raise ValueError("MIRA Combine Rewards: every weight is 0, so there is nothing to optimise; set one")
         for i in used:
-            check_reward("MIRA Combine Rewards", inputs[f"reward_{i}"], f"reward_{i}")
+            check_reward(cls.NAME, inputs[f"reward_{i}"], f"reward_{i}")
         rewards = [inputs[f"reward_{i}"] for i in used]
         try:
             factors = scaled(rewards, weights, scaling)
@@ -174,7 +174,7 @@ class MiraAugmentReward(io.ComfyNode):
                 "one alignment only stop paying. Costs as many scores as crops."
             ),
             inputs=[
-                MiraReward.Input("reward"),
+                MiraReward.Input("reward", tooltip="The one that looks at several changed copies of an image."),
                 io.Int.Input("crops", default=4, min=1, max=64, tooltip="Views for every score."),
                 io.Float.Input(
                     "smallest",
@@ -187,13 +187,13 @@ class MiraAugmentReward(io.ComfyNode):
                 io.Boolean.Input("flip", default=True, tooltip="Mirror half of the views, left and right."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the crops."),
             ],
-            outputs=[MiraReward.Output("augmented", display_name="reward")],
+            outputs=[reward_output("augmented")],
         )
 
     @classmethod
     def execute(cls, reward: Reward, crops: int, smallest: float, flip: bool, seed: int) -> io.NodeOutput:
-        check_reward("MIRA Augment Reward", reward)
-        check_values("MIRA Augment Reward", cls.define_schema().inputs, {"crops": crops, "smallest": smallest})
+        check_reward(cls.NAME, reward)
+        check_values(cls.NAME, cls.define_schema().inputs, {"crops": crops, "smallest": smallest})
         # Stream -2 is the first.
         return io.NodeOutput(Augmented(reward, crops, smallest, flip, lambda number: stream(seed, number - 2)))
 
@@ -221,7 +221,7 @@ class MiraRelativeReward(io.ComfyNode):
                     "unwanted", default="plastic, oversaturated", tooltip="Likewise; what it scores is taken off."
                 ),
             ],
-            outputs=[MiraReward.Output("relative", display_name="reward")],
+            outputs=[reward_output("relative")],
         )
 
     @classmethod

@@ -38,8 +38,8 @@ class MiraScoreImages(io.ComfyNode):
             category="MIRA Alignment/scores",
             description="The absolute score of every image, with the range that is typical of the reward.",
             inputs=[
-                io.Image.Input("images"),
-                MiraReward.Input("reward"),
+                io.Image.Input("images", tooltip="A batch, or a list of batches."),
+                MiraReward.Input("reward", tooltip="By which the images are scored."),
                 io.String.Input(
                     "prompt",
                     default="",
@@ -97,7 +97,7 @@ class MiraRankImages(io.ComfyNode):
             category="MIRA Alignment/scores",
             description="The batch in the order of its scores, the best first, and only the best few if you like.",
             inputs=[
-                io.Image.Input("images"),
+                io.Image.Input("images", tooltip="The batch that was scored."),
                 io.Float.Input("scores", force_input=True, tooltip="From MIRA Score Images, one per image."),
                 io.Int.Input("top_k", default=1, min=1, max=4096, tooltip="How many to keep."),
                 io.Latent.Input("latents", optional=True, tooltip="The images' own, to be sorted and kept with them."),

@@ -69,13 +69,15 @@ class Keeper(Kept):
             self.best, self.first, self.progress = self.reward.clone(), self.reward.clone(), self.iteration.clone()
             return
         finite = torch.isfinite(reward) & active
+        begins = finite & ~torch.isfinite(self.first)  # what it gains counts from the first reward that there is
+        self.first = torch.where(begins, reward, self.first)
         better = finite & (drift <= self.limit)
         if self.policy != "last":
             better = better & (reward > self.reward)
         self.take(k, better, latent, noises)
         self.reward = torch.where(better, reward, self.reward)
-        gain = (self.best - self.first).clamp(min=0)
-        self.progress = torch.where(finite & (reward > self.best + 1e-3 * gain), k, self.progress)
+        gain = (self.best - self.first).nan_to_num(0).clamp(min=0)
+        self.progress = torch.where(begins | (finite & (reward > self.best + 1e-3 * gain)), k, self.progress)
         self.best = torch.where(finite, torch.maximum(reward, self.best), self.best)
 
     def since_progress(self, k: int) -> Tensor:

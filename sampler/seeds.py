@@ -66,9 +66,7 @@ def best_of(
 
     def tried(n: int) -> tuple[Tensor, list[Tensor], Tensor]:
         x0, noises = sample(n)
-        found = reward(x0).detach().cpu().double()
-        on_tried(n + 1)
-        return x0, [z.detach() for z in noises], found
+        return x0, [z.detach() for z in noises], reward(x0).detach().cpu().double()
 
     best, cut = attempt(interrupts, tried, 0)
     if cut:
@@ -76,7 +74,10 @@ def best_of(
     x0, noises, found = best
     rewards, which = [found], torch.zeros(len(x0), dtype=torch.long)
     highest = comparable(found)
+    _, cut = attempt(interrupts, on_tried, 1)
     for n in range(1, count):
+        if cut:
+            break
         other, cut = attempt(interrupts, tried, n)
         if cut:
             break
@@ -87,4 +88,5 @@ def best_of(
         highest, which = torch.where(better, found, highest), torch.where(better, n, which)
         x0 = chosen(better, its_x0, x0)
         noises = [chosen(better, new, old) for new, old in zip(its_noises, noises, strict=True)]
+        _, cut = attempt(interrupts, on_tried, n + 1)
     return Start(x0, noises, torch.stack(rewards), which, cut)

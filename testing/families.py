@@ -188,7 +188,7 @@ FAMILIES = {
     "JoyImage": Family(
         "JoyImage",
         dict(image_model="joyimage", in_channels=16, hidden_size=96, patch_size=[1, 2, 2], num_layers=2,
-             num_attention_heads=3, text_dim=48, rope_dim_list=[8, 12, 12]), 16, frame=True,
+             num_attention_heads=3, text_dim=48, rope_dim_list=[8, 12, 12]), 16, frame=True, quick=True,
     ),
     "Ideogram 4": Family(
         "Ideogram4",
@@ -205,7 +205,7 @@ FAMILIES = {
         "PixelDiTT2I",
         dict(image_model="pixeldit_t2i", num_groups=3, hidden_size=96, pixel_hidden_size=8, pixel_attn_hidden_size=96,
              pixel_num_groups=3, patch_depth=2, pixel_depth=1, patch_size=16, txt_embed_dim=48,
-             txt_max_length=LENGTH), 3, pixels=True, side=64,
+             txt_max_length=LENGTH), 3, pixels=True, side=64, quick=True,
     ),
     "ERNIE-Image": Family(
         "ErnieImage",

@@ -121,13 +121,19 @@ export function spread(min, max) {
 
 const DECIMALS = 5; // that an axis has room for
 
-/** What an axis says at its ticks: as many decimals as tell them apart. */
+/** What an axis says at its ticks: as many digits as tell them apart. */
 export function ticks(values) {
   const step = values.length > 1 ? Math.abs(values[1] - values[0]) : Math.abs(values[0] ?? 0);
-  let decimals = 0;
-  const exact = (v) => Math.abs(Number(v.toFixed(decimals)) - v) <= 1e-6 * step;
-  while (decimals <= DECIMALS && !values.every(exact)) decimals += 1;
-  return values.map((v) => (Math.abs(v) <= 1e-6 * step ? "0" : decimals > DECIMALS ? v.toExponential(1) : v.toFixed(decimals)));
+  const shown = (v, digits, way) => (Math.abs(v) <= 1e-6 * step ? "0" : v[way](digits));
+  for (let digits = 0; digits <= DECIMALS; digits += 1) {
+    if (values.every((v) => Math.abs(Number(v.toFixed(digits)) - v) <= 1e-6 * step)) return values.map((v) => shown(v, digits, "toFixed"));
+  }
+  let said = [];
+  for (let digits = 1; digits <= 15; digits += 1) {
+    said = values.map((v) => shown(v, digits, "toExponential"));
+    if (new Set(said).size === values.length) break;
+  }
+  return said;
 }
 
 /** What a column is called beside its value. */

@@ -9,6 +9,7 @@ import copy
 import inspect
 import logging
 import weakref
+from types import MethodType
 from typing import Any
 
 import comfy.model_management
@@ -50,7 +51,37 @@ def static(patcher: ModelPatcher, what: str, own: bool = False) -> ModelPatcher:
         return patcher
     if is_dynamic(patcher):
         patcher = _static(patcher, what, own)
-    return _with_static_patches(patcher, what)
+    options = _static_options(patcher.model_options, what)
+    if options is not patcher.model_options:
+        patcher = patcher.clone()
+        patcher.model_options = options
+    for other in [*patcher.model_patches_models(), *patcher.get_nested_additional_models()]:
+        if is_dynamic(other):
+            raise ValueError(_stays_dynamic(what, other))
+    return patcher
+
+
+def static_guider(guider: Any, what: str) -> Any:
+    """A copy of a CFGGuider whose model, with its patches, and conditioning stay where they are."""
+    guider = copy.copy(guider)
+    its_own = guider.model_options is guider.model_patcher.model_options
+    guider.model_patcher = static(guider.model_patcher, f"{what}: model")
+    if its_own:  # the very patches that ComfyUI moves with the model are called
+        guider.model_options = guider.model_patcher.model_options
+    elif any(is_dynamic(p) for patch in _patches(guider.model_options) for p in _networks(patch)):
+        raise ValueError(
+            f"{what}: the guider has model patches of its own in dynamic VRAM, which no gradient survives: patch the "
+            "model before the guider, or start ComfyUI with --disable-dynamic-vram"
+        )
+    guider.original_conds = with_static_networks(guider.original_conds, what)
+    return guider
+
+
+def _stays_dynamic(what: str, patcher: ModelPatcher) -> str:
+    return (
+        f"{what} comes with a {type(patcher.model).__name__} in dynamic VRAM, which no gradient survives: bypass what "
+        "adds it, or start ComfyUI with --disable-dynamic-vram"
+    )
 
 
 def _static(patcher: ModelPatcher, what: str, own: bool) -> ModelPatcher:
@@ -77,42 +108,51 @@ def _static(patcher: ModelPatcher, what: str, own: bool) -> ModelPatcher:
     return clone
 
 
-def static_options(options: dict, what: str) -> dict:
+def _patches(options: dict) -> list:
+    """The patches of a model's options that ComfyUI asks for networks of their own, and moves with the model."""
+    inner = options.get("transformer_options", {})
+    found = [p for patches in inner.get("patches", {}).values() for p in patches]
+    found += [p for patches in inner.get("patches_replace", {}).values() for p in patches.values()]
+    return [*found, options.get("model_function_wrapper")]
+
+
+def _networks(patch: object) -> list:
+    models = getattr(patch, "models", None)
+    return list(models()) if callable(models) else []
+
+
+def _static_options(options: dict, what: str) -> dict:
     """A model's options, whose patches' own networks stay where they are too (a "model patch", such as Z-Image's and
     Qwen-Image's ControlNets).
     """
-    done: dict[int, object] = {}  # a patch in several places stays one: it may keep something between its calls
+    done: dict[int, Any] = {}  # a patch in several places stays one: it may keep something between its calls
+    for patch in _patches(options):
+        if id(patch) not in done and any(is_dynamic(p) for p in _networks(patch)):
+            done[id(patch)] = new = copy.copy(patch)
+            for name, inner in vars(patch).items():
+                if isinstance(inner, ModelPatcher):
+                    setattr(new, name, static(inner, f"{what}: the network of {type(patch).__name__}"))
+    if not done:
+        return options
 
     def of(value: Any) -> Any:
-        if isinstance(value, dict):
+        if id(value) in done:
+            return done[id(value)]
+        if type(value) is dict:
             return {k: of(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [of(v) for v in value]
-        if not hasattr(value, "models") or not any(is_dynamic(p) for p in value.models()):
-            return value
-        if id(value) not in done:
+        if type(value) in (list, tuple):
+            return type(value)(of(v) for v in value)
+        if isinstance(value, MethodType):
+            return MethodType(value.__func__, of(value.__self__))
+        # Others may find a patch by what they hold (Anima's LLLite).
+        if any(id(inner) in done for inner in getattr(value, "__dict__", {}).values()):
             done[id(value)] = new = copy.copy(value)
             for name, inner in vars(value).items():
-                if isinstance(inner, ModelPatcher):
-                    setattr(new, name, static(inner, f"{what}: the network of {type(value).__name__}"))
-        return done[id(value)]
+                setattr(new, name, of(inner))
+            return new
+        return value
 
-    new = of(options)
-    return new if done else options
-
-
-def _with_static_patches(patcher: ModelPatcher, what: str) -> ModelPatcher:
-    options = static_options(patcher.model_options, what)
-    if options is not patcher.model_options:
-        patcher = patcher.clone()
-        patcher.model_options = options
-    for other in [*patcher.model_patches_models(), *patcher.get_nested_additional_models()]:
-        if is_dynamic(other):
-            raise ValueError(
-                f"{what} comes with a {type(other.model).__name__} in dynamic VRAM, which no gradient survives: bypass "
-                "what adds it, or start ComfyUI with --disable-dynamic-vram"
-            )
-    return patcher
+    return of(options)
 
 
 def _copied(patcher: ModelPatcher) -> nn.Module:
@@ -186,9 +226,10 @@ def with_static_networks(conds: dict[str, list[dict]], what: str) -> dict[str, l
             kind, patcher, *rest = cond["gligen"]
             new["gligen"] = (kind, static(patcher, f"{what}: GLIGEN"), *rest)
         if "additional_models" in cond:
-            new["additional_models"] = [
-                static(p, f"{what}: the conditioning's model") for p in cond["additional_models"]
-            ]
+            others = cond["additional_models"]  # which only tells what to load: who uses them holds them, too
+            for other in others if isinstance(others, list) else [others]:
+                if is_dynamic(other):
+                    raise ValueError(_stays_dynamic(f"{what}: the conditioning", other))
         return new
 
     return {k: [all_of(c) for c in cs] for k, cs in conds.items()}

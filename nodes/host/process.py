@@ -56,7 +56,7 @@ from .grad import (
     sdpa,
     without_tf32,
 )
-from .patches import named, networks_in
+from .patches import brought_by, named
 from .samplers import StandIn, twin_of
 
 log = logging.getLogger("mira")
@@ -207,12 +207,14 @@ class Process:
             wrap.conds = normal(wrap.conds)
             for control in controls(wrap.conds):
                 replace_tensors(control)  # the hint that it holds
-        # Networks that patches bring along, but for the model itself, whose weights `loaded` has seen to.
+        # What patches bring along, but for the model itself, whose weights `loaded` has seen to.
         known = {id(m) for m in self.inner.modules()}
-        for network in networks_in(self.extra_args["model_options"]):
-            if id(network) not in known:
-                leave_inference_mode(network)
-                network.requires_grad_(False)
+        for thing in brought_by(self.extra_args["model_options"]):
+            if not isinstance(thing, nn.Module):
+                replace_tensors(thing)
+            elif id(thing) not in known:
+                leave_inference_mode(thing)
+                thing.requires_grad_(False)
         return process
 
     def signal(self, sigma: Tensor) -> Tensor:
@@ -632,10 +634,10 @@ class Process:
         apart = 0.1 if self.half else 0.02
         found: list[Checked] = []
         known: dict[int, Checked] = {}
-        cut = None
-        while ways and len(found) < (2 if twice else 1):
+        way, cut = 0, None
+        while way < len(ways) and len(found) < (2 if twice else 1):
             try:
-                checked, cut = within_memory(self._checked, noise, ways[0], known)
+                checked, cut = within_memory(self._checked, noise, ways[way], known)
             except RuntimeError as problem:
                 said = str(problem).splitlines()[0]
                 if has_no_repeatable_way(problem):
@@ -648,7 +650,7 @@ class Process:
                 written_over = "inplace operation" in str(problem) or "in-place operation" in str(problem)
                 if not written_over or self.place is PLACES[-1]:
                     raise RuntimeError(f"{job.node}: {name} has no gradient: {said}. {remedy}") from problem
-                self.go_on_to_next_place()
+                found, known, way = [], {}, self.go_on_to_next_place()
                 continue
             except (TypeError, AttributeError, KeyError) as problem:
                 said = f"{type(problem).__name__}: {problem}".splitlines()[0]
@@ -656,9 +658,10 @@ class Process:
                     f"{job.node}: {name} fails where a gradient is wanted ({said}). {remedy}"
                 ) from problem
             if cut is None and checked.moved > apart and self.place is not PLACES[-1]:
-                self.go_on_to_next_place()  # one of them loses what a model writes into a slice
+                # One of them loses what a model writes into a slice, and its gradient is of that.
+                found, known, way = [], {}, self.go_on_to_next_place()
                 continue
-            ways.pop(0)
+            way += 1
             if cut is None:
                 found.append(checked)
         if not found:
@@ -676,8 +679,10 @@ class Process:
             )
         log.debug("gradient self-test of %s: relative error %.2g, prediction off by %.2g", name, wrong, moved)
 
-    def go_on_to_next_place(self) -> None:
+    def go_on_to_next_place(self) -> int:
+        """The first way to be tested in it: what was found in another place says nothing of it."""
         self.place = PLACES[PLACES.index(self.place) + 1]
+        return 0
 
     def check_backward(self) -> None:
         """The reward's backward on the plain image, before any seed is sampled: not every device has every one.

@@ -27,7 +27,7 @@ from ...sampler.search import METHODS, SearchSettings, search
 from ...sampler.seeds import Start, best_of
 from ...sampler.statistics import expected, noise_statistics
 from ...sampler.trace import Trace
-from .dynamic import on_one_device, static, static_options, with_static_networks
+from .dynamic import on_one_device, static_guider
 from .grad import has_no_repeatable_way, normal, pytorch_kernels, repeatable, training
 from .patches import named, why_no_gradient
 from .process import INTERRUPTS, RESTART, Chain, Job, Process, free_bytes, reset_peak, synchronize, used_bytes
@@ -60,15 +60,14 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
 
     work(process, noises): what to do with the plain sample's noises; the reward's optimisation if not given.
     """
-    guider = copy.copy(job.guider)
-    several = guider.model_patcher.get_additional_models_with_key("multigpu")
-    guider.model_patcher = on_one_device(guider.model_patcher, f"{job.node}: model")
+    several = job.guider.model_patcher.get_additional_models_with_key("multigpu")
     if job.gradient:
-        guider.model_patcher = static(guider.model_patcher, f"{job.node}: model")
-        guider.model_options = static_options(guider.model_options, f"{job.node}: model")
-        guider.original_conds = with_static_networks(guider.original_conds, job.node)
+        guider = static_guider(job.guider, job.node)
         if why := why_no_gradient(guider):
             raise ValueError(f"{job.node}: {why}")
+    else:
+        guider = copy.copy(job.guider)
+        guider.model_patcher = on_one_device(guider.model_patcher, f"{job.node}: model")
     sampler = _WorkingSampler(job, work or optimizing)
     # ComfyUI's own part stays in inference mode, as the executor has it: what it makes and moves, its nodes use again.
     with torch.inference_mode():
@@ -358,7 +357,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
                 ) from problem
             except RuntimeError as problem:
                 if out_of_memory(problem):
-                    raise type(problem)(f"{job.node}: {no_room(process.rollout, job.memory)}") from None
+                    raise type(problem)(f"{job.node}: {no_room(process.rollout)}") from None
                 if not (process.repeatable and has_no_repeatable_way(problem)):
                     raise
                 said = str(problem).splitlines()[0]
@@ -376,8 +375,8 @@ def on_cpu(result: Result) -> None:
     result.best_noises = tuple(z.detach().cpu() for z in result.best_noises)
 
 
-def no_room(rollout: Rollout, memory: str) -> str:
-    """What a run that does not fit would have taken, and what to change. memory: what was asked for."""
+def no_room(rollout: Rollout) -> str:
+    """What a run that does not fit would have taken, and what to change."""
     said = f"out of memory with {rollout.way}"
     if e := rollout.estimate:
         more = f"more than {USABLE * e.free / 1e9:.1f}"  # where measuring stopped
@@ -390,8 +389,6 @@ def no_room(rollout: Rollout, memory: str) -> str:
     fewer = 3 if not rollout.gradient_steps or rollout.gradient_steps > 3 else 1
     if fewer != rollout.gradient_steps:
         remedies.insert(1, f"gradient_steps {fewer}")
-    if memory != "auto":
-        remedies.insert(0, "memory auto")
     return f"{said}: take {', '.join(remedies[:-1])} or {remedies[-1]}"
 
 

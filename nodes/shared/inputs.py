@@ -34,13 +34,25 @@ def vae_input(who: str = "reward") -> io.Input:
     return io.Vae.Input("vae", tooltip=f"The model's own VAE: the {who} looks at decoded images.")
 
 
+def conditioned_inputs() -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="As KSampler takes it, with its LoRAs and patches."),
+        io.Conditioning.Input("positive", tooltip="What is to be in the picture."),
+        io.Conditioning.Input("negative", tooltip="What is not to be in it. Not looked at where cfg is 1."),
+    ]
+
+
+def latent_input() -> io.Input:
+    return io.Latent.Input(
+        "latent_image", tooltip="Empty, or of an image to paint on; of a batch every image is optimised on its own."
+    )
+
+
 def linked_inputs(who: str = "reward") -> list[io.Input]:
     """What KSampler is connected to, and a VAE."""
     return [
-        io.Model.Input("model"),
-        io.Conditioning.Input("positive"),
-        io.Conditioning.Input("negative"),
-        io.Latent.Input("latent_image"),
+        *conditioned_inputs(),
+        latent_input(),
         vae_input(who),
     ]
 

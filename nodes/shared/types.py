@@ -6,8 +6,15 @@ MiraReward = io.Custom("MIRA_REWARD")
 MiraTrace = io.Custom("MIRA_TRACE")
 
 
-def reward_output():
-    return MiraReward.Output("reward", display_name="reward")
+SCORES = "Scores images: for an optimising node, MIRA Score Images, or a node that combines rewards."
+
+
+def reward_output(id: str = "reward") -> io.Output:
+    return MiraReward.Output(id, display_name="reward", tooltip=SCORES)
+
+
+def reward_input() -> io.Input:
+    return MiraReward.Input("reward", tooltip="What there is to be more of: from any MIRA reward node.")
 
 
 def where_known(**facts: object) -> dict:

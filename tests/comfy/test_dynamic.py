@@ -189,17 +189,36 @@ def test_a_controlnet(world, model):
 
 
 class Patch:
-    """Adds what a network of its own says, as ComfyUI's model patches do, and keeps something between two calls."""
+    """Adds what a network of its own says, as ComfyUI's model patches do, and keeps something between two calls, which
+    ComfyUI moves with the model that it patches.
+    """
 
     def __init__(self, patcher):
-        self.patcher, self.seen = patcher, []
+        self.patcher, self.seen, self.image = patcher, [], torch.ones(1)
+        self.moved = None
 
     def models(self):
         return [self.patcher]
 
     def __call__(self, out, extra):
+        assert self.moved == id(self)  # not of what it is a copy of
         self.seen.append(out)
-        return out + 0.3 * self.patcher.model(self.seen.pop().unsqueeze(-1)).squeeze(-1)
+        return out
+
+    def to(self, *_):
+        self.moved = id(self)
+        return self
+
+
+class Beside:
+    """Of another layer: finds what the first one kept by holding it (Anima's LLLite)."""
+
+    def __init__(self, patch):
+        self.patch = patch
+
+    def __call__(self, out, extra):
+        seen = self.patch.seen.pop()
+        return out + 0.3 * self.patch.patcher.model(seen.mean((1, 2), keepdim=True)) * self.patch.image
 
     def to(self, *_):
         return self
@@ -214,7 +233,7 @@ def patched(patcher, kind):
     patch = Patch(kind(comfy.model_patcher.ModelPatcher(torch.nn.Sequential(layer), device, torch.device("cpu"))))
     patcher = patcher.clone()
     patcher.set_model_attn1_output_patch(patch)
-    patcher.set_model_attn2_output_patch(patch)
+    patcher.set_model_attn2_output_patch(Beside(patch))
     return patcher, patch
 
 
@@ -229,9 +248,25 @@ def test_a_model_patch(world, model, moves):
     done = world.optimize(model=moving, iterations=1)
     assert torch.equal(done.latent, expected.latent) and not torch.equal(done.plain, world.ksampler())
     assert weights(patch.patcher) == before and vram.is_dynamic(patch.patcher)
-    patches = vram.static(moving, "here").model_options["transformer_options"]["patches"]
-    copies = {id(p) for ps in patches.values() for p in ps}
-    assert len(copies) == 1 and copies != {id(patch)}
+    with torch.inference_mode():
+        patches = vram.static(moving, "here").model_options["transformer_options"]["patches"]
+    (first,), (beside,) = patches["attn1_output_patch"], patches["attn2_output_patch"]
+    assert beside.patch is first is not patch and not vram.is_dynamic(first.patcher)
+
+
+def test_a_guiders_own_patches_are_refused_where_the_model_has_not_got_them(world, model):
+    with torch.inference_mode():
+        moving, _ = patched(world.model, dynamic)
+        job = world.job(iterations=1)
+        job.guider.model_options = moving.model_options
+        with pytest.raises(ValueError, match="MIRA: the guider has model patches of its own in dynamic VRAM"):
+            host.run(job)
+
+
+def test_a_model_of_the_conditioning_is_refused(world, model):
+    conds = [[world.positive[0][0], world.positive[0][1] | {"additional_models": [model]}]]
+    with pytest.raises(ValueError, match=r"MIRA: the conditioning comes with a BaseModel in dynamic VRAM"):
+        world.optimize(positive=conds, iterations=1)
 
 
 def test_another_network_that_cannot_be_made_to_stay_is_refused_before_sampling(world, model):

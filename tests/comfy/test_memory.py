@@ -471,7 +471,7 @@ def test_a_run_says_what_it_would_take(world):
     ("memory", "gradient_steps", "remedies"),
     [
         ("auto", 0, "a smaller image or batch, gradient_steps 3 or a smaller reward model"),
-        ("none", 3, "memory auto, a smaller image or batch, gradient_steps 1 or a smaller reward model"),
+        ("none", 3, "a smaller image or batch, gradient_steps 1 or a smaller reward model"),
         ("auto", 1, "a smaller image or batch or a smaller reward model"),
     ],
 )

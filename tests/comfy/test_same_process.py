@@ -31,6 +31,7 @@ from mira.sampler.optimize import Settings
 from mira.sampler.search import SearchSettings
 from mira.sampler.seeds import another
 
+from bench.families import self_tests
 from testing.networks import SMALL, random_unet, thin_vae
 from testing.pack import mira
 
@@ -414,6 +415,26 @@ def test_patches_that_write_into_slices(world, memory):
     done = run(world, Settings(iterations=2, lr=0.02), model=model, steps=3)
     assert torch.equal(done.plain, world.ksampler(model=model, steps=3))
     assert rows(done)[-1] > rows(done)[0]
+
+
+@pytest.mark.parametrize("memory", ["none", "per_block"])
+def test_a_norm_whose_input_is_written_over_through_a_slice(world, memory):
+    """Arithmetic out of place would lose what is written, and a slice that is a copy, too; a norm has saved it."""
+    model = world.model.clone()
+
+    def wrapper(apply, args):
+        out = apply(args["input"], args["timestep"], **args["c"])
+        norm = torch.nn.functional.layer_norm(out, out.shape[-1:])
+        part = out[:, :2]
+        part += 0.3 * norm[:, 2:]
+        return out
+
+    model.set_model_unet_function_wrapper(wrapper)
+    with self_tests() as seen:
+        done = run(world, Settings(iterations=2, lr=0.02), model=model, steps=3, memory=memory)
+    assert torch.equal(done.plain, world.ksampler(model=model, steps=3))
+    assert not torch.equal(done.plain, world.ksampler(steps=3))
+    assert rows(done)[-1] > rows(done)[0] and seen[-1].moved < 1e-3 and seen[-1].wrong < 0.02
 
 
 def test_attention_without_a_backward_is_not_used(world, monkeypatch):

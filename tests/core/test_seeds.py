@@ -44,7 +44,7 @@ def test_every_seed_is_told_and_a_stop_there_keeps_what_was_tried():
             raise KeyboardInterrupt
 
     start = best_of(sampling(rollout(), noises(batch=2), 3), reward, 5, (KeyboardInterrupt,), tell)
-    assert told == [1, 2, 3] and start.cut.interrupted and len(start.rewards) == 2
+    assert told == [1, 2, 3] and start.cut.interrupted and len(start.rewards) == 3
 
 
 def test_it_repeats_and_more_seeds_only_add():

@@ -60,8 +60,9 @@ def test_seeds_that_are_compared_are_told_as_they_are_tried(server, quickstart):
     kinds = [kind for kind, _ in events if kind.startswith("mira.")]
     assert kinds == ["mira.begin", *["mira.seed"] * 3, *["mira.step"] * 2]
     assert [(d["count"], d["seeds"]) for k, d in events if k == "mira.seed"] == [(1, 3), (2, 3), (3, 3)]
+    # Newer cores leave out what comes within a tenth of a second.
     progress = [d["value"] for k, d in events if k == "progress" and d["node"] == find(prompt, OPTIMIZER)]
-    assert progress == [1, 2, 3, 4, 5]
+    assert progress[0] == 1 and progress[-2:] == [4, 5] and progress == sorted(progress)
 
 
 def saved_records(server, prompt, prefix):

@@ -126,6 +126,7 @@ test("no two ticks say the same", () => {
   assert.deepEqual(series.ticks([0, 1e-7, 2e-7]), ["0", "1.0e-7", "2.0e-7"]);
   assert.deepEqual(series.ticks([0.1 + 0.2]), ["0.3"]);
   assert.deepEqual(series.ticks([]), []);
+  assert.equal(new Set(series.ticks([5.2, 5.2000005, 5.200001])).size, 3);
 });
 
 test("drift is called so wherever it is shown", () => {
