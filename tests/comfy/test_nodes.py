@@ -354,7 +354,7 @@ def test_validation_before_the_queue():
     validate = nodes.MiraOptimizeKSampler.validate_inputs
     assert validate(drift_limit=0.1, stop="drift") is True and validate(stop="drift") is True
     assert "drift_limit is -1" in validate(drift_limit=-1)
-    assert "set a limit" in validate(drift_limit=0, stop="drift")
+    assert "needs a drift_limit above 0" in validate(drift_limit=0, stop="drift")
 
 
 SAMPLERS = (
@@ -646,7 +646,7 @@ def test_nor_does_a_socket_that_fails(world, monkeypatch, prompt_server):
 
 
 def test_but_a_cancel_that_its_progress_bar_raises_still_cancels(world, monkeypatch):
-    def cancelled(*_):
+    def cancelled(*_, **__):
         raise comfy.model_management.InterruptProcessingException
 
     monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", cancelled)
