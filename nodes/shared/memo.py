@@ -56,7 +56,7 @@ def _same(a: dict, b: dict, graphs: tuple) -> bool:
 def graph_before(hidden: Any) -> dict[str, str] | None:
     """What a node's links come from, as ComfyUI's own cache tells one input from another: by the node's inputs, a
     digest of classes and widgets. None where that does not tell: a node before it looks at more than its inputs (at a
-    file), or is not known.
+    file), gives something else every time, or is not known.
     """
     kinds = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
     prompt, known = getattr(hidden, "prompt", None) or {}, {}
@@ -64,8 +64,9 @@ def graph_before(hidden: Any) -> dict[str, str] | None:
     def source(node: str, slot: int) -> str:
         if node not in known:
             kind = prompt[node]["class_type"]
-            own = (vars(c) for c in kinds[kind].__mro__ if not c.__module__.startswith("comfy_api"))
-            if any({"IS_CHANGED", "fingerprint_inputs"} & defined.keys() for defined in own):
+            own = (vars(c) for c in kinds[kind].__mro__ if c.__module__.split(".")[0] != "comfy_api")
+            looks = any({"IS_CHANGED", "fingerprint_inputs"} & defined.keys() for defined in own)
+            if looks or getattr(kinds[kind], "NOT_IDEMPOTENT", False):
                 raise KeyError(node)
             inputs = {k: source(*v) if _is_link(v) else v for k, v in sorted(prompt[node]["inputs"].items())}
             known[node] = hashlib.sha256(repr((kind, inputs)).encode()).hexdigest()
