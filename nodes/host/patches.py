@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from types import FunctionType, MethodType
 from typing import Any
 
 import comfy.hooks
@@ -36,10 +35,8 @@ def named(model_options: dict) -> str:
     return f", probably {' or '.join(found[:4])}" if found else ""
 
 
-def brought_by(value: object, seen: set | None = None, depth: int = 6) -> Iterator[object]:
-    """What patches bring along: networks (hypernetworks, adapters) in containers, objects and closures, and patches
-    that are objects, which may hold tensors.
-    """
+def networks_in(value: object, seen: set | None = None, depth: int = 6) -> Iterator[nn.Module]:
+    """Networks that patches bring along (hypernetworks, adapters): in containers, objects and closures."""
     seen = set() if seen is None else seen
     if depth < 0 or id(value) in seen or isinstance(value, (str, int, float, type, type(None), torch.Tensor)):
         return
@@ -47,8 +44,6 @@ def brought_by(value: object, seen: set | None = None, depth: int = 6) -> Iterat
     if isinstance(value, nn.Module):
         yield value
         return
-    if callable(value) and not isinstance(value, (FunctionType, MethodType)) and hasattr(value, "__dict__"):
-        yield value
     inner = []
     if isinstance(value, dict):
         inner = list(value.values())
@@ -58,7 +53,7 @@ def brought_by(value: object, seen: set | None = None, depth: int = 6) -> Iterat
         inner = [getattr(value, "__self__", None), *vars(value).values()] if hasattr(value, "__dict__") else []
         inner += [c.cell_contents for c in getattr(value, "__closure__", None) or () if _filled(c)]
     for v in inner:
-        yield from brought_by(v, seen, depth - 1)
+        yield from networks_in(v, seen, depth - 1)
 
 
 def _filled(cell: Any) -> bool:

@@ -56,7 +56,7 @@ from .grad import (
     sdpa,
     without_tf32,
 )
-from .patches import brought_by, named
+from .patches import named, networks_in
 from .samplers import StandIn, twin_of
 
 log = logging.getLogger("mira")
@@ -207,14 +207,12 @@ class Process:
             wrap.conds = normal(wrap.conds)
             for control in controls(wrap.conds):
                 replace_tensors(control)  # the hint that it holds
-        # What patches bring along, but for the model itself, whose weights `loaded` has seen to.
+        # Networks that patches bring along, but for the model itself, whose weights `loaded` has seen to.
         known = {id(m) for m in self.inner.modules()}
-        for thing in brought_by(self.extra_args["model_options"]):
-            if not isinstance(thing, nn.Module):
-                replace_tensors(thing)
-            elif id(thing) not in known:
-                leave_inference_mode(thing)
-                thing.requires_grad_(False)
+        for network in networks_in(self.extra_args["model_options"]):
+            if id(network) not in known:
+                leave_inference_mode(network)
+                network.requires_grad_(False)
         return process
 
     def signal(self, sigma: Tensor) -> Tensor:

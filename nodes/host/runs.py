@@ -180,7 +180,8 @@ def tell_seeds(process: Process, start: Start, count: int, trace: Trace) -> None
     }
     trace.notices += [began(b, start, seed) for b, seed in enumerate(chosen)]
     if start.cut:
-        trace.notices.append(f"{start.cut} after {len(start.rewards)} of {count} seeds: the others were not tried")
+        if len(start.rewards) < count:
+            trace.notices.append(f"{start.cut} after {len(start.rewards)} of {count} seeds: the others were not tried")
         if start.cut.interrupted:
             trace.reasons = [SEEDS_CUT] * len(start.chosen)
 

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from comfy.cli_args import args
 from torch import Tensor
 
 from ...sampler.resume import Left
@@ -39,18 +40,35 @@ def _held(value: object) -> Callable:
         return lambda: value
 
 
-def _same(a: dict, b: dict, graphs: tuple) -> bool:
+def _same(a: dict, b: dict) -> bool:
     """a: held, b: as they are. Plain values by value; models and the like by identity, as ComfyUI hands the same ones
-    to an unchanged node, or where they come from the same graph: with --cache-none it makes them anew for every run.
+    to an unchanged node.
     """
     if a.keys() != b.keys():
         return False
-    alike = graphs[0] is not None and graphs[0] == graphs[1]
     pairs = [(a[k](), b[k]) for k in a]
-    return all(
-        x is y or (x == y if isinstance(x, PLAIN) and isinstance(y, PLAIN) else alike and not isinstance(y, PLAIN))
-        for x, y in pairs
-    )
+    return all(x is y or (isinstance(x, PLAIN) and isinstance(y, PLAIN) and x == y) for x, y in pairs)
+
+
+def _made_alike(a: dict, b: dict) -> bool:
+    """As `_same`, of inputs that come from the same graph, made anew: conditioning and latents by what is in them; what
+    cannot be looked into (a model) by its kind.
+    """
+    return a.keys() == b.keys() and all(_alike(a[k](), b[k]) for k in a)
+
+
+def _alike(x: Any, y: Any) -> bool:
+    if x is y or (x is GONE and not isinstance(y, PLAIN)):
+        return True
+    if type(x) is not type(y):
+        return False
+    if isinstance(x, Tensor):
+        return x.shape == y.shape and bool((x == y).all())
+    if isinstance(x, (list, tuple)):
+        return len(x) == len(y) and all(map(_alike, x, y))
+    if isinstance(x, dict):
+        return x.keys() == y.keys() and all(_alike(x[k], y[k]) for k in x)
+    return x == y if isinstance(x, PLAIN) else True
 
 
 def graph_before(hidden: Any) -> dict[str, str] | None:
@@ -74,7 +92,7 @@ def graph_before(hidden: Any) -> dict[str, str] | None:
 
     try:
         return {k: source(*v) for k, v in prompt[str(hidden.unique_id)]["inputs"].items() if _is_link(v)}
-    except KeyError:
+    except Exception:  # a graph of another's making; what cannot be told costs a run, and no more
         return None
 
 
@@ -86,13 +104,17 @@ def of(hidden: Any, inputs: dict, taken: object, run: Callable[[], tuple[Optimiz
     """What `run` gave for these very inputs when they were asked for before, or gives now. hidden: the node's own.
     taken: what of it is wanted.
 
-    A run that was cut short is repeated when it is asked for again as it was: who queues it again wants its end.
+    A run that was cut short is repeated when it is asked for again as it was: who queues it again wants its end. With
+    --cache-none all that comes before a node is made anew: there the same graph will do for another iterate.
     """
-    node, graph = _place(hidden), graph_before(hidden)
+    anew = getattr(args, "cache_none", False)
+    node, graph = _place(hidden), graph_before(hidden) if anew else None
     before = _runs.get(node)
-    if before and _same(before[0], inputs, (before[1], graph)):
-        known, _, done, last = before
-        if not (done[0].result.cut_short and taken == last):
+    if before:
+        known, its_graph, done, last = before
+        made_again = anew and taken != last and graph is not None and graph == its_graph
+        same = _same(known, inputs) or (made_again and _made_alike(known, inputs))
+        if same and not (done[0].result.cut_short and taken == last):
             _runs[node] = known, graph, done, taken
             return done
     done = run()
@@ -124,9 +146,9 @@ def left_of(hidden: Any, inputs: dict, rounds: int) -> tuple[Left, Any] | None:
     before = _runs.get(_place(hidden))
     if before is None:
         return None
-    (optimized, live), left, graphs = before[2], before[2][0].result.left, (before[1], graph_before(hidden))
+    (optimized, live), left = before[2], before[2][0].result.left
     known = {k: v for k, v in before[0].items() if k != "iterations"}
-    if left is None or not _same(known, {k: v for k, v in inputs.items() if k != "iterations"}, graphs):
+    if left is None or not _same(known, {k: v for k, v in inputs.items() if k != "iterations"}):
         return None
     more = inputs["iterations"] - before[0]["iterations"]()
     return (left, live) if (optimized.result.cut_short and more == 0) or (rounds == 1 and more > 0) else None

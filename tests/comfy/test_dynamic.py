@@ -194,7 +194,7 @@ class Patch:
     """
 
     def __init__(self, patcher):
-        self.patcher, self.seen, self.image = patcher, [], torch.ones(1)
+        self.patcher, self.seen = patcher, []
         self.moved = None
 
     def models(self):
@@ -218,7 +218,7 @@ class Beside:
 
     def __call__(self, out, extra):
         seen = self.patch.seen.pop()
-        return out + 0.3 * self.patch.patcher.model(seen.mean((1, 2), keepdim=True)) * self.patch.image
+        return out + 0.3 * self.patch.patcher.model(seen.mean((1, 2), keepdim=True))
 
     def to(self, *_):
         return self
