@@ -186,12 +186,11 @@ def get_host(name: str) -> Path:
 def host_environment(comfyui: Path) -> Path:
     """A Python with another ComfyUI's requirements: a thin environment on top of the first one, which has PyTorch."""
     needed = [*(comfyui / "requirements.txt").read_text().splitlines(), "glfw"]  # which newer cores import and not list
-    # PyTorch stays: newer requirements name none, or any.
-    return layer(needed, TORCH, f"the requirements of {comfyui.name}")
+    return layer(needed, f"the requirements of {comfyui.name}")
 
 
-def layer(needed: list[str], kept: list[str], what: str) -> Path:
-    """The Python of a thin environment with these requirements on top of the first one; kept: what must not change."""
+def layer(needed: list[str], what: str) -> Path:
+    """The Python of a thin environment with these requirements on top of the first one, whose PyTorch stays."""
     wanted = hashlib.sha256("\n".join(needed).encode()).hexdigest()
     folder = CACHE / f"environment-{wanted[:12]}"
     python = folder / venv_python().relative_to(VENV)
@@ -208,7 +207,7 @@ def layer(needed: list[str], kept: list[str], what: str) -> Path:
         requirements = folder / "requirements.txt"
         requirements.write_text("\n".join(needed))
         run(
-            [python, "-m", "pip", "install", "--quiet", "--no-warn-conflicts", *kept, "-r", requirements],
+            [python, "-m", "pip", "install", "--quiet", "--no-warn-conflicts", *TORCH, "-r", requirements],
             f"installing {what}",
             "Check the network and the free disk space (1 GB), then run this again.",
         )
@@ -406,7 +405,7 @@ def main() -> int:
     if command == "test" and arguments.host:
         return test_all_hosts(gpu) if arguments.host == "all" else test_host(arguments.host, gpu, extra)
     if command == "test" and arguments.instead:
-        python = layer([arguments.instead], TORCH, arguments.instead)
+        python = layer([arguments.instead], arguments.instead)
         return execute(python, comfyui, ["-m", "pytest", *extra], gpu)
     if command == "test":
         return test(python, comfyui, gpu, extra)

@@ -52,13 +52,13 @@ def in_float64(f, x, **options):
     return check(f, x.double(), (1e-3, 1e-4, 1e-5), enough=0.0, **options)
 
 
-def optimize(world: World, parts: tuple, sampler: str = "euler", **options):
+def optimize(world: World, parts: tuple, **options):
     """Two iterations of three steps."""
     model, vae, conds, latent = parts
     with torch.inference_mode():
         return host.run(
             world.job(
-                model=model, vae=vae, latent=latent, sampler=sampler, steps=3, cfg=3.0, iterations=2, beta=0, **conds,
+                model=model, vae=vae, latent=latent, sampler="euler", steps=3, cfg=3.0, iterations=2, beta=0, **conds,
                 **options,
             )
         )  # fmt: skip

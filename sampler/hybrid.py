@@ -67,8 +67,7 @@ class _Hybrid:
         rows = [r | more for r in end.rows]
         self.trace.rows.extend(rows)
         self.iterates.append(end.latent.cpu())
-        reward = torch.tensor([r["reward"] for r in rows], dtype=torch.double)
-        reward = comparable(reward)
+        reward = comparable(torch.tensor([r["reward"] for r in rows], dtype=torch.double))
         better = (reward > self.best_reward) | (k == 0)
         self.best_reward = torch.where(better, reward, self.best_reward)
         self.kept.take(k, better, end.latent, end.noises)

@@ -155,7 +155,7 @@ FAMILIES = {
     ),
     "OmniGen 2": Family("Omnigen2", OMNIGEN | {"image_model": "omnigen2", "text_feat_dim": 48}, 16, extra=MASKED),
     "Boogu": Family(
-        "Boogu", {k: v for k, v in OMNIGEN.items()}
+        "Boogu", OMNIGEN
         | {"image_model": "boogu", "instruction_feat_dim": 48, "num_double_stream_layers": 1}, 16, extra=MASKED,
     ),
     "Qwen-Image": Family(
@@ -265,18 +265,18 @@ class Vae:
 # How weights are stored, and what is computed in.
 PRECISIONS = {
     "float64": (torch.float64, None), "float32": (torch.float32, None), "fp16": (torch.float16, None),
-    "bf16": (torch.bfloat16, None), "fp8": (torch.float8_e4m3fn, torch.bfloat16),
+    "bf16": (torch.bfloat16, None), "fp8": (torch.float8_e4m3fn, torch.bfloat16), "scaled fp8": (torch.bfloat16, None),
 }  # fmt: skip
 
 
 def make(name: str, precision: str = "float32"):
-    """(model, VAE, conditioning, latent) of a family. precision: of PRECISIONS, or "scaled fp8", as files have it:
+    """(model, VAE, conditioning, latent) of a family. precision: of PRECISIONS; "scaled fp8" is as files have it:
     linear layers in fp8 with a factor each.
     """
     family = FAMILIES[name]
     device = comfy.model_management.get_torch_device()
     with torch.inference_mode(), weights_at_once():
-        made = _network(family, *PRECISIONS.get(precision, (torch.bfloat16, None)), device)
+        made = _network(family, *PRECISIONS[precision], device)
         if precision == "scaled fp8":
             made = _scaled(family, made, device)
         patcher = comfy.model_patcher.ModelPatcher(made, device, torch.device("cpu"))

@@ -80,6 +80,14 @@ function isOf(node, { workflow, kind }) {
   return Boolean(node) && (!kind || kind === node.comfyClass) && (!workflow || !open || workflow === open);
 }
 
+/** The node that an event is of, where it is here and has a chart; it remembers by which name it runs. */
+function chartedBy(detail) {
+  const node = nodeOf(detail?.node);
+  if (!isOf(node, detail) || !node[VIEW]?.chart) return null;
+  node[VIEW].ran = String(detail.node);
+  return node;
+}
+
 function imageUrl({ filename, subfolder, type }) {
   return api.apiURL(`/view?${new URLSearchParams({ filename, subfolder: subfolder ?? "", type: type ?? "temp" })}`);
 }
@@ -457,24 +465,19 @@ app.registerExtension({
   beforeConfigureGraph: (graph) => migrate(graph),
   setup() {
     api.addEventListener("mira.step", ({ detail }) => {
-      const node = nodeOf(detail?.node);
-      const chart = isOf(node, detail) ? node[VIEW]?.chart : null;
-      if (!chart) return;
-      node[VIEW].ran = String(detail.node);
-      showRun(node, chart, addStep(chart.run(), detail));
+      const node = chartedBy(detail);
+      if (!node) return;
+      showRun(node, node[VIEW].chart, addStep(node[VIEW].chart.run(), detail));
     });
     // A run that begins shows nothing of the last one, and says what it does until its first image is there.
     api.addEventListener("mira.begin", ({ detail }) => {
-      const node = nodeOf(detail?.node);
-      const chart = isOf(node, detail) ? node[VIEW]?.chart : null;
-      if (!chart) return;
-      node[VIEW].ran = String(detail.node);
+      const node = chartedBy(detail);
+      if (!node) return;
       const seeds = node.widgets?.find((w) => w.name === "seeds")?.value ?? 1;
-      chart.set({ ...newRun(), id: detail.run, waiting: seeds > 1 ? `Trying ${seeds} seeds ...` : "Sampling the first image ..." });
+      node[VIEW].chart.set({ ...newRun(), id: detail.run, waiting: seeds > 1 ? `Trying ${seeds} seeds ...` : "Sampling the first image ..." });
     });
     api.addEventListener("mira.seed", ({ detail }) => {
-      const node = nodeOf(detail?.node);
-      const chart = isOf(node, detail) ? node[VIEW]?.chart : null;
+      const chart = chartedBy(detail)?.[VIEW].chart;
       if (!chart || (chart.run().id === detail.run && chart.run().rows.length)) return;
       chart.set({ ...newRun(), id: detail.run, waiting: `Trying ${detail.seeds} seeds: ${detail.count} of them done` });
     });

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 from collections import OrderedDict, deque
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_management
@@ -27,6 +28,7 @@ ROUTE = "/mira/live"
 PREVIEW = 512  # pixels of the longer side, of ComfyUI's own preview and of a stored one
 MOST = 8  # runs that are remembered
 FILED = 32  # runs whose thumbnails stay
+UNTOLD = "the editor was not told of every iteration"
 
 _runs: OrderedDict[str, dict] = OrderedDict()  # by node id, the newest last
 _previews: deque[dict[int, dict]] = deque()  # of the last runs, whatever their nodes, the newest last
@@ -65,7 +67,7 @@ class LiveRun:
         seeds: how many samples are compared before the first iteration.
         """
         node = hidden.unique_id
-        self.node, self.iterations, self.seeds = node, iterations, seeds
+        self.node, self.seeds = node, seeds
         self.unfinished = Unfinished(node, told | settings, hidden.extra_pnginfo)
         self.name = secrets.token_hex(8)
         self.notices: list[str] = []  # what could not be reported, once
@@ -93,10 +95,8 @@ class LiveRun:
         _runs.move_to_end(node)
         while len(_runs) > MOST:
             _runs.popitem(last=False)
-        try:
+        with self._noted("the editor was not told that the run begins"):
             self._send("mira.begin")
-        except Exception as problem:
-            self._note(f"the editor was not told that the run begins: {problem}", trace=True)
 
     def go_on(self, before: LiveRun, done: int) -> None:
         """Begin with the first `done` iterations of an earlier run, and tell of them."""
@@ -104,33 +104,30 @@ class LiveRun:
         self.run["previews"] |= {k: p for k, p in before.run["previews"].items() if k < done}
         self.unfinished.go_on(before.unfinished, done)
         if done:
-            try:
+            with self._noted(UNTOLD):
                 self._send(iteration=done - 1, rows=self.run["rows"], previews=self.run["previews"])
-            except Exception as problem:
-                self._note(f"the editor was not told of every iteration: {problem}", trace=True)
 
     def tried(self, count: int) -> None:
         """So many of the seeds are sampled and scored."""
-        try:
+        with self._noted("the editor was not told of every seed"):
             self._send("mira.seed", count=count, seeds=self.seeds)
             self.bar.update_absolute(count)
-        except comfy.model_management.InterruptProcessingException:
-            raise
-        except Exception as problem:
-            self._note(f"the editor was not told of every seed: {problem}", trace=True)
 
     def __call__(self, k: int, rows: list[dict], score: Score) -> None:
-        """Nothing that fails here may cost the image, but for the interrupt that a progress bar raises."""
-        try:
+        with self._noted("the best image so far could not be stored while the run went on", trace=False):
             self.unfinished(k, rows, score)
-        except Exception as problem:
-            self._note(f"the best image so far could not be stored while the run went on: {problem}")
-        try:
+        with self._noted(UNTOLD):
             self._tell(k, [json_row(r) for r in rows], score)
+
+    @contextlib.contextmanager
+    def _noted(self, what: str, trace: bool = True) -> Iterator[None]:
+        """Nothing that fails within may cost the image, but for the interrupt that a progress bar raises."""
+        try:
+            yield
         except comfy.model_management.InterruptProcessingException:
             raise
         except Exception as problem:
-            self._note(f"the editor was not told of every iteration: {problem}", trace=True)
+            self._note(f"{what}: {problem}", trace=trace)
 
     def _note(self, notice: str, trace: bool = False) -> None:
         """Once a run: what cannot be reported now will not be at the next iteration either."""

@@ -96,15 +96,23 @@ def is_link(value: object, prompt: dict) -> bool:
 def run_by(prompt: dict) -> list[str]:
     """The nodes that ComfyUI runs of a prompt: those with an output of their own, and what comes before them."""
     known = sys.modules["nodes"].NODE_CLASS_MAPPINGS  # ComfyUI's
-    found, left = set(), []
-    for node, of in prompt.items():
-        if isinstance(of, dict) and getattr(known.get(of.get("class_type")), "OUTPUT_NODE", False):
-            left.append(node)
+    ends = [
+        node
+        for node, of in prompt.items()
+        if isinstance(of, dict) and getattr(known.get(of.get("class_type")), "OUTPUT_NODE", False)
+    ]
+    found = with_all_before(prompt, ends)
+    return [node for node in prompt if node in found]
+
+
+def with_all_before(prompt: dict, nodes: list[str]) -> set[str]:
+    """These nodes of a prompt, and what comes before them."""
+    found, left = set(), list(nodes)
     while left:
         if (node := left.pop()) not in found and isinstance(prompt.get(node), dict):
             found.add(node)
             left += [v[0] for v in (prompt[node].get("inputs") or {}).values() if is_link(v, prompt)]
-    return [node for node in prompt if node in found]
+    return found
 
 
 def remembered(request: dict) -> dict:

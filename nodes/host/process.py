@@ -423,11 +423,15 @@ class Process:
         except (TypeError, AttributeError, KeyError) as problem:
             if self.expected is None:
                 raise
-            said = f"{type(problem).__name__}: {problem}".splitlines()[0]
             raise RuntimeError(
-                f"{self.job.node}: sampled again from the same noises, the model fails ({said}): something in the "
-                f"graph remembers earlier steps{named(self.extra_args['model_options'])}. Bypass it."
+                f"{self.job.node}: sampled again from the same noises, the model fails ({in_brief(problem)}): "
+                f"{self.remembered}"
             ) from problem
+
+    @property
+    def remembered(self) -> str:
+        patches = named(self.extra_args["model_options"])
+        return f"something in the graph remembers earlier steps{patches}. Bypass it."
 
     def sample_again(self) -> None:
         """`compare` for what samples only as KSampler does, where a patch could remember anything."""
@@ -452,8 +456,8 @@ class Process:
         else:
             raise RuntimeError(
                 f"{self.job.node}: sampled again from the same noises, the model gives another image (off by "
-                f"{off:.2g}, relative), so this would be about another process than the one that samples: something "
-                f"in the graph remembers earlier steps{named(self.extra_args['model_options'])}. Bypass it."
+                f"{off:.2g}, relative), so this would be about another process than the one that samples: "
+                f"{self.remembered}"
             )
 
     def _network(self, model_k: Any, extra_args: dict) -> tuple[dict, Callable]:
@@ -632,10 +636,11 @@ class Process:
         apart = 0.1 if self.half else 0.02
         found: list[Checked] = []
         known: dict[int, Checked] = {}
-        way, cut = 0, None
-        while way < len(ways) and len(found) < (2 if twice else 1):
+        cut = None
+        while ways and len(found) < (2 if twice else 1):
+            written_over = False
             try:
-                checked, cut = within_memory(self._checked, noise, ways[way], known)
+                checked, cut = within_memory(self._checked, noise, ways.pop(0), known)
             except RuntimeError as problem:
                 said = str(problem).splitlines()[0]
                 if has_no_repeatable_way(problem):
@@ -648,18 +653,15 @@ class Process:
                 written_over = "inplace operation" in str(problem) or "in-place operation" in str(problem)
                 if not written_over or self.place is PLACES[-1]:
                     raise RuntimeError(f"{job.node}: {name} has no gradient: {said}. {remedy}") from problem
-                found, known, way = [], {}, self.go_on_to_next_place()
-                continue
             except (TypeError, AttributeError, KeyError) as problem:
-                said = f"{type(problem).__name__}: {problem}".splitlines()[0]
                 raise RuntimeError(
-                    f"{job.node}: {name} fails where a gradient is wanted ({said}). {remedy}"
+                    f"{job.node}: {name} fails where a gradient is wanted ({in_brief(problem)}). {remedy}"
                 ) from problem
-            if cut is None and checked.moved > apart and self.place is not PLACES[-1]:
-                # One of them loses what a model writes into a slice, and its gradient is of that.
-                found, known, way = [], {}, self.go_on_to_next_place()
-                continue
-            way += 1
+            # One of the places loses what a model writes into a slice.
+            lost = not written_over and cut is None and checked.moved > apart
+            if written_over or (lost and self.place is not PLACES[-1]):
+                self.place = PLACES[PLACES.index(self.place) + 1]
+                return self.check_gradient(noise)  # from the start: what was found in a place says nothing of the next
             if cut is None:
                 found.append(checked)
         if not found:
@@ -676,11 +678,6 @@ class Process:
                 f"{moved:.2g} (relative). {remedy}"
             )
         log.debug("gradient self-test of %s: relative error %.2g, prediction off by %.2g", name, wrong, moved)
-
-    def go_on_to_next_place(self) -> int:
-        """The first way to be tested in it: what was found in another place says nothing of it."""
-        self.place = PLACES[PLACES.index(self.place) + 1]
-        return 0
 
     def check_backward(self) -> None:
         """The reward's backward on the plain image, before any seed is sampled: not every device has every one.
@@ -753,6 +750,11 @@ class Process:
         with getattr(self.model_wrap, "without_constants", nullcontext)():
             self._run(noise, function, {})
         return found[0]
+
+
+def in_brief(problem: BaseException) -> str:
+    """What kind of error it is, and the first line of what it says."""
+    return f"{type(problem).__name__}: {problem}".splitlines()[0]
 
 
 def controls(conds: dict) -> list:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import weakref
 from collections import OrderedDict
@@ -13,7 +12,7 @@ from comfy.cli_args import args
 from torch import Tensor
 
 from ...sampler.resume import Left
-from ..editor.on_disk import place_in_list
+from ..editor.on_disk import is_link, place_in_list, what_is_asked, with_all_before
 from ..host import Optimized
 
 PLAIN = (int, float, str, bool, type(None))
@@ -73,31 +72,27 @@ def _alike(x: Any, y: Any) -> bool:
 
 def graph_before(hidden: Any) -> dict[str, str] | None:
     """What a node's links come from, as ComfyUI's own cache tells one input from another: by the node's inputs, a
-    digest of classes and widgets. None where that does not tell: a node before it looks at more than its inputs (at a
-    file), gives something else every time, or is not known.
+    digest. None where that does not tell: a node before it looks at more than its inputs (at a file), gives something
+    else every time, or is not known.
     """
-    kinds = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
-    prompt, known = getattr(hidden, "prompt", None) or {}, {}
-
-    def source(node: str, slot: int) -> str:
-        if node not in known:
-            kind = prompt[node]["class_type"]
-            own = (vars(c) for c in kinds[kind].__mro__ if c.__module__.split(".")[0] != "comfy_api")
-            looks = any({"IS_CHANGED", "fingerprint_inputs"} & defined.keys() for defined in own)
-            if looks or getattr(kinds[kind], "NOT_IDEMPOTENT", False):
-                raise KeyError(node)
-            inputs = {k: source(*v) if _is_link(v) else v for k, v in sorted(prompt[node]["inputs"].items())}
-            known[node] = hashlib.sha256(repr((kind, inputs)).encode()).hexdigest()
-        return f"{known[node]}:{slot}"
-
     try:
-        return {k: source(*v) for k, v in prompt[str(hidden.unique_id)]["inputs"].items() if _is_link(v)}
+        prompt, kinds = hidden.prompt, sys.modules["nodes"].NODE_CLASS_MAPPINGS
+        links = {k: v for k, v in prompt[str(hidden.unique_id)]["inputs"].items() if isinstance(v, list)}
+        if not all(is_link(link, prompt) for link in links.values()):
+            return None
+        before = with_all_before(prompt, [link[0] for link in links.values()])
+        if any(_looks_beyond(kinds[prompt[node]["class_type"]]) for node in before):
+            return None
+        return {k: f"{what_is_asked(prompt, link[0])}:{link[1]}" for k, link in links.items()}
     except Exception:  # a graph of another's making; what cannot be told costs a run, and no more
         return None
 
 
-def _is_link(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+def _looks_beyond(kind: type) -> bool:
+    """Whether a node's class says that its inputs do not tell what it gives."""
+    own = (vars(c) for c in kind.__mro__ if c.__module__.split(".")[0] != "comfy_api")
+    looks = any({"IS_CHANGED", "fingerprint_inputs"} & defined.keys() for defined in own)
+    return looks or getattr(kind, "NOT_IDEMPOTENT", False)
 
 
 def of(hidden: Any, inputs: dict, taken: object, run: Callable[[], tuple[Optimized, object]]) -> tuple[Optimized, Any]:
@@ -107,12 +102,11 @@ def of(hidden: Any, inputs: dict, taken: object, run: Callable[[], tuple[Optimiz
     A run that was cut short is repeated when it is asked for again as it was: who queues it again wants its end. With
     --cache-none all that comes before a node is made anew: there the same graph will do for another iterate.
     """
-    anew = getattr(args, "cache_none", False)
-    node, graph = _place(hidden), graph_before(hidden) if anew else None
+    node, graph = _place(hidden), graph_before(hidden) if getattr(args, "cache_none", False) else None
     before = _runs.get(node)
     if before:
         known, its_graph, done, last = before
-        made_again = anew and taken != last and graph is not None and graph == its_graph
+        made_again = taken != last and graph is not None and graph == its_graph
         same = _same(known, inputs) or (made_again and _made_alike(known, inputs))
         if same and not (done[0].result.cut_short and taken == last):
             _runs[node] = known, graph, done, taken
