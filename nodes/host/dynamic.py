@@ -17,6 +17,8 @@ import comfy.model_patcher
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
+from .patches import patches_of
+
 log = logging.getLogger("mira")
 # Of a network in dynamic VRAM: a plain patcher of its copy, which lives as long as the network does.
 _STILL: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -68,7 +70,7 @@ def static_guider(guider: Any, what: str) -> Any:
     guider.model_patcher = static(guider.model_patcher, f"{what}: model")
     if its_own:  # the very patches that ComfyUI moves with the model are called
         guider.model_options = guider.model_patcher.model_options
-    elif any(is_dynamic(p) for patch in _patches(guider.model_options) for p in _networks(patch)):
+    elif any(is_dynamic(p) for patch in patches_of(guider.model_options) for p in _networks(patch)):
         raise ValueError(
             f"{what}: the guider has model patches of its own in dynamic VRAM, which no gradient survives: patch the "
             "model before the guider, or start ComfyUI with --disable-dynamic-vram"
@@ -108,14 +110,6 @@ def _static(patcher: ModelPatcher, what: str, own: bool) -> ModelPatcher:
     return clone
 
 
-def _patches(options: dict) -> list:
-    """The patches of a model's options that ComfyUI asks for networks of their own, and moves with the model."""
-    inner = options.get("transformer_options", {})
-    found = [p for patches in inner.get("patches", {}).values() for p in patches]
-    found += [p for patches in inner.get("patches_replace", {}).values() for p in patches.values()]
-    return [*found, options.get("model_function_wrapper")]
-
-
 def _networks(patch: object) -> list:
     models = getattr(patch, "models", None)
     return list(models()) if callable(models) else []
@@ -126,7 +120,7 @@ def _static_options(options: dict, what: str) -> dict:
     Qwen-Image's ControlNets).
     """
     done: dict[int, Any] = {}  # a patch in several places stays one: it may keep something between its calls
-    for patch in _patches(options):
+    for patch in patches_of(options):
         if id(patch) not in done and any(is_dynamic(p) for p in _networks(patch)):
             done[id(patch)] = new = copy.copy(patch)
             for name, inner in vars(patch).items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import comfy.hooks
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 OURS = __package__.rpartition(".")[0]
@@ -35,12 +36,21 @@ def named(model_options: dict) -> str:
     return f", probably {' or '.join(found[:4])}" if found else ""
 
 
+def patches_of(model_options: dict) -> list:
+    """What ComfyUI moves with the model, and clears when a sample is done: the patches within it, and its wrapper."""
+    inner = model_options.get("transformer_options", {})
+    found = [p for patches in inner.get("patches", {}).values() for p in patches]
+    found += [p for patches in inner.get("patches_replace", {}).values() for p in patches.values()]
+    return [*found, model_options.get("model_function_wrapper")]
+
+
 def networks_in(value: object, seen: set | None = None, depth: int = 6) -> Iterator[nn.Module]:
     """Networks that patches bring along (hypernetworks, adapters): in containers, objects and closures."""
     seen = set() if seen is None else seen
     if depth < 0 or id(value) in seen or isinstance(value, (str, int, float, type, type(None), torch.Tensor)):
         return
     seen.add(id(value))
+    value = value.model if isinstance(value, ModelPatcher) else value
     if isinstance(value, nn.Module):
         yield value
         return
@@ -65,10 +75,18 @@ def _filled(cell: Any) -> bool:
 
 
 def why_no_gradient(guider: Any) -> str | None:
-    """None, or what of the guider's conditioning a gradient does not survive.
+    """None, or what of the guider's patches and conditioning a gradient does not survive.
 
-    Hooks that change weights write over them in place while a trajectory is sampled, which backward does not see.
+    What the first step of a trajectory leaves to the later ones (reference keys and values) is computed again without
+    it, or is of a graph that is gone. Hooks that change weights write over them in place while a trajectory is sampled,
+    which backward does not see.
     """
+    keeping = [p for p in patches_of(guider.model_options) if hasattr(p, "cleanup")]
+    if keeping:
+        return (
+            f"{' and '.join(_names(keeping))} keeps what one step of the sampling makes for the later ones, which no "
+            "gradient goes through: bypass it, or use MIRA Search KSampler"
+        )
     conds = [c for cs in guider.original_conds.values() for c in cs]
     groups = [c.get("hooks") for c in conds]
     weights = [_weight_hooks(group) for group in groups]

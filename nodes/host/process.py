@@ -56,7 +56,7 @@ from .grad import (
     sdpa,
     without_tf32,
 )
-from .patches import named, networks_in
+from .patches import named, networks_in, patches_of
 from .samplers import StandIn, twin_of
 
 log = logging.getLogger("mira")
@@ -393,7 +393,10 @@ class Process:
         return x0
 
     def begin(self) -> None:
-        """What follows the steps of a trajectory begins anew: hooks with keyframes."""
+        """What follows the steps of a trajectory begins anew: hooks with keyframes, and patches that keep something."""
+        for patch in patches_of(self.extra_args["model_options"]):
+            if hasattr(patch, "cleanup"):  # ComfyUI's own word for the end of a sample
+                patch.cleanup()
         hooks = self.extra_args["model_options"].get("registered_hooks")
         if hooks is None:
             return

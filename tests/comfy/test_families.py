@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 
 import comfy.samplers
+import comfy_extras.nodes_flux
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from mira import nodes
+from mira.nodes import host
 from mira.rewards.pixel import PixelReward
 
 from bench import families
@@ -37,6 +39,18 @@ def test_a_family_is_optimised_rightly(world, name):
 @pytest.mark.parametrize("name", [n for n in HERE if n in ("SDXL", "FLUX.1") or EVERY])
 def test_in_a_precision(world, name, precision):
     assert in_precision(world, name, precision) is True
+
+
+@pytest.mark.every_host
+@pytest.mark.skipif(not hasattr(comfy_extras.nodes_flux, "FluxKVCache"), reason="this ComfyUI has no such node")
+def test_reference_images_that_are_computed_once_are_refused_by_name(world):
+    model, vae, conds, latent = make("FLUX.2")
+    reference = {"reference_latents": [torch.randn(latent.shape)]}
+    conds = {name: [[c, extra | reference] for c, extra in cond] for name, cond in conds.items()}
+    with torch.inference_mode():
+        model = comfy_extras.nodes_flux.FluxKVCache.execute(model=model).args[0]
+        with pytest.raises(ValueError, match=r"nodes_flux \(KV_Attn_Input\) keeps.*bypass"):
+            host.run(world.job(model=model, vae=vae, latent=latent, **conds))
 
 
 def test_the_page_is_of_the_results():

@@ -250,6 +250,47 @@ def test_a_cache_of_steps_is_refused_by_a_search(world, node, method):
             host.run(job, host.searching)
 
 
+class FirstKeys:
+    """A patch that gives every later step the first one's keys and values beside its own, as Flux KV Cache does."""
+
+    def __init__(self):
+        self.kept = None
+
+    def __call__(self, q, k, v, extra_options):
+        if self.kept is None:
+            self.kept = k.clone(), v.clone()
+        return q, torch.cat((k, self.kept[0]), 1), torch.cat((v, self.kept[1]), 1)
+
+    def cleanup(self):
+        self.kept = None
+
+
+def keeping(world):
+    model = world.model.clone()
+    model.set_model_attn1_patch(FirstKeys())
+    return model
+
+
+def test_what_a_step_leaves_to_the_later_ones_is_refused_by_name(world):
+    with pytest.raises(ValueError, match=r"\(FirstKeys\) keeps what one step.*bypass"):
+        run(world, model=keeping(world), steps=3)
+
+
+def test_without_a_gradient_what_a_step_leaves_is_each_trajectorys_own(world):
+    stock = world.ksampler(model=keeping(world), sampler="euler", steps=4)
+    assert not torch.equal(stock, world.ksampler(sampler="euler", steps=4))
+    settings = SearchSettings(method="best_of_n", particles=3)
+    done = run(world, settings, host.searching, model=keeping(world), sampler="euler", steps=4, gradient=False)
+    assert torch.equal(done.plain, stock)
+    # On their own, in an order of their own: the same images.
+    seeds = [another(7, n) if n else 7 for n in range(3)]
+    alone = [world.ksampler(model=keeping(world), sampler="euler", steps=4, seed=s) for s in reversed(seeds)][::-1]
+    reward = PixelReward("brightness")
+    with torch.inference_mode():
+        expected = [reward.score(host.decode(world.vae, x), [""]).item() for x in alone]
+    assert rows(done) == pytest.approx(expected, abs=1e-5) and len(set(rows(done))) == 3
+
+
 @pytest.mark.usefixtures("trained")
 def test_guidance_with_momentum(world):
     model = as_node(APG, model=world.model, eta=1.0, norm_threshold=5.0, momentum=-0.5).args[0]
@@ -617,6 +658,27 @@ def test_patches_may_bring_networks(world):
         model.set_model_attn2_patch(Hypernetwork())
     done = run(world, Settings(iterations=2, lr=0.02), model=model, steps=3, sampler="euler")
     assert torch.equal(done.plain, world.ksampler(model=model, steps=3, sampler="euler"))
+    assert rows(done)[-1] > rows(done)[0]
+
+
+class ControlPatch:
+    """A network that ComfyUI loaded, in a patch whose methods are what the model is given (SUPIR)."""
+
+    def __init__(self, network):
+        device = torch.device("cpu")
+        self.network = comfy.model_patcher.ModelPatcher(network, device, device)
+
+    def queries(self, q, k, v, extra_options):
+        return q + 0.1 * self.network.model(q.reshape(-1, 1, q.shape[-1])).reshape(q.shape), k, v
+
+
+def test_a_patch_may_be_a_method_of_what_brings_a_network(world):
+    with torch.inference_mode():
+        model = world.model.clone()
+        model.set_model_attn2_patch(ControlPatch(torch.nn.Conv1d(1, 1, 3, padding=1)).queries)
+    done = run(world, Settings(iterations=2, lr=0.02), model=model, steps=3, sampler="euler")
+    stock = world.ksampler(model=model, steps=3, sampler="euler")
+    assert torch.equal(done.plain, stock) and not torch.equal(stock, world.ksampler(steps=3, sampler="euler"))
     assert rows(done)[-1] > rows(done)[0]
 
 
