@@ -306,7 +306,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
 
         options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", ()), capture]
 
-        def looked():
+        def look():
             """(the prediction, the gradient of its reward, its length (B,))."""
             with torch.enable_grad(), pytorch_kernels():
                 state = x if x.requires_grad else x.detach().requires_grad_()
@@ -327,7 +327,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
             return denoised, gradient, lengths
 
         while True:
-            result, cut = self.repeating(x.device, lambda: within_memory(looked))
+            result, cut = self.repeating(x.device, lambda: within_memory(look))
             if cut is None:
                 denoised, gradient, lengths = result
                 break

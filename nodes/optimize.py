@@ -130,7 +130,7 @@ def run_optimization(
         memory=values["memory"],
         repeatable=values.get("repeatable", True),
         on_iteration=live,
-        on_seed=live.tried,
+        on_seed=live.tell_seeds,
         **given,
     )
     done = host.run(job)

@@ -108,9 +108,9 @@ class PythonReward(Reward):
             raise  # whoever called knows what to do
         except (Exception, SystemExit) as problem:
             raise RuntimeError(located(problem, self.path)) from problem
-        return self._checked(score, images)
+        return self._check(score, images)
 
-    def _checked(self, score: Any, images: Tensor) -> Tensor:
+    def _check(self, score: Any, images: Tensor) -> Tensor:
         if not isinstance(score, Tensor) or score.shape != (len(images),):
             found = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor) else f"a {type(score).__name__}"
             raise RuntimeError(f"{self.path.name}: score gave {found}; it must be a tensor of shape ({len(images)},)")

@@ -49,7 +49,7 @@ def attempt(interrupts: Interrupts, work: Callable[..., T], *args: Any) -> tuple
     except Exception as problem:
         cut = Cut(problem, memory=out_of_memory(problem))
         cut.failed = not cut.memory
-    return None, _ended(cut)
+    return None, _let_go(cut)
 
 
 def within_memory(work: Callable[..., T], *args: Any) -> tuple[T | None, Cut | None]:
@@ -60,10 +60,10 @@ def within_memory(work: Callable[..., T], *args: Any) -> tuple[T | None, Cut | N
         if not out_of_memory(problem):
             raise
         cut = Cut(problem, memory=True)
-    return None, _ended(cut)
+    return None, _let_go(cut)
 
 
-def _ended(cut: Cut) -> Cut:
+def _let_go(cut: Cut) -> Cut:
     problem: BaseException | None = cut.problem
     seen: list[BaseException] = []
     if cut.failed and LOGGED not in cut.problem.__dict__:  # loops are inside of one another

@@ -359,7 +359,7 @@ def _evaluate(rollout: Rollout, score: Callable, state: _State, settings: Settin
     """With a gradient that is finite, where there is a loss scale at which it is."""
     try:
         while True:
-            evaluation = _evaluated(rollout, score, state, settings, gradient)
+            evaluation = _evaluate_once(rollout, score, state, settings, gradient)
             if not gradient or not state.scale.lower(_overflowed(evaluation).cpu() & state.active):
                 return evaluation
             evaluation = None  # nothing of it is alive while the next one is made
@@ -367,7 +367,7 @@ def _evaluate(rollout: Rollout, score: Callable, state: _State, settings: Settin
         rollout.let_go()
 
 
-def _evaluated(rollout: Rollout, score: Callable, state: _State, settings: Settings, gradient: bool) -> _Evaluation:
+def _evaluate_once(rollout: Rollout, score: Callable, state: _State, settings: Settings, gradient: bool) -> _Evaluation:
     with torch.set_grad_enabled(gradient):
         path = rollout(state.variables.noises())
         result = score(path.x0)

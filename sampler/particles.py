@@ -162,7 +162,7 @@ class Particles:
 
         with torch.no_grad():
             self.chunks(range(len(x0)), work)
-        return self._joined(found)
+        return self._join(found)
 
     def predict(self, population: Population, step: int) -> None:
         """The denoiser's prediction of every particle's result at a step; `advance` takes it over as `known`."""
@@ -177,7 +177,7 @@ class Particles:
         population.x0 = torch.cat(found).unflatten(0, (-1, self.batch))
         self.calls += len(population.x)
 
-    def _joined(self, found: Sequence[Score]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def _join(self, found: Sequence[Score]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         def join(values: list[Tensor]) -> Tensor:
             return torch.cat(values).detach().float().cpu().unflatten(0, (-1, self.batch))
 
@@ -201,7 +201,7 @@ class Particles:
             ready = None if known is None else known[list(some)].flatten(0, 1)
 
             def wrap(denoiser: Denoiser) -> Denoiser:
-                def measured(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+                def measure(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
                     nonlocal calls, ready
                     if ready is None or escapes(denoiser, kwargs):
                         out = denoiser(x, sigma, **kwargs)
@@ -212,7 +212,7 @@ class Particles:
                     latest[:] = [record(x, sigma, out)]
                     return latest[0]
 
-                return measured
+                return measure
 
             def source(draw: Callable[[], Tensor]) -> Tensor:
                 z = noise(some, len(drawn), self.noises[0])
@@ -322,7 +322,7 @@ class Particles:
         """D(x), the gradient of r(D(x)) with respect to x, and the score, all (P, B, ...), chunk by chunk."""
         found: list[tuple[Tensor, Tensor, Score]] = []
 
-        def evaluated(some: Sequence[int], scale: LossScale) -> tuple[Tensor, Tensor, Score]:
+        def evaluate_at(some: Sequence[int], scale: LossScale) -> tuple[Tensor, Tensor, Score]:
             with torch.enable_grad():
                 state = x[list(some)].flatten(0, 1).detach().requires_grad_()
                 try:
@@ -337,9 +337,9 @@ class Particles:
 
         def work(some: Sequence[int]) -> None:
             scale = LossScale(self.scale, len(some) * self.batch)
-            out, gradient, score = evaluated(some, scale)
+            out, gradient, score = evaluate_at(some, scale)
             while scale.lower(torch.isfinite(score.total) & ~finite([gradient])):
-                out, gradient, score = evaluated(some, scale)
+                out, gradient, score = evaluate_at(some, scale)
             steered = finite([gradient])
             if steered[torch.isfinite(score.total)].all():
                 self.scale = scale.value.min().item()
@@ -350,4 +350,4 @@ class Particles:
         self.chunks(range(len(x)), work)
         x0, gradients, scores = zip(*found, strict=True)
         shape = (-1, self.batch)
-        return torch.cat(x0).unflatten(0, shape), torch.cat(gradients).unflatten(0, shape), self._joined(scores)
+        return torch.cat(x0).unflatten(0, shape), torch.cat(gradients).unflatten(0, shape), self._join(scores)

@@ -125,10 +125,10 @@ def in_rounds(
     rounds, inner = resume.value if resume else (_Rounds(), None)
     before, done, reason = rounds, None, ""
 
-    def optimized(number: int, stretch: Stretch) -> Result:
+    def optimize_round(number: int, stretch: Stretch) -> Result:
         first, level = len(rounds.iterates), stretch.rollout.schedule[0].item()
 
-        def seen(k: int, rows: list[dict], score: Score) -> None:
+        def report(k: int, rows: list[dict], score: Score) -> None:
             for row in rows:
                 row["iteration"] = first + k
                 if len(lengths) > 1:
@@ -137,7 +137,7 @@ def in_rounds(
 
         run = replace(settings, iterations=lengths[number], rounds=1)
         return optimize(
-            stretch.rollout, score, stretch.noises, run, check_reward=number == 0, on_iteration=seen,
+            stretch.rollout, score, stretch.noises, run, check_reward=number == 0, on_iteration=report,
             interrupts=interrupts, memory=memory, resume=inner,
         )  # fmt: skip
 
@@ -148,7 +148,7 @@ def in_rounds(
             if cut:
                 reason = f"{cut} before round {number + 1}"
                 break
-        found, cut = attempt(interrupts, optimized, number, stretch)
+        found, cut = attempt(interrupts, optimize_round, number, stretch)
         if cut:
             if not number:
                 raise cut.problem
@@ -201,7 +201,7 @@ def search_by_restarts(
     trace, iterates, kept = Trace(), [], Kept()
     best, images, runs, started = None, None, 0, time.perf_counter()
 
-    def tried(number: int, p: int) -> Tensor:
+    def try_candidate(number: int, p: int) -> Tensor:
         """The rewards (B,) of one candidate, which is kept where it is better."""
         nonlocal best, images, runs
         x0, noises = sample(number, p, kept.latent if number else None)
@@ -225,14 +225,14 @@ def search_by_restarts(
         iterates.append(kept.latent.cpu())
         on_iteration(k, rows, Score(best, {}, images))
 
-    def whole() -> None:
-        first = tried(0, 0)
+    def search_all() -> None:
+        first = try_candidate(0, 0)
         report(0, [first])
-        report(1, [first, *(tried(0, p) for p in range(1, settings.particles))])
+        report(1, [first, *(try_candidate(0, p) for p in range(1, settings.particles))])
         for number in range(1, settings.rounds + 1):
-            report(number + 1, [tried(number, p) for p in range(settings.particles)])
+            report(number + 1, [try_candidate(number, p) for p in range(settings.particles)])
 
-    _, cut = attempt(interrupts, whole)
+    _, cut = attempt(interrupts, search_all)
     if cut and not trace.rows:
         raise cut.problem
     # A candidate that was kept in a round that was cut short has no row of its own: it takes the place of the last.

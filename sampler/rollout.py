@@ -292,7 +292,7 @@ class Rollout:
             return noise
 
         def wrap(denoiser: Denoiser) -> Denoiser:
-            def measured(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+            def measure(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
                 n = len(record.eps)
                 if self._constant(sigma):
                     with torch.no_grad(), self.random(n):
@@ -301,7 +301,7 @@ class Rollout:
                     return record(x.detach(), sigma, out)
                 return record(x, sigma, self.predict(denoiser, x, sigma, kwargs, self.random(n)))
 
-            return measured
+            return measure
 
         x0 = self.sample(noises[0], source, wrap)
         return record.path(x0, noises)

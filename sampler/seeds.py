@@ -64,11 +64,11 @@ def best_of(
     what was tried.
     """
 
-    def tried(n: int) -> tuple[Tensor, list[Tensor], Tensor]:
+    def try_seed(n: int) -> tuple[Tensor, list[Tensor], Tensor]:
         x0, noises = sample(n)
         return x0, [z.detach() for z in noises], reward(x0).detach().cpu().double()
 
-    best, cut = attempt(interrupts, tried, 0)
+    best, cut = attempt(interrupts, try_seed, 0)
     if cut:
         raise cut.problem
     x0, noises, found = best
@@ -78,7 +78,7 @@ def best_of(
     for n in range(1, count):
         if cut:
             break
-        other, cut = attempt(interrupts, tried, n)
+        other, cut = attempt(interrupts, try_seed, n)
         if cut:
             break
         its_x0, its_noises, found = other

@@ -109,7 +109,7 @@ def ntrk(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
         before = population.noises
         if number:
             first = settings.restart_step(run.steps)
-            population = restarted(run, population, first)
+            population = restart(run, population, first)
         for i in range(first, run.steps):
             direction, found = uphill(run, population, i, settings)
             if i > first:
@@ -147,7 +147,7 @@ def tilt(run: Particles, population: Population, i: int, direction: Tensor, shar
     run.advance(population, i, i + 1, drawn, population.x0)
 
 
-def restarted(run: Particles, population: Population, step: int) -> Population:
+def restart(run: Particles, population: Population, step: int) -> Population:
     """Every particle's image at the noise level of a step, with fresh noise."""
     z, sigma = run.fresh(range(len(population.x)), run.noises[0]), run.rollout.schedule[step]
     pairs = zip(population.x, run.rollout.noise_scale * z, strict=True)

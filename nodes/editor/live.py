@@ -107,7 +107,7 @@ class LiveRun:
             with self._noted(UNTOLD):
                 self._send(iteration=done - 1, rows=self.run["rows"], previews=self.run["previews"])
 
-    def tried(self, count: int) -> None:
+    def tell_seeds(self, count: int) -> None:
         """So many of the seeds are sampled and scored."""
         with self._noted("the editor was not told of every seed"):
             self._send("mira.seed", count=count, seeds=self.seeds)

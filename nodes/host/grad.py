@@ -364,20 +364,20 @@ def blocks_of(root: nn.Module) -> list[nn.Module]:
             return False
         return sum(any(True for _ in layer.parameters(recurse=False)) for layer in m.modules()) >= BLOCK_LAYERS
 
-    def within(m: nn.Module) -> list[nn.Module]:
+    def blocks_inside(m: nn.Module) -> list[nn.Module]:
         found = []
         for child in m.children():
-            found += taken(child)
+            found += blocks_of(child)
         return found
 
-    def taken(m: nn.Module) -> list[nn.Module]:
+    def blocks_of(m: nn.Module) -> list[nn.Module]:
         if not is_block(m):
-            return within(m)
+            return blocks_inside(m)
         lists = [child for part in m.modules() if isinstance(part, (nn.ModuleList, nn.Sequential)) for child in part]
         inner = [child for child in lists if is_block(child)]
-        return within(m) if sum(map(size, inner)) > MOST_OF_IT * size(m) else [m]
+        return blocks_inside(m) if sum(map(size, inner)) > MOST_OF_IT * size(m) else [m]
 
-    return list(dict.fromkeys(within(root)))
+    return list(dict.fromkeys(blocks_inside(root)))
 
 
 class _Block(torch.autograd.Function):

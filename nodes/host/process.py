@@ -288,7 +288,7 @@ class Process:
             x0, noises = draw(process.plain, z.to(job.noise.dtype))
         return process, x0, tuple(z.float() for z in noises)
 
-    def restarted(self, number: int, x0: Tensor) -> Stretch:
+    def restart(self, number: int, x0: Tensor) -> Stretch:
         """`from_image` as what can be optimised."""
         process, _, noises = self.from_image(number, x0)
         process.begin_rollout(self.rollout.memory)
@@ -526,7 +526,7 @@ class Process:
         latent = self.inner.process_latent_out(x0.float())
         thrifty = self._thrifty(self.vae.first_stage_model)
         if not torch.is_grad_enabled():
-            images = self._decoded(latent)
+            images = self._decode(latent)
         elif self._keep or thrifty:
             with thrifty or nullcontext():
                 images = decode(self.vae, latent)
@@ -540,13 +540,13 @@ class Process:
             )
         return images.to(x0.device)
 
-    def _decoded(self, latent: Tensor) -> Tensor:
+    def _decode(self, latent: Tensor) -> Tensor:
         """Without a gradient: all at once, or as many as fit, and at last one in tiles, as VAE Decode does."""
         images, cut = within_memory(decode, self.vae, latent)
         if cut is None:
             return images
         if len(latent) > 1:
-            return torch.cat([self._decoded(some) for some in latent.chunk(2)])
+            return torch.cat([self._decode(some) for some in latent.chunk(2)])
         if latent.ndim != 4:
             raise cut.problem
         log.warning("%s: out of memory while decoding: in tiles", self.job.node)
@@ -587,11 +587,11 @@ class Process:
                         stack.enter_context(within)
                     return job.reward(images, prompts)
 
-            def rewarded(images: Tensor) -> tuple:
+            def evaluate(images: Tensor) -> tuple:
                 with without_tf32():
                     return job.reward(images, prompts)
 
-            return checkpoint(rewarded, images, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(evaluate, images, use_reentrant=False, preserve_rng_state=False)
 
     def within_chain(self, noise: Tensor, work: Callable[[Chain], Result]) -> Result:
         """`work` inside ComfyUI's sampler call, where a run can be stopped and continued at any noise level."""
@@ -643,7 +643,7 @@ class Process:
         while ways and len(found) < (2 if twice else 1):
             written_over = False
             try:
-                checked, cut = within_memory(self._checked, noise, ways.pop(0), known)
+                checked, cut = within_memory(self._self_test, noise, ways.pop(0), known)
             except RuntimeError as problem:
                 said = str(problem).splitlines()[0]
                 if has_no_repeatable_way(problem):
@@ -723,7 +723,7 @@ class Process:
                 "PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment."
             ) from problem
 
-    def _checked(self, noise: Tensor, within: Callable, known: dict[int, Checked]) -> Checked:
+    def _self_test(self, noise: Tensor, within: Callable, known: dict[int, Checked]) -> Checked:
         """The gradient of a step, and what noise it predicts. known, by step: what was found in other ways so far."""
         found: list[Checked] = []
 

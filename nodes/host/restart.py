@@ -55,7 +55,7 @@ class FinalRestart:
                 torch.nonzero(~finite).flatten().tolist()]  # fmt: skip
         return torch.where(per_image(finite, found), found, latent.to(found)), lost, False
 
-    def compared(self, before: list[float], latent: Tensor) -> list[str]:
+    def compare(self, before: list[float], latent: Tensor) -> list[str]:
         """What the rewards `before` became, in words, if they can be known."""
         if self.score is None:
             return []

@@ -133,7 +133,7 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
         Stretch(process.rollout, noises),
         process.score,
         settings,
-        process.restarted,
+        process.restart,
         on_iteration=on_iteration,
         interrupts=INTERRUPTS,
         memory=used_bytes,

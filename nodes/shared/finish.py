@@ -43,7 +43,7 @@ def finish(
             told = [
                 f"painted anew at the end (final_restart): the {whose} of the image before that",
                 # A person gives no numbers, and what was painted anew has none either.
-                *restart.compared([trace.summary(b)[1].get("reward", math.nan) for b in range(len(kept))], samples),
+                *restart.compare([trace.summary(b)[1].get("reward", math.nan) for b in range(len(kept))], samples),
                 *told,
             ]
             trace.settings = trace.settings | {"final_restart": restart.share, "final_restart_seed": restart.number}

@@ -28,7 +28,7 @@ _cuts: list[dict] = []  # the widgets of runs that were cut short
 GONE = object()  # in the place of what is no more, and of nothing else: an input that is missing is None
 
 
-def _held(value: object) -> Callable:
+def _hold(value: object) -> Callable:
     """Gives the value back. Models and the like are not kept alive by having been used."""
     if isinstance(value, PLAIN):
         return lambda: value
@@ -112,7 +112,7 @@ def of(hidden: Any, inputs: dict, taken: object, run: Callable[[], tuple[Optimiz
             _runs[node] = known, graph, done, taken
             return done
     done = run()
-    _runs[node] = {k: _held(v) for k, v in inputs.items()}, graph, done, taken
+    _runs[node] = {k: _hold(v) for k, v in inputs.items()}, graph, done, taken
     _runs.move_to_end(node)
     for _, _, (older, _), _ in list(_runs.values())[:-MOST_LEFT]:
         older.result.left = None
