@@ -1,6 +1,8 @@
 // The live chart of one run as an element: no side effects beyond it, nothing of ComfyUI.
 import uPlot from "./vendor/uPlot.esm.js";
-import { brief, columns, csv, driftColumn, images, label, newRun, restarts, spread, status, table, ticks } from "./series.js";
+import {
+  brief, csv, curves, follow, images, isLight, label, limit, newRun, spread, status, table, ticks, uprights,
+} from "./series.js";
 
 // On a dark and on a light ground; both have a contrast of 4.5 to 1 and more there.
 const REWARD = "var(--mira-reward)";
@@ -109,51 +111,34 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
   const drifted = () => colour("--mira-drift");
 
   function ink() {
-    const [r, g, b] = (getComputedStyle(plot).backgroundColor.match(/[\d.]+/g) ?? [0, 0, 0]).map(Number);
-    const [one, other] = INK[0.299 * r + 0.587 * g + 0.114 * b > 140 ? "light" : "dark"];
+    const [one, other] = INK[isLight(getComputedStyle(plot).backgroundColor) ? "light" : "dark"];
     inner.style.setProperty("--mira-reward", one);
     inner.style.setProperty("--mira-drift", other);
   }
 
-  function names() {
-    const drift = driftColumn(run);
-    const all = columns(run);
-    const rewards = all.filter((n) => n === "reward" || n.startsWith("reward."));
-    return { drift, rewards, list: [...rewards, ...(drift ? [drift] : [])] };
+  /** A straight line over the plot, in the screen's pixels. */
+  function rule({ ctx, bbox }, { x, y, stroke, dash, alpha = 1 }) {
+    ctx.save();
+    Object.assign(ctx, { strokeStyle: stroke, globalAlpha: alpha });
+    ctx.setLineDash(dash);
+    ctx.beginPath();
+    ctx.moveTo(x ?? bbox.left, y ?? bbox.top);
+    ctx.lineTo(x ?? bbox.left + bbox.width, y ?? bbox.top + bbox.height);
+    ctx.stroke();
+    ctx.restore();
   }
 
   function mark(u) {
-    const kept = run.done ? run.kept[image] : null;
-    const chosen = Number(slider.value);
-    const { ctx } = u;
     const grey = colour("--descrip-text") || "#999";
-    // Before a round's first iteration: what the line does there is the restart.
-    const between = restarts(run, image).map((at) => [at - 0.5, grey, [1, 5]]);
-    for (const [at, stroke, dash] of [...between, [kept, reward(), []], [chosen, grey, chosen === kept ? [] : [3, 3]]]) {
-      if (!Number.isFinite(at)) continue;
-      const x = Math.round(u.valToPos(at, "x", true));
-      ctx.save();
-      ctx.strokeStyle = stroke;
-      ctx.setLineDash(dash);
-      ctx.beginPath();
-      ctx.moveTo(x, u.bbox.top);
-      ctx.lineTo(x, u.bbox.top + u.bbox.height);
-      ctx.stroke();
-      ctx.restore();
+    const looks = { restart: [grey, [1, 5]], kept: [reward(), []], chosen: [grey, [3, 3]] };
+    for (const { at, what } of uprights(run, image, Number(slider.value))) {
+      const [stroke, dash] = looks[what];
+      rule(u, { x: Math.round(u.valToPos(at, "x", true)), stroke, dash });
     }
-    const limit = run.settings.drift_limit;
-    if (!(limit > 0) || driftColumn(run) !== run.settings.drift_metric) return;
-    const y = Math.round(u.valToPos(limit, "drift", true));
+    const most = limit(run);
+    const y = most === null ? -1 : Math.round(u.valToPos(most, "drift", true));
     if (y < u.bbox.top || y > u.bbox.top + u.bbox.height) return;
-    ctx.save();
-    ctx.strokeStyle = drifted();
-    ctx.setLineDash([6, 4]);
-    ctx.globalAlpha = 0.6;
-    ctx.beginPath();
-    ctx.moveTo(u.bbox.left, y);
-    ctx.lineTo(u.bbox.left + u.bbox.width, y);
-    ctx.stroke();
-    ctx.restore();
+    rule(u, { y, stroke: drifted(), dash: [6, 4], alpha: 0.6 });
   }
 
   function build({ drift, rewards, list }) {
@@ -190,7 +175,7 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
   }
 
   function showValues(index) {
-    const { list, drift } = names();
+    const { list, drift } = curves(run);
     const rows = run.rows.filter((r) => r.image === image);
     const row = rows[index ?? rows.findIndex((r) => r.iteration === Number(slider.value))];
     values.replaceChildren();
@@ -233,16 +218,14 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
     line.textContent = line.title = status(run, image);
     save.disabled = run.rows.length === 0;
     notices.textContent = run.notices.join("\n");
-    const last = Math.max(0, ...run.rows.map((r) => r.iteration));
-    const following = Number(slider.value) >= Number(slider.max);
-    slider.max = String(last);
     const finished = run.done && run.fresh;
-    if (finished) slider.value = String(run.kept[image] ?? last);
-    else if (following && !run.done) slider.value = String(last);
+    const at = follow(run, image, Number(slider.value), Number(slider.max), finished);
+    slider.max = String(Math.max(0, ...run.rows.map((r) => r.iteration)));
+    slider.value = String(at);
     run.fresh = false;
     if (finished && !run.settings.final_restart) look(); // else what was painted anew stays on the node
     scrub.hidden = run.rows.length === 0;
-    const wanted = names();
+    const wanted = curves(run);
     if (wanted.list.length === 0) {
       chart?.destroy();
       chart = null;

@@ -74,6 +74,44 @@ export function driftColumn(run) {
   return ["path_kl", "score_distance", "mira"].find((name) => names.includes(name)) ?? null;
 }
 
+/** The columns that a chart draws: the reward with its parts, and one drift. */
+export function curves(run) {
+  const drift = driftColumn(run);
+  const rewards = columns(run).filter((name) => name === "reward" || name.startsWith("reward."));
+  return { drift, rewards, list: [...rewards, ...(drift ? [drift] : [])] };
+}
+
+/** The limit of the drift that is drawn; null where there is none, or where it is another column's. */
+export function limit(run) {
+  const { drift_limit: most, drift_metric: metric } = run.settings;
+  return most > 0 && driftColumn(run) === metric ? most : null;
+}
+
+/** [{ at, what }]: the iterations where a chart has an upright line. chosen: the iterate that is looked at. */
+export function uprights(run, image, chosen) {
+  const kept = run.done ? finite(run.kept[image]) : null;
+  // Before a round's first iteration: what the line does there is the restart.
+  const found = restarts(run, image).map((at) => ({ at: at - 0.5, what: "restart" }));
+  if (kept !== null) found.push({ at: kept, what: "kept" });
+  if (chosen !== kept) found.push({ at: chosen, what: "chosen" });
+  return found;
+}
+
+/** The iterate to look at, where `at` of 0 to `end` was looked at before: the kept one when a run has ended, the newest
+ * one while one goes on, but for those who look at an earlier one. ended: just now.
+ */
+export function follow(run, image, at, end, ended) {
+  const last = Math.max(0, ...run.rows.map((r) => r.iteration));
+  if (ended) return run.kept[image] ?? last;
+  return run.done || at < end ? Math.min(at, last) : last;
+}
+
+/** Whether a colour (as the browser computes it, `rgb(...)`) is a light ground. */
+export function isLight(colour) {
+  const [r, g, b] = (colour.match(/[\d.]+/g) ?? [0, 0, 0]).map(Number);
+  return 0.299 * r + 0.587 * g + 0.114 * b > 140;
+}
+
 /** [iterations, ...one array per column] of one image, as uPlot takes it. */
 export function table(run, image, names) {
   const rows = run.rows.filter((r) => r.image === image);

@@ -168,6 +168,38 @@ test("values from before presets go where they belong, and today's stay", () => 
   assert.equal(layout.migrated("KSampler", [1, 2], today), null);
 });
 
+test("a chart draws the reward with its parts and one drift, and the limit of that drift alone", () => {
+  const rows = [row(0, 0, { "reward.size": 1, path_kl: 0.1, mira: 2 })];
+  const run = { ...series.newRun(), rows, settings: { drift_metric: "path_kl", drift_limit: 0.3 } };
+  assert.deepEqual(series.curves(run), { drift: "path_kl", rewards: ["reward", "reward.size"], list: ["reward", "reward.size", "path_kl"] });
+  assert.equal(series.limit(run), 0.3);
+  assert.equal(series.limit({ ...run, settings: { drift_metric: "path_kl", drift_limit: 0 } }), null);
+  assert.equal(series.limit({ ...run, settings: { drift_metric: "score_distance", drift_limit: 0.3 } }), null);
+  const bare = { ...run, rows: [{ iteration: 0, image: 0, seconds: 1 }] };
+  assert.deepEqual(series.curves(bare), { drift: null, rewards: [], list: [] });
+});
+
+test("upright lines: restarts between two iterations, the kept one, and what is looked at where it is another", () => {
+  const rows = [row(0, 0, { round: 1 }), row(1, 0, { round: 1 }), row(2, 0, { round: 2 })];
+  const run = { ...series.newRun(), rows, kept: [1] };
+  const [restart, kept, chosen] = [{ at: 1.5, what: "restart" }, { at: 1, what: "kept" }, { at: 2, what: "chosen" }];
+  assert.deepEqual(series.uprights(run, 0, 2), [restart, chosen]);
+  assert.deepEqual(series.uprights({ ...run, done: true }, 0, 2), [restart, kept, chosen]);
+  assert.deepEqual(series.uprights({ ...run, done: true }, 0, 1), [restart, kept]);
+});
+
+test("the newest iterate is looked at while a run goes on, but an earlier one stays, and at the end the kept one is", () => {
+  const run = { ...series.newRun(), rows: [row(0), row(1), row(2)], kept: [1] };
+  assert.deepEqual([series.follow(run, 0, 1, 1, false), series.follow(run, 0, 0, 1, false)], [2, 0]);
+  const done = { ...run, done: true };
+  assert.deepEqual([series.follow(done, 0, 2, 2, true), series.follow(done, 0, 2, 2, false), series.follow(done, 1, 0, 2, true)], [1, 2, 2]);
+  assert.equal(series.follow(series.newRun(), 0, 7, 9, false), 0);
+});
+
+test("a ground is light or dark by what an eye sees of its colour", () => {
+  assert.deepEqual(["rgb(255, 255, 255)", "rgb(0, 200, 0)", "rgb(0, 0, 255)", "rgba(34, 34, 34, 0.5)", ""].map(series.isLight), [true, false, false, false, false]);
+});
+
 test("a run that goes on tells its earlier rows once more, and they stay once", () => {
   const restored = { ...series.newRun(), rows: [row(0), row(1)], previews: {} };
   const event = { iteration: 2, rows: [row(0), row(1), row(2)], previews: { 0: "a", 1: "b" }, preview: "c" };
