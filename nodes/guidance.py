@@ -44,6 +44,7 @@ log = logging.getLogger("mira")
 SCHEDULES = ("constant", "annealed")
 KEY = "mira_tuned"
 THRIFTIEST = 2
+LOSS_SCALES = (2.0**10, 2.0**5, 1.0)  # of a reward in float16: the first at which its gradient is finite
 
 
 def share_of_noise(sampling: Any, sigma: Tensor) -> Tensor:
@@ -319,7 +320,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
                         total, _ = self.reward(images, self.prompts * (len(images) // len(self.prompts)))
                 # Under an optimisation of the noises this term counts as a constant. Its length does not count, but in
                 # float16 it would fall below the smallest number, or rise above the largest.
-                for scale in (2.0**10, 2.0**5, 1.0):
+                for scale in LOSS_SCALES:
                     (gradient,) = torch.autograd.grad(total.sum() * scale, state, retain_graph=True)
                     lengths = gradient.float().flatten(1).norm(dim=1)
                     if torch.isfinite(lengths).all():

@@ -25,6 +25,7 @@ ANSWERED = 0.5  # response above which the subjects' places are not known well e
 UNKNOWN = 0.5  # what such a conflict counts when noises are compared: as much as any can
 TRIAL = 10  # updates of every noise but the best
 KL = 0.001  # per element: how far N(mu, sigma^2) may go from N(0, 1)
+INSIDE = 0.999  # the share that a step of the way back goes beyond it, so that rounding does not keep it from ending
 LR, EPS = 0.01, 1e-3  # of Adam
 GRADIENT_SCALES = (2.0**10, 1.0)  # in float16 they are near its smallest numbers, or for some models its largest
 
@@ -110,7 +111,7 @@ def scores(maps: Maps, subjects: Sequence[Sequence[int]]) -> tuple[Tensor, Tenso
 def hold_kl(mu: Tensor, log_variance: Tensor) -> None:
     """Scale both towards 0, in place, until the KL of N(mu, sigma^2) from N(0, 1) is at most `KL` per element."""
     while (kl := standard_kl(mu, log_variance.exp()).mean().item()) > KL:
-        scale = 0.999 * math.sqrt(KL / kl)
+        scale = INSIDE * math.sqrt(KL / kl)
         mu.mul_(scale)
         log_variance.mul_(scale)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .rollout import per_image
 
+PROGRESS = 1e-3  # the share of its gain so far that an image's best reward rises by, or it makes no progress
+
 
 def chosen(where: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """where (B,), new and old (B, ...): each image's new value, or its old one."""
@@ -77,9 +79,9 @@ class Keeper(Kept):
         self.take(k, better, latent, noises)
         self.reward = torch.where(better, reward, self.reward)
         gain = (self.best - self.first).nan_to_num(0).clamp(min=0)
-        self.progress = torch.where(begins | (finite & (reward > self.best + 1e-3 * gain)), k, self.progress)
+        self.progress = torch.where(begins | (finite & (reward > self.best + PROGRESS * gain)), k, self.progress)
         self.best = torch.where(finite, torch.maximum(reward, self.best), self.best)
 
     def since_progress(self, k: int) -> Tensor:
-        """(B,): iterations since the best reward last rose by more than 0.1 % of its gain."""
+        """(B,): iterations since the best reward last rose by more than `PROGRESS` of its gain."""
         return k - self.progress

@@ -52,6 +52,8 @@ DUAL_STEP, DUAL_FLOOR = 2.0, 1e-3
 KEEP = ("best_within_drift", "best_reward", "last")
 STOP = ("never", "plateau", "drift", "plateau_or_drift", "plateau_at_limit")
 HELD_GAIN = 0.02  # of its gain so far: what an image that stands at its limit gains at least, or it is left alone
+AT_LIMIT = 0.98  # the share of its limit from which a drift stands at it
+INSIDE = 1 - 1e-4  # the share that a projection goes to: within the limit after rounding too
 MAX_HALVINGS = 3
 FLAT = "the gradient of its reward is zero, so that it cannot be optimised from here"
 
@@ -490,7 +492,7 @@ def _stop(state: _State, settings: Settings, k: int, drift: Tensor, reward: Tens
     if settings.stop == "plateau_at_limit" and settings.hold != "no":
         first = reward if state.first is None else state.first
         gained, gain = reward - (first if state.last is None else state.last), reward - first
-        at_limit = drift >= 0.98 * settings.drift_limit
+        at_limit = drift >= AT_LIMIT * settings.drift_limit
         state.end(at_limit & (gained < HELD_GAIN * gain.clamp(min=0)), "held at its limit, where it gains no more")
         state.first, state.last = first, reward
     if "drift" in settings.stop:
@@ -530,7 +532,7 @@ def _hold(state: _State, settings: Settings, drift: Tensor) -> None:
         starts = state.variables.begun
         moved = [z - start for z, start in zip(state.z, starts, strict=True)]
         shares = total(mean_square(m, state.reference.mask) for m in moved) / 2
-        inside = settings.drift_limit * (1 - 1e-4)  # within the limit after rounding too
+        inside = settings.drift_limit * INSIDE
         scale = (inside / shares.clamp(min=1e-12)).sqrt().clamp(max=1)
         for z, start, m in zip(state.z, starts, moved, strict=True):
             z.copy_(start + m * per_image(scale.to(m), m))

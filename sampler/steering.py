@@ -23,6 +23,8 @@ from .whitening import whiten
 if TYPE_CHECKING:
     from .search import SearchSettings
 
+DAS_STEPS = 100  # of the schedule in its paper
+
 
 def fk_steering(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
     """Resampled in proportion to exp(strength * the reward of the prediction), by one of two potentials."""
@@ -207,7 +209,7 @@ def shift(sigma: Tensor, after: Tensor, signal: Callable[[Tensor], Tensor], nois
 
 
 def share_of_strength(i: int, steps: int, gamma: float) -> float:
-    """The share of the strength at step i: DAS's schedule over 100 steps, stretched to ours; at the end, all."""
+    """The share of the strength at step i: DAS's schedule, stretched to ours; at the end, all."""
     if i == steps:
         return 1.0
-    return min(1.0, (1 + gamma) ** (100 * i / steps) - 1)
+    return min(1.0, (1 + gamma) ** (DAS_STEPS * i / steps) - 1)

@@ -17,6 +17,9 @@ from .grad import leave_inference_mode
 from .replay import ReplaySampler
 from .samplers import StandIn, Twins
 
+LENGTHS = (1e-2, 1e-3)  # of a finite difference, in lengths of the state
+SLOPE_APART = 1e-2  # how far, relative, a gradient may be off from the best of them
+
 
 def why_not_differentiable(sampler: Any, model_sampling: Any) -> str | None:
     """Run the sampler's twin on a toy model for three steps: None, or why its trajectory cannot be optimised."""
@@ -121,7 +124,7 @@ def _runner(sampler: Any, model_sampling: Any, schedule: Tensor, constant: bool)
 def _gradient_error(run: Callable, x: Tensor, noises: list, gradient: Tensor) -> float:
     """Relative, of the slope along the gradient, at the length of a difference that agrees best."""
     errors = []
-    for length in (1e-2, 1e-3):
+    for length in LENGTHS:
         step = gradient * (x.norm() * length / gradient.norm())
         with torch.no_grad():
             up, down = (run(x + sign * step, noises, replay=True).double().sum() for sign in (1, -1))
@@ -150,7 +153,7 @@ def _try_on_a_toy(run: Callable, start: Tensor) -> str | None:
             return "its gradient is zero or not finite"
         if not torch.equal(again, out):
             return "it draws noise of its own that cannot be held fixed (is s_churn above 0?)"
-        if (wrong := _gradient_error(run, x.detach(), noises, gradient)) > 1e-2:
+        if (wrong := _gradient_error(run, x.detach(), noises, gradient)) > SLOPE_APART:
             return f"its gradient is off by {wrong:.2g} (relative) against a finite difference"
         counts.append(len(noises))
     return None if counts[0] == counts[1] else "its number of steps depends on the image"

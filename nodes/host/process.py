@@ -63,7 +63,13 @@ log = logging.getLogger("mira")
 CPU_BATCH = 16  # images
 KEPT_FOR_BACKWARD = 8  # times the memory of a forward pass, about
 RESTART = 2**20  # the number of the first restart's seed, beyond all candidates'
-SAGE_APART = 0.6  # how far, relative, an image by a coarser attention may be from the same by PyTorch's
+# How far, relative, each may be off where nothing is wrong: in full precision, in half precision.
+IMAGE_APART = (0.1, 0.25)  # an image sampled again from its own noises
+CALL_APART = (0.02, 0.1)  # a prediction where a gradient is wanted
+GRADIENT_APART = (0.1, 0.5)  # a gradient, from a finite difference
+SAGE_APART = 0.6  # an image by a coarser attention than PyTorch's
+LOSS_SCALE = 2.0**10  # in float16: gradients of a mean over pixels are near its smallest numbers
+EVERYTHING = 1e30  # bytes, more than any device has
 INTERRUPTS = (comfy.model_management.InterruptProcessingException,)
 
 
@@ -175,8 +181,7 @@ class Process:
         self.exact_attention = own is None and "sage" not in name
         self._draws: bool | None = None
         dtype = self.inner.manual_cast_dtype or self.inner.get_dtype()
-        # Gradients of a mean over pixels are near float16's smallest numbers.
-        scale = 2.0**10 if torch.float16 in (dtype, self.vae.vae_dtype) else 1.0
+        scale = LOSS_SCALE if torch.float16 in (dtype, self.vae.vae_dtype) else 1.0
         self.half = dtype in (torch.float16, torch.bfloat16)
         self.settings = replace(job.settings, loss_scale=scale) if scale != 1 else job.settings
 
@@ -194,7 +199,7 @@ class Process:
         management = comfy.model_management
         needed = [self.model_wrap.model_patcher, *self.model_wrap.loaded_models]
         keep = [m for m in management.current_loaded_models if any(m.model is p for p in needed)]
-        management.free_memory(1e30, management.get_torch_device(), keep_loaded=keep)
+        management.free_memory(EVERYTHING, management.get_torch_device(), keep_loaded=keep)
         log.warning("%s: out of memory: unloaded what it does not need, and tries again", self.job.node)
 
     def outside_inference_mode(self) -> Process:
@@ -449,7 +454,7 @@ class Process:
         if expected is None:
             return
         off = difference(x0.detach(), expected.to(x0)).max().item()
-        if off <= (0.25 if self.half else 0.1):
+        if off <= IMAGE_APART[self.half]:
             log.debug("the same noises sampled again: off by %.2g", off)
         elif off <= SAGE_APART and not self.exact_attention:
             self.notices.append(
@@ -636,7 +641,7 @@ class Process:
         blocks = self.blocks()
         ways = [nullcontext, *([blocks] if blocks else []), lambda: both(offloaded(), (blocks or nullcontext)())]
         twice = blocks and job.memory not in ("none", "per_step")  # what a checkpoint breaks shows with it only
-        apart = 0.1 if self.half else 0.02
+        apart = CALL_APART[self.half]
         found: list[Checked] = []
         known: dict[int, Checked] = {}
         cut = None
@@ -670,7 +675,7 @@ class Process:
         if not found:
             raise cut.problem
         wrong, moved = max(c.wrong for c in found), max(c.moved for c in found)
-        if not wrong < (0.5 if self.half else 0.1):
+        if not wrong < GRADIENT_APART[self.half]:
             raise RuntimeError(
                 f"{job.node}: {name} gives no usable gradient: it is off by {wrong:.2g} (relative) against a finite "
                 f"difference of one denoising step. {remedy}"
