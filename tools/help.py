@@ -10,6 +10,7 @@ made by tools.pictures.
 from __future__ import annotations
 
 import asyncio
+import re
 
 from testing.pack import mira
 
@@ -44,17 +45,38 @@ def pages() -> list[str]:
     return sorted(path.stem for path in PROSE.glob("Mira*.md"))
 
 
-def prose(node: str) -> str:
-    """A paragraph is one line: the editor's help keeps line breaks."""
+def prose(node: str) -> tuple[str, str]:
+    """(when to use it, what else there is to say). A paragraph and a point of a list are one line each: the editor's
+    help keeps line breaks.
+    """
     text = (PROSE / f"{node}.md").read_text()
     for name in SHARED:
         text = text.replace(f"{{{name}}}", (PROSE / f"{name}.md").read_text())
-    return "\n\n".join(" ".join(part.split()) for part in text.strip().split("\n\n"))
+    parts = [re.sub(r"\s*\n(?!- )\s*", " ", part.strip()) for part in text.strip().split("\n\n")]
+    return parts[0], "\n\n".join(parts[1:])
+
+
+def presets(inputs: dict) -> list[str]:
+    """What each preset sets: the first one whole, of the others what differs from it; nothing for a node without one."""
+    options = inputs["preset"][1] if "preset" in inputs else {}
+    if "mira_presets" not in options:
+        return []
+    # What it sets, and in the editor the dials, too.
+    sets = {preset: options["mira_dials"][preset] | values for preset, values in options["mira_presets"].items()}
+    first = next(iter(sets))
+    lines = ["## Presets", "", f"| preset | sets; where {first} sets the same, it is left out |", "|---|---|"]
+    for preset, values in sets.items():
+        told = {k: v for k, v in values.items() if preset == first or sets[first].get(k) != v}
+        lines.append(f"| **{preset}** | {', '.join(f'`{k}` {cell(v)}' for k, v in told.items() if k in inputs)} |")
+    return [*lines, ""]
 
 
 def page(node: str, info: dict) -> str:
-    text = prose(node)
-    lines = [f"# {info['display_name']}", "", text, "", f"![{info['display_name']}](pictures/{node}.jpg)", ""]
+    """The first screen: when to use it, its picture, the inputs that matter."""
+    when, more = prose(node)
+    picture = f"![{info['display_name']}](pictures/{node}.jpg)"
+    lines = [f"# {info['display_name']}", "", when, "", picture, "", *([more, ""] if more else [])]
+    lines += presets(info["input"].get("required", {}) | info["input"].get("optional", {}))
     inputs = [(n, s, g == "optional") for g in ("required", "optional") for n, s in info["input"].get(g, {}).items()]
     if inputs:
         lines += ["## Inputs", "", "| input | range | default | |", "|---|---|---|---|", *(row(*i) for i in inputs), ""]
