@@ -293,6 +293,8 @@ def existing_installation(path: Path, command: str) -> tuple[Path, Path]:
 def execute(python: Path, comfyui: Path, arguments: list, gpu: bool, where: dict | None = None) -> int:
     environment = dict(os.environ, MIRA_COMFYUI=str(comfyui), MIRA_GPU="1" if gpu else "", PYTHONUNBUFFERED="1")
     environment.update(where or {})
+    if CACHE in comfyui.parents:  # ours: a dozen processes import it, each of which would compile it anew
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
     process = subprocess.Popen([str(python), *map(str, arguments)], cwd=ROOT, env=environment)
     # What starts a server stops it when it is told to end, so pass that on and wait.
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())

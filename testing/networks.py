@@ -60,8 +60,13 @@ def random_unet(config: dict, dtype: torch.dtype | None = None) -> comfy.model_p
     return load()
 
 
+THIN = 16  # channels of the thin VAE, of the demo's 64
+
+
 def thin_vae() -> comfy.sd.VAE:
-    """The demo's with the two smallest of its residual blocks in either direction: a quarter of the time."""
+    """The demo's with the two smallest of its residual blocks in either direction, and a quarter of its channels: in a
+    twentieth of the time.
+    """
     with torch.inference_mode():
         vae = demo.load_vae()
         decoder, encoder = vae.first_stage_model.taesd_decoder, vae.first_stage_model.taesd_encoder
@@ -69,8 +74,21 @@ def thin_vae() -> comfy.sd.VAE:
             for number, layer in enumerate(layers):
                 if type(layer).__name__ == "Block" and number not in kept:
                     layers[number] = torch.nn.Identity()
-        decoder[-1].weight.mul_(0.02)  # without the others its colours are far outside of an image's
+            for layer in layers.modules():
+                if isinstance(layer, torch.nn.Conv2d):
+                    _keep_channels(layer)
+        decoder[-1].weight.mul_(0.16)  # without the others its colours are far outside of an image's
     return vae
+
+
+def _keep_channels(layer: torch.nn.Conv2d) -> None:
+    """The first `THIN` of each side that has more, with outputs as large as of all."""
+    rows, columns = min(layer.out_channels, THIN), min(layer.in_channels, THIN)
+    weight = layer.weight[:rows, :columns] * (layer.in_channels / columns) ** 0.5
+    layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    if layer.bias is not None:
+        layer.bias = torch.nn.Parameter(layer.bias[:rows].clone(), requires_grad=False)
+    layer.out_channels, layer.in_channels = rows, columns
 
 
 def sd15(dtype: torch.dtype | None = None, **config) -> comfy.model_patcher.ModelPatcher:

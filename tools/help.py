@@ -57,7 +57,7 @@ def prose(node: str) -> tuple[str, str]:
 
 
 def presets(inputs: dict) -> list[str]:
-    """What each preset sets: the first one whole, of the others what differs from it; nothing for a node without one."""
+    """What presets set: the first one whole, of the others what differs from it; nothing for a node without any."""
     options = inputs["preset"][1] if "preset" in inputs else {}
     if "mira_presets" not in options:
         return []

@@ -13,7 +13,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     stop_cleanly()
     try:
-        with Server(folder) as server:
+        with Server(folder, paid=True) as server:
             print(f"ComfyUI is at {server.url}  (Ctrl+C stops it)")
             print("Open example_workflows/mira_quickstart.json there, or Workflow > Browse Templates > mira.")
             while server.process.poll() is None:
