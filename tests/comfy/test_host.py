@@ -152,7 +152,6 @@ def test_two_runs_are_the_same_bits(world):
 
 
 @pytest.mark.parametrize("memory", ["per_step", "per_block"])
-@pytest.mark.usefixtures("trained")
 def test_checkpointed_runs_equal_the_unchecked_one(world, memory):
     unchecked, checked = (world.optimize(iterations=2, memory=m) for m in ("none", memory))
     torch.testing.assert_close(checked.latent, unchecked.latent, atol=1e-4, rtol=1e-4)
