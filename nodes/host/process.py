@@ -579,10 +579,26 @@ class Process:
         return of_whole_images(total, images), parts
 
     def _reward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        job, keep = self.job, self._keep
+        job = self.job
         job.reward.evaluation(self.evaluations)
         self.evaluations += self.redraw
         prompts = list(job.prompts) * (len(images) // max(1, len(job.prompts)))  # one round for every particle
+        return (self._reward_whole if torch.is_grad_enabled() else self._reward_in_parts)(images, prompts)
+
+    def _reward_in_parts(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Without a gradient: all at once, or as many as fit."""
+        found, cut = within_memory(self._reward_whole, images, prompts)
+        if cut is None:
+            return found
+        if len(images) == 1:
+            raise cut.problem
+        half = len(images) // 2
+        parts = ((images[:half], prompts[:half]), (images[half:], prompts[half:]))
+        (one, of_one), (other, of_other) = (self._reward_in_parts(*part) for part in parts)
+        return torch.cat([one, other]), {name: torch.cat([p, of_other[name]]) for name, p in of_one.items()}
+
+    def _reward_whole(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        job, keep = self.job, self._keep
         # Layer by layer where a network has layers: less is kept, and recomputed once only.
         layers = [] if keep else [self._thrifty(m) for m in job.reward.modules]
         with without_tf32():

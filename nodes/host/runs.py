@@ -358,7 +358,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
                 ) from problem
             except RuntimeError as problem:
                 if out_of_memory(problem):
-                    raise type(problem)(f"{job.node}: {no_room(process.rollout)}") from None
+                    raise type(problem)(f"{job.node}: {no_room(process)}") from None
                 if not (process.repeatable and has_no_repeatable_way(problem)):
                     raise
                 said = str(problem).splitlines()[0]
@@ -376,8 +376,11 @@ def on_cpu(result: Result) -> None:
     result.best_noises = tuple(z.detach().cpu() for z in result.best_noises)
 
 
-def no_room(rollout: Rollout) -> str:
+def no_room(process: Process) -> str:
     """What a run that does not fit would have taken, and what to change."""
+    rollout = process.rollout
+    if not process.job.gradient:
+        return "out of memory with one image at a time: take a smaller image or a smaller reward model"
     said = f"out of memory with {rollout.way}"
     if e := rollout.estimate:
         more = f"more than {USABLE * e.free / 1e9:.1f}"  # where measuring stopped

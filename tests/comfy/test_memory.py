@@ -343,6 +343,27 @@ def test_without_a_gradient_images_are_decoded_as_they_fit(world, monkeypatch):
     assert kept == [(1, 3, 576, 576)]
 
 
+def test_without_a_gradient_images_are_scored_as_they_fit(world):
+    class Full(PixelReward):
+        def score(self, images, prompts):
+            assert len(images) == len(prompts)
+            if len(images) > most:
+                raise torch.OutOfMemoryError("full")
+            return super().score(images, prompts)
+
+    prompts = ["a fox", "a cat", "a dog"]
+    most = 3
+    whole = search(world, reward=Full("brightness"), prompts=prompts, batch=3)
+    most = 1
+    parts = search(world, reward=Full("brightness"), prompts=prompts, batch=3)
+    assert torch.equal(parts.latent, whole.latent)
+    rewards = [[r["reward"] for r in done.result.trace.rows] for done in (parts, whole)]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-6)
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError, match="one image at a time: take a smaller image"):
+        search(world, reward=Full("brightness"), prompts=prompts, batch=3)
+
+
 def test_a_decoder_in_half_precision_has_its_loss_scaled(world):
     scales = []
 
