@@ -22,7 +22,7 @@ from ...sampler.optimize import NoGradient, Result, Score
 from ...sampler.replay import Segment
 from ...sampler.restart import Stretch, in_rounds, search_by_restarts
 from ...sampler.resume import Left, frozen, thawed
-from ...sampler.rollout import USABLE, NotTheSame, Rollout, per_image
+from ...sampler.rollout import USABLE, NotTheSame, per_image
 from ...sampler.search import METHODS, SearchSettings, search
 from ...sampler.seeds import Start, best_of
 from ...sampler.statistics import expected, noise_statistics

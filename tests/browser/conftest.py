@@ -35,11 +35,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def browser():
+def playwright():
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=os.environ["MIRA_CHROMIUM"], args=FLAGS)
-        yield browser
-        browser.close()
+        yield playwright
 
 
 @pytest.fixture(scope="session", params=["1.32.9", "1.58.1"])
@@ -140,10 +138,13 @@ class Editor:
 
 
 @pytest.fixture(scope="session")
-def context(browser, frontend):
-    """One for all pages of a frontend, whose thousands of files are then fetched once."""
-    # Drawn without a GPU, movement takes more of the processor than all that is tested.
-    context = browser.new_context(viewport={"width": 1500, "height": 1000}, reduced_motion="reduce")
+def context(playwright, frontend, tmp_path_factory):
+    """One for all pages of a frontend, whose thousands of files are then fetched and compiled once."""
+    context = playwright.chromium.launch_persistent_context(
+        tmp_path_factory.mktemp("browser"), executable_path=os.environ["MIRA_CHROMIUM"], args=FLAGS,
+        viewport={"width": 1500, "height": 1000},
+        reduced_motion="reduce",  # drawn without a GPU, movement takes more of the processor than all that is tested
+    )  # fmt: skip
     yield context
     context.close()
 
@@ -171,12 +172,3 @@ def editor(window):
     window.load(EMPTY)
     yield window
     window.stop()
-
-
-@pytest.fixture
-def own_editor(window, context):
-    """A page of its own, for what cannot be taken back."""
-    editor = opened(context, window.server, window.label)
-    yield editor
-    editor.stop()
-    editor.page.close()
