@@ -35,16 +35,18 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def playwright():
+def browser():
     with sync_playwright() as playwright:
-        yield playwright
+        browser = playwright.chromium.launch(executable_path=os.environ["MIRA_CHROMIUM"], args=FLAGS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session", params=["1.32.9", "1.58.1"])
 def frontend(request):
     """(version, a server that serves it)."""
     arguments = () if request.param == "1.32.9" else ("--front-end-root", os.environ["MIRA_FRONTEND"])
-    with Server(arguments=arguments) as server:
+    with Server(arguments=arguments, paid=True) as server:  # without, ComfyUI forbids the page more than a person meets
         yield request.param, server
 
 
@@ -138,13 +140,10 @@ class Editor:
 
 
 @pytest.fixture(scope="session")
-def context(playwright, frontend, tmp_path_factory):
-    """One for all pages of a frontend, whose thousands of files are then fetched and compiled once."""
-    context = playwright.chromium.launch_persistent_context(
-        tmp_path_factory.mktemp("browser"), executable_path=os.environ["MIRA_CHROMIUM"], args=FLAGS,
-        viewport={"width": 1500, "height": 1000},
-        reduced_motion="reduce",  # drawn without a GPU, movement takes more of the processor than all that is tested
-    )  # fmt: skip
+def context(browser, frontend):
+    """One for all pages of a frontend, whose thousands of files are then fetched once."""
+    # Drawn without a GPU, movement takes more of the processor than all that is tested.
+    context = browser.new_context(viewport={"width": 1500, "height": 1000}, reduced_motion="reduce")
     yield context
     context.close()
 
@@ -172,3 +171,12 @@ def editor(window):
     window.load(EMPTY)
     yield window
     window.stop()
+
+
+@pytest.fixture
+def own_editor(window, context):
+    """A page of its own, as a person has it who opens ComfyUI."""
+    editor = opened(context, window.server, window.label)
+    yield editor
+    editor.stop()
+    editor.page.close()

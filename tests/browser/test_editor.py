@@ -614,8 +614,9 @@ LINKED = """outside => {
 
 
 @ENDS
-def test_the_first_minute(editor):
+def test_the_first_minute(own_editor):
     """A node that is looked for, connected, run, looked at, taken, saved and found again; then left out and muted."""
+    editor = own_editor
     page = editor.page
     editor.load(QUICKSTART | {"id": str(uuid.uuid4())})
     editor.js(f"() => app.graph.remove(app.graph.nodes.find(n => n.comfyClass === '{OPTIMIZER}'))")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 
 import pytest
 from PIL import Image
@@ -29,16 +28,10 @@ def shown(page) -> list[str]:
     return [img.get_attribute("src")[2] for img in page.query_selector_all("#pair img")]
 
 
-@pytest.fixture
-def tabs(playwright):
-    browser = playwright.chromium.launch(executable_path=os.environ["MIRA_CHROMIUM"], args=["--no-sandbox"])
-    yield browser.new_context()
-    browser.close()
-
-
-def test_a_person_answers_all_pairs(tabs, folder, tmp_path):
+def test_a_person_answers_all_pairs(browser, folder, tmp_path):
     errors = []
-    page = tabs.new_page()
+    context = browser.new_context()
+    page = context.new_page()
     page.on("pageerror", lambda e: errors.append(str(e)))
     page.goto((folder / "index.html").as_uri())
     chosen, first = {}, page.inner_text("#prompt")
@@ -55,7 +48,7 @@ def test_a_person_answers_all_pairs(tabs, folder, tmp_path):
             page.keyboard.press("1")
             chosen[prompt[-1]] = sides[0]
         if n == 1:  # a closed tab loses nothing
-            closed, page = page, tabs.new_page()
+            closed, page = page, context.new_page()
             page.goto((folder / "index.html").as_uri())
             for _ in range(50):  # what a page stores is on its way to the others
                 if "2 of 4 answered" in page.inner_text("#progress"):
@@ -80,6 +73,7 @@ def test_a_person_answers_all_pairs(tabs, folder, tmp_path):
     page.click("#again")
     page.wait_for_function("document.querySelector('#progress').textContent.startsWith('0 of 4')")
     assert not errors
+    context.close()
 
 
 def test_answers_to_something_else_are_refused(folder, tmp_path):
