@@ -64,7 +64,12 @@ def presets(inputs: dict) -> list[str]:
     # What it sets, and in the editor the dials, too.
     sets = {preset: options["mira_dials"][preset] | values for preset, values in options["mira_presets"].items()}
     first = next(iter(sets))
-    lines = ["## Presets", "", f"| preset | sets; where {first} sets the same, it is left out |", "|---|---|"]
+    lines = [
+        "## Presets",
+        "",
+        f"| preset | in the editor; what is as in {first}, or left as it is, is not listed |",
+        "|---|---|",
+    ]
     for preset, values in sets.items():
         told = {k: v for k, v in values.items() if preset == first or sets[first].get(k) != v}
         lines.append(f"| **{preset}** | {', '.join(f'`{k}` {cell(v)}' for k, v in told.items() if k in inputs)} |")

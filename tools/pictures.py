@@ -78,7 +78,7 @@ def graph(page, server: Server) -> Image.Image:
 
 def main(wanted: list[str]) -> None:
     (FOLDER / "pictures").mkdir(parents=True, exist_ok=True)
-    with Server() as server, sync_playwright() as playwright:
+    with Server(paid=True) as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=os.environ["MIRA_CHROMIUM"], args=FLAGS)
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         page.goto(server.url)

@@ -367,10 +367,10 @@ def blocks_of(root: nn.Module) -> list[nn.Module]:
     def blocks_inside(m: nn.Module) -> list[nn.Module]:
         found = []
         for child in m.children():
-            found += blocks_of(child)
+            found += blocks_at(child)
         return found
 
-    def blocks_of(m: nn.Module) -> list[nn.Module]:
+    def blocks_at(m: nn.Module) -> list[nn.Module]:
         if not is_block(m):
             return blocks_inside(m)
         lists = [child for part in m.modules() if isinstance(part, (nn.ModuleList, nn.Sequential)) for child in part]

@@ -74,6 +74,12 @@ def _filled(cell: Any) -> bool:
     return True
 
 
+def keeping_patches(guider: Any) -> str:
+    """The patches that keep something from step to step, by name; empty where there are none."""
+    found = [p for p in patches_of(guider.model_options) if hasattr(p, "cleanup")]
+    return " and ".join(dict.fromkeys(next(_names(p), type(p).__qualname__) for p in found))
+
+
 def why_no_gradient(guider: Any) -> str | None:
     """None, or what of the guider's patches and conditioning a gradient does not survive.
 
@@ -81,11 +87,10 @@ def why_no_gradient(guider: Any) -> str | None:
     it, or is of a graph that is gone. Hooks that change weights write over them in place while a trajectory is sampled,
     which backward does not see.
     """
-    keeping = [p for p in patches_of(guider.model_options) if hasattr(p, "cleanup")]
-    if keeping:
+    if keeping := keeping_patches(guider):
         return (
-            f"{' and '.join(_names(keeping))} keeps what one step of the sampling makes for the later ones, which no "
-            "gradient goes through: bypass it, or use MIRA Search KSampler"
+            f"{keeping} keeps what one step of the sampling makes for the later ones, which no gradient goes through: "
+            "bypass it, or use MIRA Search KSampler with best_of_n, zero_order or restarts"
         )
     conds = [c for cs in guider.original_conds.values() for c in cs]
     groups = [c.get("hooks") for c in conds]

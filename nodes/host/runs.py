@@ -29,7 +29,7 @@ from ...sampler.statistics import expected, noise_statistics
 from ...sampler.trace import Trace
 from .dynamic import on_one_device, static_guider
 from .grad import has_no_repeatable_way, normal, pytorch_kernels, repeatable, training
-from .patches import named, why_no_gradient
+from .patches import keeping_patches, named, why_no_gradient
 from .process import INTERRUPTS, RESTART, Chain, Job, Process, free_bytes, reset_peak, synchronize, used_bytes
 from .replay import ReplayNoise, ReplaySampler, described
 
@@ -67,6 +67,12 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
             raise ValueError(f"{job.node}: {why}")
     else:
         guider = copy.copy(job.guider)
+        steers = isinstance(job.settings, SearchSettings) and METHODS[job.settings.method].steers
+        if steers and (keeping := keeping_patches(guider)):
+            raise ValueError(
+                f"{job.node}: {keeping} keeps what one step of the sampling makes for the later ones, and the method "
+                f"{job.settings.method} goes on from the middle: bypass it, or take best_of_n, zero_order or restarts"
+            )
         guider.model_patcher = on_one_device(guider.model_patcher, f"{job.node}: model")
     sampler = _WorkingSampler(job, work or optimizing)
     # ComfyUI's own part stays in inference mode, as the executor has it: what it makes and moves, its nodes use again.
@@ -380,7 +386,7 @@ def no_room(process: Process) -> str:
     """What a run that does not fit would have taken, and what to change."""
     rollout = process.rollout
     if not process.job.gradient:
-        return "out of memory with one image at a time: take a smaller image or a smaller reward model"
+        return "out of memory with one particle at a time: take a smaller image or batch, or a smaller reward model"
     said = f"out of memory with {rollout.way}"
     if e := rollout.estimate:
         more = f"more than {USABLE * e.free / 1e9:.1f}"  # where measuring stopped

@@ -58,9 +58,12 @@ ENDS = pytest.mark.parametrize(("frontend", "window"), [("1.32.9", "classic"), (
 
 @pytest.fixture
 def quickstart(editor, request):
-    """A seed of its own for every test: what the server has cached is not run again. And a workflow of its own: what
-    belongs to another one is not shown.
-    """
+    """A seed of its own for every test: what the server has cached is not run again."""
+    return begun(editor, request)
+
+
+def begun(editor, request):
+    """A workflow of its own, too: what belongs to another one is not shown."""
     editor.load(QUICKSTART | {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, request.node.name))})
     editor.set(OPTIMIZER, **FAST, seed=zlib.crc32(request.node.name.encode()))
     editor.set("EmptyLatentImage", width=64, height=64)
@@ -359,9 +362,9 @@ def test_the_pair_comes_back_after_a_refresh_and_a_cancel_ends_the_wait(quicksta
 
 
 @ENDS
-def test_the_pair_comes_back_when_the_socket_is_slow(quickstart):
+def test_the_pair_comes_back_when_the_socket_is_slow(own_editor, request):
     """A page that was loaded again does not know its own name before the socket has said it."""
-    editor = quickstart
+    editor = begun(own_editor, request)
     person(editor)
     editor.queue()
     wait_for(editor, lambda: "1 of 4" in count(editor), "the first pair")

@@ -14,7 +14,7 @@ import server  # isort: skip
 
 @pytest.fixture(scope="session")
 def world():
-    """Small networks that paint nothing, in a quarter of the time. apart: as the nodes are."""
+    """Small networks that paint nothing, in a small part of the time. apart: as the nodes are."""
     return World(apart=False, side=8, model=random_unet(SMALL, torch.float32), vae=thin_vae())
 
 

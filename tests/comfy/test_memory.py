@@ -360,7 +360,7 @@ def test_without_a_gradient_images_are_scored_as_they_fit(world):
     rewards = [[r["reward"] for r in done.result.trace.rows] for done in (parts, whole)]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-6)
     most = 0
-    with pytest.raises(torch.OutOfMemoryError, match="one image at a time: take a smaller image"):
+    with pytest.raises(torch.OutOfMemoryError, match="one particle at a time: take a smaller image or batch"):
         search(world, reward=Full("brightness"), prompts=prompts, batch=3)
 
 

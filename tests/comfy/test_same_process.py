@@ -276,6 +276,13 @@ def test_what_a_step_leaves_to_the_later_ones_is_refused_by_name(world):
         run(world, model=keeping(world), steps=3)
 
 
+@pytest.mark.parametrize("method", ["halving", "fk_steering", "code"])
+def test_a_search_from_the_middle_refuses_what_a_step_leaves(world, method):
+    settings = SearchSettings(method=method, particles=2)
+    with pytest.raises(ValueError, match=rf"\(FirstKeys\) keeps what one step.*{method} goes on from the middle"):
+        run(world, settings, host.searching, model=keeping(world), steps=3, gradient=False)
+
+
 def test_without_a_gradient_what_a_step_leaves_is_each_trajectorys_own(world):
     stock = world.ksampler(model=keeping(world), sampler="euler", steps=4)
     assert not torch.equal(stock, world.ksampler(sampler="euler", steps=4))
