@@ -50,4 +50,4 @@ def as_exact_on_a_gpu():
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # as in a run, and a twentieth of the time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # as in a run

@@ -81,8 +81,8 @@ def page(node: str, info: dict) -> str:
     when, more = prose(node)
     picture = f"![{info['display_name']}](pictures/{node}.jpg)"
     lines = [f"# {info['display_name']}", "", when, "", picture, "", *([more, ""] if more else [])]
-    lines += presets(info["input"].get("required", {}) | info["input"].get("optional", {}))
     inputs = [(n, s, g == "optional") for g in ("required", "optional") for n, s in info["input"].get(g, {}).items()]
+    lines += presets({name: spec for name, spec, _ in inputs})
     if inputs:
         lines += ["## Inputs", "", "| input | range | default | |", "|---|---|---|---|", *(row(*i) for i in inputs), ""]
     lines += ["## Outputs", "", "| output | type | |", "|---|---|---|"]

@@ -136,7 +136,8 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
       rule(u, { x: Math.round(u.valToPos(at, "x", true)), stroke, dash });
     }
     const most = limit(run);
-    const y = most === null ? -1 : Math.round(u.valToPos(most, "drift", true));
+    if (most === null) return;
+    const y = Math.round(u.valToPos(most, "drift", true));
     if (y < u.bbox.top || y > u.bbox.top + u.bbox.height) return;
     rule(u, { y, stroke: drifted(), dash: [6, 4], alpha: 0.6 });
   }

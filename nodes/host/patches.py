@@ -74,10 +74,14 @@ def _filled(cell: Any) -> bool:
     return True
 
 
-def keeping_patches(guider: Any) -> str:
-    """The patches that keep something from step to step, by name; empty where there are none."""
-    found = [p for p in patches_of(guider.model_options) if hasattr(p, "cleanup")]
-    return " and ".join(dict.fromkeys(next(_names(p), type(p).__qualname__) for p in found))
+def keeping(model_options: dict) -> list:
+    """The patches that keep something from step to step: `cleanup` is ComfyUI's own word for the end of a sample."""
+    return [p for p in patches_of(model_options) if hasattr(p, "cleanup")]
+
+
+def names_of_keeping(model_options: dict) -> str:
+    """Of those patches; empty where there are none."""
+    return " and ".join(dict.fromkeys(next(_names(p), type(p).__qualname__) for p in keeping(model_options)))
 
 
 def why_no_gradient(guider: Any) -> str | None:
@@ -87,9 +91,9 @@ def why_no_gradient(guider: Any) -> str | None:
     it, or is of a graph that is gone. Hooks that change weights write over them in place while a trajectory is sampled,
     which backward does not see.
     """
-    if keeping := keeping_patches(guider):
+    if names := names_of_keeping(guider.model_options):
         return (
-            f"{keeping} keeps what one step of the sampling makes for the later ones, which no gradient goes through: "
+            f"{names} keeps what one step of the sampling makes for the later ones, which no gradient goes through: "
             "bypass it, or use MIRA Search KSampler with best_of_n, zero_order or restarts"
         )
     conds = [c for cs in guider.original_conds.values() for c in cs]

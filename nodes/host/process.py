@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.ldm.modules.attention
 import comfy.model_management
@@ -56,18 +56,19 @@ from .grad import (
     sdpa,
     without_tf32,
 )
-from .patches import named, networks_in, patches_of
+from .patches import keeping, named, networks_in
 from .samplers import StandIn, twin_of
 
 log = logging.getLogger("mira")
+T = TypeVar("T")
 CPU_BATCH = 16  # images
 KEPT_FOR_BACKWARD = 8  # times the memory of a forward pass, about
 RESTART = 2**20  # the number of the first restart's seed, beyond all candidates'
-# How far, relative, each may be off where nothing is wrong: in full precision, in half precision.
+SAGE_APART = 0.6  # how far, relative, an image by a coarser attention may be from the same by PyTorch's
+# The same of others where nothing is wrong: in full precision, in half precision.
 IMAGE_APART = (0.1, 0.25)  # an image sampled again from its own noises
 CALL_APART = (0.02, 0.1)  # a prediction where a gradient is wanted
 GRADIENT_APART = (0.1, 0.5)  # a gradient, from a finite difference
-SAGE_APART = 0.6  # an image by a coarser attention than PyTorch's
 LOSS_SCALE = 2.0**10  # in float16: gradients of a mean over pixels are near its smallest numbers
 EVERYTHING = 1e30  # bytes, more than any device has
 INTERRUPTS = (comfy.model_management.InterruptProcessingException,)
@@ -399,9 +400,8 @@ class Process:
 
     def begin(self) -> None:
         """What follows the steps of a trajectory begins anew: hooks with keyframes, and patches that keep something."""
-        for patch in patches_of(self.extra_args["model_options"]):
-            if hasattr(patch, "cleanup"):  # ComfyUI's own word for the end of a sample
-                patch.cleanup()
+        for patch in keeping(self.extra_args["model_options"]):
+            patch.cleanup()
         hooks = self.extra_args["model_options"].get("registered_hooks")
         if hooks is None:
             return
@@ -547,15 +547,13 @@ class Process:
 
     def _decode(self, latent: Tensor) -> Tensor:
         """Without a gradient: all at once, or as many as fit, and at last one in tiles, as VAE Decode does."""
-        images, cut = within_memory(decode, self.vae, latent)
-        if cut is None:
-            return images
-        if len(latent) > 1:
-            return torch.cat([self._decode(some) for some in latent.chunk(2)])
-        if latent.ndim != 4:
-            raise cut.problem
-        log.warning("%s: out of memory while decoding: in tiles", self.job.node)
-        return self.vae.decode_tiled_(latent)
+
+        def in_tiles(one: Tensor) -> Tensor:
+            log.warning("%s: out of memory while decoding: in tiles", self.job.node)
+            return self.vae.decode_tiled_(one)
+
+        found = as_fit(functools.partial(decode, self.vae), latent, alone=in_tiles if latent.ndim == 4 else None)
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def score_bytes(self, x: Tensor, most: float) -> float:
         """What decoding and reward of such a latent keep for their backward pass."""
@@ -583,19 +581,13 @@ class Process:
         job.reward.evaluation(self.evaluations)
         self.evaluations += self.redraw
         prompts = list(job.prompts) * (len(images) // max(1, len(job.prompts)))  # one round for every particle
-        return (self._reward_whole if torch.is_grad_enabled() else self._reward_in_parts)(images, prompts)
-
-    def _reward_in_parts(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Without a gradient: all at once, or as many as fit."""
-        found, cut = within_memory(self._reward_whole, images, prompts)
-        if cut is None:
-            return found
-        if len(images) == 1:
-            raise cut.problem
-        half = len(images) // 2
-        parts = ((images[:half], prompts[:half]), (images[half:], prompts[half:]))
-        (one, of_one), (other, of_other) = (self._reward_in_parts(*part) for part in parts)
-        return torch.cat([one, other]), {name: torch.cat([p, of_other[name]]) for name, p in of_one.items()}
+        if torch.is_grad_enabled():
+            return self._reward_whole(images, prompts)
+        found = as_fit(self._reward_whole, images, prompts)
+        if len(found) == 1:
+            return found[0]
+        totals, parts = zip(*found, strict=True)
+        return torch.cat(totals), {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def _reward_whole(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         job, keep = self.job, self._keep
@@ -774,6 +766,22 @@ class Process:
         with getattr(self.model_wrap, "without_constants", nullcontext)():
             self._run(noise, function, {})
         return found[0]
+
+
+def as_fit(work: Callable[..., T], *batch: Any, alone: Callable[..., T] | None = None) -> list[T]:
+    """[work(*batch)], or what it gives of halves of the batch, as small as memory asks for; where one of it does not
+    fit either, `alone` of that, or the error.
+    """
+    found, cut = within_memory(work, *batch)
+    if cut is None:
+        return [found]
+    if len(batch[0]) == 1:
+        if alone is None:
+            raise cut.problem
+        return [alone(*batch)]
+    half = (len(batch[0]) + 1) // 2
+    halves = [b[:half] for b in batch], [b[half:] for b in batch]
+    return [value for some in halves for value in as_fit(work, *some, alone=alone)]
 
 
 def in_brief(problem: BaseException) -> str:

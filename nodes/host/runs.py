@@ -29,7 +29,7 @@ from ...sampler.statistics import expected, noise_statistics
 from ...sampler.trace import Trace
 from .dynamic import on_one_device, static_guider
 from .grad import has_no_repeatable_way, normal, pytorch_kernels, repeatable, training
-from .patches import keeping_patches, named, why_no_gradient
+from .patches import named, names_of_keeping, why_no_gradient
 from .process import INTERRUPTS, RESTART, Chain, Job, Process, free_bytes, reset_peak, synchronize, used_bytes
 from .replay import ReplayNoise, ReplaySampler, described
 
@@ -68,9 +68,9 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
     else:
         guider = copy.copy(job.guider)
         steers = isinstance(job.settings, SearchSettings) and METHODS[job.settings.method].steers
-        if steers and (keeping := keeping_patches(guider)):
+        if steers and (names := names_of_keeping(guider.model_options)):
             raise ValueError(
-                f"{job.node}: {keeping} keeps what one step of the sampling makes for the later ones, and the method "
+                f"{job.node}: {names} keeps what one step of the sampling makes for the later ones, and the method "
                 f"{job.settings.method} goes on from the middle: bypass it, or take best_of_n, zero_order or restarts"
             )
         guider.model_patcher = on_one_device(guider.model_patcher, f"{job.node}: model")
