@@ -305,7 +305,7 @@ def report() -> None:
         of = (row["optimised"], int(row["steps"]), row["variant"])
         numbers = {k: float(row[k]) for k in ("iterate", "kept", *COLUMNS)}
         runs.setdefault(of, []).append(numbers | {"animal": row["animal"], "part": (row["part"], row["seed"])})
-    rows, ends, tilts = [], [], []
+    rows, ends, tilts, way = [], [], [], []
     together: dict[tuple, dict[str, dict]] = {}
     for (reward, steps, name), mine in runs.items():
         if (reward, steps, "dno") not in runs:
@@ -334,6 +334,11 @@ def report() -> None:
             row = of | {"tilt": share, "reached": reached.pop("reward")} | reached
             tilts.append(row | (against(a[:, k : k + 1], b, animals, None) or {}))
             tilts[-1].pop("level", None), tilts[-1].pop("resamples", None)
+        for k in range(a.shape[1] if name == "default" else 0):
+            reached = dict(zip(COLUMNS, a[:, k].mean(1).tolist(), strict=True))
+            row = of | {"iterate": k, "reached": reached.pop("reward")} | reached
+            found = against(a[:, k : k + 1], b, animals, None) or {}
+            way.append(row | {c: found[c] for c in ("adherence_above", "se") if found})
         for level in LEVELS[reward]:
             if name != "dno" and (found := against(a, b, animals, level)):
                 found.pop("resamples")
@@ -347,6 +352,7 @@ def report() -> None:
     write(OUT / "restart.csv", rows)
     write(OUT / "restart_kept.csv", ends)
     write(OUT / "restart_tilt.csv", tilts)
+    write(OUT / "restart_way.csv", way)
     for row in rows:
         print(row["reward"], row["steps"], row["variant"], row["images"], f"at {row['level']:g}:",
               f"{row['adherence_above']:+.3f}±{row['se']:.3f} above {row['plain_adherence']:.3f},",

@@ -58,13 +58,14 @@ def with_comfyui(sdpa: bool = False) -> None:
 @contextmanager
 def weights_at_once() -> Iterator[None]:
     """Networks that are made within have weights at once: in dynamic VRAM ComfyUI's layers wait for a file's."""
-    memory = importlib.import_module("comfy.memory_management") if os.environ.get("MIRA_DYNAMIC") else None
-    if memory:
+    memory = sys.modules.get("comfy.memory_management")  # absent in older ones
+    dynamic = getattr(memory, "aimdo_enabled", False)
+    if dynamic:
         memory.aimdo_enabled = False
     try:
         yield
     finally:
-        if memory:
+        if dynamic:
             memory.aimdo_enabled = True
 
 

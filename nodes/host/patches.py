@@ -12,6 +12,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 OURS = __package__.rpartition(".")[0]
+# Before 0.25 ComfyUI does not, and what a patch calls `cleanup` is its own affair.
+CLEARS_PATCHES = hasattr(ModelPatcher, "model_patches_call_function")
 
 
 def _names(value: object, key: str = "") -> Iterator[str]:
@@ -75,7 +77,9 @@ def _filled(cell: Any) -> bool:
 
 
 def keeping(model_options: dict) -> list:
-    """The patches that keep something from step to step: `cleanup` is ComfyUI's own word for the end of a sample."""
+    """The patches that keep something from step to step: `cleanup` is what ComfyUI calls at the end of a sample."""
+    if not CLEARS_PATCHES:
+        return []
     return [p for p in patches_of(model_options) if hasattr(p, "cleanup")]
 
 

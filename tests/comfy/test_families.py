@@ -15,6 +15,8 @@ from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from mira import nodes
 from mira.nodes import host
 from mira.rewards.pixel import PixelReward
+from mira.sampler.search import SearchSettings
+from mira.sampler.seeds import another
 
 from bench import families
 from bench.families import exactness, examine, in_precision, optimize
@@ -41,16 +43,42 @@ def test_in_a_precision(world, name, precision):
     assert in_precision(world, name, precision) is True
 
 
-@pytest.mark.every_host
-@pytest.mark.skipif(not hasattr(comfy_extras.nodes_flux, "FluxKVCache"), reason="this ComfyUI has no such node")
-def test_reference_images_that_are_computed_once_are_refused_by_name(world):
+@pytest.fixture
+def computed_once():
+    """() -> FLUX.2 whose reference image is computed by the first step alone; and the rest of a job."""
+    if not hasattr(comfy_extras.nodes_flux, "FluxKVCache"):
+        pytest.skip("this ComfyUI has no such node")
     model, vae, conds, latent = make("FLUX.2")
-    reference = {"reference_latents": [torch.randn(latent.shape)]}
+    reference = {"reference_latents": [torch.randn(latent.shape, generator=torch.manual_seed(3))]}
     conds = {name: [[c, extra | reference] for c, extra in cond] for name, cond in conds.items()}
+
+    def patched():
+        with torch.inference_mode():
+            return comfy_extras.nodes_flux.FluxKVCache.execute(model=model).args[0]
+
+    return patched, {"vae": vae, "latent": latent, **conds}
+
+
+@pytest.mark.every_host
+def test_reference_images_that_are_computed_once_are_refused_by_name(world, computed_once):
+    patched, rest = computed_once
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"nodes_flux \(KV_Attn_Input\) keeps.*bypass"):
+        host.run(world.job(model=patched(), **rest))
+
+
+@pytest.mark.every_host
+def test_a_search_computes_reference_images_once_for_every_seed(world, computed_once):
+    patched, rest = computed_once
+    vae, how = rest.pop("vae"), {"sampler": "euler", "steps": 3} | rest
+    job = world.job(model=patched(), vae=vae, gradient=False, seed=7, **how)
+    job.settings = SearchSettings(method="best_of_n", particles=2)
     with torch.inference_mode():
-        model = comfy_extras.nodes_flux.FluxKVCache.execute(model=model).args[0]
-        with pytest.raises(ValueError, match=r"nodes_flux \(KV_Attn_Input\) keeps.*bypass"):
-            host.run(world.job(model=model, vae=vae, latent=latent, **conds))
+        found = [r["reward"] for r in host.run(job, host.searching).result.trace.of(0)]
+        alone = [world.ksampler(model=patched(), seed=s, **how) for s in (another(7, 1), 7)]
+        expected = [PixelReward("brightness").score(host.decode(vae, x), [""]).item() for x in alone[::-1]]
+        without = world.ksampler(model=make("FLUX.2")[0], seed=7, **how)
+    assert found == pytest.approx(expected, abs=1e-5) and found[0] != found[1]
+    assert not torch.equal(without, alone[-1])
 
 
 def test_the_page_is_of_the_results():

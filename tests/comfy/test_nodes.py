@@ -6,6 +6,7 @@ import asyncio
 import functools
 import inspect
 import math
+import re
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ from comfy_api.latest import io
 
 from testing.networks import sd15
 from testing.pack import as_node, mira
+from tools.comfy import ROOT
+from tools.help import cell
 
 nodes, checks = mira("nodes"), mira("nodes.shared.checks")
 PixelReward = mira("rewards.pixel").PixelReward
@@ -432,6 +435,24 @@ def test_a_preset_says_what_it_took_and_the_record_has_what_ran(world):
     same = execute(nodes.MiraOptimizeKSampler, **links, **alone, preset="fast", iterations=2, drift_limit=0.02)
     assert not any("preset" in n for n in same.args[2].notices)
     assert same.args[2].of(0)[-1]["reward"] == trace.of(0)[-1]["reward"]
+
+
+@pytest.mark.parametrize("node", ["MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced"])
+def test_a_help_page_says_what_a_run_takes_from_its_preset(node):
+    """Of every input, as the table says it: what a later preset does not list is as in the first, or is left alone."""
+    text = (ROOT / "web" / "docs" / f"{node}.md").read_text()
+    table = re.findall(r"^\| \*\*(\w+)\*\* \| (.*) \|$", text, re.MULTILINE)
+    told = {preset: dict(entry[1:].split("` ") for entry in said.split(", ")) for preset, said in table}
+    assert told.keys() == PRESETS.PRESETS.keys()
+    first = next(iter(told.values()))
+    names = [i.id for i in getattr(nodes, node).define_schema().inputs]
+    for preset, said in told.items():
+        # The dials as the editor sets them; every other input stands somewhere else than any preset has it.
+        before = dict.fromkeys(names, "elsewhere") | {"preset": preset}
+        taken = PRESETS.apply_preset(before | PRESETS.SUGGESTED[preset])[0]
+        changed = {name: cell(value) for name, value in taken.items() if value != "elsewhere" and name != "preset"}
+        assert said.items() <= changed.items(), preset
+        assert changed.items() <= (first | said).items(), preset
 
 
 @pytest.mark.parametrize("method", list(mira("sampler.rivals").RIVALS))

@@ -21,7 +21,8 @@ from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
 from mira.nodes import demo, host
-from mira.nodes.host import grad, probe
+from mira.nodes.host import grad, patches, probe
+from mira.nodes.host.patches import CLEARS_PATCHES
 from mira.nodes.initno import MadeNoise
 from mira.nodes.shared.checks import prompts_of
 from mira.nodes.shared.job import cfg_guider
@@ -271,11 +272,25 @@ def keeping(world):
     return model
 
 
+def cleared(test):
+    """By ComfyUI itself after every sample."""
+    return pytest.mark.every_host(pytest.mark.skipif(not CLEARS_PATCHES, reason="this ComfyUI clears no patch")(test))
+
+
+def test_what_a_patch_calls_cleanup_is_its_own_affair_where_comfyui_never_calls_it(monkeypatch):
+    options = {"transformer_options": {"patches": {"attn1_patch": [FirstKeys()]}}}
+    for clears in (True, False):
+        monkeypatch.setattr(patches, "CLEARS_PATCHES", clears)
+        assert bool(patches.names_of_keeping(options)) == bool(patches.keeping(options)) == clears
+
+
+@cleared
 def test_what_a_step_leaves_to_the_later_ones_is_refused_by_name(world):
     with pytest.raises(ValueError, match=r"\(FirstKeys\) keeps what one step.*bypass"):
         run(world, model=keeping(world), steps=3)
 
 
+@cleared
 @pytest.mark.parametrize("method", ["halving", "fk_steering", "code"])
 def test_a_search_from_the_middle_refuses_what_a_step_leaves(world, method):
     settings = SearchSettings(method=method, particles=2)
@@ -283,6 +298,7 @@ def test_a_search_from_the_middle_refuses_what_a_step_leaves(world, method):
         run(world, settings, host.searching, model=keeping(world), steps=3, gradient=False)
 
 
+@cleared
 def test_without_a_gradient_what_a_step_leaves_is_each_trajectorys_own(world):
     stock = world.ksampler(model=keeping(world), sampler="euler", steps=4)
     assert not torch.equal(stock, world.ksampler(sampler="euler", steps=4))

@@ -139,9 +139,9 @@ class Graph:
     def link(self, type_: str, depth: int) -> list:
         return SUPPLY[type_](self, depth)
 
-    def demo(self, slot: int) -> list:
-        found = next((k for k, n in self.prompt.items() if n["class_type"] == "MiraDemoModel"), None)
-        return [found or self.add("MiraDemoModel"), slot]
+    def checkpoint(self, slot: int) -> list:
+        found = next((k for k, n in self.prompt.items() if n["class_type"] == "SmallModel"), None)
+        return [found or self.add("SmallModel"), slot]
 
     def reward(self, depth: int) -> list:
         plain = ["MiraPixelReward"] * 4 + ["MiraJPEGReward", "MiraDemoCLIPScore", "MiraDemoAesthetic"]
@@ -173,7 +173,7 @@ class Graph:
     def model(self, depth: int) -> list:
         if depth < 2 and self.draw(st.integers(0, 5)) == 0:
             return [self.node("MiraRLGuidance", depth + 2), 0]
-        return self.demo(0)
+        return self.checkpoint(0)
 
     def trace(self, depth: int) -> list:
         return [self.node("MiraOptimizeKSampler", depth + 1, preset="custom"), 2]
@@ -182,14 +182,14 @@ class Graph:
         return [self.node("MiraScoreImages", depth + 1), 0]
 
     def image(self, depth: int) -> list:
-        return [self.add("VAEDecode", samples=[self.node("EmptyLatentImage"), 0], vae=self.demo(2)), 0]
+        return [self.add("VAEDecode", samples=[self.node("EmptyLatentImage"), 0], vae=self.checkpoint(2)), 0]
 
     def finish(self, key: str) -> None:
         """Something that asks for every output."""
         for slot, type_ in enumerate(self.info[self.prompt[key]["class_type"]]["output"]):
             link = [key, slot]
             if type_ == "LATENT":
-                self.add("PreviewImage", images=[self.add("VAEDecode", samples=link, vae=self.demo(2)), 0])
+                self.add("PreviewImage", images=[self.add("VAEDecode", samples=link, vae=self.checkpoint(2)), 0])
             elif type_ == "IMAGE":
                 self.add("PreviewImage", images=link)
             elif type_ == "MIRA_REWARD":
@@ -205,9 +205,12 @@ class Graph:
 
 SUPPLY = {
     "MODEL": Graph.model,
-    "CLIP": lambda g, _: g.demo(1),
-    "VAE": lambda g, _: g.demo(2),
-    "CONDITIONING": lambda g, _: [g.add("CLIPTextEncode", text=g.draw(st.sampled_from(TEXTS[:5])), clip=g.demo(1)), 0],
+    "CLIP": lambda g, _: g.checkpoint(1),
+    "VAE": lambda g, _: g.checkpoint(2),
+    "CONDITIONING": lambda g, _: [
+        g.add("CLIPTextEncode", text=g.draw(st.sampled_from(TEXTS[:5])), clip=g.checkpoint(1)),
+        0,
+    ],
     "LATENT": Graph.latent,
     "IMAGE": Graph.image,
     "MASK": lambda g, _: [g.add("SolidMask", value=1.0, width=64, height=64), 0],

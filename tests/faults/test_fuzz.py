@@ -13,13 +13,14 @@ from fuzz import Fuzzer, drawn
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
+from testing.servers import WITH_SMALL_MODEL
 from tools.comfy import Client, Server
 
-SECONDS = float(os.environ.get("MIRA_FUZZ_SECONDS", "40"))
+SECONDS = float(os.environ.get("MIRA_FUZZ_SECONDS", "20"))
 SEED = int(os.environ.get("MIRA_FUZZ_SEED", "0"))
 BATCH = 10  # prompts to a seed of Hypothesis's
 STOCK = {
-    "1": {"class_type": "MiraDemoModel", "inputs": {}},
+    "1": {"class_type": "SmallModel", "inputs": {}},
     "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "a fox", "clip": ["1", 1]}},
     "3": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
     "4": {
@@ -36,7 +37,7 @@ STOCK = {
 
 @pytest.fixture(scope="module")
 def server():
-    with Server() as server:
+    with Server(arguments=WITH_SMALL_MODEL) as server:
         yield server
 
 

@@ -6,15 +6,16 @@ import shutil
 
 import pytest
 
+from testing.servers import WITH_SMALL_MODEL
 from tools.comfy import ROOT, Server
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """With the demo's LoRA, `bright.safetensors`, where Load LoRA finds it."""
+    """With Small Model, and the demo's LoRA, `bright.safetensors`, where Load LoRA finds it."""
     folder = tmp_path_factory.mktemp("loras")
     shutil.copy(ROOT / "demo" / "weights" / "bright_lora.safetensors", folder / "bright.safetensors")
     config = folder / "paths.yaml"
     config.write_text(f"mine:\n    base_path: {folder.parent}\n    loras: {folder.name}\n")
-    with Server(arguments=("--extra-model-paths-config", config)) as server:
+    with Server(arguments=("--extra-model-paths-config", str(config), *WITH_SMALL_MODEL)) as server:
         yield server

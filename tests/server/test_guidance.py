@@ -15,12 +15,12 @@ def node(kind, /, **inputs):
     return {"class_type": kind, "inputs": inputs}
 
 
-def base(**more):
+def base(model="MiraDemoModel", side=64, **more):
     return {
-        "1": node("MiraDemoModel"),
+        "1": node(model),
         "2": node("CLIPTextEncode", clip=["1", 1], text=PROMPT),
         "3": node("CLIPTextEncode", clip=["1", 1], text=""),
-        "4": node("EmptyLatentImage", width=128, height=128, batch_size=2),
+        "4": node("EmptyLatentImage", width=side, height=side, batch_size=2),
         "5": node("MiraPixelReward", measure="brightness"),
     } | more
 
@@ -55,6 +55,7 @@ def ksampler(model):
 
 def test_initno_makes_the_noise_of_a_custom_sampler(server):
     prompt = base(
+        "SmallModel",
         **{
             "6": node("BasicScheduler", model=["1", 0], scheduler="normal", steps=6, denoise=1.0),
             "7": node("CFGGuider", model=["1", 0], positive=["2", 0], negative=["3", 0], cfg=5.0),
@@ -81,11 +82,12 @@ def test_initno_makes_the_noise_of_a_custom_sampler(server):
 
 def guided(weight):
     return base(
+        side=128,  # of which its LoRA makes bright pictures
         **{
             "6": node("LoraLoaderModelOnly", model=["1", 0], lora_name="bright.safetensors", strength_model=1.0),
             "7": node("MiraRLGuidance", model=["1", 0], tuned=["6", 0], weight=weight, schedule="constant", power=1.0),
             "8": ksampler(["7", 0]),
-        }
+        },
     )
 
 
@@ -97,6 +99,7 @@ def test_rl_guidance_with_load_lora(server):
 def test_dymo_with_sampler_custom_advanced(server):
     def prompt(scale):
         return base(
+            side=128,
             **{
                 "6": node(
                     "MiraDyMOGuider", model=["1", 0], positive=["2", 0], negative=["3", 0], vae=["1", 2],

@@ -11,6 +11,7 @@ import small
 import torch
 from safetensors.torch import save_file
 
+from testing.servers import WITH_SMALL_MODEL
 from tools.comfy import ROOT, Client, Server, ServerError
 
 PROMPT = "generate an image of a fox"
@@ -29,14 +30,14 @@ def server(tmp_path_factory):
     )
     config = folder / "paths.yaml"
     config.write_text(f"mine:\n    base_path: {folder}\n    mira_rewards: rewards\n")
-    with Server(arguments=("--extra-model-paths-config", config)) as server:
+    with Server(arguments=("--extra-model-paths-config", str(config), *WITH_SMALL_MODEL)) as server:
         yield server
 
 
 def graph(reward: dict, batch=3, top_k=2, prompt=PROMPT):
     """Best-of-N: three stock nodes, a reward, Score Images and Rank Images."""
     return {
-        "1": {"class_type": "MiraDemoModel", "inputs": {}},
+        "1": {"class_type": "SmallModel", "inputs": {}},
         "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": PROMPT}},
         "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": ""}},
         "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": batch}},

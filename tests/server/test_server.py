@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from testing.servers import WITH_SMALL_MODEL, on_small_model
 from tools.comfy import ROOT, Client, Server, ServerError
 from tools.workflow import find, to_prompt
 
@@ -19,7 +20,9 @@ OPTIMIZER = "MiraOptimizeKSampler"
 
 
 @pytest.fixture(scope="module")
-def quickstart(server):
+def on_demo_model(server):
+    """The quickstart, for what is about its pictures, and for runs that are long enough to be cancelled."""
+
     async def get():
         async with Client(server.url) as client:
             return to_prompt(QUICKSTART, await client.get("/object_info"))
@@ -27,6 +30,11 @@ def quickstart(server):
     # One round, so that an iteration is a row; small, as nobody looks at the pictures.
     prompt = changed(asyncio.run(get()), preset="custom", rounds=1)
     return changed(prompt, "EmptyLatentImage", width=64, height=64)
+
+
+@pytest.fixture(scope="module")
+def quickstart(on_demo_model):
+    return on_small_model(on_demo_model)
 
 
 def changed(prompt, kind=OPTIMIZER, **inputs):
@@ -114,8 +122,8 @@ def test_all_nodes_are_registered(server):
     assert info[OPTIMIZER]["output"] == ["LATENT", "LATENT", "MIRA_TRACE", "NOISE", "SAMPLER"]
 
 
-def test_quickstart_raises_the_reward_and_reports_every_iteration(server, quickstart):
-    prompt = small(quickstart)
+def test_quickstart_raises_the_reward_and_reports_every_iteration(server, on_demo_model):
+    prompt = small(on_demo_model)
 
     async def go():
         async with Client(server.url) as client:
@@ -145,8 +153,8 @@ def test_quickstart_raises_the_reward_and_reports_every_iteration(server, quicks
 
 
 @pytest.mark.every_host
-def test_plain_output_is_the_stock_ksampler(server, quickstart):
-    prompt = small(quickstart)
+def test_plain_output_is_the_stock_ksampler(server, on_demo_model):
+    prompt = small(on_demo_model)
     inputs = prompt[find(prompt, OPTIMIZER)]["inputs"]
     names = (
         "model",
@@ -207,8 +215,8 @@ async def cancelled(client, prompt_id: str, after: int) -> int:
     return seen
 
 
-def test_cancel_hands_back_the_best_so_far(server, quickstart):
-    prompt = changed(quickstart, steps=6, iterations=500, seed=5, stop="never")
+def test_cancel_hands_back_the_best_so_far(server, on_demo_model):
+    prompt = changed(on_demo_model, steps=4, iterations=500, seed=5, seeds=1, stop="never")
     node = find(prompt, OPTIMIZER)
 
     async def go():
@@ -224,14 +232,14 @@ def test_cancel_hands_back_the_best_so_far(server, quickstart):
     assert seen < 12 and len(record["rows"]) == seen
     assert record["kept"][0] > 0 and image.shape == (64, 64, 3)
     # The server is free again.
-    assert len(steps_of(run(server, small(quickstart, seed=6))[0])) == 4
+    assert len(steps_of(run(server, small(on_demo_model, seed=6, seeds=1))[0])) == 4
 
 
 @pytest.mark.parametrize("more", [{"seeds": 1}, {"seeds": 2, "rounds": 2}], ids=["one seed", "seeds and rounds"])
 def test_what_was_cancelled_goes_on_when_it_is_queued_again(server, quickstart, more):
     """To what it would have been, and then stays."""
-    prompt = changed(quickstart, steps=3, iterations=6, seed=15, stop="never", **more)
-    node, count = find(prompt, OPTIMIZER), 6 + more.get("rounds", 1)
+    prompt = changed(quickstart, steps=3, iterations=16, seed=15, stop="never", **more)
+    node, count = find(prompt, OPTIMIZER), 16 + more.get("rounds", 1)
 
     async def go():
         async with Client(server.url) as client:
@@ -272,7 +280,7 @@ def test_more_iterations_go_on_from_the_last(server, quickstart):
 
 
 def test_a_client_that_comes_back_goes_on_listening(server, quickstart):
-    prompt = changed(quickstart, steps=4, iterations=12, seed=8, stop="never")
+    prompt = changed(quickstart, steps=4, iterations=40, seed=8, stop="never")
 
     async def go():
         async with Client(server.url) as client:
@@ -288,8 +296,8 @@ def test_a_client_that_comes_back_goes_on_listening(server, quickstart):
             return after, await client.outputs(prompt_id)
 
     after, outputs = asyncio.run(go())
-    assert after and after[-1]["iteration"] == 12
-    assert len(outputs[find(prompt, OPTIMIZER)]["mira"][0]["rows"]) == 13
+    assert after and after[-1]["iteration"] == 40
+    assert len(outputs[find(prompt, OPTIMIZER)]["mira"][0]["rows"]) == 41
 
 
 @pytest.mark.parametrize(
@@ -315,13 +323,13 @@ def test_a_wrong_connection_is_refused(server, quickstart):
         run(server, prompt)
 
 
-def test_stock_nodes_work_on_the_demo_model(server, quickstart):
+def test_stock_nodes_work_on_the_demo_model(server, on_demo_model):
     """img2img with the stock nodes: VAEEncode, then our sampler at denoise 0.5, batch of two."""
-    prompt = small(quickstart, denoise=0.5)
+    prompt = small(on_demo_model, denoise=0.5, seeds=1)
     node = find(prompt, OPTIMIZER)
     demo = find(prompt, "MiraDemoModel")
     prompt |= {
-        "100": {"class_type": "EmptyImage", "inputs": {"width": 128, "height": 128, "batch_size": 2, "color": 3368703}},
+        "100": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 2, "color": 3368703}},
         "101": {"class_type": "VAEEncode", "inputs": {"pixels": ["100", 0], "vae": [demo, 2]}},
     }
     prompt[node]["inputs"]["latent_image"] = ["101", 0]
@@ -336,16 +344,16 @@ def test_stock_nodes_work_on_the_demo_model(server, quickstart):
 def test_advanced_with_the_custom_sampling_nodes(server, quickstart):
     """BasicGuider (no negative, no CFG), RandomNoise, KSamplerSelect and BasicScheduler."""
     prompt = copy.deepcopy(quickstart)
-    node, demo = find(prompt, OPTIMIZER), find(prompt, "MiraDemoModel")
+    node, model = find(prompt, OPTIMIZER), find(prompt, "SmallModel")
     old = prompt[node]["inputs"]
     own = ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise", "model", "positive", "negative")
     prompt |= {
         "100": {"class_type": "RandomNoise", "inputs": {"noise_seed": 4}},
-        "101": {"class_type": "BasicGuider", "inputs": {"model": [demo, 0], "conditioning": old["positive"]}},
+        "101": {"class_type": "BasicGuider", "inputs": {"model": [model, 0], "conditioning": old["positive"]}},
         "102": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler_ancestral"}},
         "103": {
             "class_type": "BasicScheduler",
-            "inputs": {"model": [demo, 0], "scheduler": "karras", "steps": 3, "denoise": 1.0},
+            "inputs": {"model": [model, 0], "scheduler": "karras", "steps": 3, "denoise": 1.0},
         },
     }
     links = {"noise": ["100", 0], "guider": ["101", 0], "sampler": ["102", 0], "sigmas": ["103", 0]}
@@ -414,7 +422,7 @@ def test_another_iterate_runs_nothing_again_where_comfyui_keeps_nothing(quicksta
     (text,) = (id for id, n in prompt.items() if n["class_type"] == "PrimitiveStringMultiline")
     other = copy.deepcopy(prompt)
     other[text]["inputs"]["value"] = "generate an image of a cat"
-    with Server(arguments=("--cache-none",)) as server:
+    with Server(arguments=("--cache-none", *WITH_SMALL_MODEL)) as server:
         first, _ = saved_records(server, prompt, "mira/optimized")
         again, (taken,) = saved_records(server, changed(prompt, iterate=1), "mira/optimized")
         another, _ = saved_records(server, other, "mira/optimized")
