@@ -1,9 +1,9 @@
 """What the pack does on a GPU: `python dev.py bench gpu --gpu --out DIR`, piece by piece, and again where it stopped.
 
 Every piece runs in a process of its own for less than nine minutes and leaves DIR/PIECE.json; what is there is not run
-again. DIR/gpu.json has them all, and DIR/gpu.md is the page. `--pieces` chooses, `--small` rehearses it with networks
-of the demo's size (on a CPU too, where no card can be made smaller). Nothing needs a network connection: `python dev.py
-bench gpu --pack FOLDER` gathers what a machine without one lacks.
+again. DIR/gpu.json has them all, and DIR/gpu.md is the page. `--pieces` chooses, `--small` rehearses it with small
+networks (on a CPU too, where no card can be made smaller). Nothing needs a network connection:
+`python dev.py bench gpu --pack FOLDER` gathers what a machine without one lacks.
 """
 
 from __future__ import annotations
@@ -102,7 +102,19 @@ def device_name() -> str:
 # -- the models
 
 
-def full_vae(channels: int, small: bool):
+def new_world(small: bool):
+    """The demo model's; or of networks that take a small part of its time."""
+    from testing.networks import SMALL, random_unet, thin_vae
+    from testing.world import World
+
+    if not small:
+        return World()
+    import torch
+
+    return World(side=8, model=random_unet(SMALL, torch.float32), vae=thin_vae())
+
+
+def full_vae(channels: int):
     """ComfyUI's KL autoencoder at its published size with random weights, in the precision that ComfyUI chooses."""
     import comfy.sd
     import torch
@@ -112,11 +124,8 @@ def full_vae(channels: int, small: bool):
         double_z=True, z_channels=channels, resolution=256, in_channels=3, out_ch=3, ch=128, ch_mult=[1, 2, 4, 4],
         num_res_blocks=2, attn_resolutions=[], dropout=0.0,
     )  # fmt: skip
-    from testing.world import demo
 
     with torch.inference_mode():
-        if small and channels == 4:
-            return demo.load_vae()
         network = AutoencoderKL(ddconfig=shape, embed_dim=channels)
         for p in network.parameters():
             p.fill_(1) if p.ndim == 1 else p.normal_(0, 0.5 / p[0].numel() ** 0.5)
@@ -201,19 +210,19 @@ def options_of(world, name: str, dtype: str, pixels: int, small: bool) -> dict:
 
     if name == "flow":
         return shared | {
-            "model": as_loaded(flow_transformer(dtype, small)), "vae": full_vae(16, small), "sampler": "euler",
+            "model": as_loaded(flow_transformer(dtype, small)), "vae": full_vae(16), "sampler": "euler",
             "steps": 2 if small else 8, "cfg": 1.0,  # as Z-Image Turbo is used
             "latent": torch.zeros(1, 16, side, side), "positive": text(2560), "negative": text(2560),
         }  # fmt: skip
     latent = torch.zeros(1, 4, side, side)
     if small:
-        return shared | {"vae": full_vae(4, small), "latent": latent}
+        return shared | {"latent": latent}
     with torch.inference_mode():
         if name == "sd15":
             model, width = sd15(torch.bfloat16 if dtype == "bf16" else None), 768
         else:
             model, width = rigs.random_rig("sdxl", world, rigs.PAPER["sdxl"]).model, 2048
-    vae = full_vae(4, small)
+    vae = full_vae(4)
     return shared | {
         "model": as_loaded(model),
         "vae": vae,
@@ -278,9 +287,7 @@ def timed(world, options: dict, iterations: int = 3, **more) -> dict:
 def speed(name: str, dtype: str, small: bool) -> dict:
     import torch
 
-    from testing.world import World
-
-    world = World()
+    world = new_world(small)
     options = options_of(world, name, dtype, MODELS[name], small)
     ways = {
         **{policy: {"memory": policy, "repeatable": False} for policy in ("per_step", "per_block")},
@@ -380,9 +387,7 @@ def card(name: str, gb: int, pixels: int, small: bool) -> dict:
     from testing.pack import with_comfyui
 
     with_comfyui(sdpa=True)
-    from testing.world import World
-
-    world, table = World(), {}
+    world, table = new_world(small), {}
     options = options_of(world, name, DTYPES[name][0], pixels, small)
     taken = make_smaller(gb) if torch.cuda.is_available() else 0.0
     for gradient, steps in (("last 3", 3), ("all steps", 0)):
@@ -407,9 +412,9 @@ def stock(name: str, gb: int, small: bool) -> dict:
     from testing.pack import mira, with_comfyui
 
     with_comfyui(sdpa=True)
-    from testing.world import World, host
+    from testing.world import host
 
-    world, table = World(), {}
+    world, table = new_world(small), {}
     options = options_of(world, name, DTYPES[name][0], 512 if name == "sd15" else 768, small)
     if torch.cuda.is_available():
         make_smaller(gb)
@@ -455,9 +460,7 @@ def leaks(small: bool) -> dict:
 
     import torch
 
-    from testing.world import World
-
-    world = World(side=8 if small else 16)
+    world = new_world(small)
     options = options_of(world, "sd15", "fp16", 512, small)
     alive, memory, began = [], [], time.time()
     for _ in range(3 if small else 20):
@@ -473,9 +476,7 @@ def leaks(small: bool) -> dict:
 def repeat(small: bool) -> dict:
     import torch
 
-    from testing.world import World
-
-    world, table = World(side=8 if small else 16), {}
+    world, table = new_world(small), {}
     for name in ("demo",) if small else ("demo", "sd15"):
         options = (
             {"steps": 2 if small else 8, "batch": 2}

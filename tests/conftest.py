@@ -32,6 +32,13 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group(f"{item.path.name}{frontend}"))
 
 
+@pytest.hookimpl(optionalhook=True)  # without xdist nobody calls it
+def pytest_xdist_node_collection_finished(node, ids):
+    """With a pytest whose ids xdist cannot mark, every worker would start every server, and nobody would notice."""
+    if node.config.option.dist == "loadgroup" and ids and "@" not in ids[0]:
+        pytest.exit("tests that share a server are not kept together: take the pytest of requirements-dev.txt", 4)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

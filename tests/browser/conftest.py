@@ -13,6 +13,7 @@ import time
 import pytest
 from playwright.sync_api import sync_playwright
 
+from testing.servers import WITH_SMALL_MODEL
 from tools.comfy import ROOT, Server
 
 SHOTS = ROOT / "output" / "screenshots"
@@ -45,8 +46,9 @@ def browser():
 @pytest.fixture(scope="session", params=["1.32.9", "1.58.1"])
 def frontend(request):
     """(version, a server that serves it)."""
-    arguments = () if request.param == "1.32.9" else ("--front-end-root", os.environ["MIRA_FRONTEND"])
-    with Server(arguments=arguments, paid=True) as server:  # without, ComfyUI forbids the page more than a person meets
+    newest = ("--front-end-root", os.environ["MIRA_FRONTEND"]) if request.param != "1.32.9" else ()
+    # With the nodes for paid services: without, ComfyUI forbids the page more than a person meets.
+    with Server(arguments=(*newest, *WITH_SMALL_MODEL), paid=True) as server:
         yield request.param, server
 
 

@@ -12,6 +12,7 @@ import zlib
 import pytest
 from PIL import Image
 
+from testing.servers import on_small_model
 from tools.comfy import ROOT
 from tools.examples import BLUEPRINT
 from tools.workflow import to_prompt
@@ -58,20 +59,22 @@ ENDS = pytest.mark.parametrize(("frontend", "window"), [("1.32.9", "classic"), (
 
 @pytest.fixture
 def quickstart(editor, request):
-    """A seed of its own for every test: what the server has cached is not run again."""
-    return begun(editor, request)
+    """Where the pictures are nobody's."""
+    return begun(editor, request, on_small_model(QUICKSTART))
 
 
-def begun(editor, request):
-    """A workflow of its own, too: what belongs to another one is not shown."""
-    editor.load(QUICKSTART | {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, request.node.name))})
+def begun(editor, request, workflow):
+    """A seed of its own for every test: what the server has cached is not run again. And a workflow of its own: what
+    belongs to another one is not shown.
+    """
+    editor.load(workflow | {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, request.node.name))})
     editor.set(OPTIMIZER, **FAST, seed=zlib.crc32(request.node.name.encode()))
     editor.set("EmptyLatentImage", width=64, height=64)
     return editor
 
 
-def test_points_arrive_and_the_kept_iterate_is_marked(quickstart):
-    editor = quickstart
+def test_points_arrive_and_the_kept_iterate_is_marked(editor, request):
+    begun(editor, request, QUICKSTART)  # slow enough to be looked at
     editor.look_at(OPTIMIZER)
     editor.shot("before")
     editor.queue()
@@ -201,7 +204,7 @@ def test_cancel(quickstart):
 @ENDS
 def test_a_refresh_in_the_middle(quickstart):
     editor = quickstart
-    editor.set(OPTIMIZER, iterations=60)
+    editor.set(OPTIMIZER, iterations=600)
     editor.queue()
     wait_for(editor, lambda: rows(editor) >= 3, "points")
     graph = editor.js("() => app.graph.serialize()")
@@ -364,7 +367,7 @@ def test_the_pair_comes_back_after_a_refresh_and_a_cancel_ends_the_wait(quicksta
 @ENDS
 def test_the_pair_comes_back_when_the_socket_is_slow(own_editor, request):
     """A page that was loaded again does not know its own name before the socket has said it."""
-    editor = begun(own_editor, request)
+    editor = begun(own_editor, request, on_small_model(QUICKSTART))
     person(editor)
     editor.queue()
     wait_for(editor, lambda: "1 of 4" in count(editor), "the first pair")
@@ -494,7 +497,7 @@ def test_a_workflow_from_before_presets_finds_its_values(editor, name):
 @ENDS
 def test_the_monitor_shows_its_verdict(editor):
     workflow = json.loads((ROOT / "example_workflows" / "mira_against_dno.json").read_text())
-    editor.load(workflow)
+    editor.load(on_small_model(workflow))
     editor.js(
         """() => { for (const n of app.graph.nodes) for (const w of n.widgets ?? []) {
             if (w.name === 'steps' || w.name === 'iterations') w.value = 2;
@@ -549,7 +552,7 @@ def test_the_blueprint_is_a_node_that_runs(editor):
                 node.pos = [40 + 340 * place[0], 40 + 200 * place[1]];
                 return node;
             }};
-            const model = add("MiraDemoModel", [0, 3]), text = add("CLIPTextEncode", [1, 3]);
+            const model = add("SmallModel", [0, 3]), text = add("CLIPTextEncode", [1, 3]);
             const latent = add("EmptyLatentImage", [2, 3]), shown = add("PreviewImage", [3, 0]);
             for (const w of latent.widgets) if (w.name !== "batch_size") w.value = 64;
             const mira = {outer};
@@ -591,7 +594,7 @@ def test_the_blueprint_is_a_node_that_runs(editor):
 @ENDS
 def test_a_search_shows_every_look(editor, request):
     search = "MiraSearchKSampler"
-    editor.load(json.loads((ROOT / "example_workflows" / "mira_search_jpeg.json").read_text()))
+    editor.load(on_small_model(json.loads((ROOT / "example_workflows" / "mira_search_jpeg.json").read_text())))
     editor.set(search, steps=5, particles=3, seed=zlib.crc32(request.node.name.encode()))
     editor.look_at(search)
     editor.queue()

@@ -7,9 +7,10 @@ import comfy.samplers
 import pytest
 import torch
 from mira.nodes import demo, host
-from mira.nodes.guidance import MiraDyMOGuider
+from mira.nodes.guidance import MiraDyMOGuider, MiraRLGuidance
 from mira.nodes.host import grad
 from mira.nodes.host.dynamic import is_dynamic
+from mira.nodes.host.restart import FinalRestart
 from mira.nodes.initno import MiraInitNONoise
 from mira.nodes.preference import preferring
 from mira.nodes.shared.scores import score_images
@@ -94,6 +95,30 @@ class Graph:
         guider.sample(torch.randn(1, 4, 8, 8), self.latent, sampler, self.world.sigmas(steps=2), seed=0)
 
     @torch.inference_mode()
+    def blend(self):
+        """With a tuned model that shares the weights, as a LoRA's does: sampled, then optimised through."""
+        tuned, key = self.model.clone(), "diffusion_model.out.2.weight"
+        tuned.add_patches({key: (0.1 * torch.ones_like(self.model.model.state_dict()[key]),)})
+        guided = MiraRLGuidance.execute(self.model, tuned, 0.5, "constant", 1.0).args[0]
+        self.world.ksampler(model=guided, steps=2)
+        self.world.optimize(model=guided, vae=self.vae, steps=2, iterations=1)
+
+    @torch.inference_mode()
+    def tilt(self):
+        job = self.world.job(model=self.model, vae=self.vae, steps=2)
+        job.settings = SearchSettings(method="ntrk", particles=1)
+        host.run(job, host.searching)
+
+    @torch.inference_mode()
+    def painted_anew(self):
+        """An optimised image, noised and sampled once more at the end."""
+        job = self.world.job(model=self.model, vae=self.vae, steps=2, iterations=1)
+        anew = FinalRestart(0.5, job.guider, job.sampler, job.sigmas, job.initial, job.seed)
+        before = host.run(job).latent
+        after, told, cut = anew(before)
+        assert not (told or cut or torch.equal(after, before))
+
+    @torch.inference_mode()
     def score(self):
         score_images(demo.demo_clip_score(), torch.rand(1, 3, 128, 128), ["a fox"])
 
@@ -107,7 +132,7 @@ class Graph:
         self.world.ksampler(model=random_unet(SMALL, torch.float32), steps=1)
 
 
-OURS = ("optimize", "per_block", "search", "preference", "initno", "dymo", "score")
+OURS = ("optimize", "per_block", "search", "preference", "initno", "dymo", "blend", "tilt", "painted_anew", "score")
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,16 @@ def test_every_method_with_a_black_box(world, method, sampler):
     assert out.ui["mira"][0]["rows"][0]["reward"] == trace.rows[0]["reward"]
 
 
+def test_the_other_candidate_is_of_another_seed_as_the_host_makes_it(world):
+    """By `batch_index`: images of one place in their batch are the same, and so is what they are compared with."""
+    latent = torch.zeros(3, 4, 8, 8)
+    for places, alike in (([0, 0, 0], True), ([0, 1, 2], False)):
+        given = {"samples": latent, "batch_index": places}
+        trace = prefer(world, method="dpo", sampler_name="euler", latent_image=given).args[2]
+        rewards = [{round(trace.of(b)[k]["reward"], 4) for b in range(3)} for k in range(3)]
+        assert all(len(seen) == 1 for seen in rewards) if alike else len(rewards[0]) == 3
+
+
 def test_candidates_are_compared_under_the_same_draw(world):
     """Of a reward that draws at random, else the draws would be compared."""
     drawn = []

@@ -660,6 +660,37 @@ def test_masks_that_cannot_be(world, mask, words):
         advanced(world, RandomNoise(1), sigmas=world.sigmas(steps=2), latent=latent)
 
 
+RIGHT_HALF = torch.cat([torch.zeros(1, 64, 32), torch.ones(1, 64, 32)], 2)
+MASKS = {
+    "without a batch": RIGHT_HALF[0],
+    "of another size": torch.nn.functional.interpolate(RIGHT_HALF[None], (150, 100))[0],
+    "more than images": RIGHT_HALF.expand(3, -1, -1),
+    "soft": 0.5 * RIGHT_HALF,
+    "beyond 0 and 1": 3 * RIGHT_HALF - 1,
+    "one image's is black": torch.cat([RIGHT_HALF, torch.zeros(1, 64, 64)]),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_as_people_make_them(world, kind):
+    """Two images: `plain` is KSampler's, what gains is within, and what a mask leaves out is as it was."""
+    latent = torch.linspace(-1, 1, 512).reshape(2, 4, 8, 8)
+    given = {"samples": latent, "noise_mask": MASKS[kind]}
+    sigmas = world.sigmas(steps=3)
+    noise, ancestral = RandomNoise(1), comfy.samplers.sampler_object("euler_ancestral")
+    done, plain, trace = advanced(world, noise, "euler_ancestral", sigmas, given, seeds=1, learning_rate=0.1)[:3]
+    with torch.inference_mode():  # as SamplerCustomAdvanced does
+        stock = world.guider().sample(
+            noise.generate_noise(given), latent, ancestral, sigmas, denoise_mask=given["noise_mask"], seed=noise.seed
+        )
+    assert torch.equal(plain["samples"], stock)
+    if kind not in ("soft", "beyond 0 and 1"):  # where it is 0 to ComfyUI
+        assert torch.allclose(done["samples"][..., :3], latent[..., :3], atol=1e-5)
+    for b, gains in enumerate((True, kind != "one image's is black")):
+        first, last = (row["reward"] for row in (trace.of(b)[0], trace.of(b)[-1]))
+        assert (last > first) if gains else (last == first and torch.equal(done["samples"][b], plain["samples"][b]))
+
+
 class Hypernetwork:
     """A patch with weights of its own, as ComfyUI's hypernetwork node makes one."""
 
