@@ -13,11 +13,13 @@ import comfy.ops
 import comfy.sd
 import pytest
 import torch
-from mira.nodes import demo, host
+from mira.nodes import host
+from mira.nodes.guidance import MiraRLGuidance
 from mira.nodes.host import dynamic as vram
 from mira.nodes.host import grad
 from mira.sampler.search import SearchSettings
 
+from testing.networks import SMALL, random_unet, thin_vae
 from testing.pack import weights_at_once
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,20 +28,25 @@ from dynamic import KNOWN, Dynamic, dynamic
 pytestmark = [
     pytest.mark.every_host,
     pytest.mark.skipif(not KNOWN, reason="this ComfyUI has no dynamic VRAM"),
-    pytest.mark.usefixtures("trained"),  # its files are what a dynamic model is read from
 ]
+
+
+def load_model():
+    """As from a file: in a patcher that leaves it where it is."""
+    loaded = random_unet(SMALL, torch.float32)
+    return comfy.model_patcher.ModelPatcher(loaded.model, loaded.load_device, loaded.offload_device)
 
 
 @pytest.fixture
 def model():
     with torch.inference_mode():
-        return dynamic(demo.load_model())
+        return dynamic(load_model())
 
 
 @pytest.fixture
 def vae():
     with torch.inference_mode():
-        vae = demo.load_vae()
+        vae = thin_vae()
         vae.patcher = dynamic(vae.patcher)
         return vae
 
@@ -93,10 +100,10 @@ def test_a_file_is_read_again_where_it_is_known(world):
 
     def read_again(disable_dynamic):
         calls.append(disable_dynamic)
-        return demo.load_model()
+        return load_model()
 
     with torch.inference_mode():
-        model = dynamic(demo.load_model(), read_again)
+        model = dynamic(load_model(), read_again)
     for _ in range(2):
         assert torch.equal(world.optimize(model=model, iterations=1).latent, world.optimize(iterations=1).latent)
     assert calls == [True]
@@ -115,13 +122,13 @@ def test_what_another_pack_did_to_the_layers_is_in_the_copy(world):
     """Of which the file knows nothing."""
 
     def changed():
-        model = demo.load_model()
+        model = load_model()
         blocks = model.model.diffusion_model.middle_block[1].transformer_blocks
         blocks[0] = Louder(blocks[0])
         return model
 
     with torch.inference_mode():
-        still, moving = changed(), dynamic(changed(), lambda disable_dynamic: demo.load_model())
+        still, moving = changed(), dynamic(changed(), lambda disable_dynamic: load_model())
     found, expected = (world.optimize(model=m, iterations=1).latent for m in (moving, still))
     assert torch.equal(found, expected)
     assert not torch.equal(found, world.optimize(iterations=1).latent)
@@ -137,16 +144,20 @@ def test_quantised_layers_are_the_same_ones_in_every_copy():
     assert type(one[0]) is not type(two[0]) and vram._layers(one) == vram._layers(two)
 
 
-def test_a_lora(world, model):
-    name = "middle_block_1_transformer_blocks_0_attn2_to_v"
-    g = torch.Generator().manual_seed(0)
+def with_lora(model):
+    name, g = "middle_block_1_transformer_blocks_0_attn2_to_v", torch.Generator().manual_seed(0)
+    layer = model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2.to_v
     lora = {
-        f"lora_unet_{name}.lora_up.weight": torch.randn(128, 4, generator=g) * 0.3,
-        f"lora_unet_{name}.lora_down.weight": torch.randn(4, 128, generator=g) * 0.3,
+        f"lora_unet_{name}.lora_up.weight": torch.randn(layer.out_features, 4, generator=g) * 0.3,
+        f"lora_unet_{name}.lora_down.weight": torch.randn(4, layer.in_features, generator=g) * 0.3,
         f"lora_unet_{name}.alpha": torch.tensor(4.0),
     }
     with torch.inference_mode():
-        moving, still = (comfy.sd.load_lora_for_models(m, None, lora, 1.0, 0)[0] for m in (model, world.model))
+        return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
+
+
+def test_a_lora(world, model):
+    moving, still = with_lora(model), with_lora(world.model)
     done, expected = (world.optimize(model=m, iterations=1) for m in (moving, still))
     assert torch.equal(done.latent, expected.latent)
     assert not torch.equal(done.plain, world.ksampler())
@@ -168,7 +179,7 @@ def test_weights_in_the_files_precision(world, vae):
 def test_a_controlnet(world, model):
     from comfy.cldm.cldm import ControlNet
 
-    config = {k: v for k, v in demo.demo_unet.CONFIG.items() if k not in ("out_channels", "transformer_depth_output")}
+    config = {k: v for k, v in SMALL.items() if k not in ("out_channels", "transformer_depth_output")}
     with torch.inference_mode(), weights_at_once():
         torch.manual_seed(1)
         network = ControlNet(**config, hint_channels=3, dtype=torch.float32, operations=comfy.ops.manual_cast)
@@ -178,7 +189,7 @@ def test_a_controlnet(world, model):
         for kind in (lambda p: p, dynamic):
             control = comfy.controlnet.ControlNet(network, load_device=world.model.load_device)
             control.control_model_wrapped = kind(control.control_model_wrapped)
-            control = control.copy().set_cond_hint(torch.full((1, 3, 128, 128), 0.3), 0.5, (0.0, 1.0))
+            control = control.copy().set_cond_hint(torch.full((1, 3, 64, 64), 0.3), 0.5, (0.0, 1.0))
             extra = {"control": control, "control_apply_to_uncond": True}
             results.append([[world.positive[0][0], world.positive[0][1] | extra]])
     still, moving = results
@@ -271,7 +282,7 @@ def test_a_model_of_the_conditioning_is_refused(world, model):
 
 def test_another_network_that_cannot_be_made_to_stay_is_refused_before_sampling(world, model):
     with torch.inference_mode():
-        model.set_additional_models("with_it", [dynamic(demo.load_model())])
+        model.set_additional_models("with_it", [dynamic(load_model())])
     with pytest.raises(ValueError, match=r"MIRA: model comes with a BaseModel in dynamic VRAM.*--disable-dynamic-vram"):
         world.optimize(model=model, iterations=1)
 
@@ -283,15 +294,9 @@ def test_a_model_that_cannot_be_made_to_stay_is_refused_by_name(world, model):
 
 
 def test_rl_guidance_by_a_lora(world, model):
-    from safetensors.torch import load_file
-
-    from testing.pack import ROOT, mira
-
-    nodes = mira("nodes")
+    tuned = with_lora(model)
     with torch.inference_mode():
-        lora = load_file(ROOT / "demo" / "weights" / "bright_lora.safetensors")
-        tuned = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
-        base, guided = (nodes.MiraRLGuidance.execute(model, tuned, w, "constant", 1.0).args[0] for w in (0.0, 1.0))
+        base, guided = (MiraRLGuidance.execute(model, tuned, w, "constant", 1.0).args[0] for w in (0.0, 1.0))
     assert torch.equal(world.ksampler(model=base), world.ksampler())
     # One has the LoRA in its weights, the other adds it as they come, which a GPU rounds otherwise.
     off = 1e-4 if world.model.load_device.type == "cpu" else 0.03
@@ -310,7 +315,7 @@ def test_without_a_gradient_it_stays_where_it_is(world, model, vae, method):
             return host.run(job, host.searching).latent
 
     with torch.inference_mode():
-        model.set_additional_models("with_it", [dynamic(demo.load_model())])
+        model.set_additional_models("with_it", [dynamic(load_model())])
     before, copies = (weights(model), weights(vae.patcher)), len(vram._STILL)
     assert torch.equal(searched(model=model, vae=vae), searched())
     assert (weights(model), weights(vae.patcher)) == before and len(vram._STILL) == copies
