@@ -25,7 +25,7 @@ from testing.families import FAMILIES, known, make
 from testing.pack import ROOT, mira
 from testing.world import World, host
 
-grad, process = mira("nodes.host.grad"), mira("nodes.host.process")
+grad, selftest = mira("nodes.host.grad"), mira("nodes.host.selftest")
 check = mira("sampler.selftest").check
 
 POLICIES = ("none", "per_step", "per_block")
@@ -40,12 +40,12 @@ PAGE = ROOT / "docs" / "models.md"
 def self_tests(how: Callable = check) -> Iterator[list]:
     """What the optimiser's own tests of a gradient find within, tested as `how` does."""
     found: list = []
-    before = process.check
-    process.check = lambda *args, **options: found.append(how(*args, **options)) or found[-1]
+    before = selftest.check
+    selftest.check = lambda *args, **options: found.append(how(*args, **options)) or found[-1]
     try:
         yield found
     finally:
-        process.check = before
+        selftest.check = before
 
 
 def in_float64(f, x, **options):

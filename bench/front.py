@@ -152,14 +152,14 @@ def latent_held(make: Callable, how: str, weight: float) -> Callable:
 
         def score(x0):
             if not torch.is_grad_enabled():
-                return process.score(x0)
+                return process.scoring.score(x0)
             if how == "penalty":
-                out, held = process.score(x0), anchor(x0)
+                out, held = process.scoring.score(x0), anchor(x0)
                 if not first:
                     first.append(held.detach())
                 return replace(out, total=out.total - weight * (first[0] - held).clamp(min=0))
             free = x0.detach().requires_grad_()
-            out, held = process.score(free), anchor(free)
+            out, held = process.scoring.score(free), anchor(free)
             (wanted,) = torch.autograd.grad(out.total.sum(), free)
             (kept,) = torch.autograd.grad(held.sum(), free)
             dot, square = (wanted * kept).flatten(1).sum(1), kept.square().flatten(1).sum(1).clamp(min=1e-20)
@@ -185,7 +185,7 @@ def from_best_of(count: int) -> Callable:
         g = torch.Generator().manual_seed(4242)
         found = [noises] + [tuple(torch.randn(z.shape, generator=g).to(z) for z in noises) for _ in range(count - 1)]
         with torch.no_grad():
-            scores = torch.stack([process.score(process.rollout(z).x0).total for z in found])
+            scores = torch.stack([process.scoring.score(process.rollout(z).x0).total for z in found])
         best = scores.argmax(0).tolist()
         chosen = [torch.stack([found[n][t][b] for b, n in enumerate(best)]) for t in range(len(noises))]
         return host.optimizing(process, chosen)

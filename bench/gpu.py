@@ -333,7 +333,7 @@ def dno(world, options: dict) -> dict:
 
             rest = iter(z[1:])
             x0 = process.differentiable(z[0], lambda draw, rest=rest: next(rest), wrap)
-            images = checkpoint(process.render, x0, use_reentrant=False)
+            images = checkpoint(process.scoring.render, x0, use_reentrant=False)
             (-reward.score(images, [""]).sum()).backward()
             torch.nn.utils.clip_grad_norm_(z, 1.0)
             optimizer.step()

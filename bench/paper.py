@@ -228,7 +228,7 @@ def run_unit(rig: Rig, evaluator: Evaluator, unit: str, options: dict):
         job.gradient = preference.METHODS[settings.method].gradient
         # Only ranks, or for Hybrid-2 numbers, are asked for: the reward itself, not its estimate.
         job.reward = measured
-        by_reward = lambda process: judges.RewardJudge(lambda images: process.reward(images)[0])  # noqa: E731
+        by_reward = lambda process: judges.RewardJudge(lambda images: process.scoring.reward(images)[0])  # noqa: E731
         work = preference.preferring(by_reward, job.seed, 0)
     else:
         job.gradient = chosen.gradient

@@ -58,7 +58,7 @@ def run(world: World, judge, reward: str, name: str, animals: list[str]) -> tupl
         prompts=prompts, seed=SEED, memory="none",
     )  # fmt: skip
     job = replace(job, settings=settings, gradient=node.METHODS[settings.method].gradient)
-    by_reward = lambda process: judges.RewardJudge(lambda images: process.reward(images)[0])  # noqa: E731
+    by_reward = lambda process: judges.RewardJudge(lambda images: process.scoring.reward(images)[0])  # noqa: E731
     with torch.inference_mode():
         done = host.run(job, node.preferring(by_reward, SEED, 0))
         images = torch.cat([world.vae.decode(x[None]) for x in done.latent]).movedim(3, 1)

@@ -215,16 +215,20 @@ def at_last_passage(path: torch.Tensor, level: float) -> torch.Tensor | None:
 def against(mine: torch.Tensor, plain: torch.Tensor, animals: list[str], level: float | None) -> dict | None:
     """At one reward: passes, adherence and CLIPScore less plain optimisation's, with a bootstrap over animals.
 
-    level None: at the reward of `mine`'s end. resamples_reached: the share of resamples in which plain optimisation
-    gets as far, of which the errors are. resamples: the difference in adherence in each, NaN where it does not.
+    level None: at the reward of `mine`'s end; where plain optimisation never has as much, less that of its own best:
+    a difference that is rather too small. resamples_reached: the share of resamples in which it gets as far.
+    resamples: the difference in adherence in each, NaN where there is none; there: in which it gets as far.
     """
 
     def once(chosen: list[int]) -> torch.Tensor | None:
-        path = mine[:, :, chosen].mean(2)
+        path, other = mine[:, :, chosen].mean(2), plain[:, :, chosen].mean(2)
         at = path[1, -1].item() if level is None else level
         a = path[:, -1] if level is None else at_last_passage(path, at)
-        b = at_last_passage(plain[:, :, chosen].mean(2), at)
-        return None if a is None or b is None else torch.stack([a[0], b[0], b[2], a[2] - b[2], a[3] - b[3]])
+        b = at_last_passage(other, at)
+        there = torch.tensor(float(b is not None))
+        if level is None and at > other[1].max():
+            b = other[:, other[1].argmax()]
+        return None if a is None or b is None else torch.stack([a[0], b[0], b[2], a[2] - b[2], a[3] - b[3], there])
 
     everyone = once(list(range(mine.shape[2])))
     if everyone is None:
@@ -232,31 +236,39 @@ def against(mine: torch.Tensor, plain: torch.Tensor, animals: list[str], level: 
     names = sorted(set(animals))
     of = {a: [n for n, b in enumerate(animals) if b == a] for a in names}
     g = torch.Generator().manual_seed(0)
-    nowhere = torch.full((5,), math.nan)
+    nowhere = torch.tensor([math.nan] * 5 + [0.0])
     drawn = (torch.randint(len(names), (len(names),), generator=g).tolist() for _ in range(RESAMPLES))
     found = [once([n for i in some for n in of[names[i]]]) for some in drawn]
-    reached = [one for one in found if one is not None]
+    known = [one for one in found if one is not None]
     # Of a few that got so far nothing can be said.
-    spread = torch.stack(reached).std(0) if len(reached) > RESAMPLES // 2 else nowhere
-    passes, plain_passes, plain_adherence, more, clip = everyone.tolist()
+    spread = torch.stack(known).std(0) if len(known) > RESAMPLES // 2 else nowhere
+    every = torch.stack([nowhere if one is None else one for one in found])
+    passes, plain_passes, plain_adherence, more, clip, _ = everyone.tolist()
     return {
         "level": level, "passes": passes, "plain_passes": plain_passes, "plain_adherence": plain_adherence,
         "adherence_above": more, "se": spread[3].item(), "clip_above": clip, "clip_se": spread[4].item(),
-        "resamples_reached": len(reached) / RESAMPLES,
-        "resamples": torch.stack([nowhere if one is None else one for one in found])[:, 3],
+        "resamples_reached": every[:, 5].mean().item(), "resamples": every[:, 3], "there": every[:, 5] > 0,
     }  # fmt: skip
+
+
+def in_figures(found: dict, without: tuple[str, ...] = ()) -> dict:
+    """An `against` for a table: without its resamples."""
+    return {k: v for k, v in found.items() if k not in ("resamples", "there", *without)}
 
 
 def pooled(found: dict[str, dict]) -> dict:
     """Of several rewards' `against`, of the same animals: the mean difference in adherence over the rewards, its
-    bootstrap error, and p, the share of resamples in which it is not above 0; where plain optimisation reaches all.
+    bootstrap error; p, the share of resamples in which it is not above 0; the share in which plain optimisation gets
+    to all of the rewards.
     """
     mean = torch.stack([one["resamples"] for one in found.values()]).mean(0)
+    there = torch.stack([one["there"] for one in found.values()]).all(0)
     mean = mean[~mean.isnan()]
     return {
         "rewards": " ".join(found),
         "adherence_above": sum(one["adherence_above"] for one in found.values()) / len(found),
-        "se": mean.std().item(), "p": (mean <= 0).double().mean().item(), "resamples_reached": len(mean) / RESAMPLES,
+        "se": mean.std().item(), "p": (mean <= 0).double().mean().item(),
+        "resamples_reached": there.double().mean().item(),
     }  # fmt: skip
 
 
@@ -332,8 +344,7 @@ def report() -> None:
         for k, share in enumerate(VARIANTS[name].shares if name in VARIANTS else ()):
             reached = dict(zip(COLUMNS, a[:, k].mean(1).tolist(), strict=True))
             row = of | {"tilt": share, "reached": reached.pop("reward")} | reached
-            tilts.append(row | (against(a[:, k : k + 1], b, animals, None) or {}))
-            tilts[-1].pop("level", None), tilts[-1].pop("resamples", None)
+            tilts.append(row | in_figures(against(a[:, k : k + 1], b, animals, None) or {}, without=("level",)))
         for k in range(a.shape[1] if name == "default" else 0):
             reached = dict(zip(COLUMNS, a[:, k].mean(1).tolist(), strict=True))
             row = of | {"iterate": k, "reached": reached.pop("reward")} | reached
@@ -341,8 +352,7 @@ def report() -> None:
             way.append(row | {c: found[c] for c in ("adherence_above", "se") if found})
         for level in LEVELS[reward]:
             if name != "dno" and (found := against(a, b, animals, level)):
-                found.pop("resamples")
-                rows.append(of | found)
+                rows.append(of | in_figures(found))
     together = {k: v for k, v in together.items() if k[1] != "dno" and len(v) > 1}
     joint = [
         {"steps": steps, "variant": name, "animals": len(animals)} | pooled(found)

@@ -73,8 +73,8 @@ def iteration(world: World, options: dict) -> tuple[float, float, float]:
     model.set_model_unet_function_wrapper(
         watch(lambda apply, args: apply(args["input"], args["timestep"], **args["c"]))
     )
-    grad, score = torch.autograd.grad, host.Process.score
-    torch.autograd.grad, host.Process.score = watch(grad), watch(score)
+    grad, score = torch.autograd.grad, host.Scoring.score
+    torch.autograd.grad, host.Scoring.score = watch(grad), watch(score)
 
     def tick(k, rows, score):
         calls.append((rows[0]["seconds"], watch.seconds))
@@ -82,7 +82,7 @@ def iteration(world: World, options: dict) -> tuple[float, float, float]:
     try:
         done = world.optimize(**(options | {"model": model}), iterations=2, on_iteration=tick)
     finally:
-        torch.autograd.grad, host.Process.score = grad, score
+        torch.autograd.grad, host.Scoring.score = grad, score
     # The second iteration: the first one warms up and chooses.
     seconds = calls[1][0]
     overhead = 1 - (calls[1][1] - calls[0][1]) / seconds

@@ -59,7 +59,7 @@ def preferring(judge: Any, seed: int, history: int) -> Callable:
 
     def work(process: host.Process, noises: tuple[Tensor, ...]) -> Result:
         settings: PreferenceSettings = process.settings
-        process.redraw = False  # candidates are compared under the same draw of a reward that draws
+        process.scoring.redraw = False  # candidates are compared under the same draw of a reward that draws
         count = METHODS[settings.method].trajectories(settings.candidates)
         others = [process.noises_of(n, noises) for n in range(1, count)]
 
@@ -69,7 +69,7 @@ def preferring(judge: Any, seed: int, history: int) -> Callable:
 
         return prefer(
             process.rollout,
-            process.render,
+            process.scoring.render,
             judge(process),
             [noises, *others],
             settings,
@@ -291,7 +291,7 @@ def run_preference(
         check_reward(MiraDPOPreference.NAME, reward)
         needs(MiraDPOPreference.NAME, reward, given.prompt, len(given.latent["samples"]))
     made = {
-        "reward": lambda: lambda process: RewardJudge(lambda images: process.reward(images)[0]),
+        "reward": lambda: lambda process: RewardJudge(lambda images: process.scoring.reward(images)[0]),
         "person": lambda: person(hidden.unique_id, context, values, given.seed),
         "recorded choices": lambda: recorded(choices),
     }[judge]()

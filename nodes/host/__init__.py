@@ -1,6 +1,7 @@
-"""The one adapter to ComfyUI: its sampling as a differentiable process (`process`), runs in it (`runs`), a restart
-of what came out (`restart`), what its
-networks need for a gradient (`grad`), its samplers with noises of ours (`samplers`), and questions to them (`probe`).
+"""The one adapter to ComfyUI: its sampling as a differentiable process (`process`), from a latent to its reward
+(`scoring`), a look whether both have a gradient (`selftest`), runs in it (`runs`), a restart of what came out
+(`restart`), what its networks need for a gradient (`grad`), its samplers with noises of ours (`samplers`), and
+questions to them (`probe`).
 """
 
 from .process import (
@@ -9,7 +10,6 @@ from .process import (
     Chain,
     Job,
     Process,
-    decode,
     patcher_of,
     samples_of,
     synchronize,
@@ -17,8 +17,9 @@ from .process import (
 )
 from .restart import FinalRestart
 from .runs import Optimized, optimizing, run, searching
+from .scoring import Scoring, decode
 
 __all__ = [
-    "INTERRUPTS", "SCALES", "Chain", "FinalRestart", "Job", "Optimized", "Process", "decode", "optimizing",
+    "INTERRUPTS", "SCALES", "Chain", "FinalRestart", "Job", "Optimized", "Process", "Scoring", "decode", "optimizing",
     "patcher_of", "run", "samples_of", "searching", "synchronize", "used_bytes",
 ]  # fmt: skip

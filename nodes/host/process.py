@@ -11,9 +11,8 @@ import functools
 import inspect
 import itertools
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -27,37 +26,30 @@ import comfy.utils
 import psutil
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.sd import VAE
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ...rewards.base import Reward, of_whole_images
+from ...rewards.base import Reward
 from ...sampler.ending import within_memory
-from ...sampler.memory import offloaded, out_of_memory, saved_bytes
-from ...sampler.optimize import Result, Score, Settings
+from ...sampler.optimize import Result, Settings
 from ...sampler.preference import PreferenceSettings
 from ...sampler.restart import Stretch, tail
 from ...sampler.resume import Left
 from ...sampler.rollout import USABLE, NoiseSource, Rollout, difference, draw
 from ...sampler.search import METHODS, SearchSettings
 from ...sampler.seeds import Start, another, fresh, stream
-from ...sampler.selftest import Checked, check
 from .dynamic import static
+from .generators import RandomState, random_state, same_state
 from .grad import (
-    PLACES,
-    OutOfPlace,
     blocks_checkpointed,
-    both,
-    has_no_repeatable_way,
     leave_inference_mode,
     loaded,
     normal,
     replace_tensors,
     sdpa,
-    without_tf32,
 )
 from .patches import keeping, named, networks_in
 from .samplers import StandIn, twin_of
+from .scoring import Scoring
 
 log = logging.getLogger("mira")
 T = TypeVar("T")
@@ -65,21 +57,11 @@ CPU_BATCH = 16  # images
 KEPT_FOR_BACKWARD = 8  # times the memory of a forward pass, about
 RESTART = 2**20  # the number of the first restart's seed, beyond all candidates'
 SAGE_APART = 0.6  # how far, relative, an image by a coarser attention may be from the same by PyTorch's
-# The same of others where nothing is wrong: in full precision, in half precision.
-IMAGE_APART = (0.1, 0.25)  # an image sampled again from its own noises
-CALL_APART = (0.02, 0.1)  # a prediction where a gradient is wanted
-GRADIENT_APART = (0.1, 0.5)  # a gradient, from a finite difference
+# The same of an image sampled again from its own noises where nothing is wrong: in full precision, in half precision.
+IMAGE_APART = (0.1, 0.25)
 LOSS_SCALE = 2.0**10  # in float16: gradients of a mean over pixels are near its smallest numbers
 EVERYTHING = 1e30  # bytes, more than any device has
 INTERRUPTS = (comfy.model_management.InterruptProcessingException,)
-
-
-def decode(vae: VAE, latent: Tensor) -> Tensor:
-    """VAE latents (B, C, h, w) -> images (B, 3, H, W), nominally in [0, 1]: not clamped, so that gradients live."""
-    # The VAE's own last step is affine but for its clamp: read it off inside the clamp's range.
-    zero, half = (vae.process_output(torch.tensor([v])).item() for v in (0.0, 0.5))
-    images = vae.first_stage_model.decode(latent.to(vae.device, vae.vae_dtype)).float()
-    return images * (2 * (half - zero)) + zero
 
 
 SCALES = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of an empty latent that was made for another model
@@ -167,9 +149,7 @@ class Process:
         self.place: Callable = nullcontext  # the self-test may change it
         self.rollout: Rollout | None = None
         self.rolling: list[Process] = []  # which have a rollout: this one, and the stretches of it
-        self.evaluations = 0
-        self.layers: dict[nn.Module, Callable | None] = {}  # of the VAE and the reward: how they checkpoint their own
-        self.redraw = True  # a reward that draws random numbers draws new ones at every evaluation
+        self.scoring = Scoring(job.node, self.vae, job.reward, job.prompts, self.inner.process_latent_out)
         self.repeatable = job.repeatable
         self.notices = list(job.notices)
         self.given: tuple[Tensor, tuple[Tensor, ...]] | None = None  # the plain sample and its noises
@@ -299,7 +279,7 @@ class Process:
         process, _, noises = self.from_image(number, x0)
         process.begin_rollout(self.rollout.memory)
         process.rollout.go_on_as(self.rollout)
-        self.rollout = process.rollout  # whose policy decoding and reward follow
+        self.rollout = process.rollout  # the next one goes on as this one
         return Stretch(process.rollout, noises)
 
     def begin_rollout(self, memory: str) -> None:
@@ -316,10 +296,11 @@ class Process:
             memory=memory,
             mask=self.mask,
             free_bytes=self.free_bytes,
-            score_bytes=self.score_bytes,
+            score_bytes=self.scoring.score_bytes,
             blocks=self.blocks(),
             random=self.random,
         )
+        self.scoring.policy = self.rollout
 
     def end(self) -> None:
         """Let go of what holds this process in turn, whose models are then freed with the last that names them.
@@ -330,7 +311,7 @@ class Process:
         """
         while self.rolling:
             self.rolling.pop().rollout = None
-        self.layers.clear()
+        self.scoring.end()
 
     # --
 
@@ -421,7 +402,7 @@ class Process:
     def random(self, n: int) -> AbstractContextManager:
         """Where call n of a trajectory draws what it drew in the plain sample (token merging, tiling)."""
         known = self.draws and n < len(self.states)
-        return _RandomState(self.states[n], self.sigmas.device) if known else nullcontext()
+        return RandomState(self.states[n], self.sigmas.device) if known else nullcontext()
 
     @contextmanager
     def sampling_again(self) -> Iterator[None]:
@@ -502,110 +483,6 @@ class Process:
         call.escapes = escapes  # type: ignore[attr-defined]
         return {**extra_args, "model_options": options}, call
 
-    @property
-    def _keep(self) -> bool:
-        return self.rollout.memory in ("none", "auto") or not torch.is_grad_enabled()
-
-    def _thrifty(self, module: nn.Module) -> AbstractContextManager | None:
-        """Where `module` keeps less for its backward, layer by layer; None where it has no layers, or all is kept."""
-        if self._keep:
-            return None
-        if module not in self.layers:
-
-            def place() -> AbstractContextManager:
-                # One layer of a decoder at full resolution is gigabytes when it is computed again.
-                offload = self.rollout.score_offloaded
-                return both(offloaded(), OutOfPlace()) if offload else OutOfPlace()
-
-            self.layers[module] = blocks_checkpointed(module, place)
-        if not (blocks := self.layers[module]):
-            return None
-        stack = ExitStack()
-        if self.rollout.score_offloaded:
-            stack.enter_context(offloaded())
-        stack.enter_context(blocks())
-        return stack
-
-    def render(self, x0: Tensor) -> Tensor:
-        """(B, C, h, w) as sampled, or of one frame, -> images (B, 3, H, W), nominally in [0, 1]."""
-        latent = self.inner.process_latent_out(x0.float())
-        thrifty = self._thrifty(self.vae.first_stage_model)
-        if not torch.is_grad_enabled():
-            images = self._decode(latent)
-        elif self._keep or thrifty:
-            with thrifty or nullcontext():
-                images = decode(self.vae, latent)
-        else:
-            images = checkpoint(lambda z: decode(self.vae, z), latent, use_reentrant=False, preserve_rng_state=False)
-        if images.ndim == 5 and images.shape[2] == 1:
-            images = images[:, :, 0]
-        if images.ndim != 4:
-            raise ValueError(
-                f"{self.job.node}: the VAE decodes to shape {tuple(images.shape)}: MIRA optimises still images only"
-            )
-        return images.to(x0.device)
-
-    def _decode(self, latent: Tensor) -> Tensor:
-        """Without a gradient: all at once, or as many as fit, and at last one in tiles, as VAE Decode does."""
-
-        def in_tiles(one: Tensor) -> Tensor:
-            log.warning("%s: out of memory while decoding: in tiles", self.job.node)
-            return self.vae.decode_tiled_(one)
-
-        found = as_fit(functools.partial(decode, self.vae), latent, alone=in_tiles if latent.ndim == 4 else None)
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-    def score_bytes(self, x: Tensor, most: float) -> float:
-        """What decoding and reward of such a latent keep for their backward pass."""
-        if self.job.reward is None:
-            return 0.0  # a judge that nothing flows through
-        before, self.redraw = self.redraw, False
-        try:
-            return saved_bytes(lambda x0: self.score(x0), x, most)
-        finally:
-            self.redraw = before
-
-    def score(self, x0: Tensor) -> Score:
-        images = self.render(x0)
-        total, parts = self.reward(images)
-        total = total.to(x0.device, torch.float32)
-        return Score(total, {k: p.detach().float() for k, p in parts.items()}, images.detach())
-
-    def reward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(the rewards (B,), their parts)."""
-        total, parts = self._reward(images)
-        return of_whole_images(total, images), parts
-
-    def _reward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        job = self.job
-        job.reward.evaluation(self.evaluations)
-        self.evaluations += self.redraw
-        prompts = list(job.prompts) * (len(images) // max(1, len(job.prompts)))  # one round for every particle
-        if torch.is_grad_enabled():
-            return self._reward_whole(images, prompts)
-        found = as_fit(self._reward_whole, images, prompts)
-        if len(found) == 1:
-            return found[0]
-        totals, parts = zip(*found, strict=True)
-        return torch.cat(totals), {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-
-    def _reward_whole(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        job, keep = self.job, self._keep
-        # Layer by layer where a network has layers: less is kept, and recomputed once only.
-        layers = [] if keep else [self._thrifty(m) for m in job.reward.modules]
-        with without_tf32():
-            if keep or any(layers):
-                with ExitStack() as stack:
-                    for within in filter(None, layers):
-                        stack.enter_context(within)
-                    return job.reward(images, prompts)
-
-            def evaluate(images: Tensor) -> tuple:
-                with without_tf32():
-                    return job.reward(images, prompts)
-
-            return checkpoint(evaluate, images, use_reentrant=False, preserve_rng_state=False)
-
     def within_chain(self, noise: Tensor, work: Callable[[Chain], Result]) -> Result:
         """`work` inside ComfyUI's sampler call, where a run can be stopped and continued at any noise level."""
         found: list[Result] = []
@@ -637,152 +514,6 @@ class Process:
     def blocks(self) -> Callable | None:
         return blocks_checkpointed(self.inner.diffusion_model, lambda: self.place(), random=self.draws)
 
-    def check_gradient(self, noise: Tensor) -> None:
-        """One denoising step, its gradient against a finite difference, before anything is optimised."""
-        job, name = self.job, type(self.inner.diffusion_model).__name__
-        patches = named(self.extra_args["model_options"])
-        remedy = (
-            "This model cannot be optimised through as it is: bypass nodes that patch it or its attention"
-            f"{patches}; if its weights are quantised, use fp16, bf16 or fp32 ones. MIRA Search KSampler needs no "
-            "gradient."
-        )
-        blocks = self.blocks()
-        ways = [nullcontext, *([blocks] if blocks else []), lambda: both(offloaded(), (blocks or nullcontext)())]
-        twice = blocks and job.memory not in ("none", "per_step")  # what a checkpoint breaks shows with it only
-        apart = CALL_APART[self.half]
-        found: list[Checked] = []
-        known: dict[int, Checked] = {}
-        cut = None
-        while ways and len(found) < (2 if twice else 1):
-            written_over = False
-            try:
-                checked, cut = within_memory(self._self_test, noise, ways.pop(0), known)
-            except RuntimeError as problem:
-                said = str(problem).splitlines()[0]
-                if has_no_repeatable_way(problem):
-                    raise
-                if "inference tensor" in said.lower():
-                    raise RuntimeError(
-                        f"{job.node}: something in the graph remembers what it saw in the plain sample{patches}. "
-                        f"Bypass it. ({said})"
-                    ) from problem
-                written_over = "inplace operation" in str(problem) or "in-place operation" in str(problem)
-                if not written_over or self.place is PLACES[-1]:
-                    raise RuntimeError(f"{job.node}: {name} has no gradient: {said}. {remedy}") from problem
-            except (TypeError, AttributeError, KeyError) as problem:
-                raise RuntimeError(
-                    f"{job.node}: {name} fails where a gradient is wanted ({in_brief(problem)}). {remedy}"
-                ) from problem
-            # One of the places loses what a model writes into a slice.
-            lost = not written_over and cut is None and checked.moved > apart
-            if written_over or (lost and self.place is not PLACES[-1]):
-                self.place = PLACES[PLACES.index(self.place) + 1]
-                return self.check_gradient(noise)  # from the start: what was found in a place says nothing of the next
-            if cut is None:
-                found.append(checked)
-        if not found:
-            raise cut.problem
-        wrong, moved = max(c.wrong for c in found), max(c.moved for c in found)
-        if not wrong < GRADIENT_APART[self.half]:
-            raise RuntimeError(
-                f"{job.node}: {name} gives no usable gradient: it is off by {wrong:.2g} (relative) against a finite "
-                f"difference of one denoising step. {remedy}"
-            )
-        if moved > apart:
-            raise RuntimeError(
-                f"{job.node}: {name} predicts something else when a gradient is wanted: its noise is off by "
-                f"{moved:.2g} (relative). {remedy}"
-            )
-        log.debug("gradient self-test of %s: relative error %.2g, prediction off by %.2g", name, wrong, moved)
-
-    def check_backward(self) -> None:
-        """The reward's backward on the plain image, before any seed is sampled: not every device has every one.
-
-        And the decoder's, where every operation has to repeat: a search shows its first images before it meets that.
-        """
-        job, before = self.job, self.redraw
-        self.redraw = False
-        try:
-            for part in (self._reward_gradient, self._decoder_gradient):
-                _, cut = within_memory(part)
-                if cut:
-                    log.debug("%s: the reward's gradient could not be tried: %s", job.node, cut)
-        finally:
-            self.redraw = before
-
-    def _decoder_gradient(self) -> None:
-        if torch.are_deterministic_algorithms_enabled():
-            with torch.enable_grad():
-                x0 = self.given[0].detach().requires_grad_()
-                torch.autograd.grad(self.render(x0).sum(), x0, allow_unused=True)
-
-    def _reward_gradient(self) -> None:
-        with torch.no_grad():
-            images = self.render(self.given[0])
-        with torch.enable_grad():
-            total, _ = self.reward(images.requires_grad_())
-        if not total.requires_grad:
-            return  # said where it is optimised
-        try:
-            torch.autograd.grad(total.sum(), images, allow_unused=True)
-        except RuntimeError as problem:
-            if out_of_memory(problem) or has_no_repeatable_way(problem):
-                raise
-            job, said = self.job, str(problem).splitlines()[0]
-            raise RuntimeError(
-                f"{job.node}: reward {job.reward.facts.name!r} has no backward on this device "
-                f"({comfy.model_management.get_torch_device().type}): {said} Use another reward or another precision, "
-                "MIRA Search KSampler, which needs no gradient, or start ComfyUI with --cpu; on a Mac also with "
-                "PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment."
-            ) from problem
-
-    def _self_test(self, noise: Tensor, within: Callable, known: dict[int, Checked]) -> Checked:
-        """The gradient of a step, and what noise it predicts. known, by step: what was found in other ways so far."""
-        found: list[Checked] = []
-
-        def function(model_k: Any, x: Tensor, sigmas: Tensor, extra_args: dict, **options: Any) -> Tensor:
-            extra_args, call = self._network(model_k.inner_model, extra_args)
-            extra_args.pop("denoise_mask", None)  # a mask is no business of the network's
-            last = len(sigmas) - 2
-            for step in dict.fromkeys((last // 2, 0, last)):  # conditioning may begin or end in between
-                sigma = sigmas[step] * x.new_ones(len(x))
-
-                def predict(x: Tensor, sigma: Tensor = sigma) -> Tensor:
-                    with self.random(step):  # noqa: B023  (it does not outlive the loop)
-                        out = call(x, sigma, **extra_args)
-                    return out[0] if isinstance(out, tuple) else out
-
-                def noise_of(out: Tensor, sigma: Tensor = sigma) -> Tensor:
-                    return at - self.signal(sigma[0]) * out  # noqa: B023
-
-                at = x * (sigma[0] ** 2 + 1).sqrt() / (sigmas[0] ** 2 + 1).sqrt()
-                found[:] = [check(predict, at, within=within, looked_at=noise_of, known=known.get(step))]
-                if math.isfinite(found[0].wrong):
-                    known.setdefault(step, found[0])
-                    break
-            return x
-
-        # Some guiders add what counts as a constant here, and not in a finite difference.
-        with getattr(self.model_wrap, "without_constants", nullcontext)():
-            self._run(noise, function, {})
-        return found[0]
-
-
-def as_fit(work: Callable[..., T], *batch: Any, alone: Callable[..., T] | None = None) -> list[T]:
-    """[work(*batch)], or what it gives of halves of the batch, as small as memory asks for; where one of it does not
-    fit either, `alone` of that, or the error.
-    """
-    found, cut = within_memory(work, *batch)
-    if cut is None:
-        return [found]
-    if len(batch[0]) == 1:
-        if alone is None:
-            raise cut.problem
-        return [alone(*batch)]
-    half = (len(batch[0]) + 1) // 2
-    halves = [b[:half] for b in batch], [b[half:] for b in batch]
-    return [value for some in halves for value in as_fit(work, *some, alone=alone)]
-
 
 def in_brief(problem: BaseException) -> str:
     """What kind of error it is, and the first line of what it says."""
@@ -797,35 +528,6 @@ def controls(conds: dict) -> list:
             found.append(control)
             control = getattr(control, "previous_controlnet", None)
     return found
-
-
-def random_state(device: torch.device) -> tuple:
-    """Of the generators that a network may draw from without being asked to."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def same_state(a: tuple, b: tuple) -> bool:
-    return all(x is None or torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-class _RandomState:
-    """A context in which torch's global generators go on from a given state, and forget it afterwards."""
-
-    def __init__(self, state: tuple, device: torch.device) -> None:
-        self.state, self.device = state, device
-
-    def _set(self, state: tuple) -> None:
-        cpu, cuda = state
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, self.device)
-
-    def __enter__(self) -> None:
-        self.before = random_state(self.device)
-        self._set(self.state)
-
-    def __exit__(self, *_: Any) -> None:
-        self._set(self.before)
 
 
 class Chain:

@@ -32,6 +32,7 @@ from .grad import has_no_repeatable_way, normal, pytorch_kernels, repeatable, tr
 from .patches import named, names_of_keeping, why_no_gradient
 from .process import INTERRUPTS, RESTART, Chain, Job, Process, free_bytes, reset_peak, synchronize, used_bytes
 from .replay import ReplayNoise, ReplaySampler, described
+from .selftest import check_backward, check_gradient
 
 log = logging.getLogger("mira")
 
@@ -129,15 +130,15 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
         process.expected = None  # its first trajectory is of other noises
     # A reward that draws random numbers goes on with the ones that it would have had: one at each evaluation, of which
     # an iterate may have had several.
-    drawn = {-1: process.evaluations}
+    drawn = {-1: process.scoring.evaluations}
 
     def on_iteration(k: int, rows: list[dict], score: Score) -> None:
-        drawn[k] = process.evaluations
+        drawn[k] = process.scoring.evaluations
         process.job.on_iteration(k, rows, score)
 
     result = in_rounds(
         Stretch(process.rollout, noises),
-        process.score,
+        process.scoring.score,
         settings,
         process.restart,
         on_iteration=on_iteration,
@@ -163,7 +164,7 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
 
 def take_up(process: Process, resume: Left) -> Left:
     """What the run before had come to, put back into `process`; what is left of it is the optimiser's."""
-    process.start, process.evaluations, process.repeatable, inner = thawed(resume.value)
+    process.start, process.scoring.evaluations, process.repeatable, inner = thawed(resume.value)
     if process.job.repeatable and not process.repeatable:
         torch.use_deterministic_algorithms(False)  # until `repeatable` ends
     return replace(resume, value=inner)
@@ -171,9 +172,10 @@ def take_up(process: Process, resume: Left) -> Left:
 
 def compare_seeds(process: Process, count: int) -> Start:
     """The best of so many seeds of every image, under the same random numbers of the reward."""
-    process.redraw = False
-    start = best_of(process.sample_of, lambda x0: process.score(x0).total, count, INTERRUPTS, process.job.on_seed)
-    process.redraw = True
+    scoring = process.scoring
+    scoring.redraw = False
+    start = best_of(process.sample_of, lambda x0: scoring.score(x0).total, count, INTERRUPTS, process.job.on_seed)
+    scoring.redraw = True
     return start
 
 
@@ -205,7 +207,7 @@ def began(image: int, start: Start, seed: int) -> str:
 
 def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
     """Let the better of several particles survive."""
-    process.redraw = False  # particles are compared under the same draw
+    process.scoring.redraw = False  # particles are compared under the same draw
     settings: SearchSettings = process.settings
     options = dict(
         seed=process.job.seed,
@@ -214,7 +216,7 @@ def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
         memory=used_bytes,
     )
     if METHODS[settings.method].optimizes:
-        return hybrid(process.rollout, process.score, noises, settings, others=process.noises_of, **options)
+        return hybrid(process.rollout, process.scoring.score, noises, settings, others=process.noises_of, **options)
 
     if METHODS[settings.method].restarts:
         if why := process.why_no_restart:
@@ -227,13 +229,13 @@ def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
 
         process.sample_again()
         del options["seed"]
-        return search_by_restarts(sample, process.score, settings, steps=len(process.sigmas) - 1, **options)
+        return search_by_restarts(sample, process.scoring.score, settings, steps=len(process.sigmas) - 1, **options)
 
     def found(chain: Chain) -> Result:
         most = process.most_particles(settings)
         with process.sampling_again():
             return search(
-                chain, process.rollout, process.score, noises, settings, most=most, initial=process.initial_of,
+                chain, process.rollout, process.scoring.score, noises, settings, most=most, initial=process.initial_of,
                 on_plain=process.compare, **options,
             )  # fmt: skip
 
@@ -351,9 +353,9 @@ class _WorkingSampler(comfy.samplers.Sampler):
             reset_peak()
             try:
                 if job.gradient and job.settings.iterations > 0:
-                    process.check_gradient(noises[0])
+                    check_gradient(process, noises[0])
                     if job.reward:
-                        process.check_backward()
+                        check_backward(process)
                 return self.work(process, noises)
             except NoGradient as problem:
                 raise RuntimeError(f"{job.node}: {problem}") from problem
@@ -371,7 +373,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
             # Nothing was reported yet: it is met in the first backward pass.
             process.notices.append(f"this run does not repeat to the bit on this device: {said}")
             torch.use_deterministic_algorithms(False)  # until `repeatable` ends
-            process.repeatable, process.evaluations = False, 0
+            process.repeatable, process.scoring.evaluations = False, 0
 
 
 def on_cpu(result: Result) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.restart import COLUMNS, at_last_passage, path_of
+from bench.restart import COLUMNS, against, at_last_passage, path_of, pooled
 
 
 def test_a_run_that_ended_sooner_stays_where_it_ended():
@@ -24,3 +24,22 @@ def test_a_path_is_read_at_its_last_passage():
     path = torch.stack([torch.arange(5.0), rewards])
     assert at_last_passage(path, 1.5) == pytest.approx([2.75, 1.5])
     assert at_last_passage(path, 3.0) is None
+
+
+def path(rewards: list[float], adherences: list[float], images: int = 4) -> torch.Tensor:
+    columns = {"reward": rewards, "adherence": adherences}
+    rows = [torch.tensor(columns.get(c, [0.0] * len(rewards))) for c in COLUMNS]
+    return torch.stack(rows)[:, :, None].expand(-1, -1, images)
+
+
+def test_what_plain_optimisation_never_reaches_is_compared_with_its_best():
+    """It has less of the reward there: the difference is rather too small. Below its way there is none."""
+    plain, animals = path([0.0, 1.0, 2.0], [0.9, 0.7, 0.5]), ["fox", "cat", "dog", "owl"]
+    within = against(path([1.5], [0.8]), plain, animals, None)
+    beyond = against(path([3.0], [0.8]), plain, animals, None)
+    assert within["adherence_above"] == pytest.approx(0.2) and within["resamples_reached"] == 1
+    assert beyond["adherence_above"] == pytest.approx(0.3) and beyond["resamples_reached"] == 0
+    assert against(path([-1.0], [0.8]), plain, animals, None) is None
+    assert against(path([0.0, 3.0], [0.8, 0.8]), plain, animals, 2.5) is None
+    together = pooled({"a": within, "b": beyond})
+    assert together["adherence_above"] == pytest.approx(0.25) and together["p"] == 0 == together["resamples_reached"]

@@ -14,7 +14,7 @@ import comfy.sd
 import pytest
 import torch
 from mira.nodes import demo, host
-from mira.nodes.host import grad, probe
+from mira.nodes.host import grad, probe, runs
 from mira.nodes.shared.inputs import schedule
 from mira.rewards.combine import WeightedSum
 from mira.rewards.pixel import PixelReward
@@ -158,19 +158,20 @@ def test_checkpointed_runs_equal_the_unchecked_one(world, memory):
 
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "euler_ancestral_cfg_pp"])
-def test_gradient_of_every_noise_against_finite_differences(world, sampler):
+def test_gradient_of_every_noise_against_finite_differences(world, sampler, monkeypatch):
     """Through CFG, UNet, VAE and reward: d reward / d z_t along its own gradient."""
     checked = []
-    original = host.Process.check_gradient
+    original = runs.check_gradient
 
-    def check(self, noise):
-        original(self, noise)
-        self.rollout, self.expected = Rollout(self.differentiable, self.sigmas, memory="per_step"), None
+    def check(process, noise):
+        original(process, noise)
+        rollout, process.expected = Rollout(process.differentiable, process.sigmas, memory="per_step"), None
+        process.scoring.policy = rollout
         torch.manual_seed(3)
-        z = [noise, *(torch.randn_like(noise) for _ in range(len(self.sigmas) - 2))]
+        z = [noise, *(torch.randn_like(noise) for _ in range(len(process.sigmas) - 2))]
 
         def reward(z):
-            return self.score(self.rollout(z).x0).total.sum()
+            return process.scoring.score(rollout(z).x0).total.sum()
 
         leaves = [n.clone().requires_grad_() for n in z]
         with torch.enable_grad():
@@ -184,11 +185,8 @@ def test_gradient_of_every_noise_against_finite_differences(world, sampler):
             assert ((up - down) / 2 - slope).abs() < 0.1 * slope.abs()
         checked.append(len(gradients))
 
-    host.Process.check_gradient = check
-    try:
-        world.optimize(steps=4, iterations=1, sampler=sampler)
-    finally:
-        host.Process.check_gradient = original
+    monkeypatch.setattr(runs, "check_gradient", check)
+    world.optimize(steps=4, iterations=1, sampler=sampler)
     assert checked == [4]
 
 

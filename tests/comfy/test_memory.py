@@ -268,15 +268,13 @@ def test_what_the_decoder_keeps_for_backward(world, kl_vae):
     """Its residual blocks are the peak of a run at 512 px and above."""
     kept = {}
 
-    def saved(self, noises):
-        for policy in Rollout.POLICIES[1:]:
-            self.rollout = Rollout(self.differentiable, self.sigmas, memory=policy, blocks=self.blocks())
-            kept[policy] = saved_bytes(lambda x: self.score(x).total, torch.zeros(1, 4, 32, 32))
-        self.rollout.memory = "none"
-        kept["none"] = saved_bytes(lambda x: self.score(x).total, torch.zeros(1, 4, 32, 32))
-        self.rollout.memory = "per_step"
-        self.redraw, self.expected = True, None
-        return host.optimizing(self, noises)
+    def saved(process, noises):
+        scoring, before = process.scoring, process.scoring.policy
+        for policy in Rollout.POLICIES:
+            scoring.policy = Rollout(process.differentiable, process.sigmas, memory=policy, blocks=process.blocks())
+            kept[policy] = saved_bytes(lambda x: scoring.score(x).total, torch.zeros(1, 4, 32, 32))
+        scoring.policy, process.expected = before, None
+        return host.optimizing(process, noises)
 
     with torch.inference_mode():
         host.run(world.job(vae=kl_vae, steps=1, iterations=0), saved)
@@ -331,10 +329,10 @@ def test_without_a_gradient_images_are_decoded_as_they_fit(world, monkeypatch):
     large = torch.zeros(1, 4, 72, 72)
     kept = []
 
-    def tiled(self, noises):
+    def tiled(process, noises):
         with torch.no_grad():
-            kept.append(self.render(large).shape)
-        return host.searching(self, noises)
+            kept.append(process.scoring.render(large).shape)
+        return host.searching(process, noises)
 
     with torch.inference_mode():
         job = world.job(steps=1)

@@ -508,7 +508,7 @@ def test_cancelled_while_seeds_are_compared(world, monkeypatch):
     import comfy.model_management
 
     host, calls = mira("nodes.host"), []
-    real = host.Process.score
+    real = host.Scoring.score
 
     def cancelling(self, x0):
         calls.append(1)
@@ -516,7 +516,7 @@ def test_cancelled_while_seeds_are_compared(world, monkeypatch):
             comfy.model_management.interrupt_current_processing()
         return real(self, x0)
 
-    monkeypatch.setattr(host.Process, "score", cancelling)
+    monkeypatch.setattr(host.Scoring, "score", cancelling)
     out, _, trace = optimize(world, seeds=5, iterations=3, final_restart=0.5).args[:3]
     assert trace.reasons == ["interrupted while seeds were compared"] == [trace.settings["ended"]]
     assert 1 <= len(trace.settings["seed_rewards"][0]) <= 2 and len(trace.rows) == 1

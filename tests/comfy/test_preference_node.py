@@ -96,7 +96,7 @@ def test_methods_without_a_gradient_need_none(world, monkeypatch):
     def never(*_):
         raise AssertionError("a gradient was asked for")
 
-    monkeypatch.setattr(mira("nodes.host").Process, "check_gradient", never)
+    monkeypatch.setattr(mira("nodes.host.runs"), "check_gradient", never)
     prefer(world, method="dueling", sampler_name="dpm_fast")
     with pytest.raises(ValueError, match="dpm_fast cannot be optimised through"):
         prefer(world, method="dpo", sampler_name="dpm_fast")

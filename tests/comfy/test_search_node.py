@@ -79,7 +79,7 @@ def test_the_plain_path_in_pieces_is_the_plain_sample(world):
                 for i, j in ((0, 2), (2, 3), (3, 6)):
                     x = chain.segment(x, i, j, lambda make: rest.pop(0), lambda d: d)
                 found["x"], found["whole"] = x, process.rollout(noises).x0
-            return mira("sampler.search").search(chain, process.rollout, process.score, noises, job.settings)
+            return mira("sampler.search").search(chain, process.rollout, process.scoring.score, noises, job.settings)
 
         return process.within_chain(noises[0], pieces)
 
@@ -287,7 +287,7 @@ def test_an_image_that_is_not_finite_has_no_reward(world):
     def work(process, noises):
         images = torch.rand(2, 3, 16, 16)
         images[1, 0, 0, 0] = torch.nan
-        found.append(process.reward(images)[0])
+        found.append(process.scoring.reward(images)[0])
         return host.searching(process, noises)
 
     with torch.inference_mode():

@@ -1,0 +1,174 @@
+"""From a sampled latent to its reward: the decoder and the scorer, which keep as little for backward as a run asks."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from comfy.sd import VAE
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...rewards.base import Reward, of_whole_images
+from ...sampler.ending import within_memory
+from ...sampler.memory import offloaded, saved_bytes
+from ...sampler.optimize import Score
+from ...sampler.rollout import Rollout
+from .grad import OutOfPlace, blocks_checkpointed, both, without_tf32
+
+log = logging.getLogger("mira")
+T = TypeVar("T")
+
+
+def decode(vae: VAE, latent: Tensor) -> Tensor:
+    """VAE latents (B, C, h, w) -> images (B, 3, H, W), nominally in [0, 1]: not clamped, so that gradients live."""
+    # The VAE's own last step is affine but for its clamp: read it off inside the clamp's range.
+    zero, half = (vae.process_output(torch.tensor([v])).item() for v in (0.0, 0.5))
+    images = vae.first_stage_model.decode(latent.to(vae.device, vae.vae_dtype)).float()
+    return images * (2 * (half - zero)) + zero
+
+
+class Scoring:
+    """Decodes and scores for one run.
+
+    node: who asks, for messages. scorer: the run's reward; None where a judge looks at the images. prompts: of every
+    image of the batch. latent_out: a sampled latent -> the VAE's. policy: the rollout whose way of keeping less is
+    followed.
+    """
+
+    def __init__(
+        self, node: str, vae: VAE, scorer: Reward | None, prompts: Sequence[str], latent_out: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.node, self.vae, self.scorer, self.prompts, self.latent_out = node, vae, scorer, prompts, latent_out
+        self.policy: Rollout | None = None
+        self.evaluations = 0
+        self.layers: dict[nn.Module, Callable | None] = {}  # of the VAE and the reward: how they checkpoint their own
+        self.redraw = True  # a reward that draws random numbers draws new ones at every evaluation
+
+    def end(self) -> None:
+        """Let go of what holds the run in turn."""
+        self.policy = None
+        self.layers.clear()
+
+    @property
+    def _keep(self) -> bool:
+        return self.policy.memory in ("none", "auto") or not torch.is_grad_enabled()
+
+    def _thrifty(self, module: nn.Module) -> AbstractContextManager | None:
+        """Where `module` keeps less for its backward, layer by layer; None where it has no layers, or all is kept."""
+        if self._keep:
+            return None
+        if module not in self.layers:
+
+            def place() -> AbstractContextManager:
+                # One layer of a decoder at full resolution is gigabytes when it is computed again.
+                offload = self.policy.score_offloaded
+                return both(offloaded(), OutOfPlace()) if offload else OutOfPlace()
+
+            self.layers[module] = blocks_checkpointed(module, place)
+        if not (blocks := self.layers[module]):
+            return None
+        stack = ExitStack()
+        if self.policy.score_offloaded:
+            stack.enter_context(offloaded())
+        stack.enter_context(blocks())
+        return stack
+
+    def render(self, x0: Tensor) -> Tensor:
+        """(B, C, h, w) as sampled, or of one frame, -> images (B, 3, H, W), nominally in [0, 1]."""
+        latent = self.latent_out(x0.float())
+        thrifty = self._thrifty(self.vae.first_stage_model)
+        if not torch.is_grad_enabled():
+            images = self._decode(latent)
+        elif self._keep or thrifty:
+            with thrifty or nullcontext():
+                images = decode(self.vae, latent)
+        else:
+            images = checkpoint(lambda z: decode(self.vae, z), latent, use_reentrant=False, preserve_rng_state=False)
+        if images.ndim == 5 and images.shape[2] == 1:
+            images = images[:, :, 0]
+        if images.ndim != 4:
+            raise ValueError(
+                f"{self.node}: the VAE decodes to shape {tuple(images.shape)}: MIRA optimises still images only"
+            )
+        return images.to(x0.device)
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        """Without a gradient: all at once, or as many as fit, and at last one in tiles, as VAE Decode does."""
+
+        def in_tiles(one: Tensor) -> Tensor:
+            log.warning("%s: out of memory while decoding: in tiles", self.node)
+            return self.vae.decode_tiled_(one)
+
+        found = as_fit(functools.partial(decode, self.vae), latent, alone=in_tiles if latent.ndim == 4 else None)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def score_bytes(self, x: Tensor, most: float) -> float:
+        """What decoding and reward of such a latent keep for their backward pass."""
+        if self.scorer is None:
+            return 0.0  # a judge that nothing flows through
+        before, self.redraw = self.redraw, False
+        try:
+            return saved_bytes(lambda x0: self.score(x0), x, most)
+        finally:
+            self.redraw = before
+
+    def score(self, x0: Tensor) -> Score:
+        images = self.render(x0)
+        total, parts = self.reward(images)
+        total = total.to(x0.device, torch.float32)
+        return Score(total, {k: p.detach().float() for k, p in parts.items()}, images.detach())
+
+    def reward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(the rewards (B,), their parts)."""
+        total, parts = self._reward(images)
+        return of_whole_images(total, images), parts
+
+    def _reward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        self.scorer.evaluation(self.evaluations)
+        self.evaluations += self.redraw
+        prompts = list(self.prompts) * (len(images) // max(1, len(self.prompts)))  # one round for every particle
+        if torch.is_grad_enabled():
+            return self._reward_whole(images, prompts)
+        found = as_fit(self._reward_whole, images, prompts)
+        if len(found) == 1:
+            return found[0]
+        totals, parts = zip(*found, strict=True)
+        return torch.cat(totals), {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+    def _reward_whole(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        keep = self._keep
+        # Layer by layer where a network has layers: less is kept, and recomputed once only.
+        layers = [] if keep else [self._thrifty(m) for m in self.scorer.modules]
+        with without_tf32():
+            if keep or any(layers):
+                with ExitStack() as stack:
+                    for within in filter(None, layers):
+                        stack.enter_context(within)
+                    return self.scorer(images, prompts)
+
+            def evaluate(images: Tensor) -> tuple:
+                with without_tf32():
+                    return self.scorer(images, prompts)
+
+            return checkpoint(evaluate, images, use_reentrant=False, preserve_rng_state=False)
+
+
+def as_fit(work: Callable[..., T], *batch: Any, alone: Callable[..., T] | None = None) -> list[T]:
+    """[work(*batch)], or what it gives of halves of the batch, as small as memory asks for; where one of it does not
+    fit either, `alone` of that, or the error.
+    """
+    found, cut = within_memory(work, *batch)
+    if cut is None:
+        return [found]
+    if len(batch[0]) == 1:
+        if alone is None:
+            raise cut.problem
+        return [alone(*batch)]
+    half = (len(batch[0]) + 1) // 2
+    halves = [b[:half] for b in batch], [b[half:] for b in batch]
+    return [value for some in halves for value in as_fit(work, *some, alone=alone)]

@@ -1,0 +1,160 @@
+"""Before anything is optimised: one step's gradient against a finite difference, and every backward pass once."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ...sampler.ending import within_memory
+from ...sampler.memory import offloaded, out_of_memory
+from ...sampler.selftest import Checked, check
+from .grad import PLACES, both, has_no_repeatable_way
+from .patches import named
+from .process import Process, in_brief
+
+log = logging.getLogger("mira")
+# How far off, relative, something may be where nothing is wrong: in full precision, in half precision.
+CALL_APART = (0.02, 0.1)  # a prediction where a gradient is wanted
+GRADIENT_APART = (0.1, 0.5)  # a gradient, from a finite difference
+
+
+def check_gradient(process: Process, noise: Tensor) -> None:
+    """One denoising step, its gradient against a finite difference, before anything is optimised."""
+    job, name = process.job, type(process.inner.diffusion_model).__name__
+    patches = named(process.extra_args["model_options"])
+    remedy = (
+        "This model cannot be optimised through as it is: bypass nodes that patch it or its attention"
+        f"{patches}; if its weights are quantised, use fp16, bf16 or fp32 ones. MIRA Search KSampler needs no "
+        "gradient."
+    )
+    blocks = process.blocks()
+    ways = [nullcontext, *([blocks] if blocks else []), lambda: both(offloaded(), (blocks or nullcontext)())]
+    twice = blocks and job.memory not in ("none", "per_step")  # what a checkpoint breaks shows with it only
+    apart = CALL_APART[process.half]
+    found: list[Checked] = []
+    known: dict[int, Checked] = {}
+    cut = None
+    while ways and len(found) < (2 if twice else 1):
+        written_over = False
+        try:
+            checked, cut = within_memory(_self_test, process, noise, ways.pop(0), known)
+        except RuntimeError as problem:
+            said = str(problem).splitlines()[0]
+            if has_no_repeatable_way(problem):
+                raise
+            if "inference tensor" in said.lower():
+                raise RuntimeError(
+                    f"{job.node}: something in the graph remembers what it saw in the plain sample{patches}. "
+                    f"Bypass it. ({said})"
+                ) from problem
+            written_over = "inplace operation" in str(problem) or "in-place operation" in str(problem)
+            if not written_over or process.place is PLACES[-1]:
+                raise RuntimeError(f"{job.node}: {name} has no gradient: {said}. {remedy}") from problem
+        except (TypeError, AttributeError, KeyError) as problem:
+            raise RuntimeError(
+                f"{job.node}: {name} fails where a gradient is wanted ({in_brief(problem)}). {remedy}"
+            ) from problem
+        # One of the places loses what a model writes into a slice.
+        lost = not written_over and cut is None and checked.moved > apart
+        if written_over or (lost and process.place is not PLACES[-1]):
+            process.place = PLACES[PLACES.index(process.place) + 1]
+            return check_gradient(process, noise)  # from the start: what was found in a place says nothing of the next
+        if cut is None:
+            found.append(checked)
+    if not found:
+        raise cut.problem
+    wrong, moved = max(c.wrong for c in found), max(c.moved for c in found)
+    if not wrong < GRADIENT_APART[process.half]:
+        raise RuntimeError(
+            f"{job.node}: {name} gives no usable gradient: it is off by {wrong:.2g} (relative) against a finite "
+            f"difference of one denoising step. {remedy}"
+        )
+    if moved > apart:
+        raise RuntimeError(
+            f"{job.node}: {name} predicts something else when a gradient is wanted: its noise is off by "
+            f"{moved:.2g} (relative). {remedy}"
+        )
+    log.debug("gradient self-test of %s: relative error %.2g, prediction off by %.2g", name, wrong, moved)
+
+
+def check_backward(process: Process) -> None:
+    """The reward's backward on the plain image, before any seed is sampled: not every device has every one.
+
+    And the decoder's, where every operation has to repeat: a search shows its first images before it meets that.
+    """
+    job, scoring = process.job, process.scoring
+    before, scoring.redraw = scoring.redraw, False
+    try:
+        for part in (_reward_gradient, _decoder_gradient):
+            _, cut = within_memory(part, process)
+            if cut:
+                log.debug("%s: the reward's gradient could not be tried: %s", job.node, cut)
+    finally:
+        scoring.redraw = before
+
+
+def _decoder_gradient(process: Process) -> None:
+    if torch.are_deterministic_algorithms_enabled():
+        with torch.enable_grad():
+            x0 = process.given[0].detach().requires_grad_()
+            torch.autograd.grad(process.scoring.render(x0).sum(), x0, allow_unused=True)
+
+
+def _reward_gradient(process: Process) -> None:
+    with torch.no_grad():
+        images = process.scoring.render(process.given[0])
+    with torch.enable_grad():
+        total, _ = process.scoring.reward(images.requires_grad_())
+    if not total.requires_grad:
+        return  # said where it is optimised
+    try:
+        torch.autograd.grad(total.sum(), images, allow_unused=True)
+    except RuntimeError as problem:
+        if out_of_memory(problem) or has_no_repeatable_way(problem):
+            raise
+        job, said = process.job, str(problem).splitlines()[0]
+        raise RuntimeError(
+            f"{job.node}: reward {job.reward.facts.name!r} has no backward on this device "
+            f"({comfy.model_management.get_torch_device().type}): {said} Use another reward or another precision, "
+            "MIRA Search KSampler, which needs no gradient, or start ComfyUI with --cpu; on a Mac also with "
+            "PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment."
+        ) from problem
+
+
+def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[int, Checked]) -> Checked:
+    """The gradient of a step, and what noise it predicts. known, by step: what was found in other ways so far."""
+    found: list[Checked] = []
+
+    def function(model_k: Any, x: Tensor, sigmas: Tensor, extra_args: dict, **options: Any) -> Tensor:
+        extra_args, call = process._network(model_k.inner_model, extra_args)
+        extra_args.pop("denoise_mask", None)  # a mask is no business of the network's
+        last = len(sigmas) - 2
+        for step in dict.fromkeys((last // 2, 0, last)):  # conditioning may begin or end in between
+            sigma = sigmas[step] * x.new_ones(len(x))
+
+            def predict(x: Tensor, sigma: Tensor = sigma) -> Tensor:
+                with process.random(step):  # noqa: B023  (it does not outlive the loop)
+                    out = call(x, sigma, **extra_args)
+                return out[0] if isinstance(out, tuple) else out
+
+            def noise_of(out: Tensor, sigma: Tensor = sigma) -> Tensor:
+                return at - process.signal(sigma[0]) * out  # noqa: B023
+
+            at = x * (sigma[0] ** 2 + 1).sqrt() / (sigmas[0] ** 2 + 1).sqrt()
+            found[:] = [check(predict, at, within=within, looked_at=noise_of, known=known.get(step))]
+            if math.isfinite(found[0].wrong):
+                known.setdefault(step, found[0])
+                break
+        return x
+
+    # Some guiders add what counts as a constant here, and not in a finite difference.
+    with getattr(process.model_wrap, "without_constants", nullcontext)():
+        process._run(noise, function, {})
+    return found[0]
