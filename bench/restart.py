@@ -349,7 +349,7 @@ def report() -> None:
             reached = dict(zip(COLUMNS, a[:, k].mean(1).tolist(), strict=True))
             row = of | {"iterate": k, "reached": reached.pop("reward")} | reached
             found = against(a[:, k : k + 1], b, animals, None) or {}
-            way.append(row | {c: found[c] for c in ("adherence_above", "se") if found})
+            way.append(row | {c: found[c] for c in ("adherence_above", "se", "resamples_reached") if found})
         for level in LEVELS[reward]:
             if name != "dno" and (found := against(a, b, animals, level)):
                 rows.append(of | in_figures(found))

@@ -300,7 +300,7 @@ class Process:
             blocks=self.blocks(),
             random=self.random,
         )
-        self.scoring.policy = self.rollout
+        self.scoring.policy = self.rollout  # a restart's takes the place of the one before
 
     def end(self) -> None:
         """Let go of what holds this process in turn, whose models are then freed with the last that names them.

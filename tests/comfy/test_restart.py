@@ -107,6 +107,25 @@ def test_a_batch_with_seeds_a_held_drift_and_the_gradient_of_the_last_steps(worl
     assert {r["round"] for r in trace.of(2)} == {1, 2, 3} and len(trace.settings["seeds_begun_from"]) == 3
 
 
+def test_decoding_keeps_as_little_as_the_round_that_runs(world):
+    """Memory that runs out in a later round is met by decoder and reward, too."""
+    seen = []
+
+    def rounds(process, noises):
+        x0 = process.rollout(noises).x0
+        for number in (1, 2):
+            stretch = process.restart(number, x0)
+            seen.append(process.scoring.policy is stretch.rollout)
+        while stretch.rollout.shrink():
+            pass
+        seen.append(process.scoring.policy.score_offloaded)
+        raise ValueError("seen")
+
+    with torch.inference_mode(), pytest.raises(ValueError, match="seen"):
+        mira("nodes.host").run(world.job(steps=3, iterations=1), rounds)
+    assert seen == [True] * 3
+
+
 def test_what_a_mask_does_not_cover_stays(world):
     given = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5
     mask = torch.zeros(1, 1, 128, 128)

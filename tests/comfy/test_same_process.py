@@ -272,11 +272,6 @@ def keeping(world):
     return model
 
 
-def cleared(test):
-    """By ComfyUI itself after every sample."""
-    return pytest.mark.every_host(pytest.mark.skipif(not CLEARS_PATCHES, reason="this ComfyUI clears no patch")(test))
-
-
 def test_what_a_patch_calls_cleanup_is_its_own_affair_where_comfyui_never_calls_it(monkeypatch):
     options = {"transformer_options": {"patches": {"attn1_patch": [FirstKeys()]}}}
     for clears in (True, False):
@@ -284,13 +279,19 @@ def test_what_a_patch_calls_cleanup_is_its_own_affair_where_comfyui_never_calls_
         assert bool(patches.names_of_keeping(options)) == bool(patches.keeping(options)) == clears
 
 
-@cleared
+@pytest.fixture
+def as_if_cleared(monkeypatch):
+    """A refusal needs nothing of ComfyUI."""
+    monkeypatch.setattr(patches, "CLEARS_PATCHES", True)
+
+
+@pytest.mark.usefixtures("as_if_cleared")
 def test_what_a_step_leaves_to_the_later_ones_is_refused_by_name(world):
     with pytest.raises(ValueError, match=r"\(FirstKeys\) keeps what one step.*bypass"):
         run(world, model=keeping(world), steps=3)
 
 
-@cleared
+@pytest.mark.usefixtures("as_if_cleared")
 @pytest.mark.parametrize("method", ["halving", "fk_steering", "code"])
 def test_a_search_from_the_middle_refuses_what_a_step_leaves(world, method):
     settings = SearchSettings(method=method, particles=2)
@@ -298,7 +299,8 @@ def test_a_search_from_the_middle_refuses_what_a_step_leaves(world, method):
         run(world, settings, host.searching, model=keeping(world), steps=3, gradient=False)
 
 
-@cleared
+@pytest.mark.every_host
+@pytest.mark.skipif(not CLEARS_PATCHES, reason="this ComfyUI clears no patch")
 def test_without_a_gradient_what_a_step_leaves_is_each_trajectorys_own(world):
     stock = world.ksampler(model=keeping(world), sampler="euler", steps=4)
     assert not torch.equal(stock, world.ksampler(sampler="euler", steps=4))

@@ -1,4 +1,4 @@
-"""Two minutes of prompts that nobody would think of, on the real server (any length: `python dev.py fuzz`)."""
+"""Twenty seconds of prompts that nobody would think of, on the real server (any length: `python dev.py fuzz`)."""
 
 from __future__ import annotations
 
