@@ -346,6 +346,9 @@ def test_latents_and_masks_are_ranked_with_their_images():
         execute(nodes.MiraRankImages, **given | {"latents": latents[1:]})
     with pytest.raises(ValueError, match="masks has 1 of them, for 3 images"):
         execute(nodes.MiraRankImages, **given | {"masks": [masks[:1]]})
+    for name, what, value in (("masks", "a MASK", 1e30), ("latents", "a LATENT", 1e30), ("latents", "a LATENT", {})):
+        with pytest.raises(ValueError, match=f"MIRA Rank Images: {name} are none: connect {what}"):
+            execute(nodes.MiraRankImages, **given | {name: [value]})
 
 
 def test_a_relative_reward_encodes_an_image_once(monkeypatch):
