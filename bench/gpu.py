@@ -104,14 +104,10 @@ def device_name() -> str:
 
 def new_world(small: bool):
     """The demo model's; or of networks that take a small part of its time."""
-    from testing.networks import SMALL, random_unet, thin_vae
+    from testing.networks import small_world
     from testing.world import World
 
-    if not small:
-        return World()
-    import torch
-
-    return World(side=8, model=random_unet(SMALL, torch.float32), vae=thin_vae())
+    return small_world() if small else World()
 
 
 def full_vae(channels: int):

@@ -245,15 +245,15 @@ def against(mine: torch.Tensor, plain: torch.Tensor, animals: list[str], level: 
     every = torch.stack([nowhere if one is None else one for one in found])
     passes, plain_passes, plain_adherence, more, clip, _ = everyone.tolist()
     return {
-        "level": level, "passes": passes, "plain_passes": plain_passes, "plain_adherence": plain_adherence,
+        "passes": passes, "plain_passes": plain_passes, "plain_adherence": plain_adherence,
         "adherence_above": more, "se": spread[3].item(), "clip_above": clip, "clip_se": spread[4].item(),
         "resamples_reached": every[:, 5].mean().item(), "resamples": every[:, 3], "there": every[:, 5] > 0,
     }  # fmt: skip
 
 
-def in_figures(found: dict, without: tuple[str, ...] = ()) -> dict:
-    """An `against` for a table: without its resamples."""
-    return {k: v for k, v in found.items() if k not in ("resamples", "there", *without)}
+def in_figures(found: dict | None) -> dict:
+    """An `against` for a table: without its resamples; nothing where there is none."""
+    return {k: v for k, v in (found or {}).items() if k not in ("resamples", "there")}
 
 
 def pooled(found: dict[str, dict]) -> dict:
@@ -341,18 +341,16 @@ def report() -> None:
             end |= {k: found[k] for k in (*names, "resamples_reached")}
             together.setdefault((steps, name, tuple(sorted(set(animals)))), {})[reward] = found
         ends.append(end)
-        for k, share in enumerate(VARIANTS[name].shares if name in VARIANTS else ()):
+        steps_of_tilt = VARIANTS[name].shares if name in VARIANTS else ()
+        for k in range(a.shape[1] if steps_of_tilt or name == "default" else 0):
             reached = dict(zip(COLUMNS, a[:, k].mean(1).tolist(), strict=True))
-            row = of | {"tilt": share, "reached": reached.pop("reward")} | reached
-            tilts.append(row | in_figures(against(a[:, k : k + 1], b, animals, None) or {}, without=("level",)))
-        for k in range(a.shape[1] if name == "default" else 0):
-            reached = dict(zip(COLUMNS, a[:, k].mean(1).tolist(), strict=True))
-            row = of | {"iterate": k, "reached": reached.pop("reward")} | reached
-            found = against(a[:, k : k + 1], b, animals, None) or {}
-            way.append(row | {c: found[c] for c in ("adherence_above", "se", "resamples_reached") if found})
+            place = {"tilt": steps_of_tilt[k]} if steps_of_tilt else {"iterate": k}
+            row = of | place | {"reached": reached.pop("reward")} | reached
+            table = tilts if steps_of_tilt else way
+            table.append(row | in_figures(against(a[:, k : k + 1], b, animals, None)))
         for level in LEVELS[reward]:
             if name != "dno" and (found := against(a, b, animals, level)):
-                rows.append(of | in_figures(found))
+                rows.append(of | {"level": level} | in_figures(found))
     together = {k: v for k, v in together.items() if k[1] != "dno" and len(v) > 1}
     joint = [
         {"steps": steps, "variant": name, "animals": len(animals)} | pooled(found)

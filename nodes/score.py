@@ -11,7 +11,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..rewards.base import Reward
-from .shared.checks import check_reward, spoken
+from .shared.checks import check_links, check_reward, spoken
 from .shared.images import to_core
 from .shared.scores import score_images
 from .shared.types import MiraReward, aliases
@@ -121,10 +121,10 @@ class MiraRankImages(io.ComfyNode):
     ) -> io.NodeOutput:
         if not all(torch.is_tensor(batch) for batch in images) or not all(isinstance(s, (int, float)) for s in scores):
             raise ValueError(f"{cls.NAME}: connect an IMAGE, and the scores that MIRA Score Images gave of it")
-        if not all(torch.is_tensor(mask) for mask in masks or ()):
-            raise ValueError(f"{cls.NAME}: masks are none: connect a MASK, one for each image, or nothing")
-        if not all(isinstance(latent, dict) and torch.is_tensor(latent.get("samples")) for latent in latents or ()):
-            raise ValueError(f"{cls.NAME}: latents are none: connect a LATENT, the images' own, or nothing")
+        for mask in masks or ():
+            check_links(cls.NAME, masks=mask)
+        for latent in latents or ():
+            check_links(cls.NAME, latents=latent)
         sizes = {tuple(batch.shape[1:]) for batch in images}
         if len(sizes) != 1:
             raise ValueError(f"{cls.NAME}: images have sizes {sorted(sizes)}, which make no batch; resize them first")

@@ -11,7 +11,7 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 
-from testing.world import demo
+from testing.world import World, demo
 
 SD15 = dict(
     in_channels=4, out_channels=4, model_channels=320, channel_mult=[1, 2, 4, 4], num_res_blocks=[2, 2, 2, 2],
@@ -89,6 +89,25 @@ def _keep_channels(layer: torch.nn.Conv2d) -> None:
     if layer.bias is not None:
         layer.bias = torch.nn.Parameter(layer.bias[:rows].clone(), requires_grad=False)
     layer.out_channels, layer.in_channels = rows, columns
+
+
+def small_world(**changes) -> World:
+    """Networks that paint nothing, in a small part of the demo model's time."""
+    return World(side=8, model=random_unet(SMALL, torch.float32), vae=thin_vae(), **changes)
+
+
+def random_lora(model: comfy.model_patcher.ModelPatcher, scale: float, layers: tuple[str, ...] = ("to_v",)) -> dict:
+    """Of rank 4, on the second attention in the middle of such a UNet, as Load LoRA reads it; the same every time."""
+    g, lora = torch.Generator().manual_seed(0), {}
+    for layer in layers:
+        module = model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2.get_submodule(layer)
+        name = f"lora_unet_middle_block_1_transformer_blocks_0_attn2_{layer.replace('.', '_')}"
+        lora |= {
+            f"{name}.lora_up.weight": torch.randn(module.out_features, 4, generator=g) * scale,
+            f"{name}.lora_down.weight": torch.randn(4, module.in_features, generator=g) * scale,
+            f"{name}.alpha": torch.tensor(4.0),
+        }
+    return lora
 
 
 def sd15(dtype: torch.dtype | None = None, **config) -> comfy.model_patcher.ModelPatcher:

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.model_management
@@ -52,7 +52,6 @@ from .samplers import StandIn, twin_of
 from .scoring import Scoring
 
 log = logging.getLogger("mira")
-T = TypeVar("T")
 CPU_BATCH = 16  # images
 KEPT_FOR_BACKWARD = 8  # times the memory of a forward pass, about
 RESTART = 2**20  # the number of the first restart's seed, beyond all candidates'

@@ -207,6 +207,8 @@ LINKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "guider": (lambda x: hasattr(x, "model_patcher"), "a CFGGuider"),
     "sampler": (lambda x: hasattr(x, "sample"), "a KSamplerSelect"),
     "sigmas": (lambda x: torch.is_tensor(x) and x.ndim == 1, "a BasicScheduler"),
+    "latents": (lambda x: isinstance(x, dict) and torch.is_tensor(x.get("samples")), "a LATENT, the images' own"),
+    "masks": (torch.is_tensor, "a MASK, one for each image"),
 }
 
 

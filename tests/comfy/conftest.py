@@ -5,17 +5,16 @@ import asyncio
 import pytest
 import torch
 
-from testing.networks import SMALL, random_unet, thin_vae
+from testing.networks import SMALL, random_unet, small_world  # puts ComfyUI on the path
 from testing.pack import mira
-from testing.world import World  # puts ComfyUI on the path
 
 import server  # isort: skip
 
 
 @pytest.fixture(scope="session")
 def world():
-    """Small networks that paint nothing, in a small part of the time. apart: as the nodes are."""
-    return World(apart=False, side=8, model=random_unet(SMALL, torch.float32), vae=thin_vae())
+    """apart: as the nodes are."""
+    return small_world(apart=False)
 
 
 @pytest.fixture(scope="session")

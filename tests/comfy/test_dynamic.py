@@ -19,7 +19,7 @@ from mira.nodes.host import dynamic as vram
 from mira.nodes.host import grad
 from mira.sampler.search import SearchSettings
 
-from testing.networks import SMALL, random_unet, thin_vae
+from testing.networks import SMALL, random_lora, random_unet, thin_vae
 from testing.pack import weights_at_once
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -145,15 +145,8 @@ def test_quantised_layers_are_the_same_ones_in_every_copy():
 
 
 def with_lora(model):
-    name, g = "middle_block_1_transformer_blocks_0_attn2_to_v", torch.Generator().manual_seed(0)
-    layer = model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2.to_v
-    lora = {
-        f"lora_unet_{name}.lora_up.weight": torch.randn(layer.out_features, 4, generator=g) * 0.3,
-        f"lora_unet_{name}.lora_down.weight": torch.randn(4, layer.in_features, generator=g) * 0.3,
-        f"lora_unet_{name}.alpha": torch.tensor(4.0),
-    }
     with torch.inference_mode():
-        return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
+        return comfy.sd.load_lora_for_models(model, None, random_lora(model, 0.3), 1.0, 0)[0]
 
 
 def test_a_lora(world, model):

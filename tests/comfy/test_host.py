@@ -20,7 +20,7 @@ from mira.rewards.combine import WeightedSum
 from mira.rewards.pixel import PixelReward
 from mira.sampler.rollout import Rollout
 
-from testing.networks import SMALL
+from testing.networks import SMALL, random_lora
 from testing.pack import weights_at_once
 
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
@@ -215,16 +215,8 @@ def test_conditioning_and_model_options_are_left_as_they_were(world):
 
 def test_lora_on_the_model(world):
     """Loaded by ComfyUI's own code from a LoRA in the usual key format."""
-    name = "middle_block_1_transformer_blocks_0_attn2_to_v"
-    to_v = world.model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2.to_v
-    g = torch.Generator().manual_seed(0)
-    lora = {
-        f"lora_unet_{name}.lora_up.weight": torch.randn(to_v.out_features, 4, generator=g) * 0.3,
-        f"lora_unet_{name}.lora_down.weight": torch.randn(4, to_v.in_features, generator=g) * 0.3,
-        f"lora_unet_{name}.alpha": torch.tensor(4.0),
-    }
     with torch.inference_mode():
-        model, _ = comfy.sd.load_lora_for_models(world.model, world.clip, lora, 1.0, 1.0)
+        model, _ = comfy.sd.load_lora_for_models(world.model, world.clip, random_lora(world.model, 0.3), 1.0, 1.0)
     done = world.optimize(model=model, iterations=2)
     assert torch.equal(done.plain, world.ksampler(model=model))
     assert not torch.equal(done.plain, world.ksampler())

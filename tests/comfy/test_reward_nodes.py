@@ -347,7 +347,7 @@ def test_latents_and_masks_are_ranked_with_their_images():
     with pytest.raises(ValueError, match="masks has 1 of them, for 3 images"):
         execute(nodes.MiraRankImages, **given | {"masks": [masks[:1]]})
     for name, what, value in (("masks", "a MASK", 1e30), ("latents", "a LATENT", 1e30), ("latents", "a LATENT", {})):
-        with pytest.raises(ValueError, match=f"MIRA Rank Images: {name} are none: connect {what}"):
+        with pytest.raises(ValueError, match=f"MIRA Rank Images: {name} is a {type(value).__name__}: connect {what}"):
             execute(nodes.MiraRankImages, **given | {name: [value]})
 
 

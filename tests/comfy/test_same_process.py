@@ -22,7 +22,6 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
 from mira.nodes import demo, host
 from mira.nodes.host import grad, patches, probe
-from mira.nodes.host.patches import CLEARS_PATCHES
 from mira.nodes.initno import MadeNoise
 from mira.nodes.shared.checks import prompts_of
 from mira.nodes.shared.job import cfg_guider
@@ -33,7 +32,7 @@ from mira.sampler.search import SearchSettings
 from mira.sampler.seeds import another
 
 from bench.families import self_tests
-from testing.networks import SMALL, random_unet, thin_vae
+from testing.networks import SMALL, random_lora, random_unet, thin_vae
 from testing.pack import mira
 
 nodes = mira("nodes")
@@ -170,19 +169,9 @@ def test_a_search_makes_its_seeds_as_the_host_does(world):
 # -- what remembers earlier steps
 
 
-LORA_OF = ("middle_block_1_transformer_blocks_0_attn2_to_v", "middle_block_1_transformer_blocks_0_attn2_to_out_0")
-
-
 def hooked(world, keyframes=(), both=True):
     """Conditioning with a LoRA as a hook, whose strength may change over the steps."""
-    g, lora = torch.Generator().manual_seed(0), {}
-    attention = world.model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2
-    for name, layer in zip(LORA_OF, (attention.to_v, attention.to_out[0]), strict=True):
-        lora |= {
-            f"lora_unet_{name}.lora_up.weight": torch.randn(layer.out_features, 4, generator=g) * 0.4,
-            f"lora_unet_{name}.lora_down.weight": torch.randn(4, layer.in_features, generator=g) * 0.4,
-            f"lora_unet_{name}.alpha": torch.tensor(4.0),
-        }
+    lora = random_lora(world.model, 0.4, ("to_v", "to_out.0"))
     hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=1.0, strength_clip=1.0)
     if keyframes:
         group = comfy.hooks.HookKeyframeGroup()
@@ -300,7 +289,7 @@ def test_a_search_from_the_middle_refuses_what_a_step_leaves(world, method):
 
 
 @pytest.mark.every_host
-@pytest.mark.skipif(not CLEARS_PATCHES, reason="this ComfyUI clears no patch")
+@pytest.mark.skipif(not patches.CLEARS_PATCHES, reason="this ComfyUI clears no patch")
 def test_without_a_gradient_what_a_step_leaves_is_each_trajectorys_own(world):
     stock = world.ksampler(model=keeping(world), sampler="euler", steps=4)
     assert not torch.equal(stock, world.ksampler(sampler="euler", steps=4))
