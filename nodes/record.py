@@ -30,6 +30,12 @@ def trace_path(file: str) -> str:
     return path
 
 
+def chosen(file: str | None, path: str | None) -> str | None:
+    """What is to be read: `path`, in the output folder unless it names another (`fox.png [temp]`), or else `file`."""
+    path = (path or "").strip().strip('"')  # as a file manager copies it
+    return file if not path else path if path.endswith("]") else f"{path} [output]"
+
+
 def read_trace(path: str, index: int) -> Trace:
     """Raises ValueError for a file that holds no trace, a damaged one, or one of another version."""
     name = os.path.basename(path)
@@ -73,22 +79,29 @@ class MiraLoadTrace(io.ComfyNode):
                     max=99,
                     tooltip="Which one, if a PNG has several: of other nodes, or of a list, in its order.",
                 ),
+                io.String.Input(
+                    "path",
+                    default="",
+                    optional=True,
+                    tooltip="One that is not in the list, which has the newest 300 of the output folder: its path there, "
+                    "as mira/fox_00001_.png. Given, it counts instead of file.",
+                ),
             ],
             outputs=[MiraTrace.Output("trace", display_name="trace", tooltip="For the MIRA Drift Monitor.")],
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None) -> bool | str:
-        return why_not(trace_path, file)
+    def validate_inputs(cls, file: str | None = None, path: str | None = None) -> bool | str:
+        return why_not(trace_path, chosen(file, path))
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, index: int) -> Any:
-        return stamp(trace_path, file)
+    def fingerprint_inputs(cls, file: str, index: int, path: str = "") -> Any:
+        return stamp(trace_path, chosen(file, path))
 
     @classmethod
-    def execute(cls, file: str, index: int) -> io.NodeOutput:
+    def execute(cls, file: str, index: int, path: str = "") -> io.NodeOutput:
         try:
-            path = trace_path(file)
+            record = trace_path(chosen(file, path))
         except ValueError as problem:
             raise ValueError(f"{cls.NAME}: {problem}") from None
-        return io.NodeOutput(read_trace(path, index))
+        return io.NodeOutput(read_trace(record, index))

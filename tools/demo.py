@@ -15,7 +15,7 @@ from pathlib import Path
 from tools.comfy import ROOT, Client, Server, ServerError, stop_cleanly
 from tools.workflow import find, to_prompt
 
-WORKFLOW = ROOT / "example_workflows" / "mira_quickstart.json"
+WORKFLOW = ROOT / "example_workflows" / "01 Quickstart.json"
 OUTPUT = ROOT / "output" / "demo"
 OPTIMIZER = "MiraOptimizeKSampler"
 

@@ -11,6 +11,7 @@ import json
 import re
 import uuid
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 from .comfy import ROOT, Client, Server
 from .workflow import widgets
@@ -493,90 +494,90 @@ def needs_files(name: str) -> bool:
 
 
 EXAMPLES = {
-    "mira_quickstart": quickstart,
-    "mira_against_dno": against_dno,
-    "mira_dpo_jpeg": lambda: preference(
+    "01 Quickstart": quickstart,
+    "02 Held near the model": against_dno,
+    "03 Preferences - small JPEG": lambda: preference(
         {"judge": "reward"}, {"reward": Node("MiraJPEGReward", 1, values={"kind": "black box"})}
     ),
-    "mira_choose_by_eye": lambda: preference({"judge": "person", "iterations": 8}, {}),
-    "mira_combine_rewards": combined,
-    "mira_img2img": img2img,
-    "mira_best_of_n": best_of_n,
-    "mira_search_jpeg": search,
-    "mira_tilted_noise": tilted,
-    "mira_guidance": guidance,
-    "mira_relative_reward": relative,
-    "mira_reuse_noise": reuse,
-    "mira_hires_fix": hires_fix,
-    "mira_base_refiner": refiner,
-    "mira_seed_sweep": seed_sweep,
-    "mira_sd15_aesthetic": sd15,
-    "mira_sdxl_hps": sdxl,
-    "mira_sdxl_lightning": lightning,
-    "mira_z_image_turbo": z_image,
-    "mira_flux2_klein": flux2_klein,
-    "mira_qwen_image": qwen_image,
+    "04 Preferences - by eye": lambda: preference({"judge": "person", "iterations": 8}, {}),
+    "05 Combine rewards": combined,
+    "06 Image to image": img2img,
+    "07 Best of eight": best_of_n,
+    "08 Search - small JPEG": search,
+    "09 Tilted noise": tilted,
+    "10 Guidance": guidance,
+    "11 More of this, less of that": relative,
+    "12 Reuse noise": reuse,
+    "13 Hires fix": hires_fix,
+    "14 Base and refiner": refiner,
+    "15 Seed sweep": seed_sweep,
+    "16 SD1.5 - aesthetic": sd15,
+    "17 SDXL - HPS": sdxl,
+    "18 SDXL Lightning - PickScore": lightning,
+    "19 Z-Image-Turbo - HPS": z_image,
+    "20 FLUX.2 klein - HPS": flux2_klein,
+    "21 Qwen-Image - HPS": qwen_image,
 }
 
 
 NOTES = {
-    "mira_quickstart": (
+    "01 Quickstart": (
         "Press **Run**. The node tries four seeds, makes the best one brighter in three rounds, and draws reward and "
         "drift as it goes. *Optimized* and *Plain* are saved side by side. Move the slider to look at every step; "
         "**Take** hands back another one. `drift_limit` says how far the picture may go."
     ),
-    "mira_against_dno": (
+    "02 Held near the model": (
         "The same picture twice: held near the model, and optimised to the end. Look at the **MIRA Drift Monitor**: "
         "both are brighter, one is still a fox."
     ),
-    "mira_dpo_jpeg": (
+    "03 Preferences - small JPEG": (
         "The reward is the real size of the JPEG file, which no gradient goes through: it only says which of two "
         "pictures is smaller, and that is enough."
     ),
-    "mira_choose_by_eye": (
+    "04 Preferences - by eye": (
         "Press **Run**, then click the better of two pictures on the node (or keys 1 and 2), eight times. Escape: good "
         "enough."
     ),
-    "mira_combine_rewards": "Two rewards with a weight each; the chart draws every part.",
-    "mira_img2img": "An image is painted on with `denoise` 0.6 (under the advanced inputs) and made more colourful.",
-    "mira_best_of_n": "Stock KSampler, eight pictures; the two that fit the prompt best are saved.",
-    "mira_search_jpeg": "Twelve candidates, of which the ones with smaller files survive while they are painted.",
-    "mira_tilted_noise": (
+    "05 Combine rewards": "Two rewards with a weight each; the chart draws every part.",
+    "06 Image to image": "An image is painted on with `denoise` 0.6 (an advanced input) and made more colourful.",
+    "07 Best of eight": "Stock KSampler, eight pictures; the two that fit the prompt best are saved.",
+    "08 Search - small JPEG": "Twelve candidates; those with smaller files survive while they are painted.",
+    "09 Tilted noise": (
         "The quick way: a KSampler with one more dial. At every step the reward chooses `tilt` of the noise; the "
         "picture is then noised again and sampled once more."
     ),
-    "mira_guidance": "Two ways that optimise no reward: a noise that attends to every word, and a guider that leans.",
-    "mira_relative_reward": (
+    "10 Guidance": "Two ways that optimise no reward: a noise that attends to every word, and a guider that leans.",
+    "11 More of this, less of that": (
         "More *3d* and less *flat*, by the demo's CLIP: what it likes in any picture is in both scores and cancels."
     ),
-    "mira_reuse_noise": (
+    "12 Reuse noise": (
         "The noises that were found for one prompt, sampled with another by the stock sampler node, without optimising "
         "again. **MIRA Save Noise** keeps them as a file; MIRA Load Noise gives them back."
     ),
-    "mira_hires_fix": (
+    "13 Hires fix": (
         "Optimised at 96 pixels, where an iteration is cheap; enlarged; and the details painted by the stock KSampler "
         "with `denoise` 0.5. Most of what the optimisation gained is still there."
     ),
-    "mira_base_refiner": (
+    "14 Base and refiner": (
         "The stock sampler paints the first eight steps, and what they decided stays; **MIRA Optimize Sampler "
         "(Advanced)** goes on from there, without new noise at its start, and optimises what is injected later."
     ),
-    "mira_seed_sweep": (
+    "15 Seed sweep": (
         "One batch, four seeds: plain, held near (`drift_limit` 0.02), and let go further (0.1). Every image has its "
         "own line in the chart; `image` chooses."
     ),
-    "mira_sd15_aesthetic": "Needs SD1.5, the aesthetic head and CLIP ViT-L/14; the loader says where each file goes.",
-    "mira_sdxl_hps": "Needs SDXL and HPSv2.1's file. If a 12 GB card does not hold it beside HPS, take 768 px.",
-    "mira_sdxl_lightning": (
+    "16 SD1.5 - aesthetic": "Needs SD1.5, the aesthetic head and CLIP ViT-L/14; the loader says where each file goes.",
+    "17 SDXL - HPS": "Needs SDXL and HPSv2.1's file. If a 12 GB card does not hold it beside HPS, take 768 px.",
+    "18 SDXL Lightning - PickScore": (
         "Four steps and no negative prompt: a tenth of the network's work of SDXL in 20 steps. Needs SDXL Lightning (4 "
         "steps) and PickScore. Of so few steps the gradient goes through all."
     ),
-    "mira_z_image_turbo": "Eight steps at CFG 1. Needs Z-Image-Turbo's three files and HPSv2.1.",
-    "mira_flux2_klein": (
+    "19 Z-Image-Turbo - HPS": "Eight steps at CFG 1. Needs Z-Image-Turbo's three files and HPSv2.1.",
+    "20 FLUX.2 klein - HPS": (
         "Four steps, by the custom sampling nodes that FLUX.2 is used with. Needs FLUX.2 klein 4B's three files and "
         "HPSv2.1."
     ),
-    "mira_qwen_image": "Needs Qwen-Image's three files, a large card, and HPSv2.1.",
+    "21 Qwen-Image - HPS": "Needs Qwen-Image's three files, a large card, and HPSv2.1.",
 }
 
 
@@ -775,8 +776,7 @@ def gallery() -> str:
     """docs/gallery.md: every example with its picture and what to look at."""
     lines = ["# Examples", "", "All of them are in ComfyUI's template browser; a PNG that one saves holds it, too.", ""]
     for name in EXAMPLES:
-        title = name.removeprefix("mira_").replace("_", " ")
-        lines += [f"## {title}", "", f"![{title}](../example_workflows/{name}.jpg)", "", NOTES[name], ""]
+        lines += [f"## {name}", "", f"![{name}](../example_workflows/{quote(name)}.jpg)", "", NOTES[name], ""]
     return "\n".join(lines)
 
 

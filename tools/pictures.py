@@ -41,7 +41,7 @@ QUIET = """async () => {
     await app.extensionManager.setting.set("Comfy.TutorialCompleted", true);
     await app.extensionManager.setting.set("Comfy.Minimap.Visible", false);
 }"""
-QUICKSTART = "quickstart"
+QUICKSTART, EXAMPLE = "quickstart", "01 Quickstart"  # the picture, and whose it is
 # Pixels: of the window, of what lies over its edges, and of the picture.
 WIDE, HIGH, EDGE, UNDER_THE_BAR, SHOWN = 2100, 1300, 80, 200, 1400
 SHOW = (
@@ -55,7 +55,7 @@ RUN = """async workflow => {
 
 def graph(page, server: Server) -> Image.Image:
     """The first example's whole graph with its chart and both pictures."""
-    workflow = json.loads((ROOT / "example_workflows" / f"mira_{QUICKSTART}.json").read_text())
+    workflow = json.loads((ROOT / "example_workflows" / f"{EXAMPLE}.json").read_text())
     page.evaluate(RUN, workflow)
     end = time.monotonic() + 600
     while time.monotonic() < end:

@@ -15,7 +15,7 @@ def main() -> int:
     try:
         with Server(folder, paid=True) as server:
             print(f"ComfyUI is at {server.url}  (Ctrl+C stops it)")
-            print("Open example_workflows/mira_quickstart.json there, or Workflow > Browse Templates > mira.")
+            print("Open example_workflows/01 Quickstart.json there, or Workflow > Browse Templates > mira.")
             while server.process.poll() is None:
                 time.sleep(0.5)
             print(f"ComfyUI ended:\n{server.tail()}", file=sys.stderr)

@@ -71,7 +71,7 @@ def card(name: str) -> Image.Image:
     """For a workflow whose files are not here: its name, and no picture that nobody made."""
     out = Image.new("RGB", (2 * SIDE + GAP, SIDE), "#26323f")
     canvas = ImageDraw.Draw(out)
-    title = name.removeprefix("mira_").replace("_", " ").upper()
+    _, title = name.split(" ", 1)
     canvas.text((out.width / 2, SIDE / 2 - 20), title, fill="white", font=ImageFont.load_default(size=34), anchor="mm")
     small = ImageFont.load_default(size=16)
     canvas.text(

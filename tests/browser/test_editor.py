@@ -17,7 +17,7 @@ from tools.comfy import ROOT
 from tools.examples import BLUEPRINT
 from tools.workflow import to_prompt
 
-QUICKSTART = json.loads((ROOT / "example_workflows" / "mira_quickstart.json").read_text())
+QUICKSTART = json.loads((ROOT / "example_workflows" / "01 Quickstart.json").read_text())
 OPTIMIZER, PREFERENCE = "MiraOptimizeKSampler", "MiraDPOPreference"
 STATUS = ".mira-status"
 EMPTY_GRAPH = QUICKSTART | {"nodes": [], "links": []}
@@ -177,7 +177,7 @@ def test_another_workflow_shows_no_record_of_this_one(quickstart):
     editor.set(OPTIMIZER, iterations=1)
     editor.queue()
     wait_for(editor, lambda: "kept iteration 1" in editor.page.inner_text(STATUS), "end")
-    other = json.loads((ROOT / "example_workflows" / "mira_combine_rewards.json").read_text())
+    other = json.loads((ROOT / "example_workflows" / "05 Combine rewards.json").read_text())
     node = next(n for n in QUICKSTART["nodes"] if n["type"] == OPTIMIZER)
     mine = next(n for n in other["nodes"] if n["type"] == OPTIMIZER)
     old, mine["id"] = mine["id"], node["id"]
@@ -496,7 +496,7 @@ def test_a_workflow_from_before_presets_finds_its_values(editor, name):
 
 @ENDS
 def test_the_monitor_shows_its_verdict(editor):
-    workflow = json.loads((ROOT / "example_workflows" / "mira_against_dno.json").read_text())
+    workflow = json.loads((ROOT / "example_workflows" / "02 Held near the model.json").read_text())
     editor.load(on_small_model(workflow))
     editor.js(
         """() => { for (const n of app.graph.nodes) for (const w of n.widgets ?? []) {
@@ -594,7 +594,7 @@ def test_the_blueprint_is_a_node_that_runs(editor):
 @ENDS
 def test_a_search_shows_every_look(editor, request):
     search = "MiraSearchKSampler"
-    editor.load(on_small_model(json.loads((ROOT / "example_workflows" / "mira_search_jpeg.json").read_text())))
+    editor.load(on_small_model(json.loads((ROOT / "example_workflows" / "08 Search - small JPEG.json").read_text())))
     editor.set(search, steps=5, particles=3, seed=zlib.crc32(request.node.name.encode()))
     editor.look_at(search)
     editor.queue()

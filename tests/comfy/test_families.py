@@ -105,8 +105,8 @@ def test_a_frame_is_an_image_and_a_video_is_refused(world):
 
 # What the examples for checkpoints are about.
 OF = {
-    "mira_sd15_aesthetic": "SD 1.5", "mira_sdxl_hps": "SDXL", "mira_sdxl_lightning": "SDXL",
-    "mira_z_image_turbo": "Z-Image", "mira_flux2_klein": "FLUX.2", "mira_qwen_image": "Qwen-Image",
+    "16 SD1.5 - aesthetic": "SD 1.5", "17 SDXL - HPS": "SDXL", "18 SDXL Lightning - PickScore": "SDXL",
+    "19 Z-Image-Turbo - HPS": "Z-Image", "20 FLUX.2 klein - HPS": "FLUX.2", "21 Qwen-Image - HPS": "Qwen-Image",
 }  # fmt: skip
 
 

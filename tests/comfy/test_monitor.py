@@ -203,6 +203,34 @@ def test_a_png_without_a_record():
     assert "is not there" in nodes.MiraLoadTrace.validate_inputs(file="nothing.png")
 
 
+def test_a_path_counts_instead_of_the_list(tmp_path, monkeypatch):
+    """The list has no more than the newest ones."""
+    folders = {name: tmp_path / name for name in ("input", "output")}
+    for reward, (name, folder) in enumerate(folders.items()):
+        (folder / "mira").mkdir(parents=True)
+        (folder / "mira" / "old.csv").write_text(f"iteration,image,reward\n0,0,{reward}\n")
+        monkeypatch.setattr(folder_paths, f"get_{name}_directory", lambda folder=folder: str(folder))
+    load = nodes.MiraLoadTrace
+    inside = str(folders["output"] / "mira" / "old.csv")
+    for path, reward in {
+        "mira/old.csv": 1,
+        " mira/old.csv [output]\n": 1,
+        "mira/old.csv [input]": 0,
+        inside: 1,
+        f'"{inside}"': 1,
+        "": 0,
+    }.items():
+        file = record.NO_FILE if path else "mira/old.csv"
+        assert load.validate_inputs(file=file, path=path) is True
+        assert execute(load, file=file, index=0, path=path).args[0].rows[0]["reward"] == reward
+        assert load.fingerprint_inputs(file, 0, path) != ""
+    for path in ("mira/older.csv", "../secret.csv", "/etc/passwd"):
+        assert isinstance(load.validate_inputs(file="mira/old.csv", path=path), str)
+        assert load.fingerprint_inputs("mira/old.csv", 0, path) == ""
+        with pytest.raises(ValueError, match=r"MIRA Load Trace: .*(is not there|lies outside)"):
+            execute(load, file="mira/old.csv", index=0, path=path)
+
+
 def test_nothing_outside_comfyuis_folders_is_opened(tmp_path, monkeypatch):
     folder = tmp_path / "input"
     (folder / "deep").mkdir(parents=True)

@@ -110,7 +110,7 @@ def test_registration():
         *(f"trace_{i}" for i in range(1, 5)), *(f"images_{i}" for i in range(1, 5)), "base_images", "clip",
         "drift_metric", "filename_prefix", "prompt",
     ]  # fmt: skip
-    assert [i.id for i in listed["MiraLoadTrace"].inputs] == ["file", "index"]
+    assert [i.id for i in listed["MiraLoadTrace"].inputs] == ["file", "index", "path"]
     assert [i.id for i in listed["MiraScoreImages"].inputs] == ["images", "reward", "prompt"]
     assert [i.id for i in listed["MiraRankImages"].inputs] == ["images", "scores", "top_k", "latents", "masks"]
     assert [i.id for i in listed["MiraSaveNoise"].inputs] == ["noise", "sampler", "filename_prefix"]

@@ -16,7 +16,7 @@ from tools.workflow import find, to_prompt
 FOLDER = ROOT / "example_workflows"
 HAS_BLUEPRINTS = (comfyui_folder() / "app" / "subgraph_manager.py").is_file()
 NAMES = sorted(p.stem for p in FOLDER.glob("*.json"))
-ON_DEMO_MODEL = ("mira_quickstart", "mira_guidance")  # the first that a person opens, and one with the model's LoRA
+ON_DEMO_MODEL = ("01 Quickstart", "10 Guidance")  # the first that a person opens, and one with the model's LoRA
 SHORT = {"steps": 3, "step": 1, "iterations": 2, "width": 64, "height": 64}
 
 
@@ -75,7 +75,7 @@ def test_it_runs(server, info, name):
     for key, node in prompt.items():
         if node["class_type"] in ("SaveImage", "PreviewImage"):
             assert outputs[key]["images"], node
-    if name == "mira_against_dno":
+    if name == "02 Held near the model":
         says = outputs[find(prompt, "MiraDriftMonitor")]["mira_text"][0]
         assert "seed-to-seed" in says or "hacked" in says
 

@@ -10,7 +10,7 @@ from PIL import Image
 from tools.comfy import ROOT, Client, Server
 from tools.workflow import find, to_prompt
 
-QUICKSTART = json.loads((ROOT / "example_workflows" / "mira_quickstart.json").read_text())
+QUICKSTART = json.loads((ROOT / "example_workflows" / "01 Quickstart.json").read_text())
 OPTIMIZER = "MiraOptimizeKSampler"
 
 

@@ -15,7 +15,7 @@ from testing.servers import WITH_SMALL_MODEL, on_small_model
 from tools.comfy import ROOT, Client, Server, ServerError
 from tools.workflow import find, to_prompt
 
-QUICKSTART = json.loads((ROOT / "example_workflows" / "mira_quickstart.json").read_text())
+QUICKSTART = json.loads((ROOT / "example_workflows" / "01 Quickstart.json").read_text())
 OPTIMIZER = "MiraOptimizeKSampler"
 
 

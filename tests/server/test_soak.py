@@ -18,7 +18,7 @@ from tools.workflow import to_prompt
 
 RUNS = int(os.environ.get("MIRA_SOAK_RUNS", "16"))
 SHORT = dict(steps=2, iterations=2, rounds=1, seeds=2, particles=2, candidates=2, width=64, height=64, preset="custom")
-EXAMPLES = ("mira_quickstart", "mira_search_jpeg", "mira_dpo_jpeg", "mira_combine_rewards")
+EXAMPLES = ("01 Quickstart", "08 Search - small JPEG", "03 Preferences - small JPEG", "05 Combine rewards")
 
 
 @pytest.mark.timeout(60 + 20 * RUNS)
