@@ -83,7 +83,7 @@ class MiraLoadTrace(io.ComfyNode):
                     "path",
                     default="",
                     optional=True,
-                    tooltip="One that is not in the list, which has the newest 300 of the output folder: its path there, "
+                    tooltip="One that is not in the list of the newest 300: its path in the output folder, "
                     "as mira/fox_00001_.png. Given, it counts instead of file.",
                 ),
             ],
