@@ -343,6 +343,35 @@ def seed_sweep() -> dict[str, Node]:
     }
 
 
+def stock_restart() -> dict[str, Node]:
+    """What a restart does, by ComfyUI's own node on what was optimised too far."""
+    return {
+        **demo("generate an image of a cat"),
+        "reward": Node("MiraPixelReward", 1, values={"measure": "brightness"}),
+        "clip": Node("MiraDemoCLIPScore", 1),
+        "mira": Node(
+            "MiraOptimizeKSampler", 2, "1. Optimise too far", {**OPTIMISED, "reward": "reward.reward"},
+            {"seed": 4, "steps": 16, "preset": "custom", "iterations": 6, "learning_rate": 0.03, "keep": "last",
+             "hold": "no", "drift_limit": 0.0, "stop": "never", "seeds": 1, "rounds": 1},
+        ),
+        "restart": Node(
+            "KSampler", 3, "2. Noise it to 0.65, sample from there", {**SAMPLED, "latent_image": "mira.optimized"},
+            {"seed": 104, "steps": 16, "cfg": 5.0, "sampler_name": "euler_ancestral", "denoise": 0.65},
+        ),
+        **saved("far", "mira.optimized", 4, "Too far", "mira/stock_far"),
+        **saved("back", "restart.LATENT", 4, "Restarted", "mira/stock_restarted"),
+        **saved("plain", "mira.plain", 4, "Plain", "mira/stock_plain"),
+        **{
+            f"{key}_{name}": Node(
+                "MiraScoreImages", 6, f"{title}: {of}",
+                {"images": f"{key}_decoded.IMAGE", "reward": f"{name}.reward", "prompt": "prompt.STRING"},
+            )
+            for key, title in (("far", "Too far"), ("back", "Restarted"))
+            for name, of in (("reward", "brightness"), ("clip", "how well it fits the prompt"))
+        },
+    }  # fmt: skip
+
+
 PAINTED = "a watercolour painting of a fox in the snow"
 
 
@@ -511,12 +540,13 @@ EXAMPLES = {
     "13 Hires fix": hires_fix,
     "14 Base and refiner": refiner,
     "15 Seed sweep": seed_sweep,
-    "16 SD1.5 - aesthetic": sd15,
-    "17 SDXL - HPS": sdxl,
-    "18 SDXL Lightning - PickScore": lightning,
-    "19 Z-Image-Turbo - HPS": z_image,
-    "20 FLUX.2 klein - HPS": flux2_klein,
-    "21 Qwen-Image - HPS": qwen_image,
+    "16 Restart with stock nodes": stock_restart,
+    "17 SD1.5 - aesthetic": sd15,
+    "18 SDXL - HPS": sdxl,
+    "19 SDXL Lightning - PickScore": lightning,
+    "20 Z-Image-Turbo - HPS": z_image,
+    "21 FLUX.2 klein - HPS": flux2_klein,
+    "22 Qwen-Image - HPS": qwen_image,
 }
 
 
@@ -566,18 +596,22 @@ NOTES = {
         "One batch, four seeds: plain, held near (`drift_limit` 0.02), and let go further (0.1). Every image has its "
         "own line in the chart; `image` chooses."
     ),
-    "16 SD1.5 - aesthetic": "Needs SD1.5, the aesthetic head and CLIP ViT-L/14; the loader says where each file goes.",
-    "17 SDXL - HPS": "Needs SDXL and HPSv2.1's file. If a 12 GB card does not hold it beside HPS, take 768 px.",
-    "18 SDXL Lightning - PickScore": (
+    "16 Restart with stock nodes": (
+        "What the default does between its rounds, by ComfyUI's own **KSampler**: a picture that was optimised too far "
+        "is noised again and sampled from there (`denoise` 0.65). Most of the brightness stays, and the cat comes back."
+    ),
+    "17 SD1.5 - aesthetic": "Needs SD1.5, the aesthetic head and CLIP ViT-L/14; the loader says where each file goes.",
+    "18 SDXL - HPS": "Needs SDXL and HPSv2.1's file. If a 12 GB card does not hold it beside HPS, take 768 px.",
+    "19 SDXL Lightning - PickScore": (
         "Four steps and no negative prompt: a tenth of the network's work of SDXL in 20 steps. Needs SDXL Lightning (4 "
         "steps) and PickScore. Of so few steps the gradient goes through all."
     ),
-    "19 Z-Image-Turbo - HPS": "Eight steps at CFG 1. Needs Z-Image-Turbo's three files and HPSv2.1.",
-    "20 FLUX.2 klein - HPS": (
+    "20 Z-Image-Turbo - HPS": "Eight steps at CFG 1. Needs Z-Image-Turbo's three files and HPSv2.1.",
+    "21 FLUX.2 klein - HPS": (
         "Four steps, by the custom sampling nodes that FLUX.2 is used with. Needs FLUX.2 klein 4B's three files and "
         "HPSv2.1."
     ),
-    "21 Qwen-Image - HPS": "Needs Qwen-Image's three files, a large card, and HPSv2.1.",
+    "22 Qwen-Image - HPS": "Needs Qwen-Image's three files, a large card, and HPSv2.1.",
 }
 
 

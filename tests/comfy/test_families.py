@@ -105,8 +105,8 @@ def test_a_frame_is_an_image_and_a_video_is_refused(world):
 
 # What the examples for checkpoints are about.
 OF = {
-    "16 SD1.5 - aesthetic": "SD 1.5", "17 SDXL - HPS": "SDXL", "18 SDXL Lightning - PickScore": "SDXL",
-    "19 Z-Image-Turbo - HPS": "Z-Image", "20 FLUX.2 klein - HPS": "FLUX.2", "21 Qwen-Image - HPS": "Qwen-Image",
+    "17 SD1.5 - aesthetic": "SD 1.5", "18 SDXL - HPS": "SDXL", "19 SDXL Lightning - PickScore": "SDXL",
+    "20 Z-Image-Turbo - HPS": "Z-Image", "21 FLUX.2 klein - HPS": "FLUX.2", "22 Qwen-Image - HPS": "Qwen-Image",
 }  # fmt: skip
 
 
