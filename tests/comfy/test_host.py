@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from dataclasses import replace
 
 import comfy.controlnet
 import comfy.model_management
@@ -153,7 +154,15 @@ def test_two_runs_are_the_same_bits(world):
 
 @pytest.mark.parametrize("memory", ["per_step", "per_block"])
 def test_checkpointed_runs_equal_the_unchecked_one(world, memory):
-    unchecked, checked = (world.optimize(iterations=2, memory=m) for m in ("none", memory))
+    """Steps along the gradient: AdamW's are as long where an element of it is nothing but rounding."""
+
+    def run(memory):
+        job = world.job(iterations=2, memory=memory)
+        with torch.inference_mode():
+            return host.run(replace(job, settings=replace(job.settings, optimizer="normalized")))
+
+    unchecked, checked = run("none"), run(memory)
+    assert (unchecked.latent - unchecked.plain).abs().max() > 1
     torch.testing.assert_close(checked.latent, unchecked.latent, atol=1e-4, rtol=1e-4)
 
 
