@@ -37,6 +37,7 @@ COLUMNS = ("passes", "reward", "adherence", "clip_score")
 HELD = {"hold": "projection", "drift_metric": "path_kl", "drift_limit": 0.05, "keep": "best_within_drift"}
 SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # of an injected noise, that the reward chooses
 FAR = SHARES[-4:]
+MANY = (1, 4, 8, 16, 26)  # up to the passes of the default
 ROUNDS = {"iterations": 16, "rounds": 4, "lr": 0.04}
 
 
@@ -45,7 +46,8 @@ class Variant:
     """settings: over those of plain optimisation. then: every iterate restarted once from this share of the schedule.
     seed: added to the study's. weighting, gradient_steps: the job's. shares: a "path" of single trajectories instead,
     each with so much of its noise chosen by the reward, and the best of so many `particles`,
-    each noised again to .6 of the schedule and sampled anew in further `rounds`."""
+    each noised again to .6 of the schedule and sampled anew in further `rounds`. best_of: a "path" of plain samples
+    instead, the best of so many."""
 
     settings: dict = field(default_factory=dict)
     then: float = 0.0
@@ -55,6 +57,7 @@ class Variant:
     shares: tuple[float, ...] = ()
     particles: int = 1
     rounds: int = 1
+    best_of: tuple[int, ...] = ()
 
 
 def default(**changes) -> Variant:
@@ -93,6 +96,8 @@ VARIANTS = {
     "ntrk_twice": Variant(shares=(0.4, 0.6), rounds=2),
     "fast": preset("fast"),
     "strong": preset("strong"),
+    "best_of_n": Variant(best_of=MANY),
+    "best_of_n_.65": Variant(best_of=MANY, then=0.65),
 }
 
 
@@ -154,6 +159,8 @@ def run(
     )  # fmt: skip
     if variant.shares:
         return steered(job, observer, variant), observer
+    if variant.best_of:
+        return best_of(world, job.latent, positive, observer, variant, steps, seed), observer
     job.settings = settings
     with torch.inference_mode():
         done = host.run(job)
@@ -186,6 +193,32 @@ def steered(job, observer: Observer, variant: Variant) -> list[dict]:
             done = host.run(job, host.searching)
             images = host.decode(job.vae, done.latent).clone()
         observer.look(k, images, passes, {a: {} for a in observer.animals})
+    for row in observer.rows:
+        row["kept"] = int(row["iterate"] == observer.rows[-1]["iterate"])
+    return observer.rows
+
+
+def best_of(world, empty, positive, observer: Observer, variant: Variant, steps: int, seed: int) -> list[dict]:
+    """The best of the first n samples of every animal, by the reward."""
+
+    def sample(seed: int, latent: torch.Tensor, denoise: float = 1.0) -> torch.Tensor:
+        return world.ksampler(positive=positive, steps=steps, latent=latent, seed=seed, denoise=denoise)
+
+    def shown(latents: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return world.vae.decode(latents).movedim(-1, 1).clone()
+
+    best, most = empty, torch.full((len(empty),), -torch.inf)
+    for n in range(max(variant.best_of)):
+        latents = sample(seed + 10_000 * n, empty)
+        with torch.no_grad():
+            found = observer.reward(shown(latents), observer.prompts)[0]
+        best = torch.where((found > most)[:, None, None, None], latents, best)
+        most = torch.maximum(found, most)
+        if n + 1 in variant.best_of:
+            k = variant.best_of.index(n + 1)
+            latents = sample(5000 + k, best, variant.then) if variant.then else best
+            observer.look(k, shown(latents), n + 1.0 + bool(variant.then), {a: {} for a in observer.animals})
     for row in observer.rows:
         row["kept"] = int(row["iterate"] == observer.rows[-1]["iterate"])
     return observer.rows

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.restart import COLUMNS, against, at_last_passage, path_of, pooled
+from bench.front import judge_module
+from bench.restart import COLUMNS, Variant, against, at_last_passage, path_of, pooled, run
+from testing.world import World, demo
 
 
 def test_a_run_that_ended_sooner_stays_where_it_ended():
@@ -43,3 +45,15 @@ def test_what_plain_optimisation_never_reaches_is_compared_with_its_best():
     assert against(path([0.0, 3.0], [0.8, 0.8]), plain, animals, 2.5) is None
     together = pooled({"a": within, "b": beyond})
     assert together["adherence_above"] == pytest.approx(0.25) and together["p"] == 0 == together["resamples_reached"]
+
+
+def test_the_best_of_more_samples_has_more_of_the_reward():
+    clip = demo.demo_clip_score()
+    judge = judge_module.load_judge()
+    variant = Variant(best_of=(1, 4))
+    rows, observer = run(World(side=8), judge, clip, variant, "brightness", part=0, steps=2, seed=0, count=2)
+    of = {(r["animal"], r["passes"]): r["reward"] for r in rows}
+    assert [r["kept"] for r in rows] == [0, 0, 1, 1] and len(observer.shown) == 2
+    animals = {animal for animal, _ in of}
+    assert len(animals) == 2 and all(of[a, 4.0] >= of[a, 1.0] for a in animals)
+    assert any(of[a, 4.0] > of[a, 1.0] for a in animals)
