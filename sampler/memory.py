@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
@@ -16,10 +17,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointError
 
+NO_ENGINE = ("unable to find an engine", "valid cudnn algorithm")  # of cuDNN
 FULL = (
     "out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "allocation_failed",
-    "cublas_status_not_init", "cudnn_status_not_init", "unable to find an engine", "valid cudnn algorithm",
-    "out_of_device_memory", "invalid buffer size", "not enough gpu video memory",
+    "cublas_status_not_init", "cudnn_status_not_init", "out_of_device_memory", "invalid buffer size",
+    "not enough gpu video memory", "out_of_memory", "memoryallocation", "out_of_resources",
+    "vram grow failed", "vram reservation failed", *NO_ENGINE,
 )  # fmt: skip
 
 
@@ -42,8 +45,9 @@ def give_back() -> None:
     """
     gc.collect()
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-        unlock()
+        with contextlib.suppress(RuntimeError):  # what has failed may be reported once more
+            torch.cuda.empty_cache()
+            unlock()
 
 
 def unlock() -> None:
@@ -137,9 +141,10 @@ class _PageLocked:
             return None
         try:
             there = torch.empty_like(t, device="cpu", pin_memory=True)
-        except RuntimeError:  # no more of it may be locked: a fast way less, not a fault
+        except RuntimeError:  # no more of it may be locked: what is, does; a fast way less, not a fault
             self.give(size)
-            self.most = 0
+            self.held[size] = self.used[size]
+            self.most = self._bytes()
             return None
         weakref.finalize(there, self.give, size).atexit = False
         return there.copy_(t, non_blocking=True)  # in the stream's order, as is every use of either

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from ...sampler.memory import NO_ENGINE
 from .dynamic import is_dynamic
 
 log = logging.getLogger("mira")
@@ -145,6 +146,12 @@ def loaded(patchers: Sequence, memory: float, gradient: bool = True) -> Iterator
         comfy.model_management.load_models_gpu(list(patchers), memory_required=memory, force_full_load=gradient)
     modules = [patcher.model for patcher in patchers]
     if gradient:
+        for patcher in patchers:
+            if any(p.device.type != patcher.load_device.type for p in patcher.model.parameters()):
+                raise RuntimeError(
+                    f"{type(patcher.model).__name__}: ComfyUI has left weights in the CPU's memory, and a gradient "
+                    "needs all of them on the card: start ComfyUI without --novram"
+                )
         with torch.inference_mode(False):
             for module in modules:
                 leave_inference_mode(module)
@@ -239,8 +246,9 @@ def without_tf32() -> Iterator[None]:
 
 
 @contextmanager
-def repeatable() -> Iterator[None]:
-    """The same bits every time, on a GPU too. An operation that cannot raises RuntimeError (`has_no_repeatable_way`).
+def repeatable(wanted: bool = True) -> Iterator[None]:
+    """The same bits every time, on a GPU too. An operation that cannot raises RuntimeError (`has_no_repeatable_way`);
+    then `give_up_repeating` is for the rest. Not wanted, it only sees to it that this ends here.
 
     It also wants CUBLAS_WORKSPACE_CONFIG in the environment before CUDA starts, which the pack's `__init__` sees to.
     """
@@ -250,9 +258,10 @@ def repeatable() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     choices = cudnn.deterministic, cudnn.benchmark
     try:
-        torch.use_deterministic_algorithms(True)
-        memory.fill_uninitialized_memory = False
-        cudnn.deterministic, cudnn.benchmark = True, False
+        if wanted:
+            torch.use_deterministic_algorithms(True)
+            memory.fill_uninitialized_memory = False
+            cudnn.deterministic, cudnn.benchmark = True, False
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
@@ -260,8 +269,19 @@ def repeatable() -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = choices
 
 
+def give_up_repeating() -> None:
+    """Until `repeatable` ends."""
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
 def has_no_repeatable_way(problem: BaseException) -> bool:
     return isinstance(problem, RuntimeError) and "deterministic" in str(problem)
+
+
+def has_no_engine(problem: BaseException) -> bool:
+    """Of cuDNN's, none fits into a full card; or none repeats, which it tells in the same words."""
+    return any(w in str(problem).lower() for w in NO_ENGINE)
 
 
 class Repeating:

@@ -73,11 +73,23 @@ def samples_of(model: ModelPatcher, latent: dict) -> Tensor:
     return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **scales)
 
 
-def patcher_of(module: nn.Module) -> comfy.model_patcher.ModelPatcher:
+class WholePatcher(ModelPatcher):
+    """Of a network that is on the device whole or not at all: a part that ComfyUI leaves behind comes when it is used
+    in ComfyUI's own layers, and nowhere else.
+    """
+
+    def partially_load(self, device_to: torch.device, extra_memory: float = 0, *args: Any, **kwargs: Any) -> int:
+        return super().partially_load(device_to, EVERYTHING, *args, **kwargs)
+
+    def partially_unload(self, *args: Any, **kwargs: Any) -> int:
+        return 0  # ComfyUI then takes it away whole
+
+
+def patcher_of(module: nn.Module) -> ModelPatcher:
     """One ModelPatcher per reward network, kept on it, so that ComfyUI's memory management knows it."""
     if not hasattr(module, "mira_patcher"):
         management = comfy.model_management
-        module.mira_patcher = comfy.model_patcher.ModelPatcher(
+        module.mira_patcher = WholePatcher(
             module, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
         )
     return module.mira_patcher

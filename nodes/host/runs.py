@@ -28,7 +28,15 @@ from ...sampler.seeds import Start, best_of
 from ...sampler.statistics import expected, noise_statistics
 from ...sampler.trace import Trace
 from .dynamic import on_one_device, static_guider
-from .grad import has_no_repeatable_way, normal, pytorch_kernels, repeatable, training
+from .grad import (
+    give_up_repeating,
+    has_no_engine,
+    has_no_repeatable_way,
+    normal,
+    pytorch_kernels,
+    repeatable,
+    training,
+)
 from .patches import named, names_of_keeping, why_no_gradient
 from .process import INTERRUPTS, RESTART, Chain, Job, Process, free_bytes, reset_peak, synchronize, used_bytes
 from .replay import ReplayNoise, ReplaySampler, described
@@ -166,7 +174,7 @@ def take_up(process: Process, resume: Left) -> Left:
     """What the run before had come to, put back into `process`; what is left of it is the optimiser's."""
     process.start, process.scoring.evaluations, process.repeatable, inner = thawed(resume.value)
     if process.job.repeatable and not process.repeatable:
-        torch.use_deterministic_algorithms(False)  # until `repeatable` ends
+        give_up_repeating()
     return replace(resume, value=inner)
 
 
@@ -283,8 +291,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
             self._load(process, stack)
             stack.enter_context(training(job.gradient))
             stack.enter_context(pytorch_kernels())
-            if job.repeatable and plain.is_cuda:
-                stack.enter_context(repeatable())
+            stack.enter_context(repeatable(job.repeatable and plain.is_cuda))
             if job.gradient:
                 process = process.outside_inference_mode()
             # Updates of noises in half precision vanish, or become NaN.
@@ -365,14 +372,14 @@ class _WorkingSampler(comfy.samplers.Sampler):
                     f"{named(process.extra_args['model_options'])}. Set memory to none, or bypass it."
                 ) from problem
             except RuntimeError as problem:
-                if out_of_memory(problem):
-                    raise type(problem)(f"{job.node}: {no_room(process)}") from None
-                if not (process.repeatable and has_no_repeatable_way(problem)):
+                if not (process.repeatable and (has_no_repeatable_way(problem) or has_no_engine(problem))):
+                    if out_of_memory(problem):
+                        raise type(problem)(f"{job.node}: {no_room(process)}") from None
                     raise
                 said = str(problem).splitlines()[0]
             # Nothing was reported yet: it is met in the first backward pass.
             process.notices.append(f"this run does not repeat to the bit on this device: {said}")
-            torch.use_deterministic_algorithms(False)  # until `repeatable` ends
+            give_up_repeating()
             process.repeatable, process.scoring.evaluations = False, 0
 
 

@@ -313,6 +313,36 @@ def test_without_a_gradient_models_need_not_be_whole(world, monkeypatch):
         world.optimize(steps=2)
 
 
+def network_and_patcher(monkeypatch):
+    """Of a reward, for a card whose tensors are on "meta"."""
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("meta"))
+    network = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64), torch.nn.Linear(64, 64))
+    return network, host.patcher_of(network)
+
+
+def where(network):
+    return {p.device.type for p in network.parameters()}
+
+
+def test_a_rewards_network_is_on_the_card_whole_or_not_at_all(monkeypatch):
+    """Its layers are PyTorch's own: one that is left behind would meet images that are on the card."""
+    network, patcher = network_and_patcher(monkeypatch)
+    assert patcher.partially_unload(torch.device("cpu"), 1) == 0 and where(network) == {"cpu"}
+    patcher.partially_load(torch.device("meta"), 0.1)  # what ComfyUI says where no weight has room
+    assert where(network) == {"meta"}
+    assert patcher.partially_unload(torch.device("cpu"), 1) == 0 and where(network) == {"meta"}
+
+
+def test_weights_that_are_left_behind_are_told_before_a_gradient_is_taken(monkeypatch):
+    """As with --novram."""
+    network, patcher = network_and_patcher(monkeypatch)
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda *_, **__: None)
+    with pytest.raises(RuntimeError, match=r"Sequential: .* without --novram"), grad.loaded([patcher], 0):
+        pass
+    with grad.loaded([patcher], 0, gradient=False):
+        assert where(network) == {"cpu"}
+
+
 def test_without_a_gradient_images_are_decoded_as_they_fit(world, monkeypatch):
     whole, network = search(world, batch=3), world.vae.first_stage_model
     decode, most = network.decode, []

@@ -2,6 +2,7 @@ import contextlib
 import gc
 import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -373,6 +374,11 @@ FULL = (
     "GET was unable to find an engine to execute this computation",
     "Unable to find a valid cuDNN algorithm to run convolution",
     "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes",
+    "VRAM grow failed: 33554432 bytes",
+    "VRAM reservation failed",
+    "level_zero backend failed with error: 40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)",
+    "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY",
+    "cudaErrorMemoryAllocation",
 )
 
 
@@ -395,3 +401,34 @@ def test_page_locked_memory_has_one_bound(monkeypatch):
     locked.give(64)
     assert locked.take(32) and unlocked == [1]  # which another size cannot have
     assert sum(size * count for size, count in locked.held.items()) == 64
+
+
+def test_what_cannot_be_page_locked_is_not_asked_for_again(monkeypatch):
+    """The system has no more of it: what there is goes on being used."""
+    from mira.sampler import memory
+
+    asked = []
+
+    def refused(t, **how):
+        asked.append(how)
+        raise RuntimeError("CUDA error: out of memory")
+
+    locked = memory._PageLocked(1 << 20)
+    assert locked.take(4096)
+    monkeypatch.setattr(torch, "empty_like", refused)
+    card = SimpleNamespace(is_cuda=True, numel=lambda: 1000, element_size=lambda: 4)
+    assert [locked.copy(card) for _ in range(9)] == [None] * 9 and len(asked) == 1
+    assert locked.held == {4096: 1} == locked.used and locked.most == 4096
+    locked.give(4096)
+    assert locked.copy(card) is None and len(asked) == 2 and locked.held[4096] == 0
+
+
+def test_a_card_that_reports_its_fault_again_ends_nothing(monkeypatch):
+    from mira.sampler import memory
+
+    def again():
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", again)
+    memory.give_back()
