@@ -138,6 +138,8 @@ def test_inpainting_changes_nothing_outside_the_mask(world):
 def test_a_schedule_leaves_the_memory_alone_that_a_model_has_locked(world, monkeypatch):
     """A clone that goes away would unlock it, and ComfyUI locks it again only where it loads the model anew."""
     model, unlocked = world.model, []
+    if not hasattr(model, "unpin_all_weights"):
+        pytest.skip("this ComfyUI locks no memory")
     monkeypatch.setattr(type(model), "unpin_all_weights", lambda self: unlocked.append(self))
     values = {"steps": 4, "sampler_name": "euler", "scheduler": "normal", "denoise": 0.5}
     assert len(schedule(model, values)) == 5
