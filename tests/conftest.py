@@ -29,7 +29,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         # With several workers: what shares a server stays together.
         frontend = item.callspec.params.get("frontend", "") if hasattr(item, "callspec") else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.name}{frontend}"))
+        shared = item.path.parent.name == "server" and "server" in item.fixturenames
+        item.add_marker(pytest.mark.xdist_group("server" if shared else f"{item.path.name}{frontend}"))
 
 
 @pytest.hookimpl(optionalhook=True)  # without xdist nobody calls it
