@@ -146,7 +146,9 @@ def loaded(patchers: Sequence, memory: float, gradient: bool = True) -> Iterator
         comfy.model_management.load_models_gpu(list(patchers), memory_required=memory, force_full_load=gradient)
     modules = [patcher.model for patcher in patchers]
     if gradient:
-        for patcher in patchers:
+        management = comfy.model_management
+        # A full load is none there. Other packs leave weights elsewhere too, and bring them themselves.
+        for patcher in patchers if management.vram_state == management.VRAMState.NO_VRAM else ():
             if any(p.device.type != patcher.load_device.type for p in patcher.model.parameters()):
                 raise RuntimeError(
                     f"{type(patcher.model).__name__}: ComfyUI has left weights in the CPU's memory, and a gradient "

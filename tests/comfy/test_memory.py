@@ -337,6 +337,9 @@ def test_weights_that_are_left_behind_are_told_before_a_gradient_is_taken(monkey
     """As with --novram."""
     network, patcher = network_and_patcher(monkeypatch)
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda *_, **__: None)
+    with grad.loaded([patcher], 0):  # another pack's way, which brings them when they are used
+        assert where(network) == {"cpu"}
+    monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM)
     with pytest.raises(RuntimeError, match=r"Sequential: .* without --novram"), grad.loaded([patcher], 0):
         pass
     with grad.loaded([patcher], 0, gradient=False):
