@@ -12,6 +12,7 @@ import csv
 import math
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -167,11 +168,7 @@ def run(
     if variant.then:
         before = [r["passes"] for r in observer.rows[:: len(animals)]]
         observer.rows, observer.shown = [], []
-        for k, latent in enumerate(done.iterates):
-            latent = world.ksampler(positive=positive, steps=steps, denoise=variant.then, latent=latent, seed=5000 + k)
-            with torch.inference_mode():
-                images = world.vae.decode(latent).movedim(-1, 1).clone()
-            observer.look(k, images, before[k] + 1, {a: {} for a in animals})
+        look_at(world, positive, observer, steps, zip(before, done.iterates, strict=True), variant.then)
     kept = done.result.trace.kept
     images = len(animals)
     for n, row in enumerate(observer.rows):
@@ -193,35 +190,42 @@ def steered(job, observer: Observer, variant: Variant) -> list[dict]:
             done = host.run(job, host.searching)
             images = host.decode(job.vae, done.latent).clone()
         observer.look(k, images, passes, {a: {} for a in observer.animals})
-    for row in observer.rows:
-        row["kept"] = int(row["iterate"] == observer.rows[-1]["iterate"])
-    return observer.rows
+    return with_the_last_kept(observer.rows)
 
 
 def best_of(world, empty, positive, observer: Observer, variant: Variant, steps: int, seed: int) -> list[dict]:
     """The best of the first n samples of every animal, by the reward."""
-
-    def sample(seed: int, latent: torch.Tensor, denoise: float = 1.0) -> torch.Tensor:
-        return world.ksampler(positive=positive, steps=steps, latent=latent, seed=seed, denoise=denoise)
-
-    def shown(latents: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            return world.vae.decode(latents).movedim(-1, 1).clone()
-
-    best, most = empty, torch.full((len(empty),), -torch.inf)
+    best, most, path = empty, torch.full((len(empty),), -torch.inf), []
     for n in range(max(variant.best_of)):
-        latents = sample(seed + 10_000 * n, empty)
+        latents = world.ksampler(positive=positive, steps=steps, latent=empty, seed=seed + 10_000 * n)
         with torch.no_grad():
-            found = observer.reward(shown(latents), observer.prompts)[0]
+            found = observer.reward(decoded(world, latents), observer.prompts)[0]
         best = torch.where((found > most)[:, None, None, None], latents, best)
         most = torch.maximum(found, most)
         if n + 1 in variant.best_of:
-            k = variant.best_of.index(n + 1)
-            latents = sample(5000 + k, best, variant.then) if variant.then else best
-            observer.look(k, shown(latents), n + 1.0 + bool(variant.then), {a: {} for a in observer.animals})
-    for row in observer.rows:
-        row["kept"] = int(row["iterate"] == observer.rows[-1]["iterate"])
-    return observer.rows
+            path.append((n + 1.0, best))
+    look_at(world, positive, observer, steps, path, variant.then)
+    return with_the_last_kept(observer.rows)
+
+
+def look_at(world, positive, observer: Observer, steps: int, path: Iterable[tuple], then: float) -> None:
+    """path: (passes, latents) of every iterate, each restarted once from `then` of the schedule, unless that is 0."""
+    for k, (passes, latents) in enumerate(path):
+        if then:
+            latents = world.ksampler(positive=positive, steps=steps, denoise=then, latent=latents, seed=5000 + k)
+        observer.look(k, decoded(world, latents), passes + bool(then), {a: {} for a in observer.animals})
+
+
+@torch.inference_mode()
+def decoded(world, latents: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W), as VAE Decode makes them."""
+    return world.vae.decode(latents).movedim(-1, 1).clone()
+
+
+def with_the_last_kept(rows: list[dict]) -> list[dict]:
+    for row in rows:
+        row["kept"] = int(row["iterate"] == rows[-1]["iterate"])
+    return rows
 
 
 def path_of(rows: list[dict]) -> tuple[list, torch.Tensor]:

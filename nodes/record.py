@@ -33,7 +33,9 @@ def trace_path(file: str) -> str:
 def chosen(file: str | None, path: str | None) -> str | None:
     """What is to be read: `path`, in the output folder unless it names another (`fox.png [temp]`), or else `file`."""
     path = (path or "").strip().strip('"')  # as a file manager copies it
-    return file if not path else path if path.endswith("]") else f"{path} [output]"
+    if not path:
+        return file
+    return path if path.endswith("]") else f"{path} [output]"
 
 
 def read_trace(path: str, index: int) -> Trace:
