@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 
 from PIL import Image
 
@@ -21,7 +22,7 @@ async def quickstart(client, **inputs):
     return prompt
 
 
-def test_killed_in_the_middle(tmp_path):
+def test_killed_in_the_middle(tmp_path, server):
     async def until_killed(server):
         async with Client(server.url) as client:
             prompt = await quickstart(client, steps=3, iterations=500)
@@ -37,8 +38,8 @@ def test_killed_in_the_middle(tmp_path):
                     server.process.wait()
                     return rows
 
-    with Server(tmp_path) as server:
-        rows = asyncio.run(until_killed(server))
+    with Server(tmp_path) as to_be_killed:
+        rows = asyncio.run(until_killed(to_be_killed))
     files = sorted((tmp_path / "output" / "mira_unfinished").iterdir())
     assert [f.suffix for f in files] == [".png"] * 2
     for b, file in enumerate(files):
@@ -67,8 +68,8 @@ def test_killed_in_the_middle(tmp_path):
             }
             return (await client.run(prompt))["2"]
 
-    with Server(tmp_path) as server:
-        outputs = asyncio.run(opened(server))
+    shutil.copytree(tmp_path / "output", server.folder / "output", dirs_exist_ok=True)
+    outputs = asyncio.run(opened(server))
     assert outputs["mira"][0]["rows"] and "reward" in outputs["mira_text"][0]
 
 
