@@ -15,7 +15,8 @@ import time
 
 from bench.front import judge_module
 from bench.grid import Failure, Store
-from bench.restart import COLUMNS, Variant, against, file_run, gather, path_of, run
+from bench.paths import COLUMNS, against, path_of
+from bench.restart import Variant, file_run, gather, run
 from bench.tables import write
 from testing.pack import ROOT, mira
 from testing.world import World, demo

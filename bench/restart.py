@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import sys
 import time
 from collections.abc import Iterable
@@ -20,8 +19,11 @@ import torch
 
 from bench.front import LR, host, judge_module, rewards
 from bench.grid import Failure, Store
-from bench.methods import DEFAULT, GRADIENT_STEPS
+from bench.likeness import Likeness, base_of, beside, evaluator, load, stacked
+from bench.likeness import against as likeness_against
+from bench.methods import DEFAULT, GRADIENT_STEPS, STRENGTH
 from bench.model import sheet
+from bench.paths import COLUMNS, against, in_figures, path_of, pooled
 from bench.spectral import register
 from bench.tables import write
 from testing.pack import ROOT, mira
@@ -33,12 +35,13 @@ SearchSettings = mira("sampler.search").SearchSettings
 Relative, Reward = mira("rewards.combine").Relative, mira("rewards.base").Reward
 RAW, OUT = ROOT / "output" / "restart", ROOT / "docs" / "results"
 COUNT = 15  # animals in a batch
-RESAMPLES = 1000
-COLUMNS = ("passes", "reward", "adherence", "clip_score")
 HELD = {"hold": "projection", "drift_metric": "path_kl", "drift_limit": 0.05, "keep": "best_within_drift"}
 SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # of an injected noise, that the reward chooses
 FAR = SHARES[-4:]
 MANY = (1, 4, 8, 16, 26)  # up to the passes of the default
+PARTICLES = (3, 6, 12)
+BEST_OF_THREE = "best_of_three"  # draws of plain optimisation, at every iterate; made of what is there of them
+OWN = 4  # plain samples of every animal, which the likeness is to
 ROUNDS = {"iterations": 16, "rounds": 4, "lr": 0.04}
 
 
@@ -48,7 +51,8 @@ class Variant:
     seed: added to the study's. weighting, gradient_steps: the job's. shares: a "path" of single trajectories instead,
     each with so much of its noise chosen by the reward, and the best of so many `particles`,
     each noised again to .6 of the schedule and sampled anew in further `rounds`. best_of: a "path" of plain samples
-    instead, the best of so many."""
+    instead, the best of so many; fk: of FK steering, with so many particles. first: not the plain sample is optimised,
+    but the way back of its restart from this share."""
 
     settings: dict = field(default_factory=dict)
     then: float = 0.0
@@ -59,6 +63,8 @@ class Variant:
     particles: int = 1
     rounds: int = 1
     best_of: tuple[int, ...] = ()
+    fk: tuple[int, ...] = ()
+    first: float = 0.0
 
 
 def default(**changes) -> Variant:
@@ -99,6 +105,9 @@ VARIANTS = {
     "strong": preset("strong"),
     "best_of_n": Variant(best_of=MANY),
     "best_of_n_.65": Variant(best_of=MANY, then=0.65),
+    "fk": Variant(fk=PARTICLES),
+    "fk_.65": Variant(fk=PARTICLES, then=0.65),
+    "restarted_first": Variant(first=0.8),
 }
 
 
@@ -107,7 +116,7 @@ class Observer:
 
     def __init__(self, judge, clip, reward, animals, prompts, gradient: float):
         """gradient: the share of the steps that a backward pass goes through."""
-        self.judge, self.clip, self.reward = judge, clip, reward
+        self.evaluate, self.reward, self.embeddings = evaluator(judge, clip), reward, []
         self.animals, self.prompts, self.gradient = list(animals), prompts, gradient
         self.passes, self.rows, self.shown, self.round = 0.0, [], [], None
 
@@ -123,17 +132,13 @@ class Observer:
     @torch.no_grad()
     def look(self, k: int, images: torch.Tensor, passes: float, measured: dict[str, dict]) -> None:
         images = images.detach().float().clamp(0, 1)
-        found = zip(
-            self.animals,
-            self.reward(images, self.prompts)[0].tolist(),
-            judge_module.adherence(self.judge, images, self.animals).tolist(),
-            self.clip.score(images, self.prompts).tolist(),
-            strict=True,
-        )
-        for animal, reward, adherence, clip in found:
+        rewards = self.reward(images, self.prompts)[0].tolist()
+        seen, embeddings = self.evaluate(images, self.animals, self.prompts)
+        for animal, reward, found in zip(self.animals, rewards, seen, strict=True):
             row = {"iterate": k, "animal": animal, "passes": passes, "reward": reward, **measured[animal]}
-            self.rows.append(row | {"adherence": adherence, "clip_score": clip})
+            self.rows.append(row | {c: found[c] for c in ("adherence", "clip_score")})
         self.shown.append(images)
+        self.embeddings.append(embeddings)
 
 
 def optimised() -> dict[str, Reward]:
@@ -151,9 +156,13 @@ def run(
     observer = Observer(judge, clip, real, animals, prompts, through / steps)
     seed = seed + 1000 * part + variant.seed
     settings = Settings(**{"iterations": 12, "lr": LR, "keep": "last"} | variant.settings)
-    observer.passes = settings.seeds - 1.0
+    observer.passes = settings.seeds - 1.0 + bool(variant.first)
+    latent = None
+    if variant.first:
+        latent = world.ksampler(positive=positive, steps=steps, batch=len(prompts), seed=seed + 7)
     job = world.job(
         positive=positive, steps=steps, batch=len(prompts), prompts=prompts, reward=real, seed=seed,
+        latent=latent, denoise=variant.first or 1.0,
         memory="none" if through == GRADIENT_STEPS else "per_step", gradient_steps=variant.gradient_steps,
         weighting=variant.weighting, on_iteration=observer,
         restart_sigmas=lambda share: world.sigmas(steps=steps, denoise=share),
@@ -162,12 +171,14 @@ def run(
         return steered(job, observer, variant), observer
     if variant.best_of:
         return best_of(world, job.latent, positive, observer, variant, steps, seed), observer
+    if variant.fk:
+        return fk(world, job, positive, observer, variant, steps, STRENGTH[reward]), observer
     job.settings = settings
     with torch.inference_mode():
         done = host.run(job)
     if variant.then:
         before = [r["passes"] for r in observer.rows[:: len(animals)]]
-        observer.rows, observer.shown = [], []
+        observer.rows, observer.shown, observer.embeddings = [], [], []
         look_at(world, positive, observer, steps, zip(before, done.iterates, strict=True), variant.then)
     kept = done.result.trace.kept
     images = len(animals)
@@ -208,12 +219,38 @@ def best_of(world, empty, positive, observer: Observer, variant: Variant, steps:
     return with_the_last_kept(observer.rows)
 
 
+def fk(world, job, positive, observer: Observer, variant: Variant, steps: int, strength: float) -> list[dict]:
+    """The plain sample, and every particle."""
+    job.on_iteration = lambda k, rows, score: None
+    path = []
+    for n in variant.fk:
+        job.settings = SearchSettings(method="fk_steering", particles=n, strength=strength)
+        with torch.inference_mode():
+            path.append((n + 1.0, host.run(job, host.searching).latent))
+    look_at(world, positive, observer, steps, path, variant.then)
+    return with_the_last_kept(observer.rows)
+
+
 def look_at(world, positive, observer: Observer, steps: int, path: Iterable[tuple], then: float) -> None:
     """path: (passes, latents) of every iterate, each restarted once from `then` of the schedule, unless that is 0."""
     for k, (passes, latents) in enumerate(path):
         if then:
             latents = world.ksampler(positive=positive, steps=steps, denoise=then, latent=latents, seed=5000 + k)
         observer.look(k, decoded(world, latents), passes + bool(then), {a: {} for a in observer.animals})
+
+
+def own(world, judge, clip, steps: int) -> list[dict]:
+    """Embeddings of plain samples of every animal, of seeds that no variant has."""
+    evaluate, found = evaluator(judge, clip), []
+    for seed in range(OWN):
+        for at in range(0, len(vocabulary.ANIMALS), COUNT):
+            animals = vocabulary.ANIMALS[at : at + COUNT]
+            prompts = [vocabulary.caption(a, prefix=True) for a in animals]
+            positive = world.encode_batch(prompts)
+            latents = world.ksampler(positive=positive, steps=steps, batch=len(prompts), seed=900_000 + 100 * seed + at)
+            with torch.no_grad():
+                found.append(evaluate(decoded(world, latents).float().clamp(0, 1), list(animals), prompts)[1])
+    return found
 
 
 @torch.inference_mode()
@@ -226,87 +263,6 @@ def with_the_last_kept(rows: list[dict]) -> list[dict]:
     for row in rows:
         row["kept"] = int(row["iterate"] == rows[-1]["iterate"])
     return rows
-
-
-def path_of(rows: list[dict]) -> tuple[list, torch.Tensor]:
-    """(images, (columns, iterates, images)); a run that ended sooner than others stays where it ended."""
-    of: dict[tuple, dict[float, dict]] = {}
-    for r in rows:
-        of.setdefault((r["part"], r["animal"]), {})[r["iterate"]] = r
-    images, iterates = sorted(of), sorted({r["iterate"] for r in rows})
-    table = [[of[i].get(k, of[i][max(of[i])]) for i in images] for k in iterates]
-    return images, torch.tensor([[[r[c] for r in line] for line in table] for c in COLUMNS])
-
-
-def at_last_passage(path: torch.Tensor, level: float) -> torch.Tensor | None:
-    """(columns, iterates), means -> (columns,) where the reward last rises through `level`, None if never."""
-    reward = path[1]
-    below = torch.nonzero((reward[:-1] < level) & (reward[1:] >= level)).flatten()
-    if not len(below):
-        return None
-    k = int(below[-1])
-    share = (level - reward[k]) / (reward[k + 1] - reward[k])
-    return path[:, k] * (1 - share) + path[:, k + 1] * share
-
-
-def against(mine: torch.Tensor, plain: torch.Tensor, animals: list[str], level: float | None) -> dict | None:
-    """At one reward: passes, adherence and CLIPScore less plain optimisation's, with a bootstrap over animals.
-
-    level None: at the reward of `mine`'s end; where plain optimisation never has as much, less that of its own best:
-    a difference that is rather too small. resamples_reached: the share of resamples in which it gets as far.
-    resamples: the difference in adherence in each, NaN where there is none; there: in which it gets as far.
-    """
-
-    def once(chosen: list[int]) -> torch.Tensor | None:
-        path, other = mine[:, :, chosen].mean(2), plain[:, :, chosen].mean(2)
-        at = path[1, -1].item() if level is None else level
-        a = path[:, -1] if level is None else at_last_passage(path, at)
-        b = at_last_passage(other, at)
-        there = torch.tensor(float(b is not None))
-        if level is None and at > other[1].max():
-            b = other[:, other[1].argmax()]
-        return None if a is None or b is None else torch.stack([a[0], b[0], b[2], a[2] - b[2], a[3] - b[3], there])
-
-    everyone = once(list(range(mine.shape[2])))
-    if everyone is None:
-        return None
-    names = sorted(set(animals))
-    of = {a: [n for n, b in enumerate(animals) if b == a] for a in names}
-    g = torch.Generator().manual_seed(0)
-    nowhere = torch.tensor([math.nan] * 5 + [0.0])
-    drawn = (torch.randint(len(names), (len(names),), generator=g).tolist() for _ in range(RESAMPLES))
-    found = [once([n for i in some for n in of[names[i]]]) for some in drawn]
-    known = [one for one in found if one is not None]
-    # Of a few that got so far nothing can be said.
-    spread = torch.stack(known).std(0) if len(known) > RESAMPLES // 2 else nowhere
-    every = torch.stack([nowhere if one is None else one for one in found])
-    passes, plain_passes, plain_adherence, more, clip, _ = everyone.tolist()
-    return {
-        "passes": passes, "plain_passes": plain_passes, "plain_adherence": plain_adherence,
-        "adherence_above": more, "se": spread[3].item(), "clip_above": clip, "clip_se": spread[4].item(),
-        "resamples_reached": every[:, 5].mean().item(), "resamples": every[:, 3], "there": every[:, 5] > 0,
-    }  # fmt: skip
-
-
-def in_figures(found: dict | None) -> dict:
-    """An `against` for a table: without its resamples; nothing where there is none."""
-    return {k: v for k, v in (found or {}).items() if k not in ("resamples", "there")}
-
-
-def pooled(found: dict[str, dict]) -> dict:
-    """Of several rewards' `against`, of the same animals: the mean difference in adherence over the rewards, its
-    bootstrap error; p, the share of resamples in which it is not above 0; the share in which plain optimisation gets
-    to all of the rewards.
-    """
-    mean = torch.stack([one["resamples"] for one in found.values()]).mean(0)
-    there = torch.stack([one["there"] for one in found.values()]).all(0)
-    mean = mean[~mean.isnan()]
-    return {
-        "rewards": " ".join(found),
-        "adherence_above": sum(one["adherence_above"] for one in found.values()) / len(found),
-        "se": mean.std().item(), "p": (mean <= 0).double().mean().item(),
-        "resamples_reached": there.double().mean().item(),
-    }  # fmt: skip
 
 
 LEVELS = {
@@ -346,6 +302,46 @@ def gather(raw: Path, path: Path, names: tuple[str, ...]) -> None:
         write(path, kept + new)
 
 
+def likenesses(runs: dict[tuple, list[dict]]) -> list[dict]:
+    """Of what was kept, and of plain optimisation at the same reward: where the embeddings of both lie in RAW."""
+    rows = []
+    for (reward, steps, name), mine in runs.items():
+        base, plain = RAW / f"own-{steps}.pt", runs.get((reward, steps, "dno"), [])
+        both = {r["part"] for r in mine} & {r["part"] for r in plain}
+
+        def file(part: tuple, variant: str, reward: str = reward, steps: int = steps) -> Path:
+            return RAW / f"{variant}-{reward}-{steps}-{'-'.join(part)}.pt"
+
+        parts = sorted(p for p in both if file(p, name).is_file() and file(p, "dno").is_file())
+        if name == "dno" or not parts or not base.is_file():
+            continue
+        images = [(p, a) for p in parts for a in vocabulary.ANIMALS[int(p[0]) * COUNT : (int(p[0]) + 1) * COUNT]]
+        kept = {(r["part"], r["animal"]): r for r in mine if r["kept"]}
+        of, path = path_of([r for r in plain if r["part"] in parts])
+        path = path[1][:, [of.index(i) for i in images]]
+        looks, others = (beside([load(file(p, variant)) for p in parts]) for variant in (name, "dno"))
+        first = min(r["iterate"] for r in mine)
+        at = [int(kept[i]["iterate"] - first) for i in images]
+        chosen = {n: torch.stack([found[k, b] for b, k in enumerate(at)]) for n, found in looks.items()}
+        rewards = torch.tensor([kept[i]["reward"] for i in images])
+        found = likeness_against(chosen, rewards, others, path, [a for _, a in images], Likeness(load(base)))
+        rows.append({"reward": reward, "steps": steps, "variant": name, "images": len(images)} | found)
+    return rows
+
+
+def best_of_three(draws: list[list[dict]]) -> list[dict]:
+    """At every iterate the best by the reward of several runs of the same animals, as a path that costs all of them."""
+    of: dict[tuple, list[dict]] = {}
+    for row in (row for draw in draws for row in draw):
+        of.setdefault((row["part"][0], row["animal"], row["iterate"]), []).append(row)
+    best = [max(found, key=lambda r: r["reward"]) for found in of.values() if len(found) == len(draws)]
+    last = max((r["iterate"] for r in best), default=0)
+    return [
+        r | {"part": (r["part"][0], "0"), "passes": r["passes"] * len(draws), "kept": float(r["iterate"] == last)}
+        for r in best
+    ]
+
+
 def report() -> None:
     """From the rows that stand in docs/results."""
     gather(RAW, OUT / "restart_rows.csv", NAMES)
@@ -354,6 +350,12 @@ def report() -> None:
         of = (row["optimised"], int(row["steps"]), row["variant"])
         numbers = {k: float(row[k]) for k in ("iterate", "kept", *COLUMNS)}
         runs.setdefault(of, []).append(numbers | {"animal": row["animal"], "part": (row["part"], row["seed"])})
+    for reward, steps, name in list(runs):
+        if name == "dno_again":
+            plain = runs[reward, steps, "dno"]
+            draws = [[r for r in plain if r["part"][1] == seed] for seed in "01"] + [runs[reward, steps, name]]
+            if made := best_of_three(draws):
+                runs[reward, steps, BEST_OF_THREE] = made
     rows, ends, tilts, way = [], [], [], []
     together: dict[tuple, dict[str, dict]] = {}
     for (reward, steps, name), mine in runs.items():
@@ -398,6 +400,8 @@ def report() -> None:
     write(OUT / "restart_kept.csv", ends)
     write(OUT / "restart_tilt.csv", tilts)
     write(OUT / "restart_way.csv", way)
+    if alike := likenesses(runs):
+        write(OUT / "restart_likeness.csv", alike)
     for row in rows:
         print(row["reward"], row["steps"], row["variant"], row["images"], f"at {row['level']:g}:",
               f"{row['adherence_above']:+.3f}±{row['se']:.3f} above {row['plain_adherence']:.3f},",
@@ -409,6 +413,8 @@ def report() -> None:
               f"adherence {row['start_adherence']:.3f} -> {row['adherence']:.3f}", more)  # fmt: skip
     for row in joint:
         print("together:", row)
+    for row in alike:
+        print("like the model's own:", row)
 
 
 def main() -> None:
@@ -425,6 +431,7 @@ def main() -> None:
     register()
     Store(RAW, {"animals": COUNT})
     world, judge, clip = World(), judge_module.load_judge(), demo.demo_clip_score()
+    base_of(RAW / f"own-{args.steps}.pt", lambda: own(world, judge, clip, args.steps))
     for seed in args.seeds:
         for part in args.parts:
             for name in args.only:
@@ -436,6 +443,7 @@ def main() -> None:
                     rows, observer = run(world, judge, clip, VARIANTS[name], reward, part, args.steps, seed)
                     shown = observer.shown
                     sheet(torch.cat(shown[:: max(1, len(shown) // 6)]), COUNT, path.with_suffix(".jpg"))
+                    torch.save(stacked(observer.embeddings), path.with_suffix(".pt"))
                     file_run(path, rows)
                     last = [r for r in rows if r["iterate"] == rows[-1]["iterate"]]
                     mean = {c: round(sum(r[c] for r in last) / len(last), 3) for c in COLUMNS}

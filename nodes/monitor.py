@@ -22,6 +22,7 @@ from ..rewards.half import place_of
 from ..sampler.statistics import cmmd, pareto, spectral_distance, spread
 from ..sampler.surrogates import SURROGATES
 from ..sampler.trace import Trace
+from .editor.live import text_output
 from .editor.plot import COLOURS, Line, Panel, draw
 from .host import patcher_of
 from .shared.checks import spoken
@@ -351,5 +352,5 @@ class MiraDriftMonitor(io.ComfyNode):
 
         return io.NodeOutput(
             plots(runs, drift_metric), table, said, column("gain"), column("drift"), column("clip_score"),
-            column("cmmd"), ui={"mira_text": [shown], "mira": [runs[0].trace.to_dict()]},
+            column("cmmd"), ui=text_output(shown, mira=[runs[0].trace.to_dict()]),
         )  # fmt: skip

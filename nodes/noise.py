@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..rewards import known
 from ..sampler import golden, replay
+from .editor.live import text_output
 from .host.replay import ReplayNoise, ReplaySampler, made
 from .shared import files
 from .shared.checks import check_links, check_values
 from .shared.inputs import seed_input
-from .shared.made import found, listed, stamp, why_not
+from .shared.made import chosen, found, listed, path_input, stamp, why_not
 from .shared.types import aliases
 
 SUFFIXES = (".safetensors",)
@@ -76,7 +77,7 @@ class MiraSaveNoise(io.ComfyNode):
         replay.save(half, noise.segments, noise.facts | {"optimized": sampler.optimized})
         os.replace(half, path)
         shown = os.path.relpath(path, folder_paths.get_output_directory())
-        return io.NodeOutput(ui={"mira_text": [f"saved {shown} in the output folder"]})
+        return io.NodeOutput(ui=text_output(f"saved {shown} in the output folder"))
 
 
 class MiraLoadNoise(io.ComfyNode):
@@ -102,6 +103,7 @@ class MiraLoadNoise(io.ComfyNode):
                     optional=True,
                     tooltip="Instead of the sampler that the file names; needed where it is of another pack.",
                 ),
+                path_input("mira_noise/fox_00001_.safetensors"),
             ],
             outputs=[
                 io.Noise.Output("noise", display_name="noise", tooltip="The initial noise that was found."),
@@ -113,16 +115,17 @@ class MiraLoadNoise(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None) -> bool | str:
-        return why_not(noise_path, file)
+    def validate_inputs(cls, file: str | None = None, path: str | None = None) -> bool | str:
+        return why_not(noise_path, chosen(file, path))
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, sampler: Any = None) -> Any:
-        return stamp(noise_path, file)
+    def fingerprint_inputs(cls, file: str, sampler: Any = None, path: str = "") -> Any:
+        return stamp(noise_path, chosen(file, path))
 
     @classmethod
-    def execute(cls, file: str, sampler: Any = None) -> io.NodeOutput:
+    def execute(cls, file: str, sampler: Any = None, path: str = "") -> io.NodeOutput:
         try:
+            file = chosen(file, path) or ""
             segments, facts = replay.load(Path(noise_path(file)))
             if not isinstance(facts.get("seed"), int) or not isinstance(facts.get("sampler", {}), dict | None):
                 raise ValueError(f"{file} is damaged: it names no seed or no sampler")

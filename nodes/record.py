@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..sampler.trace import Trace
 from .editor.on_disk import PNG_KEY
-from .shared.made import found, listed, stamp, why_not
+from .shared.made import chosen, found, listed, path_input, stamp, why_not
 from .shared.types import MiraTrace, aliases
 
 SUFFIXES = (".png", ".json", ".csv")
@@ -28,14 +28,6 @@ def trace_path(file: str) -> str:
     if os.path.getsize(path) > MOST_BYTES:
         raise ValueError(f"{file} is larger than {MOST_BYTES >> 20} MiB, which no record is: {NO_FILE}")
     return path
-
-
-def chosen(file: str | None, path: str | None) -> str | None:
-    """What is to be read: `path`, in the output folder unless it names another (`fox.png [temp]`), or else `file`."""
-    path = (path or "").strip().strip('"')  # as a file manager copies it
-    if not path:
-        return file
-    return path if path.endswith("]") else f"{path} [output]"
 
 
 def read_trace(path: str, index: int) -> Trace:
@@ -81,13 +73,7 @@ class MiraLoadTrace(io.ComfyNode):
                     max=99,
                     tooltip="Which one, if a PNG has several: of other nodes, or of a list, in its order.",
                 ),
-                io.String.Input(
-                    "path",
-                    default="",
-                    optional=True,
-                    tooltip="One that is not in the list of the newest 300: its path in the output folder, "
-                    "as mira/fox_00001_.png. Given, it counts instead of file.",
-                ),
+                path_input("mira/fox_00001_.png"),
             ],
             outputs=[MiraTrace.Output("trace", display_name="trace", tooltip="For the MIRA Drift Monitor.")],
         )

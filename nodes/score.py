@@ -11,6 +11,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..rewards.base import Reward
+from .editor.live import text_output
 from .shared.checks import check_links, check_reward, spoken
 from .shared.images import to_core
 from .shared.scores import score_images
@@ -82,7 +83,7 @@ class MiraScoreImages(io.ComfyNode):
         total = torch.cat([t for t, _ in scored])
         parts = {name: torch.cat([p[name] for _, p in scored]) for name in scored[0][1]}
         text = table(reward, total, parts, reward.notices(prompts))
-        return io.NodeOutput(total.tolist(), text, ui={"mira_text": [text], "mira_scores": total.tolist()})
+        return io.NodeOutput(total.tolist(), text, ui=text_output(text, mira_scores=total.tolist()))
 
 
 class MiraRankImages(io.ComfyNode):

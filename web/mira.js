@@ -74,10 +74,27 @@ function tellOutside(node, run) {
   api.dispatchEvent(new CustomEvent("progress_text", { detail: { nodeId: String(path[0]), text } }));
 }
 
-/** Whether a run is of this node: another workflow may have the same ids. What the server does not know fits. */
-function isOf(node, { workflow, kind }) {
-  const open = (app.rootGraph ?? app.graph)?.id;
-  return Boolean(node) && (!kind || kind === node.comfyClass) && (!workflow || !open || workflow === open);
+const openWorkflow = () => (app.rootGraph ?? app.graph)?.id;
+
+/**
+ * Whether a run is of this node: another workflow may have the same ids. What the server does not know fits.
+ *
+ * here: the workflow does not count, as this one was queued and the server had the other's result, of which it is a copy.
+ */
+function isOf(node, { workflow, kind }, here = false) {
+  const open = openWorkflow();
+  return Boolean(node) && (!kind || kind === node.comfyClass) && (here || !workflow || !open || workflow === open);
+}
+
+/** What `isOf` compares, of a node's output. */
+const sourceOf = (output) => output?.mira_of?.[0] ?? output?.mira?.[0] ?? {};
+
+/** What a node has put out is shown, if it is this one's; else the server is asked whether it is a copy's. */
+function onOutput(node, show) {
+  chain(node, "onExecuted", (output) => {
+    if (isOf(node, sourceOf(output))) show(output);
+    else restoreSoon([pathOf(node)?.join(":")]);
+  });
 }
 
 /** The node that an event is of, where it is here and has a chart; it remembers by which name it runs. */
@@ -199,8 +216,8 @@ function addCharted(node) {
   });
   new ResizeObserver(() => fit(node, 0)).observe(chart.inner);
   node[VIEW] = view;
-  chain(node, "onExecuted", (output) => {
-    const run = isOf(node, output?.mira?.[0] ?? {}) && fromOutput(output, chart.run());
+  onOutput(node, (output) => {
+    const run = fromOutput(output, chart.run());
     if (run) showRun(node, chart, run);
     view.chooser?.hide();
   });
@@ -323,7 +340,7 @@ function addText(node) {
     node.setDirtyCanvas?.(true, true);
   };
   node[VIEW] = { ...node[VIEW], text: show };
-  chain(node, "onExecuted", show);
+  onOutput(node, show);
 }
 
 function chain(node, name, after) {
@@ -352,6 +369,7 @@ async function answer({ prompt_id, node, token }, choice) {
   }
 }
 
+let promptId = ""; // the id of the one that ComfyUI began with last
 const choosers = new Set(); // those with a choice
 
 /** The tab calls for whoever looks elsewhere; ComfyUI writes its title anew when a run gets on. */
@@ -383,7 +401,7 @@ async function get(path, more = {}) {
 async function restore(cached = [], missed = false) {
   const shown = new Set([...choosers].map((chooser) => chooser.choice()?.token)); // before anything was asked
   // Without a server there is history all the same.
-  const [live, waiting] = await Promise.all([get("/mira/live", { nodes: cached.join() }), get("/mira/choice")]).catch((problem) => (warn(problem), [{}, {}]));
+  const [live, waiting] = await Promise.all([get("/mira/live", { nodes: cached.join(), prompt_id: promptId }), get("/mira/choice")]).catch((problem) => (warn(problem), [{}, {}]));
   // Some frontends do not tell a node within a subgraph that its graph was closed.
   for (const chooser of choosers) if (nodeOf(chooser.choice()?.node)?.[VIEW]?.chooser !== chooser) chooser.hide();
   // What the server no longer waits for was answered elsewhere, or is over.
@@ -393,15 +411,16 @@ async function restore(cached = [], missed = false) {
     if (shown.has(token) && !open.has(token)) chooser.hide(token);
   }
   // One that has told of no image may be over: nothing is known of it.
-  const runs = (live.runs ?? []).filter((known) => known.rows.length && isOf(nodeOf(known.node), known));
+  const isHere = (id) => Boolean(live.workflow) && live.workflow === openWorkflow() && cached.includes(String(id));
+  const runs = (live.runs ?? []).filter((known) => known.rows.length && isOf(nodeOf(known.node), known, isHere(known.node)));
   const running = new Set(runs.filter((known) => !known.output).map((known) => String(known.node)));
   const graph = app.rootGraph ?? app.graph;
   for (const node of graph?.nodes ?? []) {
     const view = node[VIEW];
     const output = app.nodeOutputs?.[node.id];
-    if (!view || !output) continue;
+    if (!view || !output || !isOf(node, sourceOf(output), isHere(node.id))) continue;
     view.text?.(output);
-    const run = view.chart && isOf(node, output.mira?.[0] ?? {}) && fromOutput(output);
+    const run = view.chart && fromOutput(output);
     const empty = view.chart?.run().rows.length === 0 && !view.chart.run().waiting;
     if (run && empty && !running.has(String(node.id))) showRun(node, view.chart, run);
   }
@@ -429,7 +448,7 @@ function noteDrop(event) {
 
 async function showDropped() {
   const found = dropped && Date.now() - dropped.at < DROP_LASTS ? await dropped.found : null;
-  if (!found?.workflow || found.workflow !== (app.rootGraph ?? app.graph)?.id) return;
+  if (!found?.workflow || found.workflow !== openWorkflow()) return;
   dropped = null;
   for (const [id, trace] of found.records) {
     const node = nodeOf(id);
@@ -470,6 +489,9 @@ app.registerExtension({
       showRun(node, node[VIEW].chart, addStep(node[VIEW].chart.run(), detail));
     });
     // A run that begins shows nothing of the last one, and says what it does until its first image is there.
+    api.addEventListener("execution_start", ({ detail }) => {
+      promptId = detail?.prompt_id ?? "";
+    });
     api.addEventListener("mira.begin", ({ detail }) => {
       const node = chartedBy(detail);
       if (!node) return;

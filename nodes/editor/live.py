@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -48,15 +48,33 @@ def forget(shown: dict) -> None:
         os.unlink(os.path.join(folder_paths.get_temp_directory(), shown["subfolder"], shown["filename"]))
 
 
+def _workflow_of(item: Sequence) -> str | None:
+    """The id of the workflow that an item of ComfyUI's queue was made from."""
+    return ((item[3].get("extra_pnginfo") or {}).get("workflow") or {}).get("id")
+
+
 def running(node: str) -> tuple[str | None, str | None]:
     """(the id of the workflow that is being run, the class of its node): another one may have the same node ids."""
     queue = getattr(PromptServer.instance, "prompt_queue", None)
     item = next(iter(queue.currently_running.values()), None) if queue else None
     if item is None:
         return None, None
-    prompt, extra = item[2], item[3]
-    workflow = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
-    return workflow.get("id"), prompt.get(node, {}).get("class_type")
+    return _workflow_of(item), item[2].get(node, {}).get("class_type")
+
+
+def workflow_of(prompt_id: str) -> str | None:
+    """The id of the workflow that a prompt was made from: one that runs, or has run."""
+    queue = PromptServer.instance.prompt_queue
+    past = queue.history.get(prompt_id)
+    items = [*queue.currently_running.values(), *([past["prompt"]] if past else [])]
+    return next((_workflow_of(item) for item in items if item[1] == prompt_id), None)
+
+
+def text_output(text: str, **more: Any) -> dict:
+    """A `ui` output that a node shows in words, of the node that is being executed."""
+    context = get_executing_context()
+    workflow, kind = running(context.node_id) if context else (None, None)
+    return {"mira_text": [text], "mira_of": [{"workflow": workflow, "kind": kind}]} | more
 
 
 class LiveRun:
@@ -161,11 +179,12 @@ class LiveRun:
 
 
 async def list_runs(request: web.Request) -> web.Response:
-    """The runs of this client, and those of the nodes that it names: a cached node tells nothing by itself."""
+    """The runs of this client, and those of the nodes that it names: a cached node tells nothing by itself. And which
+    workflow the prompt that it names is of: what is cached may be of another one, of which this is a copy.
+    """
     client, nodes = request.query.get("client_id"), request.query.get("nodes", "").split(",")
-    return web.json_response(
-        {"runs": [r for r in _runs.values() if r["client"] in (None, client) or r["node"] in nodes]}
-    )
+    runs = [r for r in _runs.values() if r["client"] in (None, client) or r["node"] in nodes]
+    return web.json_response({"runs": runs, "workflow": workflow_of(request.query.get("prompt_id", ""))})
 
 
 def register_routes() -> None:

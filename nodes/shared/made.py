@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import folder_paths
+from comfy_api.latest import io
 
 MOST_LISTED = 300
 
@@ -26,6 +27,25 @@ def listed(suffixes: Sequence[str]) -> list[str]:
                 with contextlib.suppress(OSError):  # it went meanwhile
                     made.append((os.path.getmtime(path), os.path.normpath(os.path.relpath(path, output))))
     return names + [f"{name} [output]" for _, name in sorted(made, reverse=True)[:MOST_LISTED]]
+
+
+def chosen(file: str | None, path: str | None) -> str | None:
+    """What is to be read: `path`, in the output folder unless it names another (`fox.png [temp]`), or else `file`."""
+    path = (path or "").strip().strip('"')  # as a file manager copies it
+    if not path:
+        return file
+    return path if path.endswith("]") else f"{path} [output]"
+
+
+def path_input(example: str) -> io.String.Input:
+    """Beside a list of files, and last of a node's inputs."""
+    return io.String.Input(
+        "path",
+        default="",
+        optional=True,
+        tooltip=f"One that is not in the list of the newest {MOST_LISTED}: its path in the output folder, as {example}. "
+        "Given, it counts instead of file.",
+    )
 
 
 def found(file: str, suffixes: Sequence[str], remedy: str) -> str:

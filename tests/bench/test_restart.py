@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from bench.front import judge_module
-from bench.restart import COLUMNS, Variant, against, at_last_passage, path_of, pooled, run
+from bench.likeness import Likeness, beside, stacked
+from bench.likeness import against as likeness_against
+from bench.paths import COLUMNS, against, at_last_passage, path_of, pooled
+from bench.restart import Variant, best_of_three, run
 from testing.world import World, demo
 
 
@@ -57,3 +60,55 @@ def test_the_best_of_more_samples_has_more_of_the_reward():
     animals = {animal for animal, _ in of}
     assert len(animals) == 2 and all(of[a, 4.0] >= of[a, 1.0] for a in animals)
     assert any(of[a, 4.0] > of[a, 1.0] for a in animals)
+
+
+@pytest.mark.parametrize(
+    ("variant", "passes"),
+    [
+        (Variant(fk=(2, 3)), [3, 4]),
+        (Variant({"iterations": 2}, first=0.8), [3, 6, 9]),
+        (Variant(fk=(2,), then=0.5), [4]),
+    ],
+    ids=["fk", "restarted first", "fk restarted"],
+)
+def test_what_a_path_costs_and_how_its_images_are_remembered(variant, passes):
+    world, judge, clip = World(side=8), judge_module.load_judge(), demo.demo_clip_score()
+    rows, observer = run(world, judge, clip, variant, "brightness", part=0, steps=2, seed=0, count=2)
+    assert [r["passes"] for r in rows[::2]] == passes[: len(rows) // 2]
+    found = stacked(observer.embeddings)
+    assert {name: e.shape[:2] for name, e in found.items()} == dict.fromkeys(("clip", "judge"), (len(rows) // 2, 2))
+
+
+def test_the_best_of_three_draws_is_chosen_at_every_iterate_and_costs_all_of_them():
+    def draw(seed, rewards):
+        of = {"animal": "fox", "part": ("0", seed), "passes": 2.0, "adherence": 0.5}
+        return [of | {"iterate": float(k), "reward": r} for k, r in enumerate(rewards)]
+
+    best = best_of_three([draw("0", [1.0, 5.0]), draw("1", [3.0, 4.0]), draw("0", [2.0])])
+    assert [(r["reward"], r["passes"], r["kept"]) for r in best] == [(3.0, 6.0, 1.0)]
+    assert best_of_three([draw("0", [1.0]), draw("1", [2.0])])[0]["part"] == ("0", "0")
+
+
+def test_likeness_to_the_models_own_images():
+    g = torch.Generator().manual_seed(0)
+
+    def around(place, *shape):
+        features = torch.randn(*shape, 8, generator=g) + place
+        return {"clip": torch.nn.functional.normalize(features, dim=-1), "judge": features}
+
+    like = Likeness(around(0.0, 60))
+    near, far = like(around(0.0, 40)), like(around(4.0, 40))
+    assert near["natural"] > 0.7 and far["natural"] < 0.1 and far["cmmd"] > 5 * near["cmmd"]
+    # Plain optimisation goes away from them while its reward rises to 1; what is compared has half of that.
+    path = [around(4.0 * k / 4, 40) for k in range(5)]
+    plain = {name: torch.stack([p[name] for p in path]) for name in path[0]}
+    rewards = torch.linspace(0, 1, 5)[:, None].expand(5, 40)
+    found = likeness_against(
+        around(0.0, 40), torch.full((40,), 0.5), plain, rewards, [f"a{n}" for n in range(40)], like
+    )
+    at_half = like(path[2])
+    assert found["plain_cmmd"] == pytest.approx(at_half["cmmd"]) and found["cmmd"] < found["plain_cmmd"]
+    assert found["natural"] > found["plain_natural"] == pytest.approx(at_half["natural"])
+    assert 0 < found["cmmd_se"] < found["plain_cmmd"] - found["cmmd"]
+    ends = beside([{"clip": torch.ones(2, 3, 4)}, {"clip": torch.zeros(1, 1, 4)}])
+    assert ends["clip"].shape == (2, 4, 4)

@@ -168,6 +168,12 @@ def test_a_run_that_is_cached_shows_its_record(quickstart):
     editor.load(graph)
     editor.queue()
     wait_for(editor, lambda: "kept iteration 5" in editor.page.inner_text(STATUS), "the record of the cached run")
+    # A copy under another name, as Save As makes it: it is shown what the other one has once it is run itself.
+    editor.load(graph | {"id": str(uuid.uuid4())})
+    editor.page.wait_for_timeout(1000)
+    assert rows(editor) == 0
+    editor.queue()
+    wait_for(editor, lambda: "kept iteration 5" in editor.page.inner_text(STATUS), "the record of the other one")
 
 
 @ENDS
@@ -507,9 +513,16 @@ def test_the_monitor_shows_its_verdict(editor):
     )
     editor.queue()
     text = lambda: editor.js("() => [...document.querySelectorAll('[role=status]')].map(e => e.textContent).join()")  # noqa: E731
-    wait_for(editor, lambda: "hacked" in text() or "seed-to-seed" in text(), "a verdict", 120)
+    said = lambda: "hacked" in text() or "seed-to-seed" in text()  # noqa: E731
+    wait_for(editor, said, "a verdict", 120)
     editor.look_at("MiraDriftMonitor", 0.6)
     editor.shot("monitor")
+    # It is of this workflow, and of a copy once that is run.
+    editor.load(editor.js("() => app.graph.serialize()") | {"id": str(uuid.uuid4())})
+    editor.page.wait_for_timeout(1000)
+    assert "The verdict appears here" in text() and not said()
+    editor.queue()
+    wait_for(editor, said, "the verdict of the other one")
 
 
 @ENDS

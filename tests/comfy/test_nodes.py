@@ -114,7 +114,7 @@ def test_registration():
     assert [i.id for i in listed["MiraScoreImages"].inputs] == ["images", "reward", "prompt"]
     assert [i.id for i in listed["MiraRankImages"].inputs] == ["images", "scores", "top_k", "latents", "masks"]
     assert [i.id for i in listed["MiraSaveNoise"].inputs] == ["noise", "sampler", "filename_prefix"]
-    assert [i.id for i in listed["MiraLoadNoise"].inputs] == ["file", "sampler"]
+    assert [i.id for i in listed["MiraLoadNoise"].inputs] == ["file", "sampler", "path"]
     assert [i.id for i in listed["MiraGoldenNoise"].inputs] == ["file", "positive", "seed"]
     advanced = [
         "seeds", "rounds", "restart_denoise", "gradient_steps", "learning_rate", "optimizer", "clip_norm",

@@ -97,6 +97,10 @@ def test_saved_and_loaded_it_is_the_same(world, output):
     again, with_noises, settings = nodes.MiraLoadNoise.execute(file).args
     assert torch.equal(sampled(world, again, with_noises), latent["samples"])
     assert json.loads(settings)["settings"]["reward"] == trace.settings["reward"]
+    # One that the list has no more, by its name.
+    named = dict(file=mira("nodes.noise").NO_FILE, path=file.removesuffix(" [output]"))
+    assert nodes.MiraLoadNoise.validate_inputs(**named) is True and nodes.MiraLoadNoise.fingerprint_inputs(**named)
+    assert json.loads(nodes.MiraLoadNoise.execute(**named).args[2]) == json.loads(settings)
     # Another sampler in its place, by the hand of whoever loads it.
     other = nodes.MiraLoadNoise.execute(file, comfy.samplers.sampler_object("euler_ancestral")).args[1]
     assert torch.equal(sampled(world, again, other), latent["samples"])
