@@ -524,9 +524,7 @@ def test_the_monitor_shows_its_verdict(editor):
     editor.queue()
     wait_for(editor, said, "the verdict of the other one")
     # A run that ends while another workflow is open, whose nodes have the same ids, says nothing there.
-    editor.js(
-        "() => { for (const n of app.graph.nodes) for (const w of n.widgets ?? []) if (w.name === 'steps') w.value = 3; }"
-    )
+    editor.set(OPTIMIZER, steps=3)
     editor.queue()
     editor.load(editor.js("() => app.graph.serialize()") | {"id": str(uuid.uuid4())})
     editor.wait_idle()
