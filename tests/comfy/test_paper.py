@@ -23,7 +23,7 @@ def run(monkeypatch, *arguments):
 def test_every_kind_of_method_at_the_cost_that_it_says(monkeypatch, tmp_path, capsys):
     folder = tmp_path / "out"
     monkeypatch.setitem(paper.BLOCK, "demo", 2)
-    monkeypatch.setattr(f"{__name__}.SMALL", [*SMALL, "--animals", "2"])
+    monkeypatch.setattr(f"{__name__}.SMALL", [*SMALL, "--animals", "2", "--pixels", "64"])
     methods = ("dno", "fk_steering", "halving", "das", "mira_dpo", "dymo", "rlg")
     assert run(monkeypatch, "--out", folder, "--methods", *methods) == 0
     store = Store(folder, json.loads((folder / "config.json").read_text()))
