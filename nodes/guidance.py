@@ -333,7 +333,9 @@ class DyMOGuider(comfy.samplers.CFGGuider):
                 denoised, gradient, lengths = result
                 break
             if self.thrift == THRIFTIEST:
-                raise cut.problem
+                if not self.repeating.gives_up(cut.problem):
+                    raise cut.problem
+                continue
             self.thrift += 1
             log.warning("%s: %s: goes on keeping less for the gradient", MiraDyMOGuider.NAME, cut)
         if not x.requires_grad:

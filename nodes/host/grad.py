@@ -298,12 +298,18 @@ class Repeating:
                 with repeatable():
                     return work()
             except RuntimeError as problem:
-                if not has_no_repeatable_way(problem):
+                if not self.gives_up(problem):
                     raise
-                said = str(problem).splitlines()[0]
-                log.warning("%s: does not repeat to the bit on this device: %s", self.node, said)
-                self.possible = False
         return work()
+
+    def gives_up(self, problem: BaseException) -> bool:
+        """Whether it goes on without, from now on: nothing else than that may mend this."""
+        if not self.possible or not (has_no_repeatable_way(problem) or has_no_engine(problem)):
+            return False
+        self.possible = False
+        said = str(problem).splitlines()[0]
+        log.warning("%s: does not repeat to the bit on this device: %s", self.node, said)
+        return True
 
 
 # In-place arithmetic, and what gives the same without writing over what backward needs.

@@ -43,8 +43,10 @@ def path_input(example: str) -> io.String.Input:
         "path",
         default="",
         optional=True,
-        tooltip=f"One that is not in the list of the newest {MOST_LISTED}: its path in the output folder, as {example}. "
-        "Given, it counts instead of file.",
+        tooltip=(
+            f"One that is not in the list of the newest {MOST_LISTED}: its path in the output folder, as {example}. Given, "
+            "it counts instead of file."
+        ),
     )
 
 

@@ -512,6 +512,39 @@ def test_guidance_and_better_noises_go_on_with_less_too(world):
     assert len(calls) > 2 and made.args[0].noise.shape == (1, 4, 8, 8)
 
 
+def test_guidance_for_which_no_engine_repeats_goes_on_without(world, caplog):
+    """cuDNN says so in the words that it has for a full card, too: first with less, then not repeating."""
+    model, guiders = world.model.clone(), []
+
+    def no_engine(apply, args):
+        if torch.is_grad_enabled() and guiders and guiders[0].repeating.possible:
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(no_engine)
+    with torch.inference_mode():
+        inputs = (world.positive, world.negative, world.vae, PixelReward("brightness"), 5.0, 1.0, 0.0, 1.0)
+        guiders.append(MiraDyMOGuider.execute(model, *inputs).args[0])
+        noise = torch.randn(LATENT.shape, generator=torch.Generator().manual_seed(0))
+        euler = comfy.samplers.sampler_object("euler")
+        found = guiders[0].sample(noise, LATENT, euler, world.sigmas(steps=3), seed=0)
+    assert torch.isfinite(found).all() and caplog.text.count("does not repeat to the bit") == 1
+
+    def work():
+        if not torch.is_deterministic_algorithms_warn_only_enabled():  # as it is outside, in the tests
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+        return 7
+
+    repeating = grad.Repeating("a node")
+    assert [repeating(torch.device("cuda"), work) for _ in range(2)] == [7, 7]
+
+    def another():
+        raise RuntimeError("another")
+
+    with pytest.raises(RuntimeError, match="another"):
+        grad.Repeating("a node")(torch.device("cuda"), another)
+
+
 def test_a_run_says_what_it_would_take(world):
     settings = world.optimize(steps=3, iterations=1).result.trace.settings
     assert settings["checkpointing"] == "none"
