@@ -44,8 +44,8 @@ def path_input(example: str) -> io.String.Input:
         default="",
         optional=True,
         tooltip=(
-            f"One that is not in the list of the newest {MOST_LISTED}: its path in the output folder, as {example}. Given, "
-            "it counts instead of file."
+            f"One that is not in the list of the newest {MOST_LISTED}: its path in the output folder, as {example}. "
+            "Given, it counts instead of file."
         ),
     )
 
