@@ -6,6 +6,7 @@ are to one another. Both are of sets of images, so they are compared where the m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,12 @@ class Likeness:
         return {"cmmd": cmmd(of["clip"].float(), self.base["clip"]), "natural": natural}
 
 
+def save(file: Path, found: Embeddings) -> None:
+    """Whole or not at all."""
+    torch.save(found, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)
+
+
 def load(file: Path) -> Embeddings:
     return torch.load(file, weights_only=True)
 
@@ -66,29 +73,35 @@ def base_of(file: Path, sample: Callable[[], list[Embeddings]]) -> Embeddings:
     """Sampled once and kept in `file`."""
     if not file.is_file():
         found = sample()
-        torch.save({name: torch.cat([f[name] for f in found]) for name in found[0]}, file)
+        save(file, {name: torch.cat([f[name] for f in found]) for name in found[0]})
     return load(file)
 
 
 def against(
     kept: Embeddings, kept_reward: torch.Tensor, plain: Embeddings, plain_reward: torch.Tensor, animals: list[str],
     like: Likeness,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float] | None:  # fmt: skip
     """The kept images, (B, D), and plain optimisation's path, (iterates, B, D), at the mean reward of those, or at its
-    best where it never has as much. rewards: (B,), (iterates, B). With bootstrap errors over animals.
+    best where it never has as much. rewards: (B,), (iterates, B). `..._above_se`: bootstrap errors over animals of the
+    differences; NaN where many resamples begin above that reward. None where all images do.
     """
 
-    def once(chosen: list[int]) -> torch.Tensor:
+    def once(chosen: list[int]) -> torch.Tensor | None:
         mine = like({name: found[chosen] for name, found in kept.items()})
         rewards = plain_reward[:, chosen].mean(1)
         sets = [like({name: found[k, chosen] for name, found in plain.items()}) for k in range(len(rewards))]
         path = torch.tensor([[0.0, r, s["cmmd"], s["natural"]] for r, s in zip(rewards.tolist(), sets, strict=True)]).T
-        at = at_last_passage(path, kept_reward[chosen].mean().item())
-        other = path[:, int(rewards.argmax())] if at is None else at
+        level = kept_reward[chosen].mean().item()
+        other = path[:, int(rewards.argmax())] if level > rewards.max() else at_last_passage(path, level)
+        if other is None:  # it begins above
+            return None
         return torch.tensor([mine["cmmd"], mine["natural"], other[2].item(), other[3].item()])
 
     everyone = once(list(range(len(animals))))
-    drawn = torch.stack([once(chosen) for chosen in resampled(animals, RESAMPLES)])
+    if everyone is None:
+        return None
+    known = [one for chosen in resampled(animals, RESAMPLES) if (one := once(chosen)) is not None]
     found = dict(zip(("cmmd", "natural", "plain_cmmd", "plain_natural"), everyone.tolist(), strict=True))
+    drawn = torch.stack(known) if len(known) > RESAMPLES // 2 else torch.full((2, 4), math.nan)
     errors = (drawn[:, :2] - drawn[:, 2:]).std(0).tolist()
-    return found | {"cmmd_se": errors[0], "natural_se": errors[1]}
+    return found | {"cmmd_above_se": errors[0], "natural_above_se": errors[1]}

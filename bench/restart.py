@@ -19,7 +19,7 @@ import torch
 
 from bench.front import LR, host, judge_module, rewards
 from bench.grid import Failure, Store
-from bench.likeness import Likeness, base_of, beside, evaluator, load, stacked
+from bench.likeness import Likeness, base_of, beside, evaluator, load, save, stacked
 from bench.likeness import against as likeness_against
 from bench.methods import DEFAULT, GRADIENT_STEPS, STRENGTH
 from bench.model import sheet
@@ -172,7 +172,7 @@ def run(
     if variant.best_of:
         return best_of(world, job.latent, positive, observer, variant, steps, seed), observer
     if variant.fk:
-        return fk(world, job, positive, observer, variant, steps, STRENGTH[reward]), observer
+        return fk(world, job, positive, observer, variant, steps, STRENGTH.get(reward, 1.0)), observer
     job.settings = settings
     with torch.inference_mode():
         done = host.run(job)
@@ -220,13 +220,13 @@ def best_of(world, empty, positive, observer: Observer, variant: Variant, steps:
 
 
 def fk(world, job, positive, observer: Observer, variant: Variant, steps: int, strength: float) -> list[dict]:
-    """The plain sample, and every particle."""
+    """The plain sample, twice as for `steered`, and every particle."""
     job.on_iteration = lambda k, rows, score: None
     path = []
     for n in variant.fk:
         job.settings = SearchSettings(method="fk_steering", particles=n, strength=strength)
         with torch.inference_mode():
-            path.append((n + 1.0, host.run(job, host.searching).latent))
+            path.append((n + 2.0, host.run(job, host.searching).latent))
     look_at(world, positive, observer, steps, path, variant.then)
     return with_the_last_kept(observer.rows)
 
@@ -271,6 +271,7 @@ LEVELS = {
 }  # fmt: skip
 
 
+LIKENESS = ("reward", "steps", "variant")  # of a row, which stays until as many images are measured anew
 NAMES = ("variant", "optimised", "steps", "part", "seed")  # of a run, as its file has them
 
 
@@ -325,7 +326,8 @@ def likenesses(runs: dict[tuple, list[dict]]) -> list[dict]:
         chosen = {n: torch.stack([found[k, b] for b, k in enumerate(at)]) for n, found in looks.items()}
         rewards = torch.tensor([kept[i]["reward"] for i in images])
         found = likeness_against(chosen, rewards, others, path, [a for _, a in images], Likeness(load(base)))
-        rows.append({"reward": reward, "steps": steps, "variant": name, "images": len(images)} | found)
+        if found:
+            rows.append({"reward": reward, "steps": steps, "variant": name, "images": len(images)} | found)
     return rows
 
 
@@ -352,8 +354,9 @@ def report() -> None:
         runs.setdefault(of, []).append(numbers | {"animal": row["animal"], "part": (row["part"], row["seed"])})
     for reward, steps, name in list(runs):
         if name == "dno_again":
-            plain = runs[reward, steps, "dno"]
-            draws = [[r for r in plain if r["part"][1] == seed] for seed in "01"] + [runs[reward, steps, name]]
+            plain = runs.get((reward, steps, "dno"), [])
+            three = ((plain, "0"), (plain, "1"), (runs[reward, steps, name], "0"))
+            draws = [[r for r in of if r["part"][1] == seed] for of, seed in three]
             if made := best_of_three(draws):
                 runs[reward, steps, BEST_OF_THREE] = made
     rows, ends, tilts, way = [], [], [], []
@@ -400,8 +403,14 @@ def report() -> None:
     write(OUT / "restart_kept.csv", ends)
     write(OUT / "restart_tilt.csv", tilts)
     write(OUT / "restart_way.csv", way)
-    if alike := likenesses(runs):
-        write(OUT / "restart_likeness.csv", alike)
+    file = OUT / "restart_likeness.csv"
+    alike = {tuple(r[k] for k in LIKENESS): r for r in csv.DictReader(file.open())} if file.is_file() else {}
+    for row in likenesses(runs):
+        key = tuple(str(row[k]) for k in LIKENESS)
+        if key not in alike or row["images"] >= int(alike[key]["images"]):
+            alike[key] = row
+    if alike:
+        write(file, list(alike.values()))
     for row in rows:
         print(row["reward"], row["steps"], row["variant"], row["images"], f"at {row['level']:g}:",
               f"{row['adherence_above']:+.3f}±{row['se']:.3f} above {row['plain_adherence']:.3f},",
@@ -413,7 +422,7 @@ def report() -> None:
               f"adherence {row['start_adherence']:.3f} -> {row['adherence']:.3f}", more)  # fmt: skip
     for row in joint:
         print("together:", row)
-    for row in alike:
+    for row in alike.values():
         print("like the model's own:", row)
 
 
@@ -437,13 +446,14 @@ def main() -> None:
             for name in args.only:
                 for reward in args.rewards:
                     path = RAW / f"{name}-{reward}-{args.steps}-{part}-{seed}.csv"
-                    if path.is_file():
+                    embeddings = path.with_suffix(".pt")
+                    if path.is_file() and embeddings.is_file():
                         continue
                     start = time.perf_counter()
                     rows, observer = run(world, judge, clip, VARIANTS[name], reward, part, args.steps, seed)
                     shown = observer.shown
                     sheet(torch.cat(shown[:: max(1, len(shown) // 6)]), COUNT, path.with_suffix(".jpg"))
-                    torch.save(stacked(observer.embeddings), path.with_suffix(".pt"))
+                    save(embeddings, stacked(observer.embeddings))
                     file_run(path, rows)
                     last = [r for r in rows if r["iterate"] == rows[-1]["iterate"]]
                     mean = {c: round(sum(r[c] for r in last) / len(last), 3) for c in COLUMNS}

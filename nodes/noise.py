@@ -115,12 +115,12 @@ class MiraLoadNoise(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None, path: str | None = None) -> bool | str:
-        return why_not(noise_path, chosen(file, path))
+    def validate_inputs(cls, file: str | None = None, path: str | None = "") -> bool | str:
+        return why_not(noise_path, file, path)
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, sampler: Any = None, path: str = "") -> Any:
-        return stamp(noise_path, chosen(file, path))
+    def fingerprint_inputs(cls, file: str | None, sampler: Any = None, path: str | None = "") -> Any:
+        return stamp(noise_path, file, path)
 
     @classmethod
     def execute(cls, file: str, sampler: Any = None, path: str = "") -> io.NodeOutput:

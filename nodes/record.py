@@ -79,17 +79,17 @@ class MiraLoadTrace(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None, path: str | None = None) -> bool | str:
-        return why_not(trace_path, chosen(file, path))
+    def validate_inputs(cls, file: str | None = None, path: str | None = "") -> bool | str:
+        return why_not(trace_path, file, path)
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, index: int, path: str = "") -> Any:
-        return stamp(trace_path, chosen(file, path))
+    def fingerprint_inputs(cls, file: str | None, index: int, path: str | None = "") -> Any:
+        return stamp(trace_path, file, path)
 
     @classmethod
     def execute(cls, file: str, index: int, path: str = "") -> io.NodeOutput:
         try:
-            record = trace_path(chosen(file, path))
+            record = trace_path(chosen(file, path) or "")
         except ValueError as problem:
             raise ValueError(f"{cls.NAME}: {problem}") from None
         return io.NodeOutput(read_trace(record, index))

@@ -26,8 +26,8 @@ elif not os.environ.get("MIRA_CHROMIUM"):
 def pytest_collection_modifyitems(items):
     # Playwright keeps an event loop running in this thread until the end, which `asyncio.run` does not bear: the
     # mathematics, which has none, comes after, in pieces that leave neither worker waiting for the other's last one.
-    rooms = ("browser", "core")
-    items.sort(key=lambda item: next((1 + i for i, room in enumerate(rooms) if room in item.path.parts), 0))
+    last = {"browser": 1, "core": 2}
+    items.sort(key=lambda item: last.get(item.path.relative_to(Path(__file__).parent).parts[0], 0))
     for item in items:
         # With several workers: what shares a server stays together.
         frontend = item.callspec.params.get("frontend", "") if hasattr(item, "callspec") else ""

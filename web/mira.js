@@ -76,25 +76,38 @@ function tellOutside(node, run) {
 
 const openWorkflow = () => (app.rootGraph ?? app.graph)?.id;
 
+/** Whether a run is of a node of this kind. What the server does not know fits. */
+const isKind = (node, { kind }) => Boolean(node) && (!kind || kind === node.comfyClass);
+
 /**
- * Whether a run is of this node: another workflow may have the same ids. What the server does not know fits.
+ * Whether a run is of this node: another workflow may have the same ids.
  *
- * here: the workflow does not count, as this one was queued and the server had the other's result, of which it is a copy.
+ * also: workflows that are a copy, as far as the run goes, and were given its result.
  */
-function isOf(node, { workflow, kind }, here = false) {
+function isOf(node, { workflow, kind, also = [] }) {
   const open = openWorkflow();
-  return Boolean(node) && (!kind || kind === node.comfyClass) && (here || !workflow || !open || workflow === open);
+  return isKind(node, { kind }) && (!workflow || !open || workflow === open || also.includes(open));
 }
 
 /** What `isOf` compares, of a node's output. */
 const sourceOf = (output) => output?.mira_of?.[0] ?? output?.mira?.[0] ?? {};
 
-/** What a node has put out is shown, if it is this one's; else the server is asked whether it is a copy's. */
+/** What a node has put out is shown, if it is this one's. */
 function onOutput(node, show) {
-  chain(node, "onExecuted", (output) => {
-    if (isOf(node, sourceOf(output))) show(output);
-    else restoreSoon([pathOf(node)?.join(":")]);
-  });
+  const shows = (output) => isOf(node, sourceOf(output)) && show(output);
+  node[VIEW].shows = [...(node[VIEW].shows ?? []), shows];
+  chain(node, "onExecuted", shows);
+}
+
+/** A prompt of the open workflow was given another one's result, of which that is a copy: it is this one's as well. */
+async function adopt({ node: id, display_node: shown, output, prompt_id }) {
+  const node = nodeOf(shown ?? id);
+  const source = sourceOf(output);
+  if (!node?.[VIEW]?.shows || !isKind(node, source) || isOf(node, source)) return;
+  const { workflow } = await get("/mira/live", { prompt_id });
+  if (!workflow || workflow !== openWorkflow() || nodeOf(shown ?? id) !== node) return;
+  source.also = [...(source.also ?? []), workflow]; // of what the frontend keeps, for when the workflow is opened again
+  for (const show of node[VIEW].shows) show(output);
 }
 
 /** The node that an event is of, where it is here and has a chart; it remembers by which name it runs. */
@@ -369,7 +382,6 @@ async function answer({ prompt_id, node, token }, choice) {
   }
 }
 
-let promptId = ""; // the id of the one that ComfyUI began with last
 const choosers = new Set(); // those with a choice
 
 /** The tab calls for whoever looks elsewhere; ComfyUI writes its title anew when a run gets on. */
@@ -396,9 +408,9 @@ async function get(path, more = {}) {
 /**
  * After a page was loaded, a connection came back or a graph was opened: what the server knows, and history.
  *
- * cached: ids of nodes that are not run again. missed: whether a whole run may have come and gone meanwhile.
+ * cached: ids of nodes that are not run again, of the prompt promptId. missed: whether a whole run may have come and gone meanwhile.
  */
-async function restore(cached = [], missed = false) {
+async function restore(cached = [], missed = false, promptId = "") {
   const shown = new Set([...choosers].map((chooser) => chooser.choice()?.token)); // before anything was asked
   // Without a server there is history all the same.
   const [live, waiting] = await Promise.all([get("/mira/live", { nodes: cached.join(), prompt_id: promptId }), get("/mira/choice")]).catch((problem) => (warn(problem), [{}, {}]));
@@ -411,14 +423,13 @@ async function restore(cached = [], missed = false) {
     if (shown.has(token) && !open.has(token)) chooser.hide(token);
   }
   // One that has told of no image may be over: nothing is known of it.
-  const isHere = (id) => Boolean(live.workflow) && live.workflow === openWorkflow() && cached.includes(String(id));
-  const runs = (live.runs ?? []).filter((known) => known.rows.length && isOf(nodeOf(known.node), known, isHere(known.node)));
+  const runs = (live.runs ?? []).filter((known) => known.rows.length && isOf(nodeOf(known.node), known));
   const running = new Set(runs.filter((known) => !known.output).map((known) => String(known.node)));
   const graph = app.rootGraph ?? app.graph;
   for (const node of graph?.nodes ?? []) {
     const view = node[VIEW];
     const output = app.nodeOutputs?.[node.id];
-    if (!view || !output || !isOf(node, sourceOf(output), isHere(node.id))) continue;
+    if (!view || !output || !isOf(node, sourceOf(output))) continue;
     view.text?.(output);
     const run = view.chart && fromOutput(output);
     const empty = view.chart?.run().rows.length === 0 && !view.chart.run().waiting;
@@ -459,8 +470,8 @@ async function showDropped() {
 
 const warn = (problem) => console.warn("MIRA: could not restore the live view:", problem);
 
-function restoreSoon(cached, missed = false) {
-  return new Promise((done) => setTimeout(done, 50)).then(() => restore(cached, missed)).catch(warn);
+function restoreSoon(cached, missed = false, promptId = "") {
+  return new Promise((done) => setTimeout(done, 50)).then(() => restore(cached, missed, promptId)).catch(warn);
 }
 
 /** Links and slots of the pack's own types, in either renderer. A palette that is loaded forgets them. */
@@ -489,9 +500,6 @@ app.registerExtension({
       showRun(node, node[VIEW].chart, addStep(node[VIEW].chart.run(), detail));
     });
     // A run that begins shows nothing of the last one, and says what it does until its first image is there.
-    api.addEventListener("execution_start", ({ detail }) => {
-      promptId = detail?.prompt_id ?? "";
-    });
     api.addEventListener("mira.begin", ({ detail }) => {
       const node = chartedBy(detail);
       if (!node) return;
@@ -512,7 +520,8 @@ app.registerExtension({
     api.addEventListener("mira.choice", ({ detail }) => showChoice(detail));
     api.addEventListener("mira.chosen", ({ detail }) => nodeOf(detail?.node)?.[VIEW]?.chooser?.hide(detail.token));
     // A node that is not run again says nothing: its last run is asked for.
-    api.addEventListener("execution_cached", ({ detail }) => restoreSoon(detail?.nodes));
+    api.addEventListener("execution_cached", ({ detail }) => restoreSoon(detail?.nodes, false, detail?.prompt_id));
+    api.addEventListener("executed", ({ detail }) => adopt(detail ?? {}).catch(warn));
     api.addEventListener("reconnected", () => restoreSoon([], true));
     // A page that was loaded again learns who it is from the socket's first word: until then no choice is shown to it.
     let known = api.clientId;

@@ -30,7 +30,7 @@ MOST = 8  # runs that are remembered
 FILED = 32  # runs whose thumbnails stay
 UNTOLD = "the editor was not told of every iteration"
 
-_runs: OrderedDict[str, dict] = OrderedDict()  # by node id, the newest last
+_runs: OrderedDict[str, tuple[dict, dict]] = OrderedDict()  # (run, what it was `asked`) by node id, the newest last
 _previews: deque[dict[int, dict]] = deque()  # of the last runs, whatever their nodes, the newest last
 
 
@@ -48,26 +48,47 @@ def forget(shown: dict) -> None:
         os.unlink(os.path.join(folder_paths.get_temp_directory(), shown["subfolder"], shown["filename"]))
 
 
+def _running() -> Sequence | None:
+    """The item of ComfyUI's queue that is being run: (number, id, prompt, extra data, ...)."""
+    queue = getattr(PromptServer.instance, "prompt_queue", None)
+    return next(iter(queue.currently_running.values()), None) if queue else None
+
+
+def _queued(prompt_id: str) -> Sequence | None:
+    """The same of a prompt that is being run, or was."""
+    queue = PromptServer.instance.prompt_queue
+    with queue.mutex:  # meanwhile it is in one of both
+        past = queue.history.get(prompt_id)
+        items = [*queue.currently_running.values(), *([past["prompt"]] if past else [])]
+    return next((item for item in items if item[1] == prompt_id), None)
+
+
 def _workflow_of(item: Sequence) -> str | None:
-    """The id of the workflow that an item of ComfyUI's queue was made from."""
-    return ((item[3].get("extra_pnginfo") or {}).get("workflow") or {}).get("id")
+    """The id of the workflow that an item was made from; other clients than the editor need not say."""
+    found = item[3]
+    for name in ("extra_pnginfo", "workflow", "id"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def running(node: str) -> tuple[str | None, str | None]:
     """(the id of the workflow that is being run, the class of its node): another one may have the same node ids."""
-    queue = getattr(PromptServer.instance, "prompt_queue", None)
-    item = next(iter(queue.currently_running.values()), None) if queue else None
-    if item is None:
-        return None, None
-    return _workflow_of(item), item[2].get(node, {}).get("class_type")
+    item = _running()
+    return (_workflow_of(item), item[2].get(node, {}).get("class_type")) if item else (None, None)
 
 
-def workflow_of(prompt_id: str) -> str | None:
-    """The id of the workflow that a prompt was made from: one that runs, or has run."""
-    queue = PromptServer.instance.prompt_queue
-    past = queue.history.get(prompt_id)
-    items = [*queue.currently_running.values(), *([past["prompt"]] if past else [])]
-    return next((_workflow_of(item) for item in items if item[1] == prompt_id), None)
+def asked(prompt: dict, node: str) -> dict[str, tuple]:
+    """What a node's result depends on in a prompt: {id: (class, inputs)} of itself and of all that it is made from."""
+    found: dict[str, tuple] = {}
+    ahead = [node]
+    while ahead:
+        id_ = ahead.pop()
+        if id_ in found or id_ not in prompt:
+            continue
+        inputs = prompt[id_].get("inputs", {})
+        found[id_] = prompt[id_].get("class_type"), inputs
+        ahead += [v[0] for v in inputs.values() if isinstance(v, list) and len(v) == 2 and isinstance(v[0], str)]
+    return found
 
 
 def text_output(text: str, **more: Any) -> dict:
@@ -93,11 +114,13 @@ class LiveRun:
         self.server = PromptServer.instance
         context = get_executing_context()
         workflow, kind = running(node)
+        item = _running()
         self.run = {
             "run": self.name,
             "node": node,
             "workflow": workflow,
             "kind": kind,
+            "also": [],  # ids of workflows that are a copy, as far as this goes, and were given its result
             "prompt_id": context.prompt_id if context else None,
             "client": self.server.client_id,
             "iterations": iterations,
@@ -109,7 +132,7 @@ class LiveRun:
         while len(_previews) > FILED:
             for shown in _previews.popleft().values():
                 forget(shown)
-        _runs[node] = self.run
+        _runs[node] = self.run, asked(item[2], node) if item else {}
         _runs.move_to_end(node)
         while len(_runs) > MOST:
             _runs.popitem(last=False)
@@ -183,8 +206,13 @@ async def list_runs(request: web.Request) -> web.Response:
     workflow the prompt that it names is of: what is cached may be of another one, of which this is a copy.
     """
     client, nodes = request.query.get("client_id"), request.query.get("nodes", "").split(",")
-    runs = [r for r in _runs.values() if r["client"] in (None, client) or r["node"] in nodes]
-    return web.json_response({"runs": runs, "workflow": workflow_of(request.query.get("prompt_id", ""))})
+    item = _queued(request.query.get("prompt_id", ""))
+    workflow = _workflow_of(item) if item else None
+    for node, (run, before) in _runs.items():
+        if item and workflow and node in nodes and before and before == asked(item[2], node):
+            run["also"] = sorted({*run["also"], workflow})
+    runs = [run for node, (run, _) in _runs.items() if run["client"] in (None, client) or node in nodes]
+    return web.json_response({"runs": runs, "workflow": workflow})
 
 
 def register_routes() -> None:

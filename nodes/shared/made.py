@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,9 +30,9 @@ def listed(suffixes: Sequence[str]) -> list[str]:
     return names + [f"{name} [output]" for _, name in sorted(made, reverse=True)[:MOST_LISTED]]
 
 
-def chosen(file: str | None, path: str | None) -> str | None:
+def chosen(file: str | None, path: str) -> str | None:
     """What is to be read: `path`, in the output folder unless it names another (`fox.png [temp]`), or else `file`."""
-    path = (path or "").strip().strip('"')  # as a file manager copies it
+    path = path.strip().strip('"')  # as a file manager copies it
     if not path:
         return file
     return path if path.endswith("]") else f"{path} [output]"
@@ -75,20 +76,22 @@ def found(file: str, suffixes: Sequence[str], remedy: str) -> str:
     return path
 
 
-def why_not(find: Callable[[str], str], file: str | None) -> bool | str:
-    """For a node's `validate_inputs`: what `find` has against a file, or True; one that is not known yet is fine."""
+def why_not(find: Callable[[str], str], file: str | None, path: str | None = "") -> bool | str:
+    """For a node's `validate_inputs`: what `find` has against what is `chosen`, or True; None is not known yet."""
     try:
-        if file is not None:
-            find(file)
+        if path is not None and (name := chosen(file, path)) is not None:
+            find(name)
     except ValueError as problem:
         return str(problem)
     return True
 
 
-def stamp(find: Callable[[str], str], file: str) -> str:
-    """For a node's `fingerprint_inputs`: another one when the file has changed."""
+def stamp(find: Callable[[str], str], file: str | None, path: str | None = "") -> str | float:
+    """For a node's `fingerprint_inputs`: another one when the file has changed, and always of one not known yet."""
+    if path is None:
+        return math.nan
     try:
-        path = find(file)
+        name = find(chosen(file, path) or "")
     except ValueError:
         return ""
-    return f"{os.path.getmtime(path)}:{os.path.getsize(path)}"
+    return f"{os.path.getmtime(name)}:{os.path.getsize(name)}"

@@ -65,9 +65,9 @@ def test_the_best_of_more_samples_has_more_of_the_reward():
 @pytest.mark.parametrize(
     ("variant", "passes"),
     [
-        (Variant(fk=(2, 3)), [3, 4]),
+        (Variant(fk=(2, 3)), [4, 5]),
         (Variant({"iterations": 2}, first=0.8), [3, 6, 9]),
-        (Variant(fk=(2,), then=0.5), [4]),
+        (Variant(fk=(2,), then=0.5), [5]),
     ],
     ids=["fk", "restarted first", "fk restarted"],
 )
@@ -103,12 +103,15 @@ def test_likeness_to_the_models_own_images():
     path = [around(4.0 * k / 4, 40) for k in range(5)]
     plain = {name: torch.stack([p[name] for p in path]) for name in path[0]}
     rewards = torch.linspace(0, 1, 5)[:, None].expand(5, 40)
-    found = likeness_against(
-        around(0.0, 40), torch.full((40,), 0.5), plain, rewards, [f"a{n}" for n in range(40)], like
-    )
+    animals = [f"animal {n}" for n in range(40)]
+    found = likeness_against(around(0.0, 40), torch.full((40,), 0.5), plain, rewards, animals, like)
     at_half = like(path[2])
     assert found["plain_cmmd"] == pytest.approx(at_half["cmmd"]) and found["cmmd"] < found["plain_cmmd"]
     assert found["natural"] > found["plain_natural"] == pytest.approx(at_half["natural"])
-    assert 0 < found["cmmd_se"] < found["plain_cmmd"] - found["cmmd"]
+    above = torch.full((40,), -0.5)  # what plain optimisation begins above
+    assert likeness_against(around(0.0, 40), above, plain, rewards, animals, like) is None
+    beyond = likeness_against(around(0.0, 40), above + 2, plain, rewards, animals, like)
+    assert beyond["plain_cmmd"] == pytest.approx(like(path[-1])["cmmd"])
+    assert 0 < found["cmmd_above_se"] < found["plain_cmmd"] - found["cmmd"]
     ends = beside([{"clip": torch.ones(2, 3, 4)}, {"clip": torch.zeros(1, 1, 4)}])
     assert ends["clip"].shape == (2, 4, 4)

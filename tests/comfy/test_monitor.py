@@ -224,6 +224,9 @@ def test_a_path_counts_instead_of_the_list(tmp_path, monkeypatch):
         assert load.validate_inputs(file=file, path=path) is True
         assert execute(load, file=file, index=0, path=path).args[0].rows[0]["reward"] == reward
         assert load.fingerprint_inputs(file, 0, path) != ""
+    # By a link, it is not known before it runs.
+    assert load.validate_inputs(file=record.NO_FILE, path=None) is True
+    assert math.isnan(load.fingerprint_inputs(record.NO_FILE, 0, None))
     for path in ("mira/older.csv", "../secret.csv", "/etc/passwd"):
         assert isinstance(load.validate_inputs(file="mira/old.csv", path=path), str)
         assert load.fingerprint_inputs("mira/old.csv", 0, path) == ""

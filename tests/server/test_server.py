@@ -400,6 +400,38 @@ def test_a_png_has_its_record_also_when_the_run_came_from_the_cache(server, quic
     assert list(other) == [node] and rewards_of(other[node]) == pytest.approx(ran) != rewards_of(first[node])
 
 
+def test_a_copy_of_a_workflow_is_told_of_the_run_whose_result_it_was_given(server, quickstart):
+    """And of no other one that a node of the same id has had since; what other clients say of themselves is no matter."""
+    prompt = small(quickstart, iterations=1, seeds=1, seed=11)
+    node = find(prompt, OPTIMIZER)
+
+    async def go():
+        async with Client(server.url) as client:
+
+            async def run(prompt, workflow):
+                id_ = await client.submit(prompt, workflow)
+                async for _ in client.events(id_):
+                    pass
+                await client.outputs(id_)
+                live = await client.get(f"/mira/live?nodes={node}&prompt_id={id_}")
+                (known,) = (r for r in live["runs"] if r["node"] == node)
+                return live["workflow"], known["workflow"], known["also"]
+
+            return [
+                await run(prompt, {"id": "a"}),
+                await run(prompt, {"id": "b"}),
+                await run(changed(prompt, seed=12), {"id": "c"}),
+                await run(prompt, {"id": "a"}),
+                await run(changed(prompt, seed=13), "no dictionary"),
+            ]
+
+    first, copy_, other, again, strange = asyncio.run(go())
+    assert first == ("a", "a", ["a"]) and copy_ == ("b", "a", ["a", "b"]) and other == ("c", "c", ["c"])
+    # ComfyUI may have kept the first result, or not: the run is the one that was asked for, or known to be another.
+    assert again in (("a", "a", ["a"]), ("a", "c", ["c"]))
+    assert strange == (None, None, [])
+
+
 def test_a_list_has_a_record_for_each_and_another_iterate_runs_none_again(server, quickstart):
     prompt = small(quickstart, iterations=2, seeds=1, seed=99)
     node = find(prompt, OPTIMIZER)
