@@ -401,7 +401,7 @@ def test_a_png_has_its_record_also_when_the_run_came_from_the_cache(server, quic
 
 
 def test_a_copy_of_a_workflow_is_told_of_the_run_whose_result_it_was_given(server, quickstart):
-    """And of no other one that a node of the same id has had since; what other clients say of themselves is no matter."""
+    """And of no other one that a node of the same id has had since; what other clients say is no matter."""
     prompt = small(quickstart, iterations=1, seeds=1, seed=11)
     node = find(prompt, OPTIMIZER)
 
