@@ -408,7 +408,8 @@ async function get(path, more = {}) {
 /**
  * After a page was loaded, a connection came back or a graph was opened: what the server knows, and history.
  *
- * cached: ids of nodes that are not run again, of the prompt promptId. missed: whether a whole run may have come and gone meanwhile.
+ * cached: ids of nodes that are not run again, of the prompt promptId. missed: whether a whole run may have come and
+ * gone meanwhile.
  */
 async function restore(cached = [], missed = false, promptId = "") {
   const shown = new Set([...choosers].map((chooser) => chooser.choice()?.token)); // before anything was asked

@@ -208,10 +208,11 @@ async def list_runs(request: web.Request) -> web.Response:
     client, nodes = request.query.get("client_id"), request.query.get("nodes", "").split(",")
     item = _queued(request.query.get("prompt_id", ""))
     workflow = _workflow_of(item) if item else None
-    for node, (run, before) in _runs.items():
+    known = list(_runs.items())  # another thread adds to it
+    for node, (run, before) in known:
         if item and workflow and node in nodes and before and before == asked(item[2], node):
             run["also"] = sorted({*run["also"], workflow})
-    runs = [run for node, (run, _) in _runs.items() if run["client"] in (None, client) or node in nodes]
+    runs = [run for node, (run, _) in known if run["client"] in (None, client) or node in nodes]
     return web.json_response({"runs": runs, "workflow": workflow})
 
 
