@@ -40,7 +40,7 @@ SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # of an injected noise, tha
 FAR = SHARES[-4:]
 MANY = (1, 4, 8, 16, 26)  # up to the passes of the default
 PARTICLES = (3, 6, 12)
-BEST_OF_THREE = "best_of_three"  # draws of plain optimisation, at every iterate; made of what is there of them
+BEST_OF_DRAWS = ("best_of_two", "best_of_three")  # of plain optimisation, at every iterate; made of what is there
 OWN = 4  # plain samples of every animal, which the likeness is to
 ROUNDS = {"iterations": 16, "rounds": 4, "lr": 0.04}
 
@@ -331,7 +331,7 @@ def likenesses(runs: dict[tuple, list[dict]]) -> list[dict]:
     return rows
 
 
-def best_of_three(draws: list[list[dict]]) -> list[dict]:
+def best_of_draws(draws: list[list[dict]]) -> list[dict]:
     """At every iterate the best by the reward of several runs of the same animals, as a path that costs all of them."""
     of: dict[tuple, list[dict]] = {}
     for row in (row for draw in draws for row in draw):
@@ -353,12 +353,13 @@ def report() -> None:
         numbers = {k: float(row[k]) for k in ("iterate", "kept", *COLUMNS)}
         runs.setdefault(of, []).append(numbers | {"animal": row["animal"], "part": (row["part"], row["seed"])})
     for reward, steps, name in list(runs):
-        if name == "dno_again":
-            plain = runs.get((reward, steps, "dno"), [])
-            three = ((plain, "0"), (plain, "1"), (runs[reward, steps, name], "0"))
+        if name == "dno":
+            again = runs.get((reward, steps, "dno_again"), [])
+            three = ((runs[reward, steps, name], "0"), (runs[reward, steps, name], "1"), (again, "0"))
             draws = [[r for r in of if r["part"][1] == seed] for of, seed in three]
-            if made := best_of_three(draws):
-                runs[reward, steps, BEST_OF_THREE] = made
+            for variant, some in zip(BEST_OF_DRAWS, (draws[:2], draws), strict=True):
+                if made := best_of_draws(some):
+                    runs[reward, steps, variant] = made
     rows, ends, tilts, way = [], [], [], []
     together: dict[tuple, dict[str, dict]] = {}
     for (reward, steps, name), mine in runs.items():

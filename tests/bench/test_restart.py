@@ -9,7 +9,7 @@ from bench.front import judge_module
 from bench.likeness import Likeness, beside, stacked
 from bench.likeness import against as likeness_against
 from bench.paths import COLUMNS, against, at_last_passage, path_of, pooled
-from bench.restart import Variant, best_of_three, run
+from bench.restart import Variant, best_of_draws, run
 from testing.world import World, demo
 
 
@@ -79,14 +79,14 @@ def test_what_a_path_costs_and_how_its_images_are_remembered(variant, passes):
     assert {name: e.shape[:2] for name, e in found.items()} == dict.fromkeys(("clip", "judge"), (len(rows) // 2, 2))
 
 
-def test_the_best_of_three_draws_is_chosen_at_every_iterate_and_costs_all_of_them():
+def test_the_best_of_draws_draws_is_chosen_at_every_iterate_and_costs_all_of_them():
     def draw(seed, rewards):
         of = {"animal": "fox", "part": ("0", seed), "passes": 2.0, "adherence": 0.5}
         return [of | {"iterate": float(k), "reward": r} for k, r in enumerate(rewards)]
 
-    best = best_of_three([draw("0", [1.0, 5.0]), draw("1", [3.0, 4.0]), draw("0", [2.0])])
+    best = best_of_draws([draw("0", [1.0, 5.0]), draw("1", [3.0, 4.0]), draw("0", [2.0])])
     assert [(r["reward"], r["passes"], r["kept"]) for r in best] == [(3.0, 6.0, 1.0)]
-    assert best_of_three([draw("0", [1.0]), draw("1", [2.0])])[0]["part"] == ("0", "0")
+    assert best_of_draws([draw("0", [1.0]), draw("1", [2.0])])[0]["part"] == ("0", "0")
 
 
 def test_likeness_to_the_models_own_images():
