@@ -15,12 +15,11 @@ import torch
 
 from bench.paper import Evaluator
 from bench.paths import at_last_passage, resampled
-from bench.tables import nearest
+from bench.tables import natural_within, nearest
 from testing.pack import mira
 
 cmmd = mira("sampler.statistics").cmmd
 RESAMPLES = 200
-NATURAL = 0.95  # the quantile of the distances between the model's own images
 
 Embeddings = dict[str, torch.Tensor]  # "clip", "judge": (..., D)
 
@@ -50,8 +49,7 @@ class Likeness:
 
     def __init__(self, base: Embeddings):
         self.base = {name: found.float() for name, found in base.items()}
-        own = self.base["judge"]
-        self.limit = nearest(own, own, True).quantile(NATURAL)
+        self.limit = natural_within(self.base["judge"])
 
     def __call__(self, of: Embeddings) -> dict[str, float]:
         """Of a set, (B, D)."""

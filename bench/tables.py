@@ -42,6 +42,11 @@ def nearest(features: torch.Tensor, base: torch.Tensor, leave_out: bool = False)
     return distance.amin(1)
 
 
+def natural_within(base: torch.Tensor) -> torch.Tensor:
+    """How near to a base image one is natural: as 95 % of those are to one another."""
+    return nearest(base, base, True).quantile(0.95)
+
+
 def verdict(a: dict, b: dict) -> float:
     """The demo's judge, a rule: who fulfils more of (the prompt is right, the image is natural, the reward rose by half
     of what the better of the two gained) wins; 1, 0, or 0.5 for a tie.
@@ -107,7 +112,7 @@ class Results:
     def _plain(self) -> None:
         """What every image gained, and whether it is as near to a base image as 95 % of those are to one another."""
         if self.base_judge is not None:
-            limit = nearest(self.base_judge, self.base_judge, True).quantile(0.95)
+            limit = natural_within(self.base_judge)
         for (target, method), images in self.finals.items():
             for image, row in images.items():
                 if row.get("forward") is not None:

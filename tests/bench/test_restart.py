@@ -79,7 +79,7 @@ def test_what_a_path_costs_and_how_its_images_are_remembered(variant, passes):
     assert {name: e.shape[:2] for name, e in found.items()} == dict.fromkeys(("clip", "judge"), (len(rows) // 2, 2))
 
 
-def test_the_best_of_draws_draws_is_chosen_at_every_iterate_and_costs_all_of_them():
+def test_the_best_of_several_draws_is_chosen_at_every_iterate_and_costs_all_of_them():
     def draw(seed, rewards):
         of = {"animal": "fox", "part": ("0", seed), "passes": 2.0, "adherence": 0.5}
         return [of | {"iterate": float(k), "reward": r} for k, r in enumerate(rewards)]
