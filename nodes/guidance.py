@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -22,14 +23,13 @@ from ..sampler.ending import within_memory
 from ..sampler.guidance import anneal, blend, lean, within
 from ..sampler.memory import offloaded, unlock
 from .host import decode, patcher_of
-from .host.dynamic import is_dynamic, static, with_static_networks
+from .host.dynamic import copied, is_dynamic, static, with_static_networks
 from .host.grad import (
-    OutOfPlace,
     Repeating,
     blocks_checkpointed,
-    both,
     loaded,
     normal,
+    place,
     pytorch_kernels,
     sdpa,
     training,
@@ -98,10 +98,7 @@ def on_its_own(tuned: ModelPatcher, model: ModelPatcher) -> ModelPatcher:
         return patcher
     # Loaded clones have their patches in the shared weights: out with them before those are copied.
     comfy.model_management.unload_all_models()
-    shared = tuned.model
-    # Newer cores' configurations answer every name, so that copy.deepcopy takes them for what they are not.
-    memo = {id(getattr(shared, "current_patcher", None)): None, id(shared.model_config): shared.model_config}
-    patcher.model = copy.deepcopy(shared, memo)
+    patcher.model = copied(tuned.model)
     patcher.backup, patcher.object_patches_backup = {}, {}
     # When a clone is gone, ComfyUI's list of what is loaded goes on with its parent: this one's has another network.
     patcher.parent = None
@@ -272,14 +269,12 @@ class DyMOGuider(comfy.samplers.CFGGuider):
             if self.thrift == THRIFTIEST:
                 stack.enter_context(offloaded())
             if self.thrift:
-                networks = (self.inner_model.diffusion_model, self.vae.first_stage_model, *self.reward.modules)
-                for blocks in filter(None, (blocks_checkpointed(n, self._place) for n in networks)):
-                    stack.enter_context(blocks())
+                networks = [(n, False) for n in (self.inner_model.diffusion_model, self.vae.first_stage_model)]
+                for network, exact in [*networks, *((m, True) for m in self.reward.modules)]:
+                    where = partial(place, self.thrift == THRIFTIEST, exact)
+                    if blocks := blocks_checkpointed(network, where):
+                        stack.enter_context(blocks())
             yield
-
-    def _place(self) -> AbstractContextManager:
-        """Where a layer is computed again."""
-        return both(offloaded(), OutOfPlace()) if self.thrift == THRIFTIEST else OutOfPlace()
 
     @contextmanager
     def without_constants(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,14 +100,20 @@ def saved_bytes(fn: Callable[[Tensor], object], x: Tensor, most: float = math.in
 
 
 LOCKED = 8 * 2**30  # bytes at most
+# Where a container's own limit is, by the system's newer and older way; "max": none.
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def _most() -> int:
     """How much memory may be locked: what is, is nobody else's."""
     try:
-        return min(LOCKED, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (AttributeError, ValueError, OSError):  # not on Windows
         return LOCKED // 2
+    for limit in LIMITS:
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(limit.read_text()))
+    return min(LOCKED, min(sizes) // 4)
 
 
 class _PageLocked:

@@ -16,6 +16,7 @@ import comfy.model_management
 import comfy.model_patcher
 from comfy.model_patcher import ModelPatcher
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .patches import patches_of
 
@@ -180,17 +181,27 @@ def _without_traces(patcher: ModelPatcher) -> nn.Module:
     memo: dict[int, object] = {}
     for module in patcher.model.modules():
         for name, value in vars(module).items():
-            if isinstance(value, (int, float, str, type(None))):
-                continue
-            if name.startswith(_TRACES) or name == "current_patcher":
+            if name.startswith(_TRACES) and not isinstance(value, (int, float, str, type(None))):
                 memo[id(value)] = None
-            elif name == "model_config":  # answers every name, so that copy.deepcopy takes it for what it is not
-                memo[id(value)] = value
-    network = copy.deepcopy(patcher.model, memo)
+    network = copied(patcher.model, memo)
     for module in network.modules():
         for name in [n for n in vars(module) if n.startswith(_TRACES) or n in _CASTS]:
             delattr(module, name)
     return network
+
+
+def copied(network: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
+    """A copy of a network that ComfyUI made, of which nobody knows yet. memo: as copy.deepcopy's."""
+    memo = {} if memo is None else memo
+    for module in network.modules():
+        if getattr(module, "current_patcher", None) is not None:
+            memo[id(module.current_patcher)] = None
+        if hasattr(module, "model_config"):  # answers every name, so that copy.deepcopy takes it for what it is not
+            memo[id(module.model_config)] = module.model_config
+        for p in module.parameters(recurse=False):
+            if is_traceable_wrapper_subclass(p):  # quantised: several tensors, of whose storage there is none
+                memo[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=False)
+    return copy.deepcopy(network, memo)
 
 
 def with_static_networks(conds: dict[str, list[dict]], what: str) -> dict[str, list[dict]]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from ...sampler.memory import NO_ENGINE
+from ...sampler.memory import NO_ENGINE, offloaded
 from .dynamic import is_dynamic
 
 log = logging.getLogger("mira")
@@ -503,6 +503,14 @@ def _checkpointed_by_torch(inside: Callable, args: list, kwargs: dict, random: b
         return inside(*begun, **kwargs)
 
     return checkpoint(once_more, *args, use_reentrant=False, preserve_rng_state=random, **kwargs)
+
+
+def place(offload: bool, exact: bool = False) -> AbstractContextManager:
+    """Where a block is run, and computed again. offload: what it keeps waits in the CPU's memory, of one layer of a
+    decoder at full resolution gigabytes. exact: without TF32, as a reward is.
+    """
+    inside = both(without_tf32(), OutOfPlace()) if exact else OutOfPlace()
+    return both(offloaded(), inside) if offload else inside
 
 
 def blocks_checkpointed(

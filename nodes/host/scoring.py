@@ -18,7 +18,7 @@ from ...sampler.ending import within_memory
 from ...sampler.memory import offloaded, saved_bytes
 from ...sampler.optimize import Score
 from ...sampler.rollout import Rollout
-from .grad import OutOfPlace, blocks_checkpointed, both, without_tf32
+from .grad import blocks_checkpointed, place, without_tf32
 
 log = logging.getLogger("mira")
 T = TypeVar("T")
@@ -58,18 +58,15 @@ class Scoring:
     def _keep(self) -> bool:
         return self.policy.memory in ("none", "auto") or not torch.is_grad_enabled()
 
-    def _thrifty(self, module: nn.Module) -> AbstractContextManager | None:
-        """Where `module` keeps less for its backward, layer by layer; None where it has no layers, or all is kept."""
+    def _thrifty(self, module: nn.Module, exact: bool = False) -> AbstractContextManager | None:
+        """Where `module` keeps less for its backward, layer by layer; None where it has no layers, or all is kept.
+
+        exact: see `place`.
+        """
         if self._keep:
             return None
         if module not in self.layers:
-
-            def place() -> AbstractContextManager:
-                # One layer of a decoder at full resolution is gigabytes when it is computed again.
-                offload = self.policy.score_offloaded
-                return both(offloaded(), OutOfPlace()) if offload else OutOfPlace()
-
-            self.layers[module] = blocks_checkpointed(module, place)
+            self.layers[module] = blocks_checkpointed(module, lambda: place(self.policy.score_offloaded, exact))
         if not (blocks := self.layers[module]):
             return None
         stack = ExitStack()
@@ -143,12 +140,12 @@ class Scoring:
     def _reward_whole(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         keep = self._keep
         # Layer by layer where a network has layers: less is kept, and recomputed once only.
-        layers = [] if keep else [self._thrifty(m) for m in self.scorer.modules]
+        layers = [] if keep else [self._thrifty(m, exact=True) for m in self.scorer.modules]
         with without_tf32():
             if keep or any(layers):
                 with ExitStack() as stack:
-                    for within in filter(None, layers):
-                        stack.enter_context(within)
+                    for thrifty in filter(None, layers):
+                        stack.enter_context(thrifty)
                     return self.scorer(images, prompts)
 
             def evaluate(images: Tensor) -> tuple:

@@ -290,6 +290,63 @@ def test_every_policy_has_the_same_gradient(world, kl_vae, memory):
     assert not torch.equal(thrifty.latent, thrifty.plain)
 
 
+class Layer(torch.nn.Module):
+    def __init__(self, seen):
+        super().__init__()
+        self.one, self.norm, self.two = torch.nn.Linear(3, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 3)
+        self.seen = seen
+
+    def forward(self, x):
+        self.seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return x + self.two(self.norm(self.one(x)).tanh())
+
+
+class Layered(PixelReward):
+    """Brightness of what a network of layers makes of an image."""
+
+    def __init__(self):
+        super().__init__("brightness")
+        self.seen = []
+        with torch.inference_mode():
+            self.layers = torch.nn.Sequential(Layer(self.seen), Layer(self.seen))
+        self.modules = (self.layers,)
+
+    def score(self, images, prompts):
+        return super().score(self.layers(images.movedim(1, -1)).movedim(-1, 1), prompts)
+
+
+@pytest.mark.parametrize("memory", ["none", "per_step", "offload"])
+def test_a_rewards_layers_have_no_tf32_where_they_are_computed_again_either(world, memory, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    reward = Layered()
+    world.optimize(reward=reward, steps=2, iterations=1, memory=memory)
+    assert set(reward.seen) == {(False, False)}
+
+
+def test_dymos_reward_has_no_tf32_where_it_is_computed_again_either(world, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    reward, failed = Layered(), []
+
+    def score(self, images, prompts):
+        total = Layered.score(self, images, prompts)
+        if len(failed) < 2:
+            failed.append(1)
+            raise torch.OutOfMemoryError("full")
+        return total
+
+    monkeypatch.setattr(reward, "score", score.__get__(reward))
+    with torch.inference_mode():
+        guider = MiraDyMOGuider.execute(
+            world.model, world.positive, world.negative, world.vae, reward, 5.0, 0.3, 0.0, 1.0
+        ).args[0]
+        guider.sample(
+            torch.randn(1, 4, world.side, world.side), torch.zeros(1, 4, world.side, world.side),
+            comfy.samplers.sampler_object("euler"), world.sigmas(steps=2), seed=0,
+        )  # fmt: skip
+    assert guider.thrift == len(failed) == 2 and set(seen[0] for seen in reward.seen) == {False}
+
+
 def search(world, **job):
     with torch.inference_mode():
         job = world.job(steps=2, **job)

@@ -106,6 +106,23 @@ def test_the_same_weights_with_other_options_are_another_model(world):
     torch.testing.assert_close(world.ksampler(model=same), world.ksampler())
 
 
+@pytest.mark.every_host
+def test_a_lora_on_quantised_weights_is_blended_too(world):
+    """In fp8 with a factor each, as distributed: newer cores keep the two in one tensor, which has no storage."""
+    model, _, conds, latent = make("SDXL", "scaled fp8")
+    name = next(n for n in model.model.state_dict() if n.endswith("attn1.to_v.weight"))
+    with torch.inference_mode():
+        tuned = model.clone()
+        shape = model.model.get_submodule(name.removesuffix(".weight")).weight.shape
+        tuned.add_patches({name: (torch.randn(shape, generator=torch.manual_seed(0)) * 0.05,)}, 1.0)
+    base, one = (world.ksampler(model=m, latent=latent, **conds, steps=2) for m in (model, tuned))
+    with torch.inference_mode():
+        whole = nodes.MiraRLGuidance.execute(model, tuned, 1.0, "constant", 1.0).args[0]
+    found = world.ksampler(model=whole, latent=latent, **conds, steps=2)
+    assert not torch.equal(one, base) and torch.allclose(found, one, atol=1e-2 * (one - base).abs().max())
+    assert torch.equal(world.ksampler(model=model, latent=latent, **conds, steps=2), base)
+
+
 @pytest.mark.parametrize("prefix", ["transformer.", "base_model.model."])
 def test_peft_names_fit_sd3(prefix):
     model = make("SD 3")[0]

@@ -403,6 +403,18 @@ def test_page_locked_memory_has_one_bound(monkeypatch):
     assert sum(size * count for size, count in locked.held.items()) == 64
 
 
+def test_a_container_may_have_less_memory_than_its_machine(monkeypatch, tmp_path):
+    from mira.sampler import memory
+
+    newer, older = tmp_path / "memory.max", tmp_path / "limit_in_bytes"
+    monkeypatch.setattr(memory, "LIMITS", (newer, older))
+    whole = memory._most()
+    newer.write_text("max\n")
+    assert memory._most() == whole <= memory.LOCKED
+    older.write_text(f"{2**20}\n")
+    assert memory._most() == 2**18
+
+
 def test_what_cannot_be_page_locked_is_not_asked_for_again(monkeypatch):
     """The system has no more of it: what there is goes on being used."""
     from mira.sampler import memory
