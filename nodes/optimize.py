@@ -66,12 +66,14 @@ def run(
     iterate, share = values.get("iterate", -1), values.get("final_restart", 0.0)
     later = ("iterate", "final_restart")  # what is done to a run that there is
     widgets, effective = ({k: v for k, v in of.items() if k not in later} for of in (values, effective))
-    inputs = widgets | {"vae": given["vae"], "reward": reward, "prompt": prompt, "seed": given["seed"]} | identity
+    inputs = widgets | {f"{memo.USED}{k}": v for k, v in effective.items()}
+    inputs |= {"vae": given["vae"], "reward": reward, "prompt": prompt, "seed": given["seed"]} | identity
 
     def work():
-        before = memo.left_of(hidden, inputs, effective.get("rounds", 1))
+        before, why_anew = memo.left_of(hidden, inputs, effective)
+        notices = [*overruled, why_anew] if why_anew else overruled
         return run_optimization(
-            node, hidden, effective, overruled, before, latent=latent, reward=reward, prompt=prompt, **given
+            node, hidden, effective, notices, before, latent=latent, reward=reward, prompt=prompt, **given
         )
 
     done = memo.of(hidden, inputs, (iterate, share), work)
@@ -89,7 +91,7 @@ def run_optimization(
     node: str,
     hidden: Any,
     values: dict,
-    overruled: list[str],
+    notices: list[str],
     before: tuple[Left, LiveRun] | None,
     *,
     latent: dict,
@@ -98,13 +100,15 @@ def run_optimization(
     guider: Any,
     **given: Any,
 ) -> tuple[host.Optimized, LiveRun]:
-    """One run: (what came out, what the editor was told). before: the run that it goes on from, if any."""
+    """One run: (what came out, what the editor was told). notices: of the node's own. before: the run that it goes
+    on from, if any.
+    """
     model, sampler, sigmas = guider.model_patcher, given["sampler"], given["sigmas"]
     samples = host.samples_of(model, latent)
     settings = read_settings(node, values)
-    prompts, notices = prompts_of(prompt, guider, len(samples))
+    prompts, told_first = prompts_of(prompt, guider, len(samples))
     if settings.rounds < values.get("rounds", 1):
-        notices.append(f"rounds is {values['rounds']}, but there were {settings.rounds}: one for every iteration")
+        told_first.append(f"rounds is {values['rounds']}, but there were {settings.rounds}: one for every iteration")
     told = {"drift_metric": settings.drift_metric, "drift_limit": settings.drift_limit}
     record = describe(node, values, given["seed"], prompt, reward.facts.name)
     seeds = settings.seeds if settings.seeds > 1 and not before else 0
@@ -121,7 +125,7 @@ def run_optimization(
         settings=settings,
         mask=latent.get("noise_mask"),
         prompts=prompts,
-        notices=notices,
+        notices=told_first,
         weighting=values["weighting"],
         measured=values["measured"],
         gradient_steps=gradient_steps(
@@ -135,7 +139,7 @@ def run_optimization(
     )
     done = host.run(job)
     trace = done.result.trace
-    trace.notices += overruled
+    trace.notices += notices
     for notice in reward.notices(job.prompts):
         log.warning("%s: %s", node, notice)
         trace.notices.append(notice)

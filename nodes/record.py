@@ -13,9 +13,9 @@ from .editor.on_disk import PNG_KEY
 from .shared.made import chosen, found, listed, path_input, stamp, why_not
 from .shared.types import MiraTrace, aliases
 
-SUFFIXES = (".png", ".json", ".csv")
+SUFFIXES = (".png", ".webp", ".json", ".csv")
 MOST_BYTES = 100 << 20
-NO_FILE = "put a .png, .json or .csv into the input or output folder"
+NO_FILE = "put a .png, .webp, .json or .csv into the input or output folder"
 
 
 def trace_files() -> list[str]:
@@ -30,16 +30,29 @@ def trace_path(file: str) -> str:
     return path
 
 
+def text_in(path: str) -> str | None:
+    """The records that a picture carries, or None: where ComfyUI puts what goes beside the workflow."""
+    from PIL import Image, PngImagePlugin
+
+    with Image.open(path) as image:
+        image.seek(getattr(image, "n_frames", 1) - 1)  # an animated PNG has it after its last frame
+        image.load()
+        if isinstance(image, PngImagePlugin.PngImageFile):
+            if PNG_KEY in image.info:
+                return image.info[PNG_KEY]
+            texts = [chunk[1].replace(b"\0", b":", 1) for chunk in image.private_chunks if chunk[0] == b"comf"]
+        else:
+            texts = [text.encode() for text in image.getexif().values() if isinstance(text, str)]
+    before = f"{PNG_KEY}:".encode()
+    return next((text.removeprefix(before).decode() for text in texts if text.startswith(before)), None)
+
+
 def read_trace(path: str, index: int) -> Trace:
     """Raises ValueError for a file that holds no trace, a damaged one, or one of another version."""
     name = os.path.basename(path)
     try:
-        if name.lower().endswith(".png"):
-            from PIL import Image
-
-            with Image.open(path) as image:
-                image.load()
-                text = image.info.get(PNG_KEY)
+        if name.lower().endswith((".png", ".webp")):
+            text = text_in(path)
             if text is None:
                 raise ValueError("it carries no MIRA record (it was saved without one, or its metadata was removed)")
             traces = json.loads(text)
@@ -63,7 +76,7 @@ class MiraLoadTrace(io.ComfyNode):
             **aliases("load record", "open run", "history"),
             display_name=cls.NAME,
             category="MIRA Alignment/loaders",
-            description="The record of an earlier run, from a PNG that it saved, or MIRA Drift Monitor's JSON or CSV.",
+            description="The record of an earlier run: of a picture that it saved, or of MIRA Drift Monitor's files.",
             inputs=[
                 io.Combo.Input("file", options=trace_files() or [NO_FILE], tooltip="From the input or output folder."),
                 io.Int.Input(
@@ -71,7 +84,7 @@ class MiraLoadTrace(io.ComfyNode):
                     default=0,
                     min=0,
                     max=99,
-                    tooltip="Which one, if a PNG has several: of other nodes, or of a list, in its order.",
+                    tooltip="Which one, if a picture has several: of other nodes, or of a list, in its order.",
                 ),
                 path_input("mira/fox_00001_.png"),
             ],

@@ -88,7 +88,10 @@ class _Rounds:
         better = finite if self.best is None or settings.keep == "last" else reward > self.best
         self.best = reward if self.best is None else torch.where(better, reward, self.best)
         self.kept.take(its, better, done.best, done.best_noises)
-        way = torch.zeros(len(its), rounds, dtype=torch.bool) if self.way is None else self.way.clone()
+        way = torch.zeros(len(its), rounds, dtype=torch.bool)
+        if self.way is not None:
+            self.kept_way = torch.cat([self.kept_way, way[:, self.kept_way.shape[1] :]], dim=1)  # of fewer rounds
+            way[:, : self.way.shape[1]] = self.way
         way[:, self.number] = True
         self.kept_way = way if self.kept_way is None else chosen(better, way, self.kept_way)
         self.base = chosen(finite, done.best, self.kept.latent)  # what is no image is no beginning either
@@ -99,6 +102,11 @@ class _Rounds:
         self.iterates += done.iterates
         self.last, self.reasons = done.last, done.trace.reasons
         self.number += 1
+
+
+def lengths(iterations: int, rounds: int) -> list[int]:
+    """How many iterations each round has."""
+    return [len(part) for part in torch.arange(iterations).tensor_split(rounds)]
 
 
 def in_rounds(
@@ -119,9 +127,9 @@ def in_rounds(
     restart, and has a number of its own; rows of several rounds have `round` and `level` (the stretch's first sigma).
     Of every image the best over all rounds comes back, by the criterion of `settings.keep`. An interrupt, running
     out of memory and any other error end the run with that. resume: `Result.left` of such a run, to go on in its round;
-    of a run of one round, with more iterations too.
+    of a run of one round, with more iterations too, and of several whole rounds, with more of the same `lengths`.
     """
-    lengths = [len(part) for part in torch.arange(settings.iterations).tensor_split(settings.rounds)]
+    parts = lengths(settings.iterations, settings.rounds)
     rounds, inner = resume.value if resume else (_Rounds(), None)
     before, done, reason = rounds, None, ""
 
@@ -131,17 +139,17 @@ def in_rounds(
         def report(k: int, rows: list[dict], score: Score) -> None:
             for row in rows:
                 row["iteration"] = first + k
-                if len(lengths) > 1:
+                if len(parts) > 1:
                     row |= {"round": number + 1, "level": level}
             on_iteration(first + k, rows, score)
 
-        run = replace(settings, iterations=lengths[number], rounds=1)
+        run = replace(settings, iterations=parts[number], rounds=1)
         return optimize(
             stretch.rollout, score, stretch.noises, run, check_reward=number == 0, on_iteration=report,
             interrupts=interrupts, memory=memory, resume=inner,
         )  # fmt: skip
 
-    for number in range(rounds.number, len(lengths)):
+    for number in range(rounds.number, len(parts)):
         before, done = rounds.snapshot(), None
         if number:
             stretch, cut = attempt(interrupts, restart, number, rounds.base)
@@ -164,9 +172,10 @@ def in_rounds(
     trace, kept = rounds.trace, rounds.kept
     trace.kept = kept.iteration.tolist()
     trace.reasons = [reason] * len(trace.kept) if reason else rounds.reasons
-    there = done.left if done else None  # a round that was cut before it began is begun anew
-    goes_on = there is not None or done is None
-    left = Left((before, there), len(before.iterates) + (there.done if there else 0)) if goes_on else None
+    there, begins = done.left if done else None, done is None  # a round that was cut before it began is begun anew
+    if done and not done.cut_short and len(parts) > 1:  # all is done, and there may be more rounds
+        before, there, begins = rounds.snapshot(), None, True
+    left = Left((before, there), len(before.iterates) + (there.done if there else 0)) if there or begins else None
     return Result(
         kept.latent,
         rounds.last,

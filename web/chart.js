@@ -89,7 +89,7 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
     type: "button",
     title: "Return this iterate painted anew, nearer to what the model would paint: set `final_restart`",
   });
-  anew.textContent = "Restarted";
+  anew.textContent = "Repaint";
   const notices = element("div", "mira-notices");
   head.append(line, which, save);
   scrub.append(shown, slider, ...(onTake ? [take, anew] : []));
@@ -218,7 +218,7 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
     );
     line.textContent = line.title = status(run, image);
     save.disabled = run.rows.length === 0;
-    notices.textContent = run.notices.join("\n");
+    notices.textContent = [...(run.refused ? [run.refused] : []), ...run.notices].join("\n");
     const finished = run.done && run.fresh;
     const at = follow(run, image, Number(slider.value), Number(slider.max), finished);
     slider.max = String(Math.max(0, ...run.rows.map((r) => r.iteration)));

@@ -1,6 +1,7 @@
 // The only file that touches ComfyUI's app and api.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { differences, whyNotTaken } from "./asked.js";
 import { addStyles, createChart } from "./chart.js";
 import { CSS as CHOICE_CSS, createChooser, heightOf, tabTitle, validChoice } from "./choice.js";
 import { migrated, presetAfter, presetValues } from "./layout.js";
@@ -175,11 +176,27 @@ function seededBy(node) {
   return (slot >= 0 && node.getInputNode?.(slot)) || node;
 }
 
+/** What has changed in the graph since a run of this node, but for what `take` sets itself; null: nothing that is known. */
+async function changedSince(node, seeded, run) {
+  const { asked } = await get("/mira/live", { asked: run.id ?? "" });
+  if (!asked) return null;
+  const path = ranAt(node).join(":");
+  const its = (pathOf(seeded) ?? []).join(":");
+  const free = new Set([`${path} iterate`, `${path} final_restart`, ...SEEDS.flatMap((name) => [`${path} ${name}`, `${its} ${name}`])]);
+  const { output } = await app.graphToPrompt();
+  return whyNotTaken(differences(asked, output, free), (id) => nodeOf(id)?.title ?? asked[id][0]);
+}
+
 /** Return iterate k, or that painted anew: the run's own seed again, fixed, and `iterate`; all else is as it was. */
-function take(node, chart, iterate, anew) {
-  if (!chart.run().done) return;
-  const seed = chart.run().settings.seed;
+async function take(node, chart, iterate, anew) {
+  const run = chart.run();
+  if (!run.done) return;
+  const { seed } = run.settings;
   const seeded = seededBy(node); // whose value is in the node's own widget too, once it was queued
+  const refused = await changedSince(node, seeded, run);
+  if (chart.run().id !== run.id) return; // another one has begun meanwhile
+  if (refused || run.refused) chart.set({ ...run, refused });
+  if (refused) return;
   for (const one of new Set([node, seeded])) {
     if (Number.isSafeInteger(seed)) for (const name of SEEDS) setWidget(one, name, seed);
     setWidget(one, "control_after_generate", "fixed");
@@ -201,7 +218,7 @@ function untake(node) {
 
 function addCharted(node) {
   addStyles(document, new URL("./vendor/uPlot.min.css", import.meta.url).href);
-  const onTake = node.comfyClass === MONITOR ? null : (k, anew) => take(node, chart, k, anew);
+  const onTake = node.comfyClass === MONITOR ? null : (k, anew) => take(node, chart, k, anew).catch(warn);
   const onLook = (stored) => preview(node, stored).catch((problem) => console.warn("MIRA: no preview:", problem));
   const chart = createChart({ imageUrl, saveAs, onTake, onLook });
   const view = { ...node[VIEW], chart };
@@ -469,7 +486,7 @@ async function showDropped() {
   }
 }
 
-const warn = (problem) => console.warn("MIRA: could not restore the live view:", problem);
+const warn = (problem) => console.warn("MIRA: the server cannot be asked:", problem);
 
 function restoreSoon(cached, missed = false, promptId = "") {
   return new Promise((done) => setTimeout(done, 50)).then(() => restore(cached, missed, promptId)).catch(warn);

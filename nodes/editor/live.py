@@ -203,7 +203,8 @@ class LiveRun:
 
 async def list_runs(request: web.Request) -> web.Response:
     """The runs of this client, and those of the nodes that it names: a cached node tells nothing by itself. And which
-    workflow the prompt that it names is of: what is cached may be of another one, of which this is a copy.
+    workflow the prompt that it names is of: what is cached may be of another one, of which this is a copy. And what
+    the run that it names was `asked`.
     """
     client, nodes = request.query.get("client_id"), request.query.get("nodes", "").split(",")
     item = _queued(request.query.get("prompt_id", ""))
@@ -213,7 +214,9 @@ async def list_runs(request: web.Request) -> web.Response:
         if item and workflow and node in nodes and before and before == asked(item[2], node):
             run["also"] = sorted({*run["also"], workflow})
     runs = [run for node, (run, _) in known if run["client"] in (None, client) or node in nodes]
-    return web.json_response({"runs": runs, "workflow": workflow})
+    of = request.query.get("asked")
+    what = next((before for _, (run, before) in known if run["run"] == of), None)
+    return web.json_response({"runs": runs, "workflow": workflow, "asked": what})
 
 
 def register_routes() -> None:

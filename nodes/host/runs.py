@@ -155,8 +155,7 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
         resume=resume,
     )
     left, result.left = result.left, None
-    # Over several rounds more iterations are another run; and where seeds are still to be tried, it begins with them.
-    if left and (result.cut_short or settings.rounds == 1) and not (start and start.cut):
+    if left and not (start and start.cut):  # where seeds are still to be tried, it begins with them
         next_one = drawn[left.done] - 1 if left.done in drawn else drawn[max(drawn)]
         state = frozen((start, next_one, process.repeatable, left.value))
         result.left = Left(state, left.done) if state else None

@@ -33,7 +33,7 @@ def finish(
     samples, kept, notices = memo.take_iterate(done, iterate, node)
     trace = replace(done.result.trace, kept=kept)
     if restart and done.result.cut_short and iterate < 0:
-        notices = [*notices, "final_restart was left out, for the run was cut short: Restarted makes up for it"]
+        notices = [*notices, "final_restart was left out, for the run was cut short: Repaint makes up for it"]
     elif restart:
         before, (samples, told, cut) = samples, restart(samples)
         if cut:

@@ -11,6 +11,7 @@ from typing import Any
 from comfy.cli_args import args
 from torch import Tensor
 
+from ...sampler.restart import lengths
 from ...sampler.resume import Left
 from ..editor.on_disk import is_link, place_in_list, what_is_asked, with_all_before
 from ..host import Optimized
@@ -18,6 +19,8 @@ from ..host import Optimized
 PLAIN = (int, float, str, bool, type(None))
 MOST = 8  # runs whose iterates are held
 MOST_CUTS = 64
+USED = "used "  # before the name of a setting: its value, whatever the widget says that a preset overrules
+LONGER = {"iterations", "rounds", "preset"}  # the settings of which a run that goes on has others
 MOST_LEFT = 2  # runs that can be gone on with: an optimiser's state is several times the noises
 
 # By node: inputs, the graph before it, the run, what was taken of it last.
@@ -133,19 +136,33 @@ def ask_again(inputs: dict) -> None:
     del _cuts[:-MOST_CUTS]
 
 
-def left_of(hidden: Any, inputs: dict, rounds: int) -> tuple[Left, Any] | None:
-    """(what a run of these inputs can go on from, what the editor was told of it): the node's last run, where that was
-    cut short, or had fewer iterations. Over several `rounds` other iterations are another run from the start.
+def left_of(hidden: Any, inputs: dict, used: dict) -> tuple[tuple[Left, Any] | None, str]:
+    """((what a run of these inputs can go on from, what the editor was told of it) or None, why none, if that is worth
+    a word): the node's last run, where that was cut short, or had fewer iterations, or fewer rounds of as many.
     """
     before = _runs.get(_place(hidden))
     if before is None:
-        return None
+        return None, ""
     (optimized, live), left = before[2], before[2][0].result.left
-    known = {k: v for k, v in before[0].items() if k != "iterations"}
-    if left is None or not _same(known, {k: v for k, v in inputs.items() if k != "iterations"}):
-        return None
-    more = inputs["iterations"] - before[0]["iterations"]()
-    return (left, live) if (optimized.result.cut_short and more == 0) or (rounds == 1 and more > 0) else None
+    last = {k.removeprefix(USED): there() for k, there in before[0].items() if k.startswith(USED)}
+    same = last.keys() == used.keys() and all(last[k] == used[k] for k in used.keys() - LONGER)
+    others = [{k: v for k, v in of.items() if k not in used and not k.startswith(USED)} for of in (before[0], inputs)]
+    if left is None or not same or not _same(*others):
+        return None, ""
+    parts, now = (lengths(of["iterations"], min(of["iterations"], of.get("rounds", 1))) for of in (last, used))
+    if (optimized.result.cut_short and now == parts) or longer(parts, now):
+        return (left, live), ""
+    if len(parts) == len(now) > 1 and sum(now) > sum(parts) and len(set(parts)) == 1:
+        more = f"iterations {sum(parts) + parts[0]} and rounds {len(parts) + 1}"
+        return None, f"begun anew, for its rounds have more iterations now: to go on from the last run, ask for {more}"
+    return None, ""
+
+
+def longer(parts: list[int], now: list[int]) -> bool:
+    """Whether a run begins as another did. parts, now: the iterations of their rounds."""
+    if len(parts) == 1:
+        return len(now) == 1 and now > parts
+    return len(now) > len(parts) and now[: len(parts)] == parts
 
 
 def cuts(inputs: dict) -> int:

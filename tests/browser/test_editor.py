@@ -245,11 +245,20 @@ def test_another_iterate_is_taken(quickstart):
     assert "iteration 2" in editor.page.inner_text(".mira-values")
     wait_for(editor, lambda: editor.js(big), "the chosen image as the node's preview")
     editor.shot("looked")
+    # Of a graph that has changed meanwhile nothing is taken, since all would run anew: it is said what has.
+    node = f"() => app.graph.nodes.find(n => n.comfyClass === '{OPTIMIZER}')"
+    cfg = editor.js(f"{node}.widgets.find(w => w.name === 'cfg').value")
+    editor.set(OPTIMIZER, cfg=cfg + 1)
+    editor.page.click(".mira-scrub button:first-of-type")
+    why = f"cfg was {cfg:g}, is {cfg + 1:g}"
+    wait_for(editor, lambda: why in editor.page.inner_text(".mira-notices"), "what has changed")
+    editor.shot("not-taken")
+    assert "kept iteration 5" in editor.page.inner_text(STATUS)
+    editor.set(OPTIMIZER, cfg=cfg)
     editor.page.click(".mira-scrub button:first-of-type")
     wait_for(editor, lambda: "kept iteration 2" in editor.page.inner_text(STATUS), "the other iterate")
     editor.shot("taken")
     editor.wait_idle()
-    node = f"() => app.graph.nodes.find(n => n.comfyClass === '{OPTIMIZER}')"
     share = f"{node}.widgets.find(w => w.name === 'final_restart')"
     assert editor.js(f"{share}.value") == 0
     editor.page.click(".mira-anew")

@@ -126,6 +126,19 @@ def test_more_iterations_go_on_from_the_last(name):
     same(run(longer, resume=run(settings).left), run(longer))
 
 
+@pytest.mark.parametrize("name", ["rounds", "rounds, to the last"])
+def test_more_rounds_go_on_from_the_last(name):
+    settings = replace(WAYS[name], iterations=2 * WAYS[name].rounds)
+    longer = replace(settings, iterations=settings.iterations + 4, rounds=settings.rounds + 2)
+    reported, whole = [], run(longer)
+    left = run(settings).left
+    assert left.done == settings.iterations + settings.rounds
+    same(run(longer, resume=left, reported=reported), whole)
+    assert reported == list(range(left.done, len(whole.iterates)))
+    cut = run(longer, resume=run(settings).left, cancel=left.done + 1)
+    same(run(longer, resume=cut.left), whole)
+
+
 @pytest.mark.parametrize("name", ["adamw", "rounds", "rounds, to the last"])
 def test_a_second_cancel_before_anything_is_new_hands_back_what_there_was(name):
     """Within the first evaluation: of an iterate that was seen already, or of one that was not."""

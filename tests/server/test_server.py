@@ -91,6 +91,41 @@ def saved_records(server, prompt, prefix):
     return asyncio.run(go())
 
 
+@pytest.mark.every_host
+def test_the_record_is_read_back_from_a_webp_and_an_animated_png(server, quickstart):
+    prompt = small(quickstart, seed=31)
+    (save,) = (n["inputs"] for n in prompt.values() if n["inputs"].get("filename_prefix") == "mira/optimized")
+    prompt["webp"] = {
+        "class_type": "SaveAnimatedWEBP",
+        "inputs": {"images": save["images"], "filename_prefix": "mira/moving", "fps": 6.0, "lossless": True,
+                   "quality": 80, "method": "default"},
+    }  # fmt: skip
+    prompt["apng"] = {
+        "class_type": "SaveAnimatedPNG",
+        "inputs": {"images": save["images"], "filename_prefix": "mira/moving", "fps": 6.0, "compress_level": 4},
+    }
+
+    async def go():
+        async with Client(server.url) as client:
+            prompt_id = await client.submit(prompt, QUICKSTART)
+            async for _ in client.events(prompt_id):
+                pass
+            outputs, found = await client.outputs(prompt_id), []
+            for node in ("webp", "apng"):
+                (entry,) = outputs[node]["images"]
+                monitor = {
+                    "1": {"class_type": "MiraLoadTrace", "inputs": {
+                        "file": "", "index": 0, "path": f"{entry['subfolder']}/{entry['filename']}"}},
+                    "2": {"class_type": "MiraDriftMonitor", "inputs": {
+                        "trace_1": ["1", 0], "drift_metric": "path_kl", "filename_prefix": ""}},
+                }  # fmt: skip
+                found.append((await client.run(monitor))["2"]["mira"][0]["rows"])
+            return outputs[find(prompt, OPTIMIZER)]["mira"][0]["rows"], found
+
+    rows, found = asyncio.run(go())
+    assert rows and found == [rows, rows]
+
+
 async def pixels(client, outputs, prompt, prefix):
     (node,) = (id for id, n in prompt.items() if n["inputs"].get("filename_prefix") == prefix)
     (entry,) = outputs[node]["images"]
@@ -277,6 +312,26 @@ def test_more_iterations_go_on_from_the_last(server, quickstart):
 
     more, anew, record, (one, other) = asyncio.run(go())
     assert (more, anew) == (1 + 3, 6) and len(record["rows"]) == 6 and (one == other).all()
+
+
+def test_more_rounds_go_on_from_the_last_one_and_longer_rounds_are_begun_anew(server, quickstart):
+    prompt = changed(quickstart, steps=3, iterations=2, rounds=2, seed=19, seeds=2, stop="never", preset="custom")
+    node = find(prompt, OPTIMIZER)
+
+    async def go():
+        async with Client(server.url) as client:
+            await follow(client, prompt)
+            more, outputs = await follow(client, changed(prompt, iterations=3, rounds=3))
+            longer, anew = await follow(client, changed(prompt, iterations=5, rounds=3))
+            records = [o[node]["mira"][0] for o in (outputs, anew)]
+            return [[s["iteration"] for s in steps_of(events)] for events in (more, longer)], records
+
+    (more, longer), (record, other) = asyncio.run(go())
+    # What there was is told at once, by its last iteration.
+    assert more == [3, 4, 5] and [r["iteration"] for r in record["rows"]] == list(range(6))
+    assert any("went on from iteration 4" in n for n in record["notices"])
+    assert longer == list(range(8))
+    assert any("begun anew" in n and "iterations 4 and rounds 4" in n for n in other["notices"])
 
 
 def test_a_client_that_comes_back_goes_on_listening(server, quickstart):
