@@ -631,6 +631,13 @@ def graph(title: str, nodes: dict[str, Node], info: dict, note: str) -> dict:
     """
     ids = {key: number for number, key in enumerate(nodes, 1)}
     made, links, bottoms, known = [], [], {}, published()
+    files = dict.fromkeys(v for node in nodes.values() for v in node.values.values() if v in known)
+    if files:
+        by_hand = "\n".join(fetched_by_hand(file, *known[file]) for file in files)
+        note = f"{note}\n\nWhat the editor does not offer to download:\n{by_hand}"
+    note_height = 170 + 44 * len(files)
+    if note:  # at the top, where a graph is looked at first
+        bottoms[0] = TOP + note_height + GAP
     for key, node in nodes.items():
         of = info[node.kind]
         specs = {**of["input"].get("required", {}), **of["input"].get("optional", {})}
@@ -698,8 +705,8 @@ def graph(title: str, nodes: dict[str, Node], info: dict, note: str) -> dict:
             {
                 "id": len(made) + 1,
                 "type": "MarkdownNote",
-                "pos": [40, bottoms[0]],
-                "size": [380, 170],
+                "pos": [40, TOP],
+                "size": [380, note_height],
                 "flags": {},
                 "order": len(made),
                 "mode": 0,
@@ -713,8 +720,29 @@ def graph(title: str, nodes: dict[str, Node], info: dict, note: str) -> dict:
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{REGISTRY_NAME}/{title}")), "revision": 0,
         "last_node_id": len(made), "last_link_id": len(links), "nodes": made, "links": links, "groups": [],
-        "config": {}, "extra": {}, "version": 0.4,
+        "config": {}, "extra": view(made), "version": 0.4,
     }  # fmt: skip
+
+
+def fetched_by_hand(file: str, folder: str, url: str) -> str:
+    """A line of a note: where a file is, and where it belongs."""
+    there = url.rsplit("/", 1)[1]
+    return f"- [{there}]({url}) into `models/{folder}`" + (f" as `{file}`" if there != file else "")
+
+
+READABLE, LARGE = 0.62, 0.8  # the scale below which editors draw no text, and one that is large enough
+SCREEN, MARGIN = (1600, 900), (70, 130)  # of a small screen; what the editor's bars take of it
+
+
+def view(made: list[dict]) -> dict:
+    """`extra` of a graph: it opens whole on a small screen where that is readable, and else at its beginning. By itself
+    the editor shows all of it, as small as it may be.
+    """
+    left, top = (min(n["pos"][i] for n in made) for i in (0, 1))
+    width, height = (max(n["pos"][i] + n["size"][i] for n in made) - (left, top)[i] for i in (0, 1))
+    whole = min((SCREEN[0] - 2 * MARGIN[0]) / width, (SCREEN[1] - MARGIN[1]) / height)
+    scale = round(max(READABLE, min(whole, LARGE)), 2)
+    return {"ds": {"scale": scale, "offset": [round(MARGIN[0] / scale - left), round(MARGIN[1] / scale - top)]}}
 
 
 BLUEPRINT = "MIRA Optimize to Image"

@@ -15,6 +15,7 @@ FOLDER = "mira_rewards"
 NPNETS = "npnets"  # where other packs look for golden noise networks, too
 WEIGHTS = {".safetensors", ".sft", ".pt", ".pth", ".bin"}
 INDEX = ".index.json"
+ABSENT = " (not there yet)"  # after a published file's name that a loader offers in place of any
 
 
 def register() -> None:
@@ -46,9 +47,10 @@ def scripts() -> list[str]:
 
 
 def offered(names: list[str], published: Published, like: str = "") -> dict:
-    """options and default of a file input: what is there, else the published name, so that a new node says what it
-    wants. like: part of the name of the files to be preferred."""
-    options = names or [published.file]
+    """options and default of a file input: what is there, else the published name as absent, so that a new node says
+    what it wants, and the editor sees that a workflow's file is missing. like: part of the name of those preferred.
+    """
+    options = names or [published.file + ABSENT]
     wanted = [n for n in options if like.lower() in n.lower()]
     return {"options": options, "default": (wanted or options)[0]}
 
@@ -58,6 +60,7 @@ def npnets() -> list[str]:
 
 
 def find(name: str, *stock: str) -> Path | None:
+    name = name.removesuffix(ABSENT)
     for folder in (FOLDER, *stock):
         path = folder_paths.get_full_path(folder, name)
         if path:
@@ -70,7 +73,9 @@ def missing(name: str | None, published: Published, *stock: str, into: str = FOL
     if name is None or find(name, *stock):
         return None
     folders = " or ".join(f"models/{f}" for f in (FOLDER, *stock))
+    there = f", where it is {published.there}" if published.there else ""
     return (
-        f"{name} is not in {folders}. The published file is {published.file} (about {published.gigabytes:g} GB) of "
-        f"{published.model}: download it into models/{into} and refresh the node list (key R)"
+        f"{name.removesuffix(ABSENT)} is not in {folders}. The published file is {published.file} (about "
+        f"{published.gigabytes:g} GB) of {published.model}{there}: download it into models/{into} and refresh the node "
+        "list (key R)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -188,6 +189,19 @@ def test_the_head_on_comfyuis_own_clip_vision(world, models):
     rows = [[r["reward"] for r in run.result.trace.rows] for run in runs]
     for other in rows[1:]:
         assert other == pytest.approx(rows[0], rel=1e-3)
+
+
+def test_a_file_that_is_offered_though_it_is_not_there(monkeypatch, tmp_path):
+    """A new node says what it wants; to the editor the name that a workflow has is not among what there is."""
+    files, PICKSCORE = mira("nodes.shared.files"), mira("rewards.known").PICKSCORE
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, files.FOLDER, ([str(tmp_path)], {".safetensors"}))
+    offered = files.offered(files.weights(), PICKSCORE)
+    assert offered == {"options": [offered["default"]], "default": "PickScore_v1.safetensors (not there yet)"}
+    why = files.missing(offered["default"], PICKSCORE)
+    assert re.match(r"PickScore_v1.safetensors is not in .*where it is model.safetensors: download it into", why)
+    (tmp_path / PICKSCORE.file).touch()
+    assert files.offered(files.weights(), PICKSCORE)["options"] == [PICKSCORE.file]
+    assert files.missing(offered["default"], PICKSCORE) is None and files.find(offered["default"]).is_file()
 
 
 @pytest.mark.parametrize(
