@@ -204,10 +204,11 @@ def tell_seeds(process: Process, start: Start, count: int, trace: Trace) -> None
 def began(image: int, start: Start, seed: int) -> str:
     """Which seed an image began from."""
     rewards, chosen = start.rewards[:, image], int(start.chosen[image])
+    it = f"image {image}" if len(start.chosen) > 1 else "it"
     if chosen == 0:
-        return f"image {image} began from the given seed, the best of {len(rewards)} (reward {rewards[0]:.4g})"
+        return f"{it} began from the given seed, the best of {len(rewards)} (reward {rewards[0]:.4g})"
     return (
-        f"image {image} began from seed {seed}, the best of {len(rewards)} (reward {rewards[chosen]:.4g}; the given "
+        f"{it} began from seed {seed}, the best of {len(rewards)} (reward {rewards[chosen]:.4g}; the given "
         f"seed's {rewards[0]:.4g})"
     )
 
