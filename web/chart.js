@@ -1,7 +1,7 @@
 // The live chart of one run as an element: no side effects beyond it, nothing of ComfyUI.
 import uPlot from "./vendor/uPlot.esm.js";
 import {
-  brief, csv, curves, follow, images, isLight, label, limit, newRun, spread, status, table, ticks, uprights,
+  brief, csv, curves, follow, images, isLight, label, limit, newRun, previewOf, spread, status, table, ticks, uprights,
 } from "./series.js";
 
 // On a dark and on a light ground; both have a contrast of 4.5 to 1 and more there.
@@ -193,8 +193,8 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
 
   function showIterate() {
     const at = Number(slider.value);
-    const preview = run.previews?.[at];
-    shown.hidden = !preview || image !== 0;
+    const preview = previewOf(run, at, image);
+    shown.hidden = !preview;
     if (preview) shown.src = imageUrl(preview);
     slider.setAttribute("aria-valuetext", `iteration ${at}`);
     take.disabled = anew.disabled = !run.done;
@@ -203,8 +203,8 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
   }
 
   function look() {
-    const preview = run.previews?.[Number(slider.value)];
-    if (run.done && preview && image === 0) onLook(preview);
+    const preview = previewOf(run, Number(slider.value), image);
+    if (run.done && preview) onLook(preview);
   }
 
   function draw() {
@@ -261,7 +261,8 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
   });
   which.addEventListener("change", () => {
     image = Number(which.value);
-    redraw();
+    draw();
+    look();
   });
   save.addEventListener("click", () => saveAs("mira_trace.csv", csv(run)));
   take.addEventListener("click", () => onTake?.(Number(slider.value), false));

@@ -55,6 +55,12 @@ export function fromOutput(output, before = newRun()) {
   };
 }
 
+/** What is stored of an image of the batch at an iteration, or null. */
+export function previewOf(run, iteration, image) {
+  const first = run.previews?.[iteration];
+  return (image === 0 ? first : first?.others?.[image - 1]) ?? null;
+}
+
 export function images(run) {
   return [...new Set(run.rows.map((r) => r.image))].sort((a, b) => a - b);
 }

@@ -26,6 +26,7 @@ from .on_disk import Unfinished
 log = logging.getLogger("mira")
 ROUTE = "/mira/live"
 PREVIEW = 512  # pixels of the longer side, of ComfyUI's own preview and of a stored one
+MOST_SHOWN = 16  # images of a batch that are stored
 MOST = 8  # runs that are remembered
 FILED = 32  # runs whose thumbnails stay
 UNTOLD = "the editor was not told of every iteration"
@@ -43,9 +44,10 @@ def store(image: Image.Image, name: str, **options: Any) -> dict:
 
 
 def forget(shown: dict) -> None:
-    """Delete what `store` stored."""
-    with contextlib.suppress(OSError):
-        os.unlink(os.path.join(folder_paths.get_temp_directory(), shown["subfolder"], shown["filename"]))
+    """Delete what `store` stored, and others of the same iteration."""
+    for one in (shown, *shown.get("others", ())):
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(folder_paths.get_temp_directory(), one["subfolder"], one["filename"]))
 
 
 def _running() -> Sequence | None:
@@ -179,15 +181,19 @@ class LiveRun:
     def _tell(self, k: int, rows: list[dict], score: Score) -> None:
         # A choice that was taken back, or a retry, is reported again.
         self.run["rows"] = [r for r in self.run["rows"] if r["iteration"] < k] + rows
-        shown = picture(score.images[0])
-        shown.thumbnail((PREVIEW, PREVIEW))
+        shown = [picture(image) for image in score.images[:MOST_SHOWN]]
+        for image in shown:
+            image.thumbnail((PREVIEW, PREVIEW))
         preview = None
         try:
-            preview = self.run["previews"][k] = store(shown, f"{self.name}_{k}.jpg", quality=88)
+            preview = store(shown[0], f"{self.name}_{k}.jpg", quality=88)
+            others = [store(image, f"{self.name}_{k}_{b}.jpg", quality=88) for b, image in enumerate(shown[1:], 1)]
+            preview |= {"others": others} if others else {}
+            self.run["previews"][k] = preview
         except OSError as problem:  # a full disk; chart and progress can do without
             self._note(f"previews could not be stored in ComfyUI's temp folder: {problem}")
         self._send(iteration=k, rows=rows, preview=preview)
-        self.bar.update_absolute(self.seeds + k + 1, preview=("JPEG", shown, PREVIEW))
+        self.bar.update_absolute(self.seeds + k + 1, preview=("JPEG", shown[0], PREVIEW))
 
     def _send(self, what: str = "mira.step", **event: Any) -> None:
         of = {name: self.run[name] for name in ("run", "node", "workflow", "kind", "iterations", "settings")}

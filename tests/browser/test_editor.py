@@ -225,6 +225,21 @@ def test_a_refresh_in_the_middle(quickstart):
 
 
 @ENDS
+def test_the_slider_shows_the_chosen_image_of_a_batch(quickstart):
+    editor, small = quickstart, ".mira-scrub img"
+    editor.set("EmptyLatentImage", batch_size=2)
+    editor.queue()
+    wait_for(editor, lambda: "kept iteration" in editor.page.inner_text(STATUS), "end")
+    editor.wait_idle()
+    editor.look_at(OPTIMIZER, bottom=True)
+    first = editor.page.get_attribute(small, "src")
+    editor.page.locator(".mira-head select").select_option("1")
+    wait_for(editor, lambda: editor.page.get_attribute(small, "src") != first, "the other image")
+    assert editor.page.is_visible(small) and editor.js(f"() => document.querySelector('{small}').naturalWidth") > 0
+    editor.shot("second-image")
+
+
+@ENDS
 def test_another_iterate_is_taken(quickstart):
     editor = quickstart
     editor.queue()

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import inspect
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -230,6 +231,18 @@ def test_every_node_is_found_by_other_words():
     for node in nodes.NODES:
         found = getattr(node.define_schema(), "search_aliases", None) or []
         assert not known or len(found) > 1, node.__name__
+
+
+def test_every_image_of_a_batch_is_shown_at_every_iteration(world):
+    latent = {"samples": torch.zeros(2, 4, 8, 8)}
+    previews = optimize(world, iterations=1, latent_image=latent).ui["mira"][0]["previews"]
+    files = [[p, *p["others"]] for p in previews.values()]
+    assert [len(shown) for shown in files] == [2, 2] and len({p["filename"] for shown in files for p in shown}) == 4
+    folder = os.path.join(folder_paths.get_temp_directory(), "mira")
+    assert all(os.path.isfile(os.path.join(folder, p["filename"])) for shown in files for p in shown)
+    mira("nodes.editor.live").forget(previews[0])
+    left = [os.path.isfile(os.path.join(folder, p["filename"])) for shown in files for p in shown]
+    assert left == [False] * 2 + [True] * 2
 
 
 def test_another_iterate_is_taken_without_running_again(world, monkeypatch):

@@ -31,6 +31,12 @@ test("a run that goes on from its first iteration keeps that one's preview", () 
   assert.deepEqual(Object.keys(run.previews), ["0", "1"]);
 });
 
+test("every image of a batch has its own preview", () => {
+  const run = after(step(0, { preview: { filename: "a", others: [{ filename: "b" }] } }));
+  assert.deepEqual([0, 1, 2].map((b) => series.previewOf(run, 0, b)?.filename), ["a", "b", undefined]);
+  assert.equal(series.previewOf(run, 1, 0), null);
+});
+
 test("a step whose preview could not be stored is drawn all the same", () => {
   const run = after(step(0), step(1, { preview: null }));
   assert.deepEqual([run.rows.length, run.previews], [4, {}]);
