@@ -583,6 +583,54 @@ def test_inside_a_subgraph(quickstart):
     )
     wait_for(editor, lambda: "kept iteration 5" in (editor.js(outside) or ""), "its status on the node outside")
     editor.shot("subgraph")
+    editor.wait_idle()
+    # Looked at and taken where it is.
+    editor.js(
+        f"""() => {{
+            const outer = app.graph.nodes.find(n => n.subgraph);
+            app.canvas.openSubgraph(outer.subgraph, outer);
+            const node = outer.subgraph.nodes.find(n => n.comfyClass === '{OPTIMIZER}');
+            const offset = [500 - node.pos[0], 100 - node.pos[1]];
+            Object.assign(app.canvas.ds, {{ scale: 0.7, offset }});
+            app.canvas.setDirty(true, true);
+        }}"""
+    )
+    editor.settle(800)
+    slider = editor.page.locator(".mira-scrub input")
+    slider.focus()
+    slider.press("Home")
+    slider.press("ArrowRight")
+    editor.page.click(".mira-scrub button:first-of-type")
+    wait_for(editor, lambda: "kept iteration 1" in editor.js(inner), "the iterate that was taken inside")
+    editor.wait_idle()
+    editor.shot("subgraph-inside")
+
+    # Bypassed, muted, and back: inside, and the whole.
+    def toggle(what, whole):
+        return editor.js(
+            f"""async ([what, whole]) => {{
+                const root = app.rootGraph ?? app.graph, outer = root.nodes.find(n => n.subgraph);
+                if (whole) app.canvas.setGraph(root);
+                const inner = outer.subgraph.nodes.find(n => n.comfyClass === '{OPTIMIZER}');
+                app.canvas.deselectAll();
+                app.canvas.select(whole ? outer : inner);
+                await app.extensionManager.command.execute(`Comfy.Canvas.ToggleSelectedNodes.${{what}}`);
+            }}""",
+            [what, whole],
+        )
+
+    for whole in (False, True):
+        for what in ("Bypass", "Mute"):
+            toggle(what, whole)
+            assert OPTIMIZER not in [n["class_type"] for n in editor.prompt().values()], (what, whole)
+            if what == "Bypass":
+                editor.queue()
+                editor.wait_idle()
+                history = json.loads(editor.page.request.get(f"{editor.server.url}/history?max_items=1").text())
+                assert next(iter(history.values()))["status"]["status_str"] == "success"
+            toggle(what, whole)
+            assert OPTIMIZER in [n["class_type"] for n in editor.prompt().values()], (what, whole)
+    assert editor.errors == []
 
 
 @ENDS
