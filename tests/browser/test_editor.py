@@ -505,28 +505,54 @@ def test_a_preset_writes_its_values_and_a_change_makes_it_custom(editor):
 BEFORE = ROOT / "tests" / "browser" / "before_presets"
 
 
+ONE_ROUND = dict(preset="custom", rounds=1)
+HELD = dict(denoise=1.0, beta=1.0, learning_rate=0.03, keep="best_within_drift", optimizer="adamw", seeds=4,
+            gradient_steps=-1, repeatable=True, **ONE_ROUND)  # fmt: skip
+# As it was shipped: what of it is where.
+FROM_BEFORE = {
+    "mira_quickstart": {OPTIMIZER: HELD | dict(
+        seed=3, steps=20, cfg=5.0, scheduler="normal", iterations=15, drift_limit=0.05, hold="auto", memory="auto")},
+    "mira_against_dno": {OPTIMIZER: dict(iterations=12, steps=12, **ONE_ROUND)},
+    "mira_dpo_jpeg": {PREFERENCE: dict(
+        judge="reward", steps=12, denoise=1.0, method="dueling", candidates=2, explore=0.6, keep="incumbent",
+        on_timeout="stop", energy="mira", skip_ties=False)},
+    "mira_choose_by_eye": {PREFERENCE: dict(
+        judge="person", seed=3, steps=12, cfg=5.0, iterations=8, method="dueling", candidates=2, learning_rate=0.05,
+        explore=0.6, keep="incumbent", skip_ties=False, timeout=0.0, on_timeout="stop")},
+    "mira_search_jpeg": {"MiraSearchKSampler": dict(
+        seed=3, steps=12, method="fk_steering", particles=12, strength=3.0, denoise=1.0, potential="max",
+        regularizer="mira", restart_denoise=0.8)},
+    "mira_best_of_n": {"MiraRankImages": dict(top_k=2)},
+    "mira_combine_rewards": {
+        OPTIMIZER: HELD | dict(seed=5, steps=20, iterations=15, drift_limit=0.1),
+        "MiraCombineRewards": dict(weight_1=1.0, scaling="by typical range"),
+        "MiraPixelReward": dict(measure="colourfulness")},
+    "mira_guidance": {
+        "MiraInitNONoise": dict(words="fox", seed=3), "MiraDyMOGuider": dict(cfg=5.0, scale=1.5, start_percent=0.2)},
+    "mira_img2img": {OPTIMIZER: HELD | dict(seed=7, denoise=0.6, iterations=15, drift_limit=0.1)},
+    "mira_sd15_aesthetic": {
+        OPTIMIZER: HELD | dict(iterations=12, drift_limit=0.05),
+        "MiraLoadAestheticReward": dict(head="sac+logos+ava1-l14-linearMSE.pth", precision="auto")},
+    "mira_sdxl_hps": {
+        OPTIMIZER: HELD | dict(iterations=12, memory="per_block"),
+        "MiraLoadHPSReward": dict(file="HPS_v2.1_compressed.pt", version="v2.1", precision="auto")},
+}  # fmt: skip
+
+
 @ENDS
-@pytest.mark.parametrize("name", ["mira_quickstart", "mira_dpo_jpeg", "mira_search_jpeg", "mira_against_dno"])
-def test_a_workflow_from_before_presets_finds_its_values(editor, name):
+def test_a_workflow_from_before_presets_finds_its_values(editor):
     """Widgets' values are saved by their place, which were others: every one is where it belongs."""
-    workflow = json.loads((BEFORE / f"{name}.json").read_text())
-    editor.load(workflow)
-    prompt = editor.prompt()
-    expected = {
-        "mira_quickstart": dict(seed=3, steps=20, cfg=5.0, scheduler="normal", denoise=1.0, iterations=15, beta=1.0,
-                                learning_rate=0.03, drift_limit=0.05, seeds=4, gradient_steps=-1, hold="auto",
-                                preset="custom", rounds=1, optimizer="adamw", memory="auto", repeatable=True),
-        "mira_dpo_jpeg": dict(judge="reward", steps=12, denoise=1.0, method="dueling", candidates=2, explore=0.6,
-                              keep="incumbent", on_timeout="stop", energy="mira", skip_ties=False),
-        "mira_search_jpeg": dict(seed=3, steps=12, method="fk_steering", particles=12, strength=3.0, denoise=1.0,
-                                 potential="max", regularizer="mira", restart_denoise=0.8),
-        "mira_against_dno": dict(iterations=12, steps=12, preset="custom", rounds=1),
-    }[name]  # fmt: skip
-    nodes = [n["inputs"] for n in prompt.values() if n["class_type"] in (OPTIMIZER, PREFERENCE, "MiraSearchKSampler")]
-    assert nodes and all({k: inputs[k] for k in expected} == expected for inputs in nodes)
-    again = editor.js("() => app.graph.serialize()")
-    editor.load(again)  # what is saved now is of today, and stays
-    assert editor.prompt() == prompt
+    assert {f"{name}.json" for name in FROM_BEFORE} == {path.name for path in BEFORE.iterdir()}
+    for name, kinds in FROM_BEFORE.items():
+        editor.load(json.loads((BEFORE / f"{name}.json").read_text()))
+        prompt = editor.prompt()
+        for kind, expected in kinds.items():
+            nodes = [n["inputs"] for n in prompt.values() if n["class_type"] == kind]
+            assert nodes and all({k: inputs.get(k) for k in expected} == expected for inputs in nodes), (name, kind)
+        again = editor.js("() => app.graph.serialize()")
+        editor.load(again)  # what is saved now is of today, and stays
+        assert editor.prompt() == prompt, name
+    editor.page.keyboard.press("Escape")  # what the last ones miss
 
 
 @ENDS

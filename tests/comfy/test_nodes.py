@@ -233,6 +233,22 @@ def test_every_node_is_found_by_other_words():
         assert not known or len(found) > 1, node.__name__
 
 
+@pytest.mark.parametrize(
+    "changed", [{}, {"model": 1}, {"cfg": 4.0}, {"preset": "fast"}], ids=["nothing", "model", "cfg", "preset"]
+)
+def test_more_iterations_go_on_only_where_nothing_else_was_changed(world, changed):
+    """What is linked counts as what it is, and a setting as the value that is used."""
+    inputs = sampler_inputs(world, iterations=1, seed=101)
+    execute(nodes.MiraOptimizeKSampler, **inputs)
+    if "model" in changed:
+        changed = {"model": world.model.clone()}
+    again = execute(nodes.MiraOptimizeKSampler, **inputs | {"iterations": 2} | changed)
+    assert any("went on from" in n for n in again.args[2].notices) == (not changed)
+    with torch.inference_mode():
+        anew = execute(nodes.MiraOptimizeKSampler, **inputs | {"iterations": 2, "seed": 102} | changed)
+    assert not any("went on from" in n for n in anew.args[2].notices)
+
+
 def test_every_image_of_a_batch_is_shown_at_every_iteration(world):
     latent = {"samples": torch.zeros(2, 4, 8, 8)}
     previews = optimize(world, iterations=1, latent_image=latent).ui["mira"][0]["previews"]
