@@ -25,17 +25,19 @@ from ..sampler.memory import offloaded, unlock
 from .host import decode, patcher_of
 from .host.dynamic import copied, is_dynamic, static, with_static_networks
 from .host.grad import (
+    PLACES,
     Repeating,
+    attention_of,
     blocks_checkpointed,
     loaded,
     normal,
     place,
     pytorch_kernels,
-    sdpa,
     training,
     without_tf32,
+    written_over,
 )
-from .host.patches import why_no_gradient
+from .host.patches import only_in, why_no_gradient
 from .shared.checks import check_links, check_reward, check_values, needs, needs_gradient, prompts_of
 from .shared.inputs import conditioned_inputs, prompt_input, vae_input
 from .shared.types import aliases, reward_input
@@ -176,6 +178,11 @@ class MiraRLGuidance(io.ComfyNode):
                 "file fitted (ComfyUI's log has them as 'lora key not loaded'). docs/tuned.md shows which files load, "
                 "and renames the others"
             )
+        if names := only_in(tuned.model_options, model.model_options):
+            raise ValueError(
+                f"{cls.NAME}: tuned has patches that model has not ({names}), and of tuned only the weights are used: "
+                "put them on model, where they hold for both, or take them off tuned"
+            )
         kinds = [m.get_model_object("model_sampling") for m in (model, tuned)]
         if float(kinds[0].sigma_max) != float(kinds[1].sigma_max):
             raise ValueError(
@@ -225,6 +232,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
         self.reward, self.prompt, self.prompts = reward, prompt, [prompt]
         self.scale, self.start, self.end = scale, start, end
         self.thrift = 0  # up to THRIFTIEST
+        self.place = 0  # of PLACES
         self.repeating = Repeating(MiraDyMOGuider.NAME)
 
     def set_conds(self, positive: list, negative: list) -> None:
@@ -293,7 +301,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
             return super().predict_noise(x, timestep, model_options or {}, seed)
         options = comfy.model_patcher.create_model_options_clone(model_options or {})
         options["disable_cfg1_optimization"] = True  # the strength is measured by the unconditional prediction
-        options.setdefault("transformer_options", {})["optimized_attention_override"] = sdpa
+        options.setdefault("transformer_options", {})["optimized_attention_override"] = attention_of(options)
         found: list[Tensor] = []
 
         def capture(args: dict) -> Tensor:
@@ -304,7 +312,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
 
         def look():
             """(the prediction, the gradient of its reward, its length (B,))."""
-            with torch.enable_grad(), pytorch_kernels():
+            with torch.enable_grad(), pytorch_kernels(), PLACES[self.place]():
                 state = x if x.requires_grad else x.detach().requires_grad_()
                 with self._thrifty():
                     denoised = super(DyMOGuider, self).predict_noise(state, timestep, options, seed)
@@ -323,7 +331,19 @@ class DyMOGuider(comfy.samplers.CFGGuider):
             return denoised, gradient, lengths
 
         while True:
-            result, cut = self.repeating(x.device, lambda: within_memory(look))
+            try:
+                result, cut = self.repeating(x.device, lambda: within_memory(look))
+            except RuntimeError as problem:
+                if not written_over(problem):
+                    raise
+                if self.place == len(PLACES) - 1:
+                    name = type(self.inner_model.diffusion_model).__name__
+                    raise RuntimeError(
+                        f"{MiraDyMOGuider.NAME}: {name} has no gradient ({str(problem).splitlines()[0]}): use another "
+                        "guider, or bypass what patches the model"
+                    ) from problem
+                self.place += 1
+                continue
             if cut is None:
                 denoised, gradient, lengths = result
                 break

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -146,6 +146,26 @@ def draw(sample: Sample, z_T: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     return x0, tuple(z.detach().clone() for z in noises)
 
 
+def _source(noises: Sequence[Tensor]) -> NoiseSource:
+    """The injected ones of these noises, one after the other, in place of what a sampler draws."""
+    rest = iter(noises[1:])
+
+    def source(make: Callable[[], Tensor]) -> Tensor:
+        noise = next(rest, None)
+        if noise is None:
+            raise RuntimeError(
+                f"the sampler asked for more noises than the {len(noises)} of its plain run: "
+                "its number of steps depends on the image, so its trajectory cannot be optimised"
+            )
+        return noise
+
+    return source
+
+
+class _Settled(BaseException):
+    """What was to be measured is. No Exception: a sampler of another pack may catch those."""
+
+
 class NotTheSame(RuntimeError):
     """The model gave another prediction for the same input: it remembers what it was asked before."""
 
@@ -270,7 +290,13 @@ class Rollout:
         self._score_apart = False
         self._watching = self._watched = False  # the first trajectory's predictions, when they are computed again
         self._calls: list[_Call] = []
-        if memory == "per_block" and not blocks:
+        if not blocks:
+            self.without_blocks()
+
+    def without_blocks(self) -> None:
+        """The model has none that may be computed again alone: "per_block" is "per_step"."""
+        self.blocks = None
+        if self.memory == "per_block":
             self.memory = "per_step"
 
     def __call__(self, noises: Sequence[Tensor]) -> Path:
@@ -279,17 +305,9 @@ class Rollout:
         Raises RuntimeError when the sampler asks for another number of noises than it is given.
         """
         self.let_go()
+        if torch.is_grad_enabled():
+            self._settle(noises)
         record = Record(self)
-        rest = iter(noises[1:])
-
-        def source(draw: Callable[[], Tensor]) -> Tensor:
-            noise = next(rest, None)
-            if noise is None:
-                raise RuntimeError(
-                    f"the sampler asked for more noises than the {len(noises)} of its plain run: "
-                    "its number of steps depends on the image, so its trajectory cannot be optimised"
-                )
-            return noise
 
         def wrap(denoiser: Denoiser) -> Denoiser:
             def measure(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
@@ -303,8 +321,32 @@ class Rollout:
 
             return measure
 
-        x0 = self.sample(noises[0], source, wrap)
+        x0 = self.sample(noises[0], _source(noises), wrap)
         return record.path(x0, noises)
+
+    def _settle(self, noises: Sequence[Tensor]) -> None:
+        """Decide what is still open about the memory before the trajectory begins: a call more within it would be seen
+        by whatever remembers the last one (guidance with momentum), which begins anew where sigma rises.
+        """
+        if self.memory != "auto" and (self.memory != "per_block" or self._blocks_alone is not None):
+            return
+        steps = len(self.schedule) - 1
+        step = max(min(1, steps - 1), steps - (self.gradient_steps or steps))  # below the first, if there is another
+
+        def wrap(denoiser: Denoiser) -> Denoiser:
+            def measure(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+                call, within = _Call(denoiser, torch.full_like(sigma, self.schedule[step].item()), kwargs), self.random
+                if self.memory == "auto":
+                    with within(step):
+                        self.memory = self._choose(call, x)
+                if self.memory == "per_block":
+                    self._blocks_do(call, x, within(step))
+                raise _Settled
+
+            return measure
+
+        with suppress(_Settled):
+            self.sample(noises[0], _source(noises), wrap)
 
     def _constant(self, sigma: Tensor) -> bool:
         """By the noise level, as a step may call its denoiser more than once."""

@@ -13,19 +13,24 @@ from torch import Tensor
 from .rollout import difference
 
 SEEN = 0.02  # a relative error at which a gradient is right
+FAR = (0.1, 0.3, 0.03, 0.01)  # far more than bfloat16 rounds to; there is little curvature in a random direction
 
 
 @dataclass(frozen=True)
 class Checked:
-    """wrong: the relative error of a gradient, infinite where it is zero or not finite. moved: how far f's value is off
+    """wrong: the relative error of a gradient, infinite where it is zero or not finite; lacks: the same in a random
+    direction, where a part that is missing shows. moved: how far f's value is off
     where a gradient is wanted, the largest of the batch, relative. What both were found with: plain, the value without
-    a gradient, and the gradient itself; None where there is none.
+    a gradient, and the gradient itself; None where there is none. apart: how far the gradient is from that of a `known`
+    one, relative.
     """
 
     wrong: float
     moved: float
     plain: Tensor
     gradient: Tensor | None = None
+    apart: float = 0.0
+    lacks: float = 0.0
 
 
 def check(
@@ -37,14 +42,16 @@ def check(
     looked_at: Callable[[Tensor], Tensor] = lambda out: out,
     known: Checked | None = None,
     enough: float = SEEN,
+    far: Sequence[float] = FAR,
 ) -> Checked:
-    """Autograd's derivative of <f(x), v> along its own gradient, v fixed and random, against finite differences; and
+    """Autograd's derivative of <f(x), v> along its own gradient, v fixed and random, against finite differences; the
+    same along a random direction, v then being what f changes by, which a gradient that lacks a part cannot give; and
     looked_at(f(x)) with a gradient against the same without.
 
     f: (B, ...) -> (B, ...). steps: lengths of the difference, relative to x; the best agreement counts, because a
     long step meets curvature and a short one rounding, while a wrong gradient agrees at none. within: of forward and
     backward. known: what was found of f at x within something else, which is compared with and not measured again.
-    enough: the error at which no other length is tried. Raises what f raises.
+    enough: the error at which no other length is tried. far: the lengths in the random direction. Raises what f raises.
     """
     generator = torch.Generator().manual_seed(0)
     x = x.detach()
@@ -71,7 +78,7 @@ def check(
         return Checked(math.inf, moved, plain)
     if known and known.gradient is not None:
         apart = total((gradient - known.gradient) ** 2).sqrt() / total(known.gradient**2).sqrt()
-        return Checked(known.wrong + apart.item(), moved, plain, gradient)
+        return Checked(known.wrong, moved, plain, gradient, apart.item(), known.lacks)
     best = math.inf
     for step in steps:
         direction = gradient * (total(x**2).sqrt() / length * step).item()
@@ -81,4 +88,19 @@ def check(
         best = min(best, (((up - down) / 2 - slope).abs() / slope.abs()).item())
         if best < enough:
             break
-    return Checked(best, moved, plain, gradient)
+    r = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+    along = math.inf
+    for step in far:
+        direction = r * (total(x**2).sqrt() / total(r**2).sqrt() * step).item()
+        with torch.no_grad():
+            change = f(x + direction) - f(x - direction)
+            # Of another length, so that its rounding is another, too.
+            seen = total((f(x + direction / 2) - f(x - direction / 2)) * change)
+        with torch.enable_grad(), within():
+            leaf = x.clone().requires_grad_()
+            (its,) = torch.autograd.grad(total(f(leaf) * change), leaf)
+        said = total(its * direction)
+        along = min(along, ((seen - said).abs() / seen.abs().clamp(min=1e-300)).item())
+        if along < enough:
+            break
+    return Checked(best, moved, plain, gradient, lacks=along)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from ...sampler.memory import NO_ENGINE, offloaded
+from ...sampler.memory import NO_ENGINE, offloaded, out_of_memory
 from .dynamic import is_dynamic
 
 log = logging.getLogger("mira")
@@ -77,7 +77,7 @@ def leave_inference_mode(module: nn.Module) -> None:
                 child._buffers[name] = b.detach().clone()
         replace_tensors(child)
     for part in ("latent_format", "model_sampling"):  # of a diffusion model: these may be no modules
-        if hasattr(module, part):
+        if getattr(module, part, None) is not None:
             replace_tensors(getattr(module, part))
 
 
@@ -362,9 +362,49 @@ class NormsApart(OutOfPlace):
 PLACES = (nullcontext, OutOfPlace, SlicesToo, NormsApart)
 
 
+def written_over(problem: BaseException) -> bool:
+    """Whether backward found that something it needs was overwritten: the next of PLACES may do."""
+    return "inplace operation" in str(problem) or "in-place operation" in str(problem)
+
+
 def sdpa(_: Any, *args: Any, **kwargs: Any) -> Tensor:
     """PyTorch's attention: sage, flash, sub-quadratic and split have no backward, or change with free memory."""
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+class Around:
+    """An override of attention that the graph has, around PyTorch's: what it does to queries, keys and values stays.
+
+    heeded: whether it has always called what it was given. A kernel of its own has no backward: PyTorch's attention
+    takes its place.
+    """
+
+    def __init__(self, theirs: Callable) -> None:
+        self.theirs, self.heeded = theirs, True
+
+    def __call__(self, _: Any, *args: Any, **kwargs: Any) -> Tensor:
+        called: list[bool] = []
+
+        def pytorch(*args: Any, **kwargs: Any) -> Tensor:
+            called.append(True)
+            return sdpa(None, *args, **(kwargs | {"_inside_attn_wrapper": True}))  # else ComfyUI asks for the override
+
+        if self.heeded:
+            try:
+                out = self.theirs(pytorch, *args, **kwargs)
+            except (RuntimeError, TypeError, ValueError, AssertionError) as problem:
+                if called or out_of_memory(problem):
+                    raise
+            if called:
+                return out
+            self.heeded = False
+        return sdpa(None, *args, **kwargs)
+
+
+def attention_of(model_options: dict) -> Callable:
+    """The override of attention that leaves a gradient: PyTorch's, within the graph's own where there is one."""
+    own = model_options.get("transformer_options", {}).get("optimized_attention_override")
+    return sdpa if own is None else Around(own)
 
 
 def _called_by(module: str) -> bool:

@@ -40,12 +40,13 @@ from ...sampler.seeds import Start, another, fresh, stream
 from .dynamic import static
 from .generators import RandomState, random_state, same_state
 from .grad import (
+    Around,
+    attention_of,
     blocks_checkpointed,
     leave_inference_mode,
     loaded,
     normal,
     replace_tensors,
-    sdpa,
 )
 from .patches import keeping, named, networks_in
 from .samplers import StandIn, twin_of
@@ -54,6 +55,7 @@ from .scoring import Scoring
 log = logging.getLogger("mira")
 CPU_BATCH = 16  # images
 KEPT_FOR_BACKWARD = 8  # times the memory of a forward pass, about
+APART = (0.002, 0.02)  # a prediction, from the same a moment before; in half precision
 RESTART = 2**20  # the number of the first restart's seed, beyond all candidates'
 SAGE_APART = 0.6  # how far, relative, an image by a coarser attention may be from the same by PyTorch's
 # The same of an image sampled again from its own noises where nothing is wrong: in full precision, in half precision.
@@ -169,9 +171,10 @@ class Process:
         self.start: Start | None = None  # the best of several seeds, once it is known
         # Sage's attention is coarser than PyTorch's, and so may be that of another node.
         name = comfy.ldm.modules.attention.optimized_attention.__name__
-        own = extra_args["model_options"].get("transformer_options", {}).get("optimized_attention_override")
-        self.exact_attention = own is None and "sage" not in name
+        self.coarser_attention = "sage" in name
+        self.attention = attention_of(extra_args["model_options"])
         self._draws: bool | None = None
+        self.has_blocks = True  # which may be computed again one by one
         dtype = self.inner.manual_cast_dtype or self.inner.get_dtype()
         scale = LOSS_SCALE if torch.float16 in (dtype, self.vae.vae_dtype) else 1.0
         self.half = dtype in (torch.float16, torch.bfloat16)
@@ -204,6 +207,8 @@ class Process:
             wrap.conds = normal(wrap.conds)
             for control in controls(wrap.conds):
                 replace_tensors(control)  # the hint that it holds
+                if isinstance(network := getattr(control, "control_model", None), torch.nn.Module):
+                    leave_inference_mode(network)  # a ControlLora's is made for every sample
         # Networks that patches bring along, but for the model itself, whose weights `loaded` has seen to.
         known = {id(m) for m in self.inner.modules()}
         for network in networks_in(self.extra_args["model_options"]):
@@ -440,15 +445,25 @@ class Process:
                 x0, _ = self.drawn(self.job.noise)
             self.compare(x0)
 
+    @property
+    def attention_replaced(self) -> bool:
+        """Whether the graph has an attention of its own, which does not call PyTorch's; known once a step was made."""
+        return isinstance(self.attention, Around) and not self.attention.heeded
+
     def compare(self, x0: Tensor) -> None:
         """The first trajectory's result with what its noises gave. Raises RuntimeError when it is another image."""
         expected, self.expected = self.expected, None
         if expected is None:
             return
+        if self.attention_replaced:
+            self.notices.append(
+                "the graph's own attention does not call the one that it is given, and may have no gradient: PyTorch's "
+                "is in its place but for the plain sample"
+            )
         off = difference(x0.detach(), expected.to(x0)).max().item()
         if off <= IMAGE_APART[self.half]:
             log.debug("the same noises sampled again: off by %.2g", off)
-        elif off <= SAGE_APART and not self.exact_attention:
+        elif off <= SAGE_APART and (self.coarser_attention or self.attention_replaced):
             self.notices.append(
                 "PyTorch's attention, which a gradient needs, gives another image here than the plain sample's (off by "
                 f"{off:.2g}, relative)"
@@ -463,7 +478,7 @@ class Process:
     def _network(self, model_k: Any, extra_args: dict) -> tuple[dict, Callable]:
         """The denoiser with everything in it that has a backward; (guided, conditional) where both are wanted."""
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-        options.setdefault("transformer_options", {})["optimized_attention_override"] = sdpa
+        options.setdefault("transformer_options", {})["optimized_attention_override"] = self.attention
         conditional: list[Tensor] = []
         if self.job.measured == "conditional":
 
@@ -522,7 +537,14 @@ class Process:
         patcher = self.model_wrap.model_patcher
         return patcher.get_free_memory(patcher.load_device) if hasattr(patcher, "get_free_memory") else free_bytes()
 
+    def without_blocks(self) -> None:
+        """From here on a step is computed again as a whole or not at all."""
+        self.has_blocks = False
+        self.rollout.without_blocks()
+
     def blocks(self) -> Callable | None:
+        if not self.has_blocks:
+            return None
         return blocks_checkpointed(self.inner.diffusion_model, lambda: self.place(), random=self.draws)
 
 
@@ -559,6 +581,25 @@ class Chain:
         extra_args["denoise_mask"] = tiled(extra_args.get("denoise_mask"))
         extra_args, call = process._network(model_k, extra_args)
         return model_k, extra_args, call
+
+    @torch.no_grad()
+    def remembers(self, z_T: Tensor) -> bool:
+        """Whether what a model predicts for one particle depends on the one before it. Guidance may keep its last step:
+        asked in the middle, since where sigma rises that begins anew.
+        """
+        process, step = self.process, len(self.process.sigmas) // 2
+        sigma, first = process.sigmas[step], process.sigmas[0]
+        scale = ((sigma**2 + 1) / (first**2 + 1)).sqrt()
+        one, other = (self.start(z.to(z_T)) * scale for z in (z_T, fresh([z_T], stream(process.job.seed, 1))[0]))
+
+        def predict(x: Tensor) -> Tensor:
+            _, extra_args, call = self._on(len(x))
+            with process.random(step):
+                out = call(x, sigma.expand(len(x)), **extra_args)
+            return out[0] if isinstance(out, tuple) else out
+
+        a, _, again = (predict(x) for x in (one, other, one))
+        return bool(difference(again, a).max() > APART[process.half])
 
     def start(self, z_T: Tensor) -> Tensor:
         process = self.process

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...sampler.keep import chosen
 from ...sampler.replay import Segment
 from ...sampler.restart import tail
-from .grad import repeatable, sdpa
+from .grad import attention_of, repeatable
 from .samplers import twin_of
 
 
@@ -68,7 +68,7 @@ class ReplaySampler(comfy.samplers.Sampler):
             )
         if self.optimized:
             options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-            options.setdefault("transformer_options", {})["optimized_attention_override"] = sdpa
+            options.setdefault("transformer_options", {})["optimized_attention_override"] = attention_of(options)
             extra_args = extra_args | {"model_options": options}
         whole = len(sigmas) > 2 and sigmas[-1] == 0  # else there is no image yet that could restart
         x = noise

@@ -240,7 +240,14 @@ def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
         return search_by_restarts(sample, process.scoring.score, settings, steps=len(process.sigmas) - 1, **options)
 
     def found(chain: Chain) -> Result:
-        most = process.most_particles(settings)
+        most, patches = process.most_particles(settings), named(process.extra_args["model_options"])
+        if patches and METHODS[settings.method].steers and chain.remembers(noises[0]):
+            raise ValueError(
+                f"{process.job.node}: something in the graph remembers the step before{patches}, and the method "
+                f"{settings.method} goes on from the middle with others: bypass it, or take best_of_n, zero_order or "
+                "restarts"
+            )
+        most = 1 if patches else most  # a patch may average over its batch
         with process.sampling_again():
             return search(
                 chain, process.rollout, process.scoring.score, noises, settings, most=most, initial=process.initial_of,

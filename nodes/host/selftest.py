@@ -14,15 +14,18 @@ from torch import Tensor
 
 from ...sampler.ending import within_memory
 from ...sampler.memory import offloaded, out_of_memory
+from ...sampler.rollout import difference
 from ...sampler.selftest import Checked, check
-from .grad import PLACES, both, has_no_repeatable_way
+from .grad import PLACES, both, has_no_repeatable_way, written_over
 from .patches import named
-from .process import Process, in_brief
+from .process import APART, Process, in_brief
 
 log = logging.getLogger("mira")
 # How far off, relative, something may be where nothing is wrong: in full precision, in half precision.
 CALL_APART = (0.02, 0.1)  # a prediction where a gradient is wanted
 GRADIENT_APART = (0.1, 0.5)  # a gradient, from a finite difference
+LACKS = 0.15  # and from where on it is worth a word, in half precision
+BLOCKS_APART = 0.05  # a gradient, from the same with the blocks computed again: in any precision the same arithmetic
 
 
 def check_gradient(process: Process, noise: Tensor) -> None:
@@ -42,7 +45,7 @@ def check_gradient(process: Process, noise: Tensor) -> None:
     known: dict[int, Checked] = {}
     cut = None
     while ways and len(found) < (2 if twice else 1):
-        written_over = False
+        overwritten = False
         try:
             checked, cut = within_memory(_self_test, process, noise, ways.pop(0), known)
         except RuntimeError as problem:
@@ -54,23 +57,33 @@ def check_gradient(process: Process, noise: Tensor) -> None:
                     f"{job.node}: something in the graph remembers what it saw in the plain sample{patches}. "
                     f"Bypass it. ({said})"
                 ) from problem
-            written_over = "inplace operation" in str(problem) or "in-place operation" in str(problem)
-            if not written_over or process.place is PLACES[-1]:
+            overwritten = written_over(problem)
+            if not overwritten or process.place is PLACES[-1]:
                 raise RuntimeError(f"{job.node}: {name} has no gradient: {said}. {remedy}") from problem
         except (TypeError, AttributeError, KeyError) as problem:
             raise RuntimeError(
                 f"{job.node}: {name} fails where a gradient is wanted ({in_brief(problem)}). {remedy}"
             ) from problem
         # One of the places loses what a model writes into a slice.
-        lost = not written_over and cut is None and checked.moved > apart
-        if written_over or (lost and process.place is not PLACES[-1]):
+        lost = not overwritten and cut is None and checked.moved > apart
+        if overwritten or (lost and process.place is not PLACES[-1]):
             process.place = PLACES[PLACES.index(process.place) + 1]
             return check_gradient(process, noise)  # from the start: what was found in a place says nothing of the next
         if cut is None:
             found.append(checked)
     if not found:
         raise cut.problem
+    if max(c.apart for c in found) > BLOCKS_APART:
+        # What a block hands to a later one beside what it returns has no gradient when it is computed again.
+        process.without_blocks()
+        process.notices.append(
+            f"parts of {name} depend on one another in a way that a checkpoint of one of them breaks{patches}: a step is "
+            "computed again as a whole, where memory asks for it"
+        )
+        found = [c for c in found if not c.apart]
     wrong, moved = max(c.wrong for c in found), max(c.moved for c in found)
+    lacks = max(c.lacks for c in found)
+    wrong = max(wrong, lacks)
     if not wrong < GRADIENT_APART[process.half]:
         raise RuntimeError(
             f"{job.node}: {name} gives no usable gradient: it is off by {wrong:.2g} (relative) against a finite "
@@ -80,6 +93,11 @@ def check_gradient(process: Process, noise: Tensor) -> None:
         raise RuntimeError(
             f"{job.node}: {name} predicts something else when a gradient is wanted: its noise is off by "
             f"{moved:.2g} (relative). {remedy}"
+        )
+    if lacks > LACKS:
+        process.notices.append(
+            f"the gradient of {name} is off by {lacks:.2g} (relative) against finite differences, more than its "
+            f"precision tells: something in it may have none{patches}"
         )
     log.debug("gradient self-test of %s: relative error %.2g, prediction off by %.2g", name, wrong, moved)
 
@@ -131,23 +149,34 @@ def _reward_gradient(process: Process) -> None:
 def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[int, Checked]) -> Checked:
     """The gradient of a step, and what noise it predicts. known, by step: what was found in other ways so far."""
     found: list[Checked] = []
+    patched = bool(named(process.extra_args["model_options"]))
 
     def function(model_k: Any, x: Tensor, sigmas: Tensor, extra_args: dict, **options: Any) -> Tensor:
         extra_args, call = process._network(model_k.inner_model, extra_args)
         extra_args.pop("denoise_mask", None)  # a mask is no business of the network's
-        last = len(sigmas) - 2
+        last, remembers = len(sigmas) - 2, False
         for step in dict.fromkeys((last // 2, 0, last)):  # conditioning may begin or end in between
             sigma = sigmas[step] * x.new_ones(len(x))
 
-            def predict(x: Tensor, sigma: Tensor = sigma) -> Tensor:
+            def once(x: Tensor, sigma: Tensor = sigma) -> Tensor:
                 with process.random(step):  # noqa: B023  (it does not outlive the loop)
                     out = call(x, sigma, **extra_args)
                 return out[0] if isinstance(out, tuple) else out
+
+            def predict(x: Tensor, sigma: Tensor = sigma) -> Tensor:
+                if remembers:  # what keeps the last step begins anew where sigma rises
+                    with torch.no_grad():
+                        once(x.detach(), sigma / 2)
+                return once(x)
 
             def noise_of(out: Tensor, sigma: Tensor = sigma) -> Tensor:
                 return at - process.signal(sigma[0]) * out  # noqa: B023
 
             at = x * (sigma[0] ** 2 + 1).sqrt() / (sigmas[0] ** 2 + 1).sqrt()
+            if patched and not remembers:
+                with torch.no_grad():
+                    first, _, again = (once(t) for t in (at, at.flip(-1), at))
+                remembers = bool(difference(again, first).max() > APART[process.half])
             found[:] = [check(predict, at, within=within, looked_at=noise_of, known=known.get(step))]
             if math.isfinite(found[0].wrong):
                 known.setdefault(step, found[0])

@@ -93,12 +93,21 @@ def test_one_that_does_not_fit_is_refused_and_fits_once_renamed(world, layout, t
     blend(world.model, with_lora(world.model, renamed))
 
 
-def test_the_same_weights_with_other_options_are_another_model(world):
+def test_patches_of_tuned_alone_would_be_ignored(world):
+    """Only its weights are used: what is on both holds for both."""
     patched = world.model.clone()
     patched.set_model_sampler_cfg_function(lambda args: args["cond"])
-    blend(world.model, patched)
+    with pytest.raises(ValueError, match=r"tuned has patches that model has not .*put them on model"):
+        blend(world.model, patched)
+    with pytest.raises(ValueError, match=r"\(guidance \(MiraRLGuidance\)\)"):
+        blend(world.model, blend(world.model, world.model))
     with pytest.raises(ValueError, match="tuned has the same weights"):
         blend(patched, patched.clone())
+    with_it = with_lora(patched, named(world.model, next(iter(FIT.values())))[1])
+    blend(patched, with_it)
+
+
+def test_the_same_weights_with_another_attachment_are_another_model(world):
     attached = world.model.clone()
     attached.set_attachments("adapter", object())
     blend(world.model, attached)

@@ -162,6 +162,30 @@ def test_the_scores_tensors_are_offloaded_before_the_networks(monkeypatch):
     assert offloads(rollout(memory="offload", D=denoiser())) > 0
 
 
+@pytest.mark.parametrize("memory", ["auto", "per_block"])
+@pytest.mark.parametrize("gradient_steps", [0, 2])
+def test_measuring_is_no_part_of_a_trajectory(memory, gradient_steps):
+    """Guidance with momentum remembers its last call, until sigma rises."""
+
+    def with_momentum():
+        D, last = denoiser(), []
+
+        def call(x, sigma):
+            if last and sigma.max() > last[0]:
+                last.clear()
+            out = D(x, sigma) + (0.3 * last[1] if last else 0)
+            last[:] = [sigma.max(), out.detach()]
+            return out
+
+        return call
+
+    options = dict(gradient_steps=gradient_steps, free_bytes=lambda: 1e12, blocks=contextlib.nullcontext)
+    run = rollout(memory=memory, D=with_momentum(), **options)
+    found = run(leaves(noises())).x0
+    assert run.memory == ("none" if memory == "auto" else "per_block") and run._blocks_alone is not False
+    assert torch.equal(found, rollout(memory="none", D=with_momentum(), **options)(leaves(noises())).x0)
+
+
 def test_a_restart_goes_on_with_what_was_learned_about_the_memory():
     first = rollout(memory="per_block", free_bytes=lambda: 1e12, blocks=contextlib.nullcontext)
     first(leaves(noises()))
