@@ -77,8 +77,8 @@ def check_gradient(process: Process, noise: Tensor) -> None:
         # What a block hands to a later one beside what it returns has no gradient when it is computed again.
         process.without_blocks()
         process.notices.append(
-            f"parts of {name} depend on one another in a way that a checkpoint of one of them breaks{patches}: a step is "
-            "computed again as a whole, where memory asks for it"
+            f"parts of {name} depend on one another in a way that a checkpoint of one breaks{patches}: where memory "
+            "asks for it, a step is computed again as a whole"
         )
         found = [c for c in found if not c.apart]
     wrong, moved = max(c.wrong for c in found), max(c.moved for c in found)
@@ -164,7 +164,7 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
                 return out[0] if isinstance(out, tuple) else out
 
             def predict(x: Tensor, sigma: Tensor = sigma) -> Tensor:
-                if remembers:  # what keeps the last step begins anew where sigma rises
+                if remembers:  # noqa: B023  (what keeps the last step begins anew where sigma rises)
                     with torch.no_grad():
                         once(x.detach(), sigma / 2)
                 return once(x)

@@ -84,6 +84,23 @@ def test_a_search_computes_reference_images_once_for_every_seed(world, computed_
     assert not torch.equal(without, alone[1])
 
 
+@pytest.mark.parametrize("name", ["FLUX.1", "SDXL"])
+def test_dymo_goes_through_what_a_family_writes_over(world, name):
+    """The Flux family adds in place."""
+    model, vae, conds, latent = make(name)
+    reward, sampler = PixelReward("brightness"), comfy.samplers.sampler_object("euler")
+    with torch.inference_mode():
+        noise = torch.randn(latent.shape, generator=torch.manual_seed(0))
+
+        def sample(scale):
+            guider = nodes.MiraDyMOGuider.execute(model, **conds, vae=vae, reward=reward, cfg=3.0, scale=scale,
+                                                  start_percent=0.0, end_percent=1.0).args[0]  # fmt: skip
+            return guider.sample(noise, latent, sampler, world.sigmas(model=model, steps=3), disable_pbar=True, seed=0)
+
+        rewards = [reward.score(host.decode(vae, sample(scale)), [""]).item() for scale in (0.0, 1.0)]
+    assert rewards[1] > rewards[0]
+
+
 def test_the_page_is_of_the_results():
     results = families.read()
     assert families.PAGE.read_text() == families.page(results)

@@ -39,6 +39,15 @@ def encode(clip, text="a fox"):
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
+def test_a_network_without_a_latent_format_leaves_inference_mode():
+    """Small decoders for video latents have the name, and nothing in it."""
+    with torch.inference_mode():
+        network = torch.nn.Linear(2, 2)
+        network.latent_format = None
+    grad.leave_inference_mode(network)
+    assert not any(p.is_inference() for p in network.parameters())
+
+
 class Graph:
     """One node at a time, as ComfyUI's executor runs them: in inference mode."""
 

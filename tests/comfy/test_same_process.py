@@ -17,6 +17,7 @@ from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_freelunch import FreeU_V2
 from comfy_extras.nodes_hypertile import HyperTile
+from comfy_extras.nodes_mahiro import Mahiro
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
@@ -308,10 +309,98 @@ def test_without_a_gradient_what_a_step_leaves_is_each_trajectorys_own(world):
 @pytest.mark.usefixtures("trained")
 def test_guidance_with_momentum(world):
     model = as_node(APG, model=world.model, eta=1.0, norm_threshold=5.0, momentum=-0.5).args[0]
-    done = run(world, model=model, steps=4, sampler="euler", memory="none", beta=0)
-    assert rows(done)[-1] > rows(done)[0]
+    for memory in ("none", "auto", "per_block"):
+        done = run(world, model=model, steps=4, sampler="euler", memory=memory, beta=0)
+        assert rows(done)[-1] > rows(done)[0], memory
+        # Nothing that is measured, or tested, is a step more of it.
+        assert rows(done)[0] == pytest.approx(reward_of(world, done.plain), abs=1e-5), memory
     with pytest.raises(RuntimeError, match=r"computed again.*remembers.*nodes_apg.*memory to none"):
         run(world, model=model, steps=4, sampler="euler", memory="per_step")
+    for method in ("fk_steering", "code", "halving"):
+        with pytest.raises(
+            ValueError, match=rf"remembers the step before.*nodes_apg.*{method} goes on from the middle"
+        ):
+            settings = SearchSettings(method=method, particles=4)
+            run(world, settings, host.searching, model=model, steps=4, sampler="euler_ancestral", gradient=False)
+
+
+def reward_of(world, latent):
+    with torch.inference_mode():
+        return PixelReward("brightness").score(host.decode(world.vae, latent), [""]).item()
+
+
+@pytest.mark.parametrize("method", ["best_of_n", "fk_steering"])
+def test_guidance_that_averages_over_its_batch_meets_one_particle_at_a_time(world, method):
+    model = as_node(Mahiro, model=world.model).args[0]
+    for seed in (7, 8):
+        how = dict(model=model, sampler="euler_ancestral", steps=4, seed=seed)
+        done = run(
+            world, SearchSettings(method=method, particles=4, strength=100.0), host.searching, gradient=False, **how
+        )
+        latent = torch.zeros(1, 4, world.side, world.side)
+        with torch.inference_mode():
+            again = world.guider(model).sample(
+                done.noise.generate_noise({"samples": latent}), latent, done.sampler, world.sigmas(steps=4),
+                disable_pbar=True, seed=seed,
+            )  # fmt: skip
+        torch.testing.assert_close(again, done.latent, atol=1e-5, rtol=0)
+
+
+def attended(world, attend):
+    model = world.model.clone()
+    model.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = attend
+    return model
+
+
+def test_an_attention_of_the_graphs_own_stays_in_place(world):
+    def sharper(func, q, *args, **kwargs):
+        return func(1.5 * q, *args, **kwargs)
+
+    model = attended(world, sharper)
+    stock = world.ksampler(model=model, sampler="euler")
+    assert not torch.equal(stock, world.ksampler(sampler="euler"))
+    done = run(world, model=model, sampler="euler", beta=0)
+    assert torch.equal(done.plain, stock) and not done.result.trace.notices and rows(done)[-1] > rows(done)[0]
+    assert rows(done)[0] == pytest.approx(reward_of(world, stock), abs=1e-5)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_kernel_of_the_graphs_own_gives_way_to_pytorchs_and_it_is_said(world, fails):
+    def kernel(func, *args, **kwargs):
+        if fails and torch.is_grad_enabled():
+            raise RuntimeError("this kernel has no backward")
+        return grad.sdpa(None, *args, **kwargs).detach()
+
+    done = run(world, model=attended(world, kernel), sampler="euler", beta=0)
+    assert any("graph's own attention" in n for n in done.result.trace.notices) and rows(done)[-1] > rows(done)[0]
+    assert rows(done)[0] == pytest.approx(reward_of(world, done.plain), abs=1e-4)
+
+
+@pytest.mark.usefixtures("trained")
+def test_what_a_block_hands_to_a_later_one_is_not_lost(world):
+    """Beside what it returns: to a checkpoint of the later one it is a constant."""
+
+    def handing_on():
+        model, kept = world.model.clone(), {}
+
+        def patch(out, extra_options):
+            shape = tuple(out.shape)
+            out = out + kept[shape] if shape in kept else out
+            kept[shape] = out
+            return out
+
+        def wrapper(apply, args):
+            kept.clear()
+            return apply(args["input"], args["timestep"], **args["c"])
+
+        model.set_model_attn1_output_patch(patch)
+        model.set_model_unet_function_wrapper(wrapper)
+        return model
+
+    whole, by_block = (run(world, model=handing_on(), sampler="euler", memory=m, beta=0) for m in ("none", "per_block"))
+    assert any("parts of UNetModel depend on one another" in n for n in by_block.result.trace.notices)
+    assert by_block.result.trace.settings["checkpointing"] == "per_step" and not whole.result.trace.notices
+    torch.testing.assert_close(by_block.latent, whole.latent, atol=1e-4, rtol=1e-3)
 
 
 def forgetful(world, kind=torch.rand):

@@ -239,6 +239,18 @@ def test_a_gradient_against_a_finite_difference():
     assert check(lambda y: y * 0, x).wrong == math.inf
 
 
+def test_a_part_without_a_gradient_shows_in_a_random_direction():
+    """Along its own gradient it is next to nothing."""
+    x = torch.randn(2, 4, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def cut(y):
+        return y.sin() + 0.5 * y.roll(1, -1).detach()
+
+    assert check(torch.sin, x).lacks < 0.01
+    found = check(cut, x)
+    assert found.wrong < 0.02 and found.lacks > 0.15
+
+
 def test_a_gradient_against_one_that_is_known():
     x, asked = noises(1)[0], []
 
@@ -252,7 +264,7 @@ def test_a_gradient_against_one_that_is_known():
     assert (again.wrong, again.moved) == (known.wrong, 0) and len(asked) == count + 1
     # A checkpoint that loses a half of it, as far as the two are apart.
     whole = check(lambda y: y * y, x)
-    assert check(half_the_product_rule, x, known=whole).wrong == pytest.approx(0.5, abs=1e-3)
+    assert check(half_the_product_rule, x, known=whole).apart == pytest.approx(0.5, abs=1e-3)
     assert check(lambda y: y.detach() * 1.0, x, known=whole).wrong == math.inf
 
 
