@@ -200,7 +200,7 @@ def copied(network: nn.Module, memo: dict[int, object] | None = None) -> nn.Modu
             memo[id(module.model_config)] = module.model_config
         for p in module.parameters(recurse=False):
             if is_traceable_wrapper_subclass(p):  # quantised: several tensors, of whose storage there is none
-                memo[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=False)
+                memo[id(p)] = nn.Parameter(p.detach().to(p.device, copy=True), requires_grad=False)
     return copy.deepcopy(network, memo)
 
 

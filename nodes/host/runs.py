@@ -329,7 +329,8 @@ class _WorkingSampler(comfy.samplers.Sampler):
             result.trace.settings["prompts"] = list(job.prompts)
         if estimate := process.rollout.estimate:
             parts = {"step": estimate.step, "decoding_and_reward": estimate.score, "free": estimate.free}
-            result.trace.settings["memory_mb"] = {k: json_number(v / 1e6) for k, v in parts.items()}
+            more = f"more than {USABLE * estimate.free / 1e6:.0f}"  # where measuring stopped
+            result.trace.settings["memory_mb"] = {k: v / 1e6 if v < float("inf") else more for k, v in parts.items()}
         on_cpu(result)
         self.result = result
         self.segments = result.segments
@@ -347,7 +348,10 @@ class _WorkingSampler(comfy.samplers.Sampler):
 
     def _load(self, process: Process, stack: ExitStack) -> None:
         """Everything that the work needs; where it does not fit beside other models, once more without those."""
-        _, cut = within_memory(lambda: stack.enter_context(process.loaded()))
+        try:
+            _, cut = within_memory(lambda: stack.enter_context(process.loaded()))
+        except RuntimeError as problem:
+            raise RuntimeError(f"{self.job.node}: {problem}") from problem
         if cut is None:
             return
         process.unload_others()
@@ -416,8 +420,3 @@ def no_room(process: Process) -> str:
     if fewer != rollout.gradient_steps:
         remedies.insert(1, f"gradient_steps {fewer}")
     return f"{said}: take {', '.join(remedies[:-1])} or {remedies[-1]}"
-
-
-def json_number(value: float) -> float | None:
-    """JSON has no infinity."""
-    return value if value < float("inf") else None

@@ -24,7 +24,7 @@ log = logging.getLogger("mira")
 # How far off, relative, something may be where nothing is wrong: in full precision, in half precision.
 CALL_APART = (0.02, 0.1)  # a prediction where a gradient is wanted
 GRADIENT_APART = (0.1, 0.5)  # a gradient, from a finite difference
-LACKS = 0.15  # and from where on it is worth a word, in half precision
+LACKS = 0.2  # and from where on it is worth a word, in half precision
 BLOCKS_APART = 0.05  # a gradient, from the same with the blocks computed again: in any precision the same arithmetic
 
 
