@@ -94,6 +94,8 @@ def check(
         direction = r * (total(x**2).sqrt() / total(r**2).sqrt() * step).item()
         with torch.no_grad():
             change = f(x + direction) - f(x - direction)
+            # As large as v, for a backward pass in float16.
+            change = change / (total(change**2) / change.numel()).sqrt().clamp(min=1e-30).item()
             # Of another length, so that its rounding is another, too.
             seen = total((f(x + direction / 2) - f(x - direction / 2)) * change)
         with torch.enable_grad(), within():

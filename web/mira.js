@@ -178,7 +178,7 @@ function seededBy(node) {
 
 /** What has changed in the graph since a run of this node, but for what `take` sets itself; null: nothing that is known. */
 async function changedSince(node, seeded, run) {
-  const { asked } = await get("/mira/live", { asked: run.id ?? "" });
+  const { asked } = await get("/mira/live", { asked: run.id ?? "" }).catch(() => ({}));
   if (!asked) return null;
   const path = ranAt(node).join(":");
   const its = (pathOf(seeded) ?? []).join(":");

@@ -26,7 +26,7 @@ from .on_disk import Unfinished
 log = logging.getLogger("mira")
 ROUTE = "/mira/live"
 PREVIEW = 512  # pixels of the longer side, of ComfyUI's own preview and of a stored one
-MOST_SHOWN = 16  # images of a batch that are stored
+MOST_SHOWN = 8  # images of a batch that are stored
 MOST = 8  # runs that are remembered
 FILED = 32  # runs whose thumbnails stay
 UNTOLD = "the editor was not told of every iteration"
@@ -187,9 +187,10 @@ class LiveRun:
         preview = None
         try:
             preview = store(shown[0], f"{self.name}_{k}.jpg", quality=88)
-            others = [store(image, f"{self.name}_{k}_{b}.jpg", quality=88) for b, image in enumerate(shown[1:], 1)]
-            preview |= {"others": others} if others else {}
             self.run["previews"][k] = preview
+            for b, image in enumerate(shown[1:], 1):
+                other = store(image, f"{self.name}_{k}_{b}.jpg", quality=88)
+                preview.setdefault("others", []).append(other)
         except OSError as problem:  # a full disk; chart and progress can do without
             self._note(f"previews could not be stored in ComfyUI's temp folder: {problem}")
         self._send(iteration=k, rows=rows, preview=preview)

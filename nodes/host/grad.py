@@ -376,7 +376,7 @@ class Around:
     """An override of attention that the graph has, around PyTorch's: what it does to queries, keys and values stays.
 
     heeded: whether it has always called what it was given. A kernel of its own has no backward: PyTorch's attention
-    takes its place.
+    takes its place, in that call.
     """
 
     def __init__(self, theirs: Callable) -> None:
@@ -389,22 +389,23 @@ class Around:
             called.append(True)
             return sdpa(None, *args, **(kwargs | {"_inside_attn_wrapper": True}))  # else ComfyUI asks for the override
 
-        if self.heeded:
-            try:
-                out = self.theirs(pytorch, *args, **kwargs)
-            except (RuntimeError, TypeError, ValueError, AssertionError) as problem:
-                if called or out_of_memory(problem):
-                    raise
-            if called:
-                return out
-            self.heeded = False
+        try:
+            out = self.theirs(pytorch, *args, **kwargs)
+        except (RuntimeError, TypeError, ValueError, AssertionError) as problem:
+            if called or out_of_memory(problem):
+                raise
+        if called:
+            return out
+        self.heeded = False
         return sdpa(None, *args, **kwargs)
 
 
 def attention_of(model_options: dict) -> Callable:
     """The override of attention that leaves a gradient: PyTorch's, within the graph's own where there is one."""
     own = model_options.get("transformer_options", {}).get("optimized_attention_override")
-    return sdpa if own is None else Around(own)
+    if own is None or own is sdpa or isinstance(own, Around):  # ours already, of whoever samples around this
+        return own or sdpa
+    return Around(own)
 
 
 def _called_by(module: str) -> bool:

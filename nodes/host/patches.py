@@ -16,32 +16,29 @@ OURS = __package__.rpartition(".")[0]
 CLEARS_PATCHES = hasattr(ModelPatcher, "model_patches_call_function")
 
 
-def _functions(value: object, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every function in nested dicts and lists, with the key that it, or the list that it is in, has."""
+def _names(value: object, key: str = "") -> Iterator[str]:
+    """Of every function in nested dicts and lists: where it is from, as a person may know it."""
     if isinstance(value, dict):
         for k, v in value.items():
-            yield from _functions(v, str(k))
+            yield from _names(v, str(k))
     elif isinstance(value, (list, tuple)):
         for v in value:
-            yield from _functions(v, key)
+            yield from _names(v, key)
     elif callable(value):
-        yield key, value
-
-
-def _names(value: object, apart: object = ()) -> Iterator[str]:
-    """Of those functions, but for the ones `apart`: where each is from, as a person may know it."""
-    known = {id(function) for _, function in _functions(apart)}
-    for key, found in _functions(value):
-        function = getattr(found, "__func__", found)
-        module = getattr(function, "__module__", None) or type(found).__module__
-        name = getattr(function, "__qualname__", None) or type(found).__qualname__
-        if id(found) not in known and (not module.startswith((OURS, "comfy.")) or key == "model_function_wrapper"):
+        function = getattr(value, "__func__", value)
+        module = getattr(function, "__module__", None) or type(value).__module__
+        name = getattr(function, "__qualname__", None) or type(value).__qualname__
+        if not module.startswith((OURS, "comfy.")) or key == "model_function_wrapper":
             yield f"{module.rpartition('.')[2]} ({name.partition('.')[0]})"
 
 
 def only_in(model_options: dict, others: dict) -> str:
-    """`X and Y`, of the patches in a model's options that are not among the others'; empty where there are none."""
-    return " and ".join(list(dict.fromkeys(_names(model_options, apart=others)))[:4])
+    """`X and Y`, of the patches in a model's options of a kind that the others have not; empty where there are none.
+
+    By name: two models that went through the same node have patches of their own from it, and a clone may have copies.
+    """
+    known = set(_names(others))
+    return " and ".join([n for n in dict.fromkeys(_names(model_options)) if n not in known][:4])
 
 
 def named(model_options: dict) -> str:

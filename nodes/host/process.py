@@ -445,6 +445,11 @@ class Process:
                 x0, _ = self.drawn(self.job.noise)
             self.compare(x0)
 
+    def tell(self, notice: str) -> None:
+        """Once, though what it is about may be met again."""
+        if notice not in self.notices:
+            self.notices.append(notice)
+
     @property
     def attention_replaced(self) -> bool:
         """Whether the graph has an attention of its own, which does not call PyTorch's; known once a step was made."""
@@ -455,16 +460,11 @@ class Process:
         expected, self.expected = self.expected, None
         if expected is None:
             return
-        if self.attention_replaced:
-            self.notices.append(
-                "the graph's own attention does not call the one that it is given, and may have no gradient: PyTorch's "
-                "is in its place but for the plain sample"
-            )
         off = difference(x0.detach(), expected.to(x0)).max().item()
         if off <= IMAGE_APART[self.half]:
             log.debug("the same noises sampled again: off by %.2g", off)
         elif off <= SAGE_APART and (self.coarser_attention or self.attention_replaced):
-            self.notices.append(
+            self.tell(
                 "PyTorch's attention, which a gradient needs, gives another image here than the plain sample's (off by "
                 f"{off:.2g}, relative)"
             )
@@ -587,7 +587,8 @@ class Chain:
         """Whether what a model predicts for one particle depends on the one before it. Guidance may keep its last step:
         asked in the middle, since where sigma rises that begins anew.
         """
-        process, step = self.process, len(self.process.sigmas) // 2
+        process = self.process
+        step = min(len(process.sigmas) // 2, len(process.sigmas) - 2)
         sigma, first = process.sigmas[step], process.sigmas[0]
         scale = ((sigma**2 + 1) / (first**2 + 1)).sqrt()
         one, other = (self.start(z.to(z_T)) * scale for z in (z_T, fresh([z_T], stream(process.job.seed, 1))[0]))

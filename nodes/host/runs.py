@@ -242,10 +242,10 @@ def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
     def found(chain: Chain) -> Result:
         most, patches = process.most_particles(settings), named(process.extra_args["model_options"])
         if patches and METHODS[settings.method].steers and chain.remembers(noises[0]):
-            raise ValueError(
-                f"{process.job.node}: something in the graph remembers the step before{patches}, and the method "
-                f"{settings.method} goes on from the middle with others: bypass it, or take best_of_n, zero_order or "
-                "restarts"
+            raise RuntimeError(
+                f"{process.job.node}: something in the graph remembers earlier steps{patches}, and the method "
+                f"{settings.method} goes on from the middle with others. Bypass it, or take best_of_n, zero_order or "
+                "restarts."
             )
         most = 1 if patches else most  # a patch may average over its batch
         with process.sampling_again():
@@ -309,6 +309,11 @@ class _WorkingSampler(comfy.samplers.Sampler):
         # Where the sample itself goes through it: a GPU's arithmetic differs from a CPU's in the last bits.
         out = model_wrap.inner_model.process_latent_out
         self.iterates = [out(x.to(plain.device).float()).cpu() for x in result.iterates]
+        if process.attention_replaced:
+            process.tell(
+                "the graph's own attention does not call the one that it is given, and may have no gradient: PyTorch's "
+                "is in its place but for the plain sample"
+            )
         for notice in process.notices:
             log.warning("%s: %s", job.node, notice)
         result.trace.notices += process.notices

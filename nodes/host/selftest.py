@@ -76,7 +76,7 @@ def check_gradient(process: Process, noise: Tensor) -> None:
     if max(c.apart for c in found) > BLOCKS_APART:
         # What a block hands to a later one beside what it returns has no gradient when it is computed again.
         process.without_blocks()
-        process.notices.append(
+        process.tell(
             f"parts of {name} depend on one another in a way that a checkpoint of one breaks{patches}: where memory "
             "asks for it, a step is computed again as a whole"
         )
@@ -95,7 +95,7 @@ def check_gradient(process: Process, noise: Tensor) -> None:
             f"{moved:.2g} (relative). {remedy}"
         )
     if lacks > LACKS:
-        process.notices.append(
+        process.tell(
             f"the gradient of {name} is off by {lacks:.2g} (relative) against finite differences, more than its "
             f"precision tells: something in it may have none{patches}"
         )

@@ -22,6 +22,7 @@ from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
 from mira.nodes import demo, host
+from mira.nodes.guidance import MiraDyMOGuider
 from mira.nodes.host import grad, patches, probe
 from mira.nodes.initno import MadeNoise
 from mira.nodes.shared.checks import prompts_of
@@ -318,7 +319,7 @@ def test_guidance_with_momentum(world):
         run(world, model=model, steps=4, sampler="euler", memory="per_step")
     for method in ("fk_steering", "code", "halving"):
         with pytest.raises(
-            ValueError, match=rf"remembers the step before.*nodes_apg.*{method} goes on from the middle"
+            RuntimeError, match=rf"remembers earlier steps.*nodes_apg.*{method} goes on from the middle"
         ):
             settings = SearchSettings(method=method, particles=4)
             run(world, settings, host.searching, model=model, steps=4, sampler="euler_ancestral", gradient=False)
@@ -374,6 +375,36 @@ def test_a_kernel_of_the_graphs_own_gives_way_to_pytorchs_and_it_is_said(world, 
     done = run(world, model=attended(world, kernel), sampler="euler", beta=0)
     assert any("graph's own attention" in n for n in done.result.trace.notices) and rows(done)[-1] > rows(done)[0]
     assert rows(done)[0] == pytest.approx(reward_of(world, done.plain), abs=1e-4)
+
+
+def test_a_kernel_for_some_of_the_steps_gives_way_in_these_alone(world):
+    def sparse_at_the_end(func, *args, **kwargs):
+        if kwargs["transformer_options"]["sigmas"].max() < 2:
+            return grad.sdpa(None, *args, **kwargs).detach()
+        return func(1.3 * args[0], *args[1:], **kwargs)
+
+    how = dict(model=attended(world, sparse_at_the_end), sampler="euler", beta=0)
+    kept, again = (run(world, memory=m, **how) for m in ("none", "per_step"))
+    assert any("graph's own attention" in n for n in kept.result.trace.notices)
+    assert rows(kept)[0] == pytest.approx(reward_of(world, kept.plain), abs=1e-4)
+    assert rows(again) == pytest.approx(rows(kept), abs=1e-4) and rows(kept)[-1] > rows(kept)[0]
+
+
+def test_a_guider_with_a_gradient_of_its_own_keeps_the_graphs_attention_too(world):
+    def sharper(func, q, *args, **kwargs):
+        return func(1.5 * q, *args, **kwargs)
+
+    found = []
+    for model in (attended(world, sharper), world.model):
+        with torch.inference_mode():
+            guider = MiraDyMOGuider.execute(
+                model, world.positive, world.negative, world.vae, PixelReward("brightness"), 5.0, 0.3, 0.0, 1.0
+            ).args[0]
+            job = world.job(sampler="euler", beta=0, iterations=1)
+            job.guider = guider
+            found.append(host.run(job))
+    assert rows(found[0])[0] == pytest.approx(reward_of(world, found[0].plain), abs=1e-4)
+    assert abs(rows(found[0])[0] - rows(found[1])[0]) > 1e-4 and not found[0].result.trace.notices
 
 
 @pytest.mark.usefixtures("trained")

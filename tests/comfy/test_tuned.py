@@ -107,6 +107,18 @@ def test_patches_of_tuned_alone_would_be_ignored(world):
     blend(patched, with_it)
 
 
+def test_a_patch_that_both_have_is_no_patch_of_tuned_alone(world):
+    """Older cores copy what a clone's options hold, and two loaded models have patches of their own from one node."""
+
+    class Patch:
+        def __call__(self, args):
+            return args["denoised"]
+
+    patched = world.model.clone()
+    patched.set_model_sampler_post_cfg_function(Patch())
+    blend(patched, with_lora(patched.clone(), named(world.model, next(iter(FIT.values())))[1]))
+
+
 def test_the_same_weights_with_another_attachment_are_another_model(world):
     attached = world.model.clone()
     attached.set_attachments("adapter", object())
