@@ -120,6 +120,7 @@ class Counter:
                 out.register_hook(lambda _: setattr(self, "backward", self.backward + passes))
             return out
 
+        counting.only_watches = True
         self.model.set_model_unet_function_wrapper(counting)
 
 
