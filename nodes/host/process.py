@@ -599,6 +599,7 @@ class Chain:
                 out = call(x, sigma.expand(len(x)), **extra_args)
             return out[0] if isinstance(out, tuple) else out
 
+        process.begin()
         a, _, again = (predict(x) for x in (one, other, one))
         return bool(difference(again, a).max() > APART[process.half])
 
