@@ -21,7 +21,7 @@ IN_A_ROW = 4
 
 
 def joined(pictures: list[Image.Image]) -> Image.Image:
-    """Side by side, the wide ones (plots) as they are; many in rows."""
+    """Side by side; many in rows."""
     if len(pictures) > IN_A_ROW:
         rows = [joined(pictures[i : i + IN_A_ROW]) for i in range(0, len(pictures), IN_A_ROW)]
         out = Image.new(
@@ -64,7 +64,8 @@ async def results(client: Client, name: str, info: dict) -> list[Image.Image]:
             rank = 0 if "plain" in prefix or "before" in prefix else 2 if prefix == "zz" else 1
             for entry in outputs[key]["images"]:
                 found.append((rank, Image.open(io.BytesIO(await client.image(entry))).convert("RGB")))
-    return [picture for _, picture in sorted(found, key=lambda pair: pair[0])]
+    # Plots, which are wide, cannot be read at this size.
+    return [picture for _, picture in sorted(found, key=lambda pair: pair[0]) if picture.width < 2 * picture.height]
 
 
 def card(name: str) -> Image.Image:
