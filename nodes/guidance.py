@@ -28,10 +28,10 @@ from .host.grad import (
     PLACES,
     Repeating,
     attention_of,
+    block_place,
     blocks_checkpointed,
     loaded,
     normal,
-    place,
     pytorch_kernels,
     training,
     without_tf32,
@@ -279,7 +279,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
             if self.thrift:
                 networks = [(n, False) for n in (self.inner_model.diffusion_model, self.vae.first_stage_model)]
                 for network, exact in [*networks, *((m, True) for m in self.reward.modules)]:
-                    where = partial(place, self.thrift == THRIFTIEST, exact)
+                    where = partial(block_place, self.thrift == THRIFTIEST, exact)
                     if blocks := blocks_checkpointed(network, where):
                         stack.enter_context(blocks())
             yield

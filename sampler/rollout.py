@@ -328,19 +328,15 @@ class Rollout:
         """Decide what is still open about the memory before the trajectory begins: a call more within it would be seen
         by whatever remembers the last one (guidance with momentum), which begins anew where sigma rises.
         """
-        if self.memory != "auto" and (self.memory != "per_block" or self._blocks_alone is not None):
+        if not self._open:
             return
         steps = len(self.schedule) - 1
         step = max(min(1, steps - 1), steps - (self.gradient_steps or steps))  # below the first, if there is another
 
         def wrap(denoiser: Denoiser) -> Denoiser:
             def measure(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
-                call, within = _Call(denoiser, torch.full_like(sigma, self.schedule[step].item()), kwargs), self.random
-                if self.memory == "auto":
-                    with within(step):
-                        self.memory = self._choose(call, x)
-                if self.memory == "per_block":
-                    self._blocks_do(call, x, within(step))
+                call = _Call(denoiser, torch.full_like(sigma, self.schedule[step].item()), kwargs)
+                self._decide(call, x, self.random(step))
                 raise _Settled
 
             return measure
@@ -370,14 +366,13 @@ class Rollout:
         if not torch.is_grad_enabled():
             with within:
                 return call(x)
-        if self.memory == "auto":
-            with within:
-                self.memory = self._choose(call, x)
+        if self._open:
+            self._decide(call, x, within)
         if self.memory == "none":
             with within:
                 return call(x)
 
-        if self.memory == "per_block" and self._blocks_do(call, x, within):
+        if self.memory == "per_block" and self._blocks_alone:
             with within, self.blocks():
                 return call(x)
 
@@ -403,19 +398,31 @@ class Rollout:
             stack.enter_context(self.blocks())
         return stack
 
-    def _blocks_do(self, call: _Call, x: Tensor, within: AbstractContextManager) -> bool:
+    @property
+    def _open(self) -> bool:
+        """Whether something about the memory is still to be measured."""
+        return self.memory == "auto" or (self.memory == "per_block" and self._blocks_alone is None)
+
+    def _decide(self, call: _Call, x: Tensor, within: AbstractContextManager) -> None:
+        """Measure what is open, by one call of the denoiser. within: its context."""
+        if self.memory == "auto":
+            with within:
+                self.memory = self._choose(call, x)
+        if self.memory == "per_block":
+            with within:
+                self._blocks_alone = self._blocks_do(call, x)
+
+    def _blocks_do(self, call: _Call, x: Tensor) -> bool:
         """Whether what its blocks keep of every step fits, so that no step need be computed again as a whole."""
-        if self._blocks_alone is None:
-            steps = len(self.schedule) - 1
-            room = BLOCKS_ALONE * self.free_bytes() / min(steps, self.gradient_steps or steps)
-            try:
-                with within, self.blocks():
-                    self._blocks_alone = saved_bytes(call, x, room) < room
-            except RuntimeError as problem:
-                if not out_of_memory(problem):
-                    raise
-                self._blocks_alone = False
-        return self._blocks_alone
+        steps = len(self.schedule) - 1
+        room = BLOCKS_ALONE * self.free_bytes() / min(steps, self.gradient_steps or steps)
+        try:
+            with self.blocks():
+                return saved_bytes(call, x, room) < room
+        except RuntimeError as problem:
+            if not out_of_memory(problem):
+                raise
+            return False
 
     def _choose(self, denoise: Denoiser, x: Tensor) -> str:
         """Measure what a step and the score keep for their backward: the fastest policy that fits in `USABLE`."""

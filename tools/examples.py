@@ -634,7 +634,7 @@ def graph(title: str, nodes: dict[str, Node], info: dict, note: str) -> dict:
     files = dict.fromkeys(v for node in nodes.values() for v in node.values.values() if v in known)
     if files:
         by_hand = "\n".join(fetched_by_hand(file, *known[file]) for file in files)
-        note = f"{note}\n\nWhat the editor does not offer to download:\n{by_hand}"
+        note = f"{note}\n\nIts files, if the editor does not offer to fetch them:\n{by_hand}"
     note_height = 170 + 44 * len(files)
     if note:  # at the top, where a graph is looked at first
         bottoms[0] = TOP + note_height + GAP

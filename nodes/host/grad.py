@@ -546,7 +546,7 @@ def _checkpointed_by_torch(inside: Callable, args: list, kwargs: dict, random: b
     return checkpoint(once_more, *args, use_reentrant=False, preserve_rng_state=random, **kwargs)
 
 
-def place(offload: bool, exact: bool = False) -> AbstractContextManager:
+def block_place(offload: bool, exact: bool = False) -> AbstractContextManager:
     """Where a block is run, and computed again. offload: what it keeps waits in the CPU's memory, of one layer of a
     decoder at full resolution gigabytes. exact: without TF32, as a reward is.
     """

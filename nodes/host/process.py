@@ -548,6 +548,13 @@ class Process:
         return blocks_checkpointed(self.inner.diffusion_model, lambda: self.place(), random=self.draws)
 
 
+def remembers(predict: Callable[[Tensor], Tensor], one: Tensor, other: Tensor, half: bool) -> bool:
+    """Whether what is predicted for one latent is another after a prediction for the other."""
+    with torch.no_grad():
+        first, _, again = (predict(x) for x in (one, other, one))
+    return bool(difference(again, first).max() > APART[half])
+
+
 def in_brief(problem: BaseException) -> str:
     """What kind of error it is, and the first line of what it says."""
     return f"{type(problem).__name__}: {problem}".splitlines()[0]
@@ -582,7 +589,6 @@ class Chain:
         extra_args, call = process._network(model_k, extra_args)
         return model_k, extra_args, call
 
-    @torch.no_grad()
     def remembers(self, z_T: Tensor) -> bool:
         """Whether what a model predicts for one particle depends on the one before it. Guidance may keep its last step:
         asked in the middle, since where sigma rises that begins anew.
@@ -600,8 +606,7 @@ class Chain:
             return out[0] if isinstance(out, tuple) else out
 
         process.begin()
-        a, _, again = (predict(x) for x in (one, other, one))
-        return bool(difference(again, a).max() > APART[process.half])
+        return remembers(predict, one, other, process.half)
 
     def start(self, z_T: Tensor) -> Tensor:
         process = self.process

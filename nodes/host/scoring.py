@@ -18,7 +18,7 @@ from ...sampler.ending import within_memory
 from ...sampler.memory import offloaded, saved_bytes
 from ...sampler.optimize import Score
 from ...sampler.rollout import Rollout
-from .grad import blocks_checkpointed, place, without_tf32
+from .grad import block_place, blocks_checkpointed, without_tf32
 
 log = logging.getLogger("mira")
 T = TypeVar("T")
@@ -61,12 +61,12 @@ class Scoring:
     def _thrifty(self, module: nn.Module, exact: bool = False) -> AbstractContextManager | None:
         """Where `module` keeps less for its backward, layer by layer; None where it has no layers, or all is kept.
 
-        exact: see `place`.
+        exact: see `block_place`.
         """
         if self._keep:
             return None
         if module not in self.layers:
-            self.layers[module] = blocks_checkpointed(module, lambda: place(self.policy.score_offloaded, exact))
+            self.layers[module] = blocks_checkpointed(module, lambda: block_place(self.policy.score_offloaded, exact))
         if not (blocks := self.layers[module]):
             return None
         stack = ExitStack()

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from ...sampler.ending import within_memory
 from ...sampler.memory import offloaded, out_of_memory
-from ...sampler.rollout import difference
 from ...sampler.selftest import Checked, check
 from .grad import PLACES, both, has_no_repeatable_way, written_over
 from .patches import named
-from .process import APART, Process, in_brief
+from .process import Process, in_brief, remembers
 
 log = logging.getLogger("mira")
 # How far off, relative, something may be where nothing is wrong: in full precision, in half precision.
@@ -154,7 +153,7 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
     def function(model_k: Any, x: Tensor, sigmas: Tensor, extra_args: dict, **options: Any) -> Tensor:
         extra_args, call = process._network(model_k.inner_model, extra_args)
         extra_args.pop("denoise_mask", None)  # a mask is no business of the network's
-        last, remembers = len(sigmas) - 2, False
+        last, keeps = len(sigmas) - 2, False
         for step in dict.fromkeys((last // 2, 0, last)):  # conditioning may begin or end in between
             sigma = sigmas[step] * x.new_ones(len(x))
 
@@ -164,7 +163,7 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
                 return out[0] if isinstance(out, tuple) else out
 
             def predict(x: Tensor, sigma: Tensor = sigma) -> Tensor:
-                if remembers:  # noqa: B023  (what keeps the last step begins anew where sigma rises)
+                if keeps:  # noqa: B023  (what keeps the last step begins anew where sigma rises)
                     with torch.no_grad():
                         once(x.detach(), sigma / 2)
                 return once(x)
@@ -173,10 +172,7 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
                 return at - process.signal(sigma[0]) * out  # noqa: B023
 
             at = x * (sigma[0] ** 2 + 1).sqrt() / (sigmas[0] ** 2 + 1).sqrt()
-            if patched and not remembers:
-                with torch.no_grad():
-                    first, _, again = (once(t) for t in (at, at.flip(-1), at))
-                remembers = bool(difference(again, first).max() > APART[process.half])
+            keeps = keeps or (patched and remembers(once, at, at.flip(-1), process.half))
             found[:] = [check(predict, at, within=within, looked_at=noise_of, known=known.get(step))]
             if math.isfinite(found[0].wrong):
                 known.setdefault(step, found[0])
