@@ -75,7 +75,8 @@ def default(**changes) -> Variant:
 def preset(name: str) -> Variant:
     """A preset of the nodes', with the dials that the editor sets with it."""
     values = presets.PRESETS[name] | presets.SUGGESTED[name]
-    return Variant({k: getattr(settings_of(values), k) for k in Settings.__dataclass_fields__})
+    chosen = {k: getattr(settings_of(values), k) for k in Settings.__dataclass_fields__}
+    return Variant(chosen, gradient_steps=GRADIENT_STEPS if values["gradient_steps"] else 0)
 
 
 VARIANTS = {
@@ -103,6 +104,7 @@ VARIANTS = {
     "ntrk_twice": Variant(shares=(0.4, 0.6), rounds=2),
     "fast": preset("fast"),
     "strong": preset("strong"),
+    "exact_gradient": preset("exact_gradient"),
     "best_of_n": Variant(best_of=MANY),
     "best_of_n_.65": Variant(best_of=MANY, then=0.65),
     "fk": Variant(fk=PARTICLES),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 
 import pytest
 
@@ -115,6 +116,20 @@ def test_every_node_has_a_help_page_that_is_up_to_date(info):
         assert text == page(node, info[node]), f"{node}.md is out of date: run python -m tools.help"
         assert (ROOT / "web" / "docs" / "pictures" / f"{node}.jpg").stat().st_size > 1000
     assert (ROOT / "web" / "columns.js").read_text() == columns_js(), "out of date: run python -m tools.help"
+
+
+def test_a_help_page_begins_with_the_inputs_that_matter(info):
+    """Of a node that has more than a glance takes in; the names are the node's own."""
+    for node in pages():
+        groups = info[node]["input"]
+        names = [*groups.get("required", {}), *groups.get("optional", {})]
+        before = (ROOT / "web" / "docs" / f"{node}.md").read_text().split("## ")[0]
+        if len(names) <= 4:
+            continue
+        _, _, told = before.partition("inputs matter:\n\n")
+        heads = [line.split(":")[0] for line in told.split("\n\n")[0].splitlines()]
+        assert 2 <= len(heads) <= 3, node
+        assert {name for head in heads for name in re.findall(r"`(\w+)`", head)} <= set(names), node
 
 
 @pytest.mark.skipif(not HAS_BLUEPRINTS, reason="this ComfyUI shows no blueprints")
