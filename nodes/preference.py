@@ -39,6 +39,7 @@ from .shared.inputs import (
     memory_input,
     noise_outputs,
     prompt_input,
+    read_by,
     read_settings,
     repeatable_input,
     sampling_inputs,
@@ -85,18 +86,20 @@ def preferring(judge: Any, seed: int, history: int) -> Callable:
 
 def particulars() -> list[io.Input]:
     """What most people leave alone."""
+    method = io.Combo.Input(
+        "method",
+        options=list(METHODS),
+        default=DEFAULT.method,
+        tooltip=(
+            "dpo: the paper's Algorithm 2. dueling: perturb the noises, move towards what is preferred. "
+            "best_of_n: other seeds every time, the best stays. hybrid2: DNO's estimator from probes "
+            "(needs a reward's numbers)."
+        ),
+    )
+    method.extra_dict = read_by({name: how.reads for name, how in METHODS.items()})
     return advanced(
         denoise_input(),
-        io.Combo.Input(
-            "method",
-            options=list(METHODS),
-            default=DEFAULT.method,
-            tooltip=(
-                "dpo: the paper's Algorithm 2. dueling: perturb the noises, move towards what is preferred. "
-                "best_of_n: other seeds every time, the best stays. hybrid2: DNO's estimator from probes "
-                "(needs a reward's numbers)."
-            ),
-        ),
+        method,
         learning_rate_input(
             DEFAULT.lr, "How far an update of dpo or hybrid2 moves the noises, in units of their deviation."
         ),
@@ -164,6 +167,15 @@ class MiraDPOPreference(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        judge = io.Combo.Input(
+            "judge",
+            options=list(JUDGES),
+            tooltip=(
+                "reward: the connected reward, which needs no gradient. person: you choose on this node, by "
+                "click or by the keys 1, 2, ... recorded choices: those of an earlier run."
+            ),
+        )
+        judge.extra_dict = read_by({"person": ("timeout", "on_timeout")})
         return io.Schema(
             node_id="MiraDPOPreference",
             **aliases("choose", "preference", "compare", "a or b", "human feedback", "dpo"),
@@ -175,14 +187,7 @@ class MiraDPOPreference(io.ComfyNode):
             ),
             inputs=[
                 *linked_inputs("judge"),
-                io.Combo.Input(
-                    "judge",
-                    options=list(JUDGES),
-                    tooltip=(
-                        "reward: the connected reward, which needs no gradient. person: you choose on this node, by "
-                        "click or by the keys 1, 2, ... recorded choices: those of an earlier run."
-                    ),
-                ),
+                judge,
                 *sampling_inputs("Makes the first candidate's noises, as KSampler's does, and all others from there."),
                 io.Int.Input(
                     "iterations", default=DEFAULT.iterations, min=1, max=1000, tooltip="Comparisons, for each image."

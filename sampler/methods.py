@@ -30,9 +30,11 @@ class Method:
     is a trajectory of its own, with its own reference. incumbent_first: the first candidate is the best so far, unless
     `between`: it has moved towards that, and is an image that nobody has compared.
     moves_winner: the noises of a comparison's winner are moved after it, to `updated()`.
+    reads: the settings that mean something to it and not to every other.
     """
 
     gradient = numbers = several = incumbent_first = between = moves_winner = False
+    reads: tuple[str, ...] = ()
 
     @staticmethod
     def trajectories(candidates: int) -> int:
@@ -44,6 +46,7 @@ class Dpo(Method):
     """Algorithm 2: the winner and the loser are pushed apart along the energy of their scores."""
 
     gradient = several = moves_winner = True
+    reads = ("lr", "beta", "energy", "skip_ties", "kick", "optimizer", "clip_norm")
 
     @staticmethod
     def trajectories(candidates: int) -> int:
@@ -173,6 +176,8 @@ class Dueling(Challenged):
     Several challengers at once are its multi-dueling form (Schuth et al., 2016), winner takes all.
     """
 
+    reads = ("explore", "step")
+
     def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]) -> None:
         super().__init__(run, trajectories)
         self.between = run.settings.step != 1
@@ -198,6 +203,7 @@ class Hybrid2(Method):
     """DNO's estimator for rewards without a gradient (arXiv 2405.18881): probes tell which way in pixel space pays."""
 
     gradient = numbers = True
+    reads = ("lr", "explore", "optimizer", "clip_norm")
 
     def __init__(self, run: Run, trajectories: Sequence[Sequence[Tensor]]) -> None:
         self.run = run

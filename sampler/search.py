@@ -155,6 +155,7 @@ class Method:
     gradient: it needs the reward's. steers: it looks at particles that are still noisy. looks: so many times a run, of
         so many particles, if nothing else is said; 0: at every step. injects: it needs noises that the sampler injects.
         copies: one particle may go on as several, which part by those. repaints: `rounds` times, each image anew.
+    reads: the settings that mean something to it, beside `particles` and `loss_scale`.
     """
 
     run: Callable[[Particles, SearchSettings], tuple[Tensor, Tensor]] | None = None
@@ -166,19 +167,29 @@ class Method:
     repaints: bool = False
     optimizes: bool = False
     restarts: bool = False
+    reads: tuple[str, ...] = ()
 
 
 METHODS = {
     "best_of_n": Method(best_of_n),
-    "zero_order": Method(zero_order),
-    "fk_steering": Method(fk_steering, steers=True, injects=True, looks=5),
-    "code": Method(code, steers=True, injects=True, looks=20),
-    "halving": Method(halving, steers=True, copies=False, looks=lambda n: math.ceil(math.log2(n)) + 1),
-    "das": Method(das, gradient=True, steers=True, injects=True),
-    "mira_fk": Method(gradient=True, optimizes=True),
-    "restarts": Method(restarts=True),
-    "ntrk": Method(ntrk, gradient=True, steers=True, injects=True, copies=False, repaints=True),
-}
+    "zero_order": Method(zero_order, reads=("rounds", "radius")),
+    "fk_steering": Method(
+        fk_steering, steers=True, injects=True, looks=5, reads=("interval", "strength", "potential", "ess")
+    ),
+    "code": Method(code, steers=True, injects=True, looks=20, reads=("interval",)),
+    "halving": Method(
+        halving, steers=True, copies=False, looks=lambda n: math.ceil(math.log2(n)) + 1, reads=("interval",)
+    ),
+    "das": Method(das, gradient=True, steers=True, injects=True, reads=("strength", "ess", "tempering")),
+    "mira_fk": Method(
+        gradient=True, optimizes=True, reads=("rounds", "radius", "iterations", "lr", "regularizer", "beta")
+    ),
+    "restarts": Method(restarts=True, reads=("rounds", "restart_denoise")),
+    "ntrk": Method(
+        ntrk, gradient=True, steers=True, injects=True, copies=False, repaints=True,
+        reads=("rounds", "radius", "restart_denoise"),
+    ),
+}  # fmt: skip
 
 
 def search(

@@ -50,3 +50,16 @@ export function presetAfter({ presets }, preset, name, value) {
   const wanted = presets?.[preset];
   return wanted && name in wanted && wanted[name] !== value ? "custom" : preset;
 }
+
+/**
+ * The inputs that mean nothing to what is chosen. told: { combo: { input: [values of the combo that read it] } };
+ * values: { combo: its value }, without a combo whose value comes from elsewhere.
+ */
+export function unread(told, values) {
+  const found = new Set();
+  for (const [combo, inputs] of Object.entries(told)) {
+    if (!(combo in values)) continue;
+    for (const [name, readers] of Object.entries(inputs)) if (!readers.includes(values[combo])) found.add(name);
+  }
+  return found;
+}

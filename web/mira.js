@@ -4,7 +4,7 @@ import { api } from "../../scripts/api.js";
 import { differences, whyNotTaken } from "./asked.js";
 import { addStyles, createChart } from "./chart.js";
 import { CSS as CHOICE_CSS, createChooser, heightOf, tabTitle, validChoice } from "./choice.js";
-import { migrated, presetAfter, presetValues } from "./layout.js";
+import { migrated, presetAfter, presetValues, unread } from "./layout.js";
 import { recordsOf } from "./png.js";
 import { addStep, csv, escaped, fromOutput, newRun, status } from "./series.js";
 import { textElement, textOf } from "./text.js";
@@ -24,6 +24,7 @@ const CHARTED = new Set([
   "MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced", "MiraSearchKSampler", "MiraTiltKSampler", PREFERENCE,
 ]);
 const PRESETS = new Map(); // by a node's class: { presets, dials }
+const READ_BY = new Map(); // by a node's class: { combo: { input: [values of the combo that read it] } }
 const VIEW = Symbol("MIRA view"); // on a node, and seen through the proxies that Vue hands out: { chart, chooser, text }
 
 /** The node of an execution id, "12" or "12:5" within subgraphs, or null. */
@@ -153,15 +154,43 @@ function fit(node, least = 380) {
 
 /**
  * The canvas hides an advanced widget by a flag of its own, which the oldest frontends set for Vue only, and leaves its
- * place empty: it takes none while it is hidden.
+ * place empty: it takes none while it is hidden. Nor does one that the chosen method does not read.
  */
-function foldAdvanced(node) {
+function fold(node) {
+  const told = READ_BY.get(node.comfyClass);
+  const some = new Set(Object.values(told).flatMap(Object.keys));
   for (const widget of node.widgets ?? []) {
-    if (!widget.options?.advanced) continue;
-    widget.advanced = true;
-    widget.computeSize = (width) => (node.showAdvanced ? [width ?? 0, window.LiteGraph.NODE_WIDGET_HEIGHT] : [0, -4]);
+    if (widget.options?.advanced) widget.advanced = true;
+    if (!widget.advanced && !some.has(widget.name)) continue;
+    widget.computeSize = (width) => {
+      const shown = !widget.hidden && (node.showAdvanced || !widget.advanced);
+      return shown ? [width ?? 0, window.LiteGraph.NODE_WIDGET_HEIGHT] : [0, -4];
+    };
   }
+  for (const widget of node.widgets ?? []) {
+    if (widget.name in told) chain(widget, "callback", () => hideUnread(node));
+  }
+  chain(node, "onConfigure", () => hideUnread(node));
+  chain(node, "onConnectionsChange", () => hideUnread(node));
+  hideUnread(node);
   node.setSize([node.size[0], node.computeSize()[1]]);
+}
+
+/**
+ * What the chosen method does not read is not shown. A widget with a link stays, and one that is chosen by a link hides
+ * nothing. The first Vue renderers do not see a widget come back: they show all, as they do of the advanced ones.
+ */
+function hideUnread(node) {
+  const widgets = node.widgets ?? [];
+  const linked = new Set(node.inputs?.filter((i) => i.widget && i.link != null).map((i) => i.widget.name));
+  const values = Object.fromEntries(widgets.filter((w) => !linked.has(w.name)).map((w) => [w.name, w.value]));
+  const hidden = unread(READ_BY.get(node.comfyClass), values);
+  const seen = (widget) => !window.LiteGraph?.vueNodesMode || "hidden" in Object.getPrototypeOf(widget);
+  const turned = widgets.filter((w) => Boolean(w.hidden) !== (hidden.has(w.name) && !linked.has(w.name) && seen(w)));
+  if (!turned.length) return;
+  for (const widget of turned) widget.hidden = widget.options.hidden = !widget.hidden; // the canvas' word for it, and Vue's
+  node.setSize([node.size[0], node.computeSize()[1]]);
+  node.setDirtyCanvas?.(true, true);
 }
 
 const ANEW = 0.65; // the share of the noise that an iterate is painted anew from, where none is set
@@ -509,6 +538,9 @@ app.registerExtension({
     if (!CHARTED.has(nodeData.name)) return;
     const [, told] = nodeData.input?.required?.preset ?? [];
     PRESETS.set(nodeData.name, { presets: told?.mira_presets, dials: told?.mira_dials, widgets: widgetsOf(nodeData) });
+    const specs = Object.entries({ ...nodeData.input?.required, ...nodeData.input?.optional });
+    const choosing = specs.filter(([, spec]) => spec[1]?.mira_read_by);
+    READ_BY.set(nodeData.name, Object.fromEntries(choosing.map(([name, spec]) => [name, spec[1].mira_read_by])));
   },
   beforeConfigureGraph: (graph) => migrate(graph),
   setup() {
@@ -555,7 +587,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass?.startsWith("Mira")) colourTypes();
     if (TEXTS.has(node.comfyClass)) addText(node);
-    if (CHARTED.has(node.comfyClass)) foldAdvanced(node);
+    if (CHARTED.has(node.comfyClass)) fold(node);
     if (CHARTED.has(node.comfyClass) || node.comfyClass === MONITOR) addCharted(node);
     if (CHARTED.has(node.comfyClass)) {
       addPresets(node);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ from ...sampler.optimize import HOLD, KEEP, OPTIMIZERS, STOP, Settings
 from ...sampler.rollout import WEIGHTINGS, Rollout
 from ...sampler.surrogates import REGULARIZERS, SLOPED, SURROGATES
 from ...sampler.variables import VARIABLES
-from .presets import CUSTOM, DEFAULT, PRESETS, SUGGESTED, WORDS
+from .presets import CUSTOM, DEFAULT, PRESETS, SUGGESTED, WORDS, named
 from .types import MiraTrace
 
 # As much reward at the same adherence as through all of them, for half the passes and less (docs/findings.md).
@@ -119,6 +119,16 @@ def advanced(*inputs: io.Input) -> list[io.Input]:
     for one in inputs:
         one.extra_dict = (one.extra_dict or {}) | {"advanced": True}
     return list(inputs)
+
+
+def read_by(reads: Mapping[str, Iterable[str]]) -> dict:
+    """An input's `extra_dict`, by which the editor leaves out what its value does not read.
+
+    reads: by a value, the settings that mean something to it and not to every other.
+    """
+    some = {name for names in reads.values() for name in names}
+    readers = {name: [value for value, names in reads.items() if name in names] for name in sorted(some)}
+    return {"mira_read_by": named(readers)}
 
 
 def denoise_input():

@@ -26,11 +26,12 @@ _NAMES = {"lr": "learning_rate"}
 _FREE = ("iterations", "drift_limit", "loss_scale")
 
 
-def _named(settings: dict) -> dict:
+def named(settings: dict) -> dict:
+    """By the names of a node's inputs what is by the names of `Settings`."""
     return {_NAMES.get(name, name): value for name, value in settings.items()}
 
 
-BALANCED = _named({k: getattr(DEFAULT, k) for k in Settings.__dataclass_fields__ if k not in _FREE}) | {
+BALANCED = named({k: getattr(DEFAULT, k) for k in Settings.__dataclass_fields__ if k not in _FREE}) | {
     "hold": "auto",
     "gradient_steps": -1,
 }
@@ -39,7 +40,7 @@ PRESETS: dict[str, dict] = {
     "fast": BALANCED | {"seeds": 2, "rounds": 2},
     "strong": BALANCED | {"rounds": 6},
     "exact_gradient": BALANCED | {"gradient_steps": 0},
-    **{name: _named(settings) | {"gradient_steps": 0} for name, settings in RIVALS.items()},
+    **{name: named(settings) | {"gradient_steps": 0} for name, settings in RIVALS.items()},
 }
 # What the editor sets the dials to when a preset is chosen, where the preset has them not; they stay the user's. The
 # paper ran 50 iterations of MIRA.

@@ -502,6 +502,49 @@ def test_a_preset_writes_its_values_and_a_change_makes_it_custom(editor):
     editor.shot("preset")
 
 
+def shown(editor, kind, *names):
+    """Which of these inputs are drawn: in the page, or on the canvas where they take a place there."""
+    return editor.js(
+        """([kind, names]) => {
+            const node = app.graph.nodes.find(n => n.comfyClass === kind);
+            if (!LiteGraph.vueNodesMode)
+                return names.filter(name => node.isWidgetVisible(node.widgets.find(w => w.name === name)));
+            const drawn = document.querySelector(`[data-node-id="${node.id}"]`).innerText.split("\\n");
+            return names.filter(name => drawn.includes(name));
+        }""",
+        [kind, list(names)],
+    )
+
+
+def test_what_a_method_does_not_read_is_not_shown(editor):
+    search = "MiraSearchKSampler"
+    if editor.label == "1.32.9_vue":
+        pytest.skip("the first Vue renderer shows every input")
+    names = ("particles", "rounds", "radius", "strength", "restart_denoise")
+    editor.load(EMPTY_GRAPH)
+    editor.js("kind => { const n = LiteGraph.createNode(kind); app.graph.add(n); n.pos = [300, 150]; }", search)
+    editor.look_at(search)
+    heights = [editor.js("() => app.graph.nodes[0].size[1]")]
+    assert shown(editor, search, *names[:2]) == ["particles"]
+    editor.js("() => { const n = app.graph.nodes[0]; n.toggleAdvanced?.() ?? (n.showAdvanced = true); }")
+    for method, read in {
+        "zero_order": ["particles", "rounds", "radius"],
+        "das": ["particles", "strength"],
+        "restarts": ["particles", "rounds", "restart_denoise"],
+    }.items():
+        widget(editor, search, "method", method)
+        editor.settle()
+        assert shown(editor, search, *names) == read, method
+        heights.append(editor.js("() => app.graph.nodes[0].size[1]"))
+    editor.shot("method")
+    saved = editor.js("() => app.graph.serialize()")
+    editor.load(saved)
+    assert widget(editor, search, "method") == "restarts" and widget(editor, search, "restart_denoise") == 0.8
+    assert "radius" not in shown(editor, search, *names)
+    assert "rounds" in shown(editor, search, *names)
+    assert editor.errors == []
+
+
 BEFORE = ROOT / "tests" / "browser" / "before_presets"
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import gaussian
 import pytest
 import torch
+from mira.sampler import methods
 from mira.sampler.candidates import Run, towards
 from mira.sampler.methods import METHODS, OPTIMIZERS, Dpo
 from mira.sampler.preference import PreferenceSettings, Verdict, by_score, prefer
@@ -114,6 +115,32 @@ def test_two_runs_are_the_same_bit_for_bit(method):
     assert torch.equal(a.best, b.best)
     assert a.trace.settings["choices"] == b.trace.settings["choices"]
     assert torch.equal(gaussian.rollout()(a.best_noises).x0, a.best)  # regenerated from its stored noise
+
+
+OTHERWISE = {
+    "lr": 0.4, "beta": 5.0, "energy": "mira_reversed", "explore": 0.9, "step": 0.3, "skip_ties": True, "kick": 0.5,
+    "optimizer": "sgd", "clip_norm": 0.01,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_reads_what_it_is_said_to_read_and_nothing_else(method, monkeypatch):
+    """By the noises that it ends with, of a judge that finds a tie first, and as if two images were one for `kick`."""
+    monkeypatch.setattr(methods, "SAME", 10.0)
+    usual = PreferenceSettings(iterations=4, method=method, lr=0.1)
+
+    def judge(k, candidates):
+        verdict = by_score(torch.stack([MEAN(c) for c in candidates], 1))
+        return replace(verdict, tie=torch.full_like(verdict.tie, k == 0))
+
+    def outcome(settings):
+        return [z.tolist() for z in run(settings, judge, seed=5).best_noises]
+
+    usually, reads = outcome(usual), METHODS[method].reads
+    unread = {name: v for name, v in OTHERWISE.items() if name not in reads}
+    assert outcome(replace(usual, **unread)) == usually
+    for name in reads:
+        assert outcome(replace(usual, **{name: OTHERWISE[name]})) != usually, name
 
 
 @pytest.mark.parametrize("method", ["dueling", "best_of_n", "hybrid2"])

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import gaussian
 import pytest
 import torch
+from mira.sampler.hybrid import hybrid
 from mira.sampler.optimize import Score
 from mira.sampler.particles import Population
 from mira.sampler.resampling import effective, multinomial, ssp
@@ -200,6 +201,31 @@ def test_the_record_holds_the_result_and_its_cost(method):
         assert result.trace.kept == [result.trace.rows[-1]["iteration"]] * 2
         assert math.isnan(result.trace.of(0)[1]["path_kl"]) and result.trace.of(0)[-1]["path_kl"] > 0
     assert len(result.iterates) == len(result.trace.of(0))
+
+
+OTHERWISE = {
+    "rounds": 2, "interval": 3, "strength": 1.0, "potential": "difference", "ess": 0.0, "radius": 0.9,
+    "tempering": 0.2, "iterations": 2, "lr": 0.3, "regularizer": "path_kl", "beta": 2.0, "restart_denoise": 0.3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "restarts"])
+def test_a_method_reads_what_it_is_said_to_read_and_nothing_else(method):
+    chain, rollout, z = problem(batch=2, steps=8)
+    usual = SearchSettings(method, particles=6, rounds=3, iterations=3, lr=0.1)
+
+    def outcome(settings):
+        if METHODS[method].optimizes:
+            result = hybrid(rollout, value(linear), z, settings, seed=3)
+        else:
+            result = search(chain, rollout, value(linear), z, settings, seed=3, most=6)
+        return [r["reward"] for r in result.trace.rows], result.best.flatten().tolist()
+
+    usually, reads = outcome(usual), METHODS[method].reads
+    unread = {name: v for name, v in OTHERWISE.items() if name not in reads}
+    assert outcome(replace(usual, **unread)) == usually
+    for name in reads:
+        assert outcome(replace(usual, **{name: OTHERWISE[name]})) != usually, name
 
 
 def test_ssp_copies_each_particle_by_floor_or_ceiling_and_without_bias():

@@ -166,6 +166,14 @@ test("a preset sets its inputs and dials, and a change of an input is the user's
   assert.equal(layout.presetAfter(told, "custom", "rounds", 2), "custom");
 });
 
+test("what the chosen method does not read is left out, but not where a link chooses", () => {
+  const told = { method: { rounds: ["climb"], radius: ["climb", "tilt"] }, judge: { timeout: ["person"] } };
+  assert.deepEqual([...layout.unread(told, { method: "tilt", judge: "reward", rounds: 4 })], ["rounds", "timeout"]);
+  assert.deepEqual([...layout.unread(told, { method: "climb", judge: "person" })], []);
+  assert.deepEqual([...layout.unread(told, { judge: "reward" })], ["timeout"]);
+  assert.deepEqual([...layout.unread({}, { method: "tilt" })], []);
+});
+
 test("values from before presets go where they belong, and today's stay", () => {
   const today = ["preset", "iterations", "drift_limit", "prompt", "rounds", "learning_rate"].map((name) => ({ name, value: `its ${name}` }));
   const old = [30, 0.01, "none", 1, "last", 0.1];
