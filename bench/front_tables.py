@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from bench.grid import Failure
 from bench.tables import at, write
 
 GRID = 12  # levels of the area between two curves
@@ -111,6 +112,8 @@ def seeds(paths: torch.Tensor, reward: str) -> list[dict]:
 
 def report(folder: Path, out: Path) -> None:
     runs = load(folder)
+    if not runs:
+        raise Failure(f"{folder} holds no runs: run `python dev.py bench front` first")
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for (reward, name), mine in runs.items():

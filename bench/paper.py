@@ -8,6 +8,7 @@ The whole grid is 45 animals x 5 seeds; `--animals 10 --seeds 2` is a smaller on
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 import sys
@@ -47,9 +48,17 @@ def rewards_of(name: str, rig: Rig) -> tuple:
 
 
 def read_prompts(path: Path, wanted: str | None) -> list[str]:
-    """A prompt a line; of a JSON file the set of that name, {name: [{"prompt": ...}, ...]}. Raises Failure."""
+    """A prompt a line; of a JSON file the set of that name, {name: [{"prompt": ...}, ...]}; of lines of JSON and of
+    tables the "prompt" of each (PartiPrompts', GenEval's). Raises Failure.
+    """
     try:
         text = path.read_text()
+        if path.suffix in (".tsv", ".csv"):
+            how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+            rows = csv.DictReader(text.splitlines(), **how)
+            return list(dict.fromkeys({k.lower(): v for k, v in row.items()}["prompt"].strip() for row in rows))
+        if path.suffix == ".jsonl":
+            return list(dict.fromkeys(json.loads(line)["prompt"] for line in text.splitlines() if line.strip()))
         if path.suffix != ".json":
             return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
         sets = json.loads(text)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -201,7 +202,10 @@ def main() -> None:
                 path.with_suffix(".tmp").write_text(json.dumps(rows))
                 path.with_suffix(".tmp").replace(path)
                 print(path.stem, f"{time.perf_counter() - start:.0f} s", flush=True)
-    report(load(), args.out)
+    runs = load()
+    if missing := [raw(r, g, b).stem for r in REWARDS for g, b, _ in METHODS if (r, g, b) not in runs]:
+        sys.exit(f"bench surrogates: {RAW} lacks {', '.join(missing)}, and the tables are of all of them")
+    report(runs, args.out)
 
 
 if __name__ == "__main__":

@@ -112,13 +112,15 @@ def run_optimization(
     told = {"drift_metric": settings.drift_metric, "drift_limit": settings.drift_limit}
     record = describe(node, values, given["seed"], prompt, reward.facts.name)
     seeds = settings.seeds if settings.seeds > 1 and not before else 0
-    live = LiveRun(hidden, settings.iterations + settings.rounds - 1, told, record, seeds)
+    noise = given["initial"](given["seed"])
+    rounds = 1 if host.why_no_restart(sigmas, noise) else settings.rounds  # as they will be taken
+    live = LiveRun(hidden, settings.iterations + rounds - 1, told, record, seeds)
     if before:
         live.go_on(before[1], before[0].done)
     job = host.Job(
         resume=before[0] if before else None,
         guider=guider,
-        noise=given["initial"](given["seed"]),
+        noise=noise,
         node=node,
         latent=samples,
         reward=reward,

@@ -65,7 +65,8 @@ def preferring(judge: Any, seed: int, history: int) -> Callable:
         others = [process.noises_of(n, noises) for n in range(1, count)]
 
         def report(k: int, rows: list[dict], candidates: list[Tensor]) -> None:
-            shown = torch.stack([candidates[max(0, int(row["preferred"]))][b] for b, row in enumerate(rows)])
+            liked = [int(row["preferred"]) if row["preferred"] > 0 else 0 for row in rows]  # nan and -1: the first
+            shown = torch.stack([candidates[i][b] for b, i in enumerate(liked)])
             process.job.on_iteration(k, rows, Score(None, {}, shown))
 
         return prefer(

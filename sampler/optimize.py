@@ -76,8 +76,8 @@ class Settings:
     drift_metric, drift_limit: what "drift" means to `keep` and `stop`, and its bound; 0 is no bound.
     keep: which iterate comes back: "last" (Algorithm 1), "best_reward", or "best_within_drift".
     stop: when an image is left alone: when its best reward has not risen by 0.1 % of its gain for `patience`
-        iterations ("plateau"), when its drift has passed the limit ("drift"), or either; when its drift is held at the
-        limit and an iteration gains less than `HELD_GAIN` of what it gained so far
+        iterations ("plateau"), when its drift has passed the limit ("drift"), or either; on a plateau, or when its
+        drift is held at the limit and an iteration gains less than `HELD_GAIN` of what it gained so far
         ("plateau_at_limit").
     variables: what is optimised, one of `VARIABLES`: the whole trajectory (MIRA, DNO), the initial noise (ReNO), ...
     seeds: how many seeds are sampled to begin from the best one of each image (`seeds.best_of`, which the host calls);

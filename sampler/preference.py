@@ -6,6 +6,7 @@ Nothing flows through the judge: it only says which image of a few it likes most
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -291,6 +292,8 @@ def _end_with_update(book: _Book, run: Run, judge: Judge, on_iteration: Callable
     scores = judge(book.k, [winner.images]).scores if book.kept.score is not None else None
     verdict = Verdict(nobody, nobody, torch.ones_like(nobody, dtype=torch.bool), scores)  # it was not compared
     rows = _rows(book.k, run, [winner], verdict, [reference], None, time.perf_counter() - started, memory())
+    for row in rows:
+        row["preferred"] = math.nan  # and no tie either
     book.kept.update(book.k, nobody == 0, winner, None if scores is None else scores[:, 0])
     book.iterates = [*book.iterates[: book.k], winner.path.x0.cpu()]
     book.trace.rows += rows

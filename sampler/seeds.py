@@ -12,14 +12,15 @@ from .ending import Cut, Interrupts, attempt
 from .keep import chosen, comparable
 
 APART = 2**22  # beyond every number of a candidate or a restart
+SEEDS = 2**53 - 111  # a prime; the editor, whose numbers are JavaScript's, takes no larger seed as it is
 
 
 def another(seed: int, number: int) -> int:
     """A seed for every (seed, number), number -2 or more; far from each other's, however near the given ones are.
 
-    Any seed will do, ComfyUI's largest too: torch takes no more than 63 bits.
+    Any seed will do, ComfyUI's largest too. What comes out can be typed into the editor.
     """
-    return (seed * 1_000_003 + number + 2) % 2**63
+    return (seed * 1_000_003 + number + 2) % SEEDS
 
 
 def stream(seed: int, number: int) -> torch.Generator:

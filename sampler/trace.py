@@ -33,7 +33,9 @@ COLUMNS = {
     "reward": Column("what is optimised; for the best of a search's particles so far"),
     "reward_mean": Column("the same, the mean over a search's particles"),
     "ess": Column("of weighted particles: how many count, effectively"),
-    "preferred": Column("the candidate that was chosen, from 0; -1: none was better", measured=False),
+    "preferred": Column(
+        "the candidate that was chosen, from 0; -1: none was better; nan: nobody was asked", measured=False
+    ),
     "path_kl": Column(
         "drift: half the square by which every noise differs, the KL of the two paths per latent element"
     ),

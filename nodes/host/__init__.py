@@ -14,6 +14,7 @@ from .process import (
     samples_of,
     synchronize,
     used_bytes,
+    why_no_restart,
 )
 from .restart import FinalRestart
 from .runs import Optimized, optimizing, run, searching
@@ -22,4 +23,5 @@ from .scoring import Scoring, decode
 __all__ = [
     "INTERRUPTS", "SCALES", "Chain", "FinalRestart", "Job", "Optimized", "Process", "Scoring", "decode", "optimizing",
     "patcher_of", "run", "samples_of", "searching", "synchronize", "used_bytes",
+    "why_no_restart",
 ]  # fmt: skip

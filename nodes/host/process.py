@@ -165,6 +165,9 @@ class Process:
         self.scoring = Scoring(job.node, self.vae, job.reward, job.prompts, self.inner.process_latent_out)
         self.repeatable = job.repeatable
         self.notices = list(job.notices)
+        if mask is not None:
+            for b in torch.nonzero(~(mask > 0).flatten(1).any(1)).flatten().tolist():
+                self.tell(f"image {b} has a mask that is black at the latent's size: it stays as it was")
         self.given: tuple[Tensor, tuple[Tensor, ...]] | None = None  # the plain sample and its noises
         self.expected: Tensor | None = None  # what the first trajectory should give, until it was compared
         self.states: list[tuple] = []  # of the random number generators, before every call of the plain sample

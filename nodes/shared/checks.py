@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from comfy import sd1_clip
 from comfy.model_patcher import ModelPatcher
+from comfy.sampler_helpers import prepare_mask
 from comfy.sd import VAE
 from comfy_api.latest import io
 
@@ -262,6 +263,11 @@ def check_latent(
             fail("latent_image has a noise_mask with NaN or infinite values: look at the node that made it")
         if not (mask > 0).any():
             fail("latent_image has a noise_mask that is black everywhere, so nothing would change: paint where it may")
+        if not (prepare_mask(mask, fixed.shape, mask.device) > 0).any():
+            fail(
+                f"latent_image has a noise_mask of which nothing is left at {fixed.shape[-1]} x {fixed.shape[-2]}, the "
+                "latent's size: paint a larger spot"
+            )
     channels = model.get_model_object("latent_format").latent_channels
     if fixed.shape[1] != channels:
         fail(

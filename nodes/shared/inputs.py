@@ -336,7 +336,7 @@ def advanced_inputs() -> list:
             default=DEFAULT.stop,
             tooltip=(
                 "When to leave an image alone, in each round: never, on a plateau of its reward, past the drift limit, "
-                "or either; plateau_at_limit: when its drift is held at the limit and it gains no more."
+                "or either; plateau_at_limit: on a plateau, or held at the drift limit where it gains no more."
             ),
             optional=True,
         ),

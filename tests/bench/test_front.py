@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.front_tables import compare, compare_curves, curves, draws, seeds, several
+from bench.front_tables import compare, compare_curves, curves, draws, report, seeds, several
+from bench.grid import Failure
 
 
 def rows(slope, reach=10, images=6, lift=0.0):
@@ -15,6 +16,13 @@ def rows(slope, reach=10, images=6, lift=0.0):
         for k in range(reach + 1)
         for b in range(images)
     ]
+
+
+def test_no_runs_make_no_tables(tmp_path):
+    (tmp_path / "front.csv").write_text("what was measured")
+    with pytest.raises(Failure, match="holds no runs"):
+        report(tmp_path / "raw", tmp_path)
+    assert (tmp_path / "front.csv").read_text() == "what was measured"
 
 
 def test_equal_paths_do_not_differ():

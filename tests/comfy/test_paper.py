@@ -67,6 +67,14 @@ def test_prompts_of_a_file_take_the_animals_place(monkeypatch, tmp_path):
     lines = tmp_path / "prompts.txt"
     lines.write_text("a fox in snow\n\n a fox in snow \na red car\n")
     assert paper.read_prompts(lines, None) == ["a fox in snow", "a red car"]
+    table, of_each = tmp_path / "PartiPrompts.tsv", tmp_path / "geneval.jsonl"
+    table.write_text('Prompt\tCategory\nyin-yang\tAbstract\n"a" red car\tVehicles\nyin-yang\tAbstract\n')
+    assert paper.read_prompts(table, None) == ["yin-yang", '"a" red car']
+    of_each.write_text('{"tag": "one", "prompt": "a photo of a bench"}\n{"tag": "one", "prompt": "a photo of a cow"}\n')
+    assert paper.read_prompts(of_each, None) == ["a photo of a bench", "a photo of a cow"]
+    table.write_text("Text\tCategory\nyin-yang\tAbstract\n")
+    with pytest.raises(Failure, match=r"cannot be read: KeyError\('prompt'\)"):
+        paper.read_prompts(table, None)
     with pytest.raises(Failure, match="has the sets pairs: choose one with --set"):
         paper.read_prompts(sets, None)
     with pytest.raises(Failure, match="cannot be read"):

@@ -157,8 +157,17 @@ def test_a_flow_model_restarts_too(world):
     assert all(torch.isfinite(torch.tensor(r["reward"])) for r in rows)
 
 
-def test_where_a_restart_means_nothing_it_is_left_out_with_a_reason(world):
+def test_where_a_restart_means_nothing_it_is_left_out_with_a_reason(world, monkeypatch):
+    live = mira("nodes.editor.live")
+    told, begin = [], live.LiveRun.__init__
+
+    def begun(self, hidden, iterations, *more):
+        told.append(iterations)
+        begin(self, hidden, iterations, *more)
+
+    monkeypatch.setattr(live.LiveRun, "__init__", begun)
     one = optimize(world, **TWO | {"steps": 1}, sampler_name="euler")
+    assert told == [2]  # what is said to be to come, comes
     assert any("rounds is 2, but was taken as 1: a schedule of one step" in n for n in one.args[2].notices)
     assert "round" not in rows_of(one)[0] and len(rows_of(one)) == 3
     few = optimize(world, **TWO | {"rounds": 9})

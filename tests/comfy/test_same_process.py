@@ -761,6 +761,7 @@ def test_a_reward_file_cannot_end_the_server(tmp_path, text):
     ("mask", "words"),
     [
         (torch.zeros(1, 128, 128), "black everywhere"),
+        (torch.eye(128)[0].expand(1, 128, 128) * torch.eye(128)[0][:, None], "nothing is left at 8 x 8"),
         (torch.full((1, 128, 128), float("nan")), "NaN"),
         (torch.zeros(0, 128, 128), "empty"),
     ],
@@ -797,6 +798,10 @@ def test_masks_as_people_make_them(world, kind):
     assert torch.equal(plain["samples"], stock)
     if kind not in ("soft", "beyond 0 and 1"):  # where it is 0 to ComfyUI
         assert torch.allclose(done["samples"][..., :3], latent[..., :3], atol=1e-5)
+    black = [n for n in trace.notices if "black" in n]
+    assert black == ["image 1 has a mask that is black at the latent's size: it stays as it was"] * (
+        kind == "one image's is black"
+    )
     for b, gains in enumerate((True, kind != "one image's is black")):
         first, last = (row["reward"] for row in (trace.of(b)[0], trace.of(b)[-1]))
         assert (last > first) if gains else (last == first and torch.equal(done["samples"][b], plain["samples"][b]))

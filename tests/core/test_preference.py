@@ -208,7 +208,7 @@ def test_algorithm_2_returns_the_winner_after_its_update():
         for z, before in zip(result.best_noises, start[won[b]], strict=True):
             step = (z[b] - before[b] * (1 - 0.01 * lr)).abs()
             assert step.max().item() == pytest.approx(lr, rel=1e-3)
-        assert rows[b]["iteration"] == 1 and rows[b]["path_kl"] > 0
+        assert rows[b]["iteration"] == 1 and rows[b]["path_kl"] > 0 and math.isnan(rows[b]["preferred"])
         assert rows[b]["reward"] == pytest.approx(MEAN(result.best)[b].item())
     torch.testing.assert_close(result.best, gaussian.rollout()(result.best_noises).x0)
     assert torch.equal(result.best, result.last)
