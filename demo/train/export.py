@@ -1,4 +1,7 @@
-"""Writes the shipped weights: `python -m demo.train.export` turns `<cache>/*.pt` into `demo/weights/*.safetensors`."""
+"""Writes the shipped weights: `python -m demo.train.export` turns `<cache>/*.pt` into `demo/weights/*.safetensors`.
+
+What was not trained stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,25 @@ def half(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    saved = {name: torch.load(CACHE / f"{name}.pt", weights_only=True) for name in ("vae", "clip", "unet", "judge")}
-    unet = new_unet()
-    with torch.no_grad():
-        for parameter, average in zip(unet.parameters(), saved["unet"]["ema"], strict=True):
-            parameter.copy_(average)
-    # The scale of the latents is one number that everything hangs on: it stays exact.
-    vae = half(saved["vae"]["model"]) | {k: saved["vae"]["model"][k].float() for k in ("vae_scale", "vae_shift")}
-    clip = half(saved["clip"]["model"]) | {"tokens": saved["clip"]["tokens"].to(torch.int32)}
-    files = {"unet": half(unet.state_dict()), "vae": vae, "clip": clip, "judge": half(saved["judge"]["model"])}
-    total = 0
-    for name, state in files.items():
+    names = [name for name in ("vae", "clip", "unet", "judge") if (CACHE / f"{name}.pt").exists()]
+    for name in names:
+        saved = torch.load(CACHE / f"{name}.pt", weights_only=True, map_location="cpu")
+        state = saved["model"]
+        if name == "unet":
+            unet = new_unet()
+            with torch.no_grad():
+                for parameter, average in zip(unet.parameters(), saved["ema"], strict=True):
+                    parameter.copy_(average)
+            state = unet.state_dict()
+        shipped = half(state)
+        if name == "vae":  # the scale of the latents is one number that everything hangs on: it stays exact
+            shipped |= {k: state[k].float() for k in ("vae_scale", "vae_shift")}
+        if name == "clip":
+            shipped |= {"tokens": saved["tokens"].to(torch.int32)}
         path = FOLDER / f"{name}.safetensors"
-        save_file(state, path, metadata={"steps": str(saved[name]["step"])})
-        total += path.stat().st_size
-        print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB after {saved[name]['step']} steps")
-    print(f"{total / 1e6:.2f} MB in all")
+        save_file(shipped, path, metadata={"steps": str(saved["step"])})
+        print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB after {saved['step']} steps")
+    print(f"written: {', '.join(names) or 'nothing, as nothing was trained'}")
 
 
 if __name__ == "__main__":
