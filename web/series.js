@@ -198,7 +198,7 @@ export function status(run, image) {
   if (finite(row.reward) !== null) {
     parts.push(`reward ${brief(row.reward)} (start ${brief(rows[0].reward)})`);
   }
-  if (drift) parts.push(`drift ${brief(row[drift])}`);
+  if (drift) parts.push(`drift ${brief(row[drift])}${finite(row.round) > 1 ? " since the round began" : ""}`);
   const left = secondsLeft(run);
   if (left !== null) parts.push(`${clock(left)} left`);
   if (run.done && run.reasons[image]) parts.push(run.reasons[image]);

@@ -115,6 +115,7 @@ test("rounds are told, and where each but the first begins", () => {
   assert.deepEqual(series.restarts(run, 0), [2]);
   assert.deepEqual(series.restarts(after(step(0), step(1)), 0), []);
   assert.match(series.status(run, 0), /iteration 2 of 4 · round 2 · reward/);
+  assert.match(series.status(run, 0), /drift [0-9.]+ since the round began/);
   assert.ok(!series.columns(run).includes("round"));
 });
 
