@@ -1,22 +1,24 @@
 """The sign question on the demo model: reward, prompt adherence and every surrogate along whole optimisation paths.
 
 `python dev.py bench surrogates` optimises the 45 animals for brightness, darkness and CLIPScore: plainly (DNO) on all,
-with each regulariser on the first 15. Every run is kept in output/surrogates/ and not repeated; the means go to
-docs/results/surrogates.csv, and paths, plots and images beside it.
+with each regulariser on the first 15. Every run is kept in output/surrogates/ and not repeated; all its rows go to
+docs/results/surrogates_rows.csv, from which the tables and plots beside it are made.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from bench.grid import Failure, Store
 from bench.model import sheet
+from bench.restart import file_run, gather
+from bench.tables import write
 from testing.pack import ROOT, mira
 from testing.world import PixelReward, World, demo
 
@@ -41,13 +43,12 @@ REWARDS = ("brightness", "darkness", "CLIPScore")
 STEPS, ITERATIONS, LR, BATCH, SEED = 8, 12, 0.025, 15, 0
 
 
-def raw(reward: str, regularizer: str, beta: float, suffix: str = ".json") -> Path:
-    """The file of one run: its name holds every setting, so runs of other settings are never mixed in."""
-    return RAW / f"{reward}_{regularizer}_{beta:g}_{STEPS}x{ITERATIONS}_lr{LR:g}_seed{SEED}{suffix}"
+def raw(reward: str, regularizer: str, beta: float, suffix: str = ".csv") -> Path:
+    return RAW / f"{reward}-{regularizer}-{beta:g}{suffix}"
 
 
 def run(world: World, judge, clip_score, reward: str, regularizer: str, beta: float, count: int) -> list[dict]:
-    """All rows of one method, with `adherence` (the judge) and `clip_score` beside the record."""
+    """A row for every iterate and image of one method, what the judge and CLIPScore say of it included."""
     target = WeightedSum([clip_score], [0.03]) if reward == "CLIPScore" else PixelReward(reward)
     animals, rows, pictures = ANIMALS[:count], [], []
     for start in range(0, len(animals), BATCH):
@@ -60,15 +61,15 @@ def run(world: World, judge, clip_score, reward: str, regularizer: str, beta: fl
                 clips = clip_score.score(score.images, prompts).tolist()
             kept = judge_module.adherence(judge, score.images, list(some)).tolist()
             for row, animal, a, c in zip(new, some, kept, clips, strict=True):
-                row |= {"animal": animal, "adherence": a, "clip_score": c}
+                measured = {name: row[name] for name in ("iteration", "reward", "noise_norm", *SURROGATES)}
+                rows.append({"animal": animal, "adherence": a, "clip_score": c} | measured)
             if k in (0, 3, 7, ITERATIONS) and len(pictures) < 4:
                 pictures.append(score.images)
 
-        done = world.optimize(
+        world.optimize(
             positive=positive, steps=STEPS, iterations=ITERATIONS, batch=len(some), reward=target, prompts=prompts,
             regularizer=regularizer, beta=beta, lr=LR, seed=SEED + start, on_iteration=observe, memory="none",
         )  # fmt: skip
-        rows += done.result.trace.rows
     sheet(torch.cat(pictures), BATCH, raw(reward, regularizer, beta, ".jpg"))
     return rows
 
@@ -112,24 +113,40 @@ def matched(mine: list[dict], plain: list[dict], fraction: float, resamples: int
     return a, b, differences.std().item() if len(differences) > resamples // 2 else float("nan")
 
 
+def tells(rows: list[dict], surrogate: str) -> float:
+    """The area under the ROC curve of "this image has lost half of its own adherence", as a surrogate tells it; of the
+    images that begin above one half.
+    """
+    first = {r["animal"]: r["adherence"] for r in rows if r["iteration"] == 0}
+    cases = [r for r in rows if r["iteration"] and first[r["animal"]] > 0.5]
+    lost = torch.tensor([r["adherence"] < first[r["animal"]] / 2 for r in cases])
+    value = torch.tensor([r[surrogate] for r in cases], dtype=torch.float64)
+    higher = (value[lost][:, None] - value[~lost]).sign()
+    return (higher.mean().item() + 1) / 2 if len(higher) else float("nan")
+
+
 def load() -> dict[tuple[str, str, float], list[dict]]:
-    runs = {}
-    for reward in REWARDS:
-        for regularizer, beta, _ in METHODS:
-            path = raw(reward, regularizer, beta)
-            if path.is_file():
-                runs[reward, regularizer, beta] = json.loads(path.read_text())
+    """By (reward, regularizer, beta), from the rows that stand in docs/results; a Failure where some are missing."""
+    path = OUT / "surrogates_rows.csv"
+    gather(RAW, path, ("optimised", "regularizer", "beta"))
+    runs: dict[tuple[str, str, float], list[dict]] = {}
+    for row in csv.DictReader(path.open()) if path.is_file() else ():
+        numbers = {k: float(row[k]) for k in ("adherence", "clip_score", "reward", "noise_norm", *SURROGATES)}
+        of = (row["optimised"], row["regularizer"], float(row["beta"]))
+        runs.setdefault(of, []).append(numbers | {"animal": row["animal"], "iteration": int(row["iteration"])})
+    if missing := [raw(r, g, b).stem for r in REWARDS for g, b, _ in METHODS if (r, g, b) not in runs]:
+        raise Failure(f"{path.name} lacks {', '.join(missing)}, and the tables are of all of them")
     return runs
 
 
-def report(runs: dict, out: Path) -> None:
+def report() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    runs, out = load(), OUT
     columns = ["reward", "adherence", "clip_score", "noise_norm", *SURROGATES]
-    out.mkdir(parents=True, exist_ok=True)
     with (out / "surrogates.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["optimised", "regularizer", "beta", "images", "iteration", *columns, "adherence_se"])
@@ -159,6 +176,10 @@ def report(runs: dict, out: Path) -> None:
                 levels = [at(lost, value, lost[0].item() * share) for share in (0.9, 0.75, 0.5)]
                 writer.writerow([reward, surrogate, *(f"{v:.3g}" for v in levels)])
                 print(reward, surrogate, *(f"{v:.3g}" for v in levels))
+    plain = [r | {"animal": (reward, r["animal"])} for reward in REWARDS for r in runs[reward, "none", 0.0]]
+    areas = [{"surrogate": name, "area": tells(plain, name)} for name in ("noise_norm", *SURROGATES)]
+    write(out / "surrogates_tell.csv", areas)
+    print(*(f"{r['surrogate']} {r['area']:.2f}" for r in areas))
     figure, axes = plt.subplots(3, len(REWARDS), figsize=(15, 12), layout="constrained")
     for column, reward in enumerate(REWARDS):
         subset = {r["animal"] for key, rows in runs.items() if key[0] == reward and key[1] != "none" for r in rows}
@@ -187,26 +208,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rewards", nargs="*", default=REWARDS, choices=REWARDS)
     parser.add_argument("--report", action="store_true", help="only make tables and plots of what is there")
-    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    RAW.mkdir(parents=True, exist_ok=True)
-    if not args.report:
-        world, judge, clip_score = World(), judge_module.load_judge(), demo.demo_clip_score()
-        for regularizer, beta, count in METHODS:
-            for reward in args.rewards:
-                path = raw(reward, regularizer, beta)
-                if path.is_file():
-                    continue
-                start = time.perf_counter()
-                rows = run(world, judge, clip_score, reward, regularizer, beta, count)
-                path.with_suffix(".tmp").write_text(json.dumps(rows))
-                path.with_suffix(".tmp").replace(path)
-                print(path.stem, f"{time.perf_counter() - start:.0f} s", flush=True)
-    runs = load()
-    if missing := [raw(r, g, b).stem for r in REWARDS for g, b, _ in METHODS if (r, g, b) not in runs]:
-        sys.exit(f"bench surrogates: {RAW} lacks {', '.join(missing)}, and the tables are of all of them")
-    report(runs, args.out)
+    if args.report:
+        return report()
+    Store(RAW, {"steps": STEPS, "iterations": ITERATIONS, "lr": LR, "batch": BATCH, "seed": SEED})
+    world, judge, clip_score = World(), judge_module.load_judge(), demo.demo_clip_score()
+    for regularizer, beta, count in METHODS:
+        for reward in args.rewards:
+            path = raw(reward, regularizer, beta)
+            if path.is_file():
+                continue
+            start = time.perf_counter()
+            file_run(path, run(world, judge, clip_score, reward, regularizer, beta, count))
+            print(path.stem, f"{time.perf_counter() - start:.0f} s", flush=True)
+    report()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failure as failure:
+        sys.exit(f"bench surrogates: {failure}")

@@ -32,8 +32,11 @@ class Chain(Protocol):
     """A model's sampling process that can be stopped at any noise level, and continued from there.
 
     start: z_T -> x_T. denoise: D(x, sigma). segment(x, i, j, source, wrap): the sampler from schedule[i] to
-    schedule[j], as `rollout.Sample`. All take any number of particles of a whole batch.
+    schedule[j], as `rollout.Sample`. All take any number of particles of a whole batch. of: the chain of states that
+    began with these z_T, by which a mask's surroundings are noised.
     """
+
+    def of(self, z_T: Tensor) -> Chain: ...
 
     def start(self, z_T: Tensor) -> Tensor: ...
 
@@ -46,9 +49,12 @@ class Chain(Protocol):
 
 @dataclass
 class Population:
-    """x, x0 (P, B, C, ...): states, and the latest predictions of their results. The histories are per call."""
+    """x, z_T, x0 (P, B, C, ...): states, the noises that they began with, and the latest predictions of their results.
+    The histories are per call.
+    """
 
     x: Tensor
+    z_T: Tensor
     x0: Tensor | None = None
     noises: list[Tensor] = field(default_factory=list)
     eps: list[Tensor] = field(default_factory=list)
@@ -59,6 +65,7 @@ class Population:
         """index (P', B): which particle of each image goes on."""
         return Population(
             select(self.x, index),
+            select(self.z_T, index),
             None if self.x0 is None else select(self.x0, index),
             [select(z, index) for z in self.noises],
             [select(e, index) for e in self.eps],
@@ -126,6 +133,9 @@ class Particles:
         shape = (self.batch, *like.shape[1:])
         return torch.stack([torch.randn(shape, generator=self.generators[p]) for p in particles]).to(like)
 
+    def chain_of(self, population: Population, some: Sequence[int]) -> Chain:
+        return self.chain.of(population.z_T[list(some)].flatten(0, 1))
+
     def begin(self, particles: Sequence[int]) -> Tensor:
         """z_T of every particle, (p, B, ...)."""
         if self.initial is None:
@@ -170,7 +180,7 @@ class Particles:
 
         def work(some: Sequence[int]) -> None:
             x = population.x[list(some)].flatten(0, 1)
-            found.append(self.chain.denoise(x, sigma.to(x).expand(len(x))))
+            found.append(self.chain_of(population, some).denoise(x, sigma.to(x).expand(len(x))))
 
         with torch.no_grad():
             self.chunks(range(len(population.x)), work)
@@ -220,7 +230,8 @@ class Particles:
                 return z.flatten(0, 1)
 
             with torch.no_grad():
-                x = self.chain.segment(population.x[list(some)].flatten(0, 1), i, j, source, wrap)
+                chain = self.chain_of(population, some)
+                x = chain.segment(population.x[list(some)].flatten(0, 1), i, j, source, wrap)
             pieces.append((some, x, latest[0], drawn, record))
             self.calls += calls * len(some)
 
@@ -236,7 +247,7 @@ class Particles:
 
     def whole(self, noises: Sequence[Tensor]) -> Population:
         """The complete paths of given noises, each (P, B, ...)."""
-        population = Population(self.started_from(noises[0]), noises=[noises[0]])
+        population = Population(self.started_from(noises[0]), noises[0], noises=[noises[0]])
         rest = list(noises[1:])
 
         def given(some: Sequence[int], call: int, like: Tensor) -> Tensor:
@@ -318,15 +329,18 @@ class Particles:
         missing = len(self.noises) - len(noises)  # not drawn yet
         self.kept.take(k, better, latent, [*noises, *[torch.zeros_like(noises[0])] * missing])
 
-    def gradient(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, dict[str, Tensor], Tensor]]:
+    def gradient(
+        self, population: Population, sigma: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, dict[str, Tensor], Tensor]]:
         """D(x), the gradient of r(D(x)) with respect to x, and the score, all (P, B, ...), chunk by chunk."""
+        x = population.x
         found: list[tuple[Tensor, Tensor, Score]] = []
 
         def evaluate_at(some: Sequence[int], scale: LossScale) -> tuple[Tensor, Tensor, Score]:
             with torch.enable_grad():
                 state = x[list(some)].flatten(0, 1).detach().requires_grad_()
                 try:
-                    out = self.chain.denoise(state, sigma.to(state).expand(len(state)))
+                    out = self.chain_of(population, some).denoise(state, sigma.to(state).expand(len(state)))
                     score = self.evaluate(out)
                     (gradient,) = scale.gradients(score.total, [state])
                 finally:

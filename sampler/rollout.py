@@ -174,7 +174,7 @@ class NotTheSame(RuntimeError):
 class _Call:
     """One call of the denoiser, to be done again in backward; `let_go` ends what it holds.
 
-    watched: the first prediction is kept, and the second compared with it.
+    watched: the first prediction is kept, and the second compared with it, which may be off by `same`, relative.
 
     A sampler may keep a prediction in the very arguments that it calls with. A checkpoint of such a call is a cycle
     through C++ that no collector sees, unless its backward runs, which an aborted run never comes to.
@@ -183,6 +183,7 @@ class _Call:
     denoiser: Denoiser | None
     sigma: Tensor | None
     kwargs: dict = field(default_factory=dict)
+    same: float = SAME
     watched: bool = False
     first: Tensor | None = None
 
@@ -198,7 +199,7 @@ class _Call:
             return
         off = difference(out, self.first).max().item()
         self.first, self.watched = None, False
-        if off > SAME:
+        if off > self.same:
             sigma = self.sigma.max().item()
             raise NotTheSame(f"computed again for its gradient, a prediction at sigma {sigma:.3g} is off by {off:.2g}")
 
@@ -285,6 +286,7 @@ class Rollout:
         self.score_bytes = score_bytes
         self.blocks = blocks
         self.random = random
+        self.same = SAME  # how far off a prediction may be when it is computed again; the host may know less
         self.estimate: Estimate | None = None
         self._blocks_alone: bool | None = None  # not known before the first call
         self._score_apart = False
@@ -362,7 +364,7 @@ class Rollout:
         self, denoiser: Denoiser, x: Tensor, sigma: Tensor, kwargs: dict, within: AbstractContextManager | None = None
     ) -> Any:
         """One call of the denoiser, checkpointed as the policy says. within: its context, to be entered again."""
-        call, within = _Call(denoiser, sigma, kwargs), within or nullcontext()
+        call, within = _Call(denoiser, sigma, kwargs, self.same), within or nullcontext()
         if not torch.is_grad_enabled():
             with within:
                 return call(x)

@@ -81,7 +81,7 @@ def das(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
     log_weights = torch.zeros(run.count, run.batch)
     before = torch.zeros_like(log_weights)  # strength_i * r(x0_hat(x_i)), which the weights hold already
     for i in range(run.steps):
-        population.x0, gradient, (reward, parts, images) = run.gradient(population.x, schedule[i])
+        population.x0, gradient, (reward, parts, images) = run.gradient(population, schedule[i])
         strength = settings.strength * share_of_strength(i, run.steps, settings.tempering)
         log_weights, before = log_weights + strength * reward - before, strength * reward
         if i:
@@ -131,7 +131,7 @@ def uphill(
     """Of what is predicted at step i: where its reward rises, as noise would be, and its score."""
     sigma, after = run.rollout.schedule[i : i + 2]
     if after > 0:
-        population.x0, gradient, found = run.gradient(population.x, sigma)
+        population.x0, gradient, found = run.gradient(population, sigma)
         return torch.stack([whiten(g, run.rollout.mask) for g in gradient]), found
     run.predict(population, i)  # the step to no noise at all injects none
     return torch.zeros_like(population.x), run.score(population.x0)
@@ -153,7 +153,7 @@ def restart(run: Particles, population: Population, step: int) -> Population:
     """Every particle's image at the noise level of a step, with fresh noise."""
     z, sigma = run.fresh(range(len(population.x)), run.noises[0]), run.rollout.schedule[step]
     pairs = zip(population.x, run.rollout.noise_scale * z, strict=True)
-    return Population(torch.stack([noised(x0, sigma, n, run.rollout.signal) for x0, n in pairs]))
+    return Population(torch.stack([noised(x0, sigma, n, run.rollout.signal) for x0, n in pairs]), z)
 
 
 def start(run: Particles, from_one: bool = False) -> Population:
@@ -162,7 +162,7 @@ def start(run: Particles, from_one: bool = False) -> Population:
     if from_one:
         z = run.noises[0][None].expand_as(z).clone()  # one state, many continuations
     z[0] = run.noises[0]
-    return Population(run.started_from(z), noises=[z])
+    return Population(run.started_from(z), z, noises=[z])
 
 
 def look(run: Particles, population: Population, at: int, step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:

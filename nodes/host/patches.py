@@ -111,6 +111,11 @@ def why_no_gradient(guider: Any) -> str | None:
             f"{names} keeps what one step of the sampling makes for the later ones, which no gradient goes through: "
             "bypass it, or use MIRA Search KSampler with best_of_n, zero_order or restarts"
         )
+    if any(isinstance(v, ModelPatcher) and v is not guider.model_patcher for v in vars(guider).values()):
+        return (
+            f"{type(guider).__name__} samples with a second model, through which no gradient goes here: use CFGGuider "
+            "with one model"
+        )
     conds = [c for cs in guider.original_conds.values() for c in cs]
     groups = [c.get("hooks") for c in conds]
     weights = [_weight_hooks(group) for group in groups]

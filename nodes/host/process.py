@@ -60,6 +60,8 @@ RESTART = 2**20  # the number of the first restart's seed, beyond all candidates
 SAGE_APART = 0.6  # how far, relative, an image by a coarser attention may be from the same by PyTorch's
 # The same of an image sampled again from its own noises where nothing is wrong: in full precision, in half precision.
 IMAGE_APART = (0.1, 0.25)
+KEEPING_APART = (0.01, 0.25)  # where a patch keeps something from step to step, and might have begun with it
+KEEPING_SAME = (1e-4, 1e-2)  # and of a step that is computed again, which is the same bits where nothing is kept
 LOSS_SCALE = 2.0**10  # in float16: gradients of a mean over pixels are near its smallest numbers
 EVERYTHING = 1e30  # bytes, more than any device has
 INTERRUPTS = (comfy.model_management.InterruptProcessingException,)
@@ -178,6 +180,7 @@ class Process:
         self.attention = attention_of(extra_args["model_options"])
         self._draws: bool | None = None
         self.has_blocks = True  # which may be computed again one by one
+        self.keeps = False  # whether a patch keeps something from step to step, as the self-test finds
         dtype = self.inner.manual_cast_dtype or self.inner.get_dtype()
         scale = LOSS_SCALE if torch.float16 in (dtype, self.vae.vae_dtype) else 1.0
         self.half = dtype in (torch.float16, torch.bfloat16)
@@ -284,6 +287,7 @@ class Process:
         options = self.extra_args["model_options"]
         options = options | {"transformer_options": options.get("transformer_options", {}) | {"sample_sigmas": sigmas}}
         process.extra_args = self.extra_args | {"model_options": options, "seed": self.seed_of(RESTART + number)}
+        process.model_wrap = process.prepared_anew()
         process.states, process._draws, process.expected = [], None, None
         if self.depends_on_seed:
             z = self.initial_of(RESTART + number)
@@ -292,6 +296,24 @@ class Process:
         with torch.no_grad():
             x0, noises = draw(process.plain, z.to(job.noise.dtype))
         return process, x0, tuple(z.float() for z in noises)
+
+    def prepared_anew(self) -> Any:
+        """The guider with the conditioning that a new sample has: an inpainting model is shown the latent image, and an
+        unCLIP model an embedding that is noised by the seed.
+        """
+        wrap, model = self.model_wrap, self.inner
+        if not (hasattr(wrap, "conds") and (model.concat_keys or hasattr(model, "noise_augmentor"))):
+            return wrap
+        given = {"latent_image": self.latent_image, "denoise_mask": self.mask, "seed": self.extra_args["seed"]}
+        wrap = copy.copy(wrap)
+        with torch.no_grad():
+            wrap.conds = {
+                kind: comfy.samplers.encode_model_conds(
+                    model.extra_conds, list(conds), self.latent_image, self.sigmas.device, kind, **given
+                )
+                for kind, conds in wrap.conds.items()
+            }
+        return wrap
 
     def restart(self, number: int, x0: Tensor) -> Stretch:
         """`from_image` as what can be optimised."""
@@ -320,6 +342,12 @@ class Process:
             random=self.random,
         )
         self.scoring.policy = self.rollout  # a restart's takes the place of the one before
+        self.watch()
+
+    def watch(self) -> None:
+        """A patch that keeps its last step is another one's when a step is computed again: by however little."""
+        if self.keeps:
+            self.rollout.same = KEEPING_SAME[self.half]
 
     def end(self) -> None:
         """Let go of what holds this process in turn, whose models are then freed with the last that names them.
@@ -464,7 +492,7 @@ class Process:
         if expected is None:
             return
         off = difference(x0.detach(), expected.to(x0)).max().item()
-        if off <= IMAGE_APART[self.half]:
+        if off <= (KEEPING_APART if self.keeps else IMAGE_APART)[self.half]:
             log.debug("the same noises sampled again: off by %.2g", off)
         elif off <= SAGE_APART and (self.coarser_attention or self.attention_replaced):
             self.tell(
@@ -579,13 +607,21 @@ class Chain:
     def __init__(self, process: Process, model_k: Any, extra_args: dict) -> None:
         self.process, self.model_k, self.extra_args = process, model_k, extra_args
 
+    def of(self, z_T: Tensor) -> Chain:
+        """What a mask leaves out is noised with a particle's own noise, unless the sampler draws one for it."""
+        if self.process.mask is None or getattr(self.process.job.sampler, "inpaint_options", {}).get("random"):
+            return self
+        model_k = copy.copy(self.model_k)
+        model_k.noise = z_T.to(model_k.noise)
+        return Chain(self.process, model_k, self.extra_args)
+
     def _on(self, count: int) -> tuple[object, dict, Callable]:
         """(model, extra_args, denoiser) for `count` latents: what belongs to the batch, once for every particle."""
         process, model_k, extra_args = self.process, copy.copy(self.model_k), dict(self.extra_args)
         rounds = count // len(process.job.latent)
 
         def tiled(t: Tensor) -> Tensor:
-            return t.repeat(rounds, *[1] * (t.ndim - 1)) if t is not None and len(t) > 1 else t
+            return t.repeat(rounds, *[1] * (t.ndim - 1)) if t is not None and 1 < len(t) < count else t
 
         model_k.latent_image, model_k.noise = tiled(model_k.latent_image), tiled(model_k.noise)
         extra_args["denoise_mask"] = tiled(extra_args.get("denoise_mask"))

@@ -36,9 +36,21 @@ from .grad import (
     pytorch_kernels,
     repeatable,
     training,
+    written_over,
 )
 from .patches import named, names_of_keeping, why_no_gradient
-from .process import INTERRUPTS, RESTART, Chain, Job, Process, free_bytes, reset_peak, synchronize, used_bytes
+from .process import (
+    INTERRUPTS,
+    RESTART,
+    Chain,
+    Job,
+    Process,
+    free_bytes,
+    in_brief,
+    reset_peak,
+    synchronize,
+    used_bytes,
+)
 from .replay import ReplayNoise, ReplaySampler, described
 from .selftest import check_backward, check_gradient
 
@@ -87,7 +99,7 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
     # ComfyUI's own part stays in inference mode, as the executor has it: what it makes and moves, its nodes use again.
     with torch.inference_mode():
         latent = guider.sample(
-            job.noise,
+            job.noise.clone(),  # a patch may write into it
             job.latent,
             sampler,
             job.sigmas,
@@ -98,6 +110,10 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
         )
     device = comfy.model_management.intermediate_device()
     result = sampler.result
+    if not torch.allclose(latent.float().cpu(), sampler.handed_back, equal_nan=True):
+        result.trace.notices.append(
+            "something in the graph changes the image after the sampler: what comes back is not what was optimised"
+        )
     if several:
         alone = guider.model_patcher.load_device
         result.trace.notices.append(f"the model is split over several GPUs, but gradients need one: it ran on {alone}")
@@ -258,13 +274,14 @@ def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
 
 
 class _WorkingSampler(comfy.samplers.Sampler):
-    """Does the whole work where ComfyUI runs one sample. Afterwards: `plain`, `iterates`, `result`, and `segments`, of
-    which `optimized` tells whether any is other than the plain sample's.
+    """Does the whole work where ComfyUI runs one sample. Afterwards: `plain`, `handed_back`, `iterates`, `result`, and
+    `segments`, of which `optimized` tells whether any is other than the plain sample's.
     """
 
     def __init__(self, job: Job, work: Callable) -> None:
         self.job, self.work = job, work
         self.plain: Tensor | None = None
+        self.handed_back: Tensor | None = None  # as ComfyUI makes a latent of it
         self.result: Result | None = None
 
     def sample(
@@ -278,9 +295,18 @@ class _WorkingSampler(comfy.samplers.Sampler):
         denoise_mask: Tensor = None,
         _: Any = False,
     ) -> Tensor:
-        process = Process(self.job, model_wrap, sigmas, extra_args, latent_image, denoise_mask)
+        job = self.job
+        if (noise.to(job.noise) - job.noise).abs().max() > 0:
+            raise ValueError(
+                f"{job.node}: something in the graph changes the noise on its way to the sampler"
+                f"{named(extra_args['model_options'])}, and would change the optimised one again. Bypass it; of "
+                "Context Windows, turn freenoise off."
+            )
+        process = Process(job, model_wrap, sigmas, extra_args, latent_image, denoise_mask)
         try:
-            return self._through(process, noise)
+            found = self._through(process, noise)
+            self.handed_back = model_wrap.inner_model.process_latent_out(found.float()).cpu()
+            return found
         finally:
             process.end()
             unlock()
@@ -391,6 +417,11 @@ class _WorkingSampler(comfy.samplers.Sampler):
                 if not (process.repeatable and (has_no_repeatable_way(problem) or has_no_engine(problem))):
                     if out_of_memory(problem):
                         raise type(problem)(f"{job.node}: {no_room(process)}") from None
+                    if written_over(problem):
+                        raise RuntimeError(
+                            f"{job.node}: something in the graph writes over what a gradient needs"
+                            f"{named(process.extra_args['model_options'])}. Bypass it. ({in_brief(problem)})"
+                        ) from problem
                     raise
                 said = str(problem).splitlines()[0]
             # Nothing was reported yet: it is met in the first backward pass.

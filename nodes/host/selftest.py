@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -17,7 +18,7 @@ from ...sampler.memory import offloaded, out_of_memory
 from ...sampler.selftest import Checked, check
 from .grad import PLACES, both, has_no_repeatable_way, written_over
 from .patches import named
-from .process import Process, in_brief, remembers
+from .process import Process, controls, in_brief, remembers
 
 log = logging.getLogger("mira")
 # How far off, relative, something may be where nothing is wrong: in full precision, in half precision.
@@ -98,6 +99,7 @@ def check_gradient(process: Process, noise: Tensor) -> None:
             f"the gradient of {name} is off by {lacks:.2g} (relative) against finite differences, more than its "
             f"precision tells: something in it may have none{patches}"
         )
+    process.watch()
     log.debug("gradient self-test of %s: relative error %.2g, prediction off by %.2g", name, wrong, moved)
 
 
@@ -146,37 +148,58 @@ def _reward_gradient(process: Process) -> None:
 
 
 def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[int, Checked]) -> Checked:
-    """The gradient of a step, and what noise it predicts. known, by step: what was found in other ways so far."""
+    """The gradient of a step, and what noise it predicts. known, by step: what was found in other ways so far.
+
+    Patches and ControlNets may be there in a part of the schedule alone: with them, the first way looks at the first,
+    the middle and the last step that a gradient goes through, too, and the worst counts.
+    """
     found: list[Checked] = []
     patched = bool(named(process.extra_args["model_options"]))
+    in_parts = not known and (patched or controls(getattr(process.model_wrap, "conds", {})))
 
     def function(model_k: Any, x: Tensor, sigmas: Tensor, extra_args: dict, **options: Any) -> Tensor:
         extra_args, call = process._network(model_k.inner_model, extra_args)
         extra_args.pop("denoise_mask", None)  # a mask is no business of the network's
-        last, keeps = len(sigmas) - 2, False
-        for step in dict.fromkeys((last // 2, 0, last)):  # conditioning may begin or end in between
+        last = len(sigmas) - 2
+        begins = max(0, last + 1 - process.job.gradient_steps) if process.job.gradient_steps else 0
+
+        def look(step: int) -> Checked:
             sigma = sigmas[step] * x.new_ones(len(x))
 
             def once(x: Tensor, sigma: Tensor = sigma) -> Tensor:
-                with process.random(step):  # noqa: B023  (it does not outlive the loop)
+                with process.random(step):
                     out = call(x, sigma, **extra_args)
                 return out[0] if isinstance(out, tuple) else out
 
-            def predict(x: Tensor, sigma: Tensor = sigma) -> Tensor:
-                if keeps:  # noqa: B023  (what keeps the last step begins anew where sigma rises)
+            def predict(x: Tensor) -> Tensor:
+                if process.keeps:  # what keeps the last step begins anew where sigma rises
                     with torch.no_grad():
                         once(x.detach(), sigma / 2)
                 return once(x)
 
-            def noise_of(out: Tensor, sigma: Tensor = sigma) -> Tensor:
-                return at - process.signal(sigma[0]) * out  # noqa: B023
+            def noise_of(out: Tensor) -> Tensor:
+                return at - process.signal(sigma[0]) * out
 
             at = x * (sigma[0] ** 2 + 1).sqrt() / (sigmas[0] ** 2 + 1).sqrt()
-            keeps = keeps or (patched and remembers(once, at, at.flip(-1), process.half))
-            found[:] = [check(predict, at, within=within, looked_at=noise_of, known=known.get(step))]
-            if math.isfinite(found[0].wrong):
-                known.setdefault(step, found[0])
+            process.keeps = process.keeps or (patched and remembers(once, at, at.flip(-1), process.half))
+            checked = check(predict, at, within=within, looked_at=noise_of, known=known.get(step))
+            if process.keeps:  # so that the trajectory that follows begins anew
+                with torch.no_grad():
+                    once(at, sigmas[last] / 2 * x.new_ones(len(x)))
+            return checked
+
+        looked: dict[int, Checked] = {}
+        for step in dict.fromkeys((last // 2, 0, last)):  # conditioning may begin or end in between
+            looked[step] = look(step)
+            if math.isfinite(looked[step].wrong):
+                known.setdefault(step, looked[step])
                 break
+        main = looked[step]
+        if in_parts:
+            others = [looked.get(s) or look(s) for s in dict.fromkeys((begins, (begins + last) // 2, last))]
+            worst = {name: max(getattr(c, name) for c in (main, *others)) for name in ("wrong", "lacks", "moved")}
+            main = replace(main, **worst)
+        found[:] = [main]
         return x
 
     # Some guiders add what counts as a constant here, and not in a finite difference.

@@ -248,7 +248,7 @@ def check_latent(
     fixed = samples_of(model, latent)
     sides = 2 + getattr(model.get_model_object("latent_format"), "latent_dimensions", 2)
     frames = fixed.shape[2] if fixed.ndim == 5 else 1
-    if getattr(fixed, "is_nested", False) or fixed.ndim != sides or frames != 1:
+    if getattr(fixed, "is_nested", False) or sides < 4 or fixed.ndim != sides or frames != 1:
         fail(
             f"latent_image has shape {tuple(fixed.shape)} in this model: only images, (B, C, H, W) or of one frame, "
             "can be optimised"
@@ -257,6 +257,9 @@ def check_latent(
         fail("latent_image holds NaN or infinite values: look at the node that made it")
     mask = latent.get("noise_mask")
     if mask is not None:
+        if not isinstance(mask, torch.Tensor) or not mask.is_floating_point() or mask.ndim < 2:
+            what = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+            fail(f"latent_image has a noise_mask that is no MASK but {what}: make it with Set Latent Noise Mask")
         if mask.numel() == 0:
             fail("latent_image has an empty noise_mask")
         if not torch.isfinite(mask).all():

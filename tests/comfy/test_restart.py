@@ -9,7 +9,9 @@ import comfy.samplers
 import pytest
 import torch
 
+from testing.networks import SMALL, random_unet, thin_vae
 from testing.pack import as_node, mira
+from testing.world import World
 
 nodes = mira("nodes")
 PixelReward = mira("rewards.pixel").PixelReward
@@ -82,6 +84,22 @@ def test_a_restart_is_what_a_stock_ksampler_gives(world, sampler):
     torch.testing.assert_close(again.args[0]["samples"], stock, atol=2e-3, rtol=1e-3)
     assert [(r["iteration"], r["round"]) for r in rows_of(again)] == [(0, 1), (1, 1), (2, 2), (3, 2)]
     assert rows_of(again)[2]["path_kl"] == 0 and rows_of(again)[2]["level"] < rows_of(again)[0]["level"]
+
+
+def test_an_inpainting_model_is_shown_the_image_that_is_restarted():
+    """By Set Latent Noise Mask, with which the latent image itself is what the network sees beside the mask."""
+    model = random_unet(SMALL | {"in_channels": 9})
+    model.model.set_inpaint()
+    world = World(side=8, model=model, vae=thin_vae())
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, :32] = 1
+    given = {"samples": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), "noise_mask": mask}
+    how = TWO | dict(sampler_name="euler", scheduler="normal", latent_image=given, learning_rate=0.1)
+    last, again = (optimize(world, **how, iterate=k) for k in (1, 2))
+    (seed,) = again.args[2].settings["restart_seeds"]
+    latent = last.args[0]["samples"]
+    stock = world.ksampler(sampler="euler", steps=3, latent=latent, mask=mask, seed=seed, denoise=0.6)
+    torch.testing.assert_close(again.args[0]["samples"], stock, atol=1e-4, rtol=1e-4)
 
 
 def test_the_same_seed_gives_the_same_bits_and_the_best_of_all_rounds(world):

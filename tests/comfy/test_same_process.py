@@ -10,6 +10,7 @@ import comfy.hooks
 import comfy.k_diffusion.sampling
 import comfy.ldm.modules.attention
 import comfy.model_management
+import comfy.patcher_extension
 import comfy.samplers
 import pytest
 import torch
@@ -323,6 +324,92 @@ def test_guidance_with_momentum(world):
         ):
             settings = SearchSettings(method=method, particles=4)
             run(world, settings, host.searching, model=model, steps=4, sampler="euler_ancestral", gradient=False)
+
+
+@pytest.mark.usefixtures("trained")
+def test_guidance_with_little_momentum_is_no_less_strange(world):
+    """As little as a step that is computed again may be off by, and in two steps, of which the self-test has one."""
+    model = as_node(APG, model=world.model, eta=1.0, norm_threshold=0.0, momentum=-0.03).args[0]
+    with pytest.raises(RuntimeError, match=r"computed again.*remembers.*nodes_apg.*memory to none"):
+        run(world, model=model, steps=3, sampler="euler", memory="per_step")
+    model = as_node(APG, model=world.model, eta=1.0, norm_threshold=0.0, momentum=0.15).args[0]
+    done = run(world, model=model, steps=2, sampler="euler", memory="none", beta=0)
+    assert rows(done)[0] == pytest.approx(reward_of(world, done.plain), abs=1e-5)
+
+
+def in_a_part(world, begins, ends, change):
+    """A patch that is there in a part of the schedule alone, as those with a start and an end."""
+    model = world.model.clone()
+    sampling = model.get_model_object("model_sampling")
+    first, last = float(sampling.percent_to_sigma(begins)), float(sampling.percent_to_sigma(ends))
+
+    def patched(args):
+        there = last <= args["sigma"].max().item() <= first
+        return change(args["denoised"]) if there else args["denoised"]
+
+    model.set_model_sampler_post_cfg_function(patched)
+    return model
+
+
+def cut(x):
+    with torch.no_grad():
+        return x - 0.3 * (x - x.mean((2, 3), keepdim=True))
+
+
+def in_place(x):
+    y = x.sigmoid()
+    y *= 2
+    return x * y
+
+
+@pytest.mark.parametrize("part", [(0.0, 0.3), (0.7, 1.0)])
+def test_a_patch_in_a_part_of_the_schedule_is_seen(world, part):
+    how = dict(steps=8, sampler="euler", iterations=1, beta=0, memory="none")
+    with pytest.raises(RuntimeError, match=r"gives no usable gradient.*test_same_process \(in_a_part\)"):
+        run(world, model=in_a_part(world, *part, cut), **how)
+    done = run(world, model=in_a_part(world, *part, in_place), **how)
+    assert rows(done)[1] > rows(done)[0]
+    # Where no gradient goes through it, it does no harm.
+    if part[0] == 0:
+        done = run(world, model=in_a_part(world, *part, cut), gradient_steps=3, **how)
+        assert rows(done)[1] > rows(done)[0]
+
+
+def wrapped(world, kind, change):
+    model = world.model.clone()
+    model.add_wrapper(kind, change)
+    return model
+
+
+def test_a_patch_that_changes_the_noise_is_refused_and_one_of_the_image_is_said(world):
+    kind = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+
+    def shuffles(executor, noise, *more, **kwargs):
+        noise.copy_(noise.flip(-1))  # as FreeNoise does, in place
+        return executor(noise, *more, **kwargs)
+
+    with pytest.raises(ValueError, match=r"changes the noise.*test_same_process \(test_a_patch_that.*freenoise off"):
+        run(world, model=wrapped(world, kind, shuffles), steps=3)
+    done = run(world, model=wrapped(world, kind, lambda executor, *a, **k: executor(*a, **k) * 1.1), steps=3)
+    assert any("changes the image after the sampler" in n for n in done.result.trace.notices)
+    assert not any("changes the image" in n for n in run(world, steps=3).result.trace.notices)
+
+
+def test_a_guider_with_a_second_model_is_refused_before_it_samples(world):
+    class Two(comfy.samplers.CFGGuider):
+        def __init__(self, model, other):
+            super().__init__(model)
+            self.other = other
+
+        def sample(self, *args, **kwargs):
+            raise AssertionError("it sampled")
+
+    with torch.inference_mode():
+        job = world.job()
+        job.guider = Two(world.model, world.model.clone())
+        job.guider.set_conds(world.positive, world.negative)
+        with pytest.raises(ValueError, match="Two samples with a second model"):
+            host.run(job)
 
 
 def reward_of(world, latent):
@@ -764,6 +851,9 @@ def test_a_reward_file_cannot_end_the_server(tmp_path, text):
         (torch.eye(128)[0].expand(1, 128, 128) * torch.eye(128)[0][:, None], "nothing is left at 8 x 8"),
         (torch.full((1, 128, 128), float("nan")), "NaN"),
         (torch.zeros(0, 128, 128), "empty"),
+        (torch.ones(1, 128, 128, dtype=torch.bool), "no MASK but torch.bool"),
+        (torch.ones(128), "no MASK but torch.float32"),
+        ([1], "no MASK but list"),
     ],
 )
 def test_masks_that_cannot_be(world, mask, words):

@@ -14,6 +14,7 @@ Node = mira("nodes").MiraSearchKSampler
 PixelReward, JPEG = mira("rewards.pixel").PixelReward, mira("rewards.jpeg").JPEG
 METHODS, SearchSettings = mira("sampler.search").METHODS, mira("sampler.search").SearchSettings
 Particles = mira("sampler.particles").Particles
+another = mira("sampler.seeds").another
 STEERING = [name for name, method in METHODS.items() if method.steers]
 
 INPUTS = dict(
@@ -51,6 +52,17 @@ def test_every_method_gives_what_its_record_says(world, method):
         _, kept = trace.summary(image)
         assert value == pytest.approx(kept["reward"], abs=1e-3)
     assert trace.settings["evaluations"] > 3 and trace.settings["method"] == method
+
+
+def test_around_a_mask_every_candidate_has_its_own_noise(world):
+    """As KSampler noises what is not painted: each is the image of its seed."""
+    latent, mask = world.ksampler(steps=4, seed=3), torch.zeros(1, 64, 64)
+    mask[:, :, :32] = 1
+    given = {"samples": latent, "noise_mask": mask}
+    out = run(world, sampler_name="euler", particles=3, latent_image=given).args[2]
+    for seed, row in zip([1, another(1, 1), another(1, 2)], out.of(0), strict=True):
+        stock = world.ksampler(sampler="euler", steps=3, latent=latent, mask=mask, seed=seed)
+        assert brightness(world, {"samples": stock})[0] == pytest.approx(row["reward"], abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["zero_order", "das", "ntrk"])

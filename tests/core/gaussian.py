@@ -68,6 +68,9 @@ class Chain:
     def __init__(self, D, schedule, injects=True):
         self.D, self.schedule, self.injects = D, schedule, injects
 
+    def of(self, z_T):
+        return self
+
     def start(self, z_T):
         return z_T * (1 + self.schedule[0] ** 2).sqrt()
 

@@ -500,7 +500,7 @@ def test_a_restart_noises_as_much_as_the_model_expects():
     sigma = chain.schedule[5].item()
     for scale in (1.0, 8.0):
         rollout.noise_scale = scale
-        x = restart(state, Population(torch.ones(2, *z[0].shape, dtype=torch.float64)), 5).x
+        x = restart(state, Population(*[torch.ones(2, *z[0].shape, dtype=torch.float64)] * 2), 5).x
         assert (x - 1).std().item() == pytest.approx(scale * sigma, rel=0.03) and x.mean() == pytest.approx(
             1, abs=0.1 * scale * sigma
         )
