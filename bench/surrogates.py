@@ -126,7 +126,7 @@ def tells(rows: list[dict], surrogate: str) -> float:
 
 
 def load() -> dict[tuple[str, str, float], list[dict]]:
-    """By (reward, regularizer, beta), from the rows that stand in docs/results; a Failure where some are missing."""
+    """By (reward, regularizer, beta), from the rows in docs/results. Raises Failure where plain ones are missing."""
     path = OUT / "surrogates_rows.csv"
     gather(RAW, path, ("optimised", "regularizer", "beta"))
     runs: dict[tuple[str, str, float], list[dict]] = {}
@@ -134,8 +134,8 @@ def load() -> dict[tuple[str, str, float], list[dict]]:
         numbers = {k: float(row[k]) for k in ("adherence", "clip_score", "reward", "noise_norm", *SURROGATES)}
         of = (row["optimised"], row["regularizer"], float(row["beta"]))
         runs.setdefault(of, []).append(numbers | {"animal": row["animal"], "iteration": int(row["iteration"])})
-    if missing := [raw(r, g, b).stem for r in REWARDS for g, b, _ in METHODS if (r, g, b) not in runs]:
-        raise Failure(f"{path.name} lacks {', '.join(missing)}, and the tables are of all of them")
+    if missing := [reward for reward in REWARDS if (reward, "none", 0.0) not in runs]:
+        raise Failure(f"{path.name} lacks plain optimisation of {', '.join(missing)}, which all tables begin with")
     return runs
 
 
