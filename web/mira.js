@@ -170,7 +170,7 @@ function fold(node) {
   for (const widget of node.widgets ?? []) {
     if (widget.name in told) chain(widget, "callback", () => hideUnread(node));
   }
-  chain(node, "onConfigure", () => hideUnread(node));
+  chain(node, "onConfigure", () => hideUnread(node, true));
   chain(node, "onConnectionsChange", () => hideUnread(node));
   hideUnread(node);
   node.setSize([node.size[0], node.computeSize()[1]]);
@@ -179,8 +179,9 @@ function fold(node) {
 /**
  * What the chosen method does not read is not shown. A widget with a link stays, and one that is chosen by a link hides
  * nothing. The first Vue renderers do not see a widget come back: they show all, as they do of the advanced ones.
+ * opened: with a size that was saved, which is of what was shown then.
  */
-function hideUnread(node) {
+function hideUnread(node, opened = false) {
   const widgets = node.widgets ?? [];
   const linked = new Set(node.inputs?.filter((i) => i.widget && i.link != null).map((i) => i.widget.name));
   const values = Object.fromEntries(widgets.filter((w) => !linked.has(w.name)).map((w) => [w.name, w.value]));
@@ -188,8 +189,12 @@ function hideUnread(node) {
   const seen = (widget) => !window.LiteGraph?.vueNodesMode || "hidden" in Object.getPrototypeOf(widget);
   const turned = widgets.filter((w) => Boolean(w.hidden) !== (hidden.has(w.name) && !linked.has(w.name) && seen(w)));
   if (!turned.length) return;
+  const before = node.computeSize()[1];
   for (const widget of turned) widget.hidden = widget.options.hidden = !widget.hidden; // the canvas' word for it, and Vue's
-  node.setSize([node.size[0], node.computeSize()[1]]);
+  if (!window.LiteGraph?.vueNodesMode) {
+    const wanted = node.computeSize()[1];
+    node.setSize([node.size[0], Math.max(wanted, node.size[1] + (opened ? 0 : wanted - before))]);
+  }
   node.setDirtyCanvas?.(true, true);
 }
 

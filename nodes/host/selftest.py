@@ -150,8 +150,8 @@ def _reward_gradient(process: Process) -> None:
 def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[int, Checked]) -> Checked:
     """The gradient of a step, and what noise it predicts. known, by step: what was found in other ways so far.
 
-    Patches and ControlNets may be there in a part of the schedule alone: with them, the first way looks at the first,
-    the middle and the last step that a gradient goes through, too, and the worst counts.
+    Patches and ControlNets may be there in a part of the schedule alone: with them, the first way looks at the first
+    and the last step that a gradient goes through, too, and the worst counts.
     """
     found: list[Checked] = []
     patched = bool(named(process.extra_args["model_options"]))
@@ -160,7 +160,7 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
     def function(model_k: Any, x: Tensor, sigmas: Tensor, extra_args: dict, **options: Any) -> Tensor:
         extra_args, call = process._network(model_k.inner_model, extra_args)
         extra_args.pop("denoise_mask", None)  # a mask is no business of the network's
-        last = len(sigmas) - 2
+        last, looked = len(sigmas) - 2, dict[int, Checked]()
         begins = max(0, last + 1 - process.job.gradient_steps) if process.job.gradient_steps else 0
 
         def look(step: int) -> Checked:
@@ -181,14 +181,14 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
                 return at - process.signal(sigma[0]) * out
 
             at = x * (sigma[0] ** 2 + 1).sqrt() / (sigmas[0] ** 2 + 1).sqrt()
-            process.keeps = process.keeps or (patched and remembers(once, at, at.flip(-1), process.half))
+            if patched and not looked and not known:  # once will do
+                process.keeps = remembers(once, at, at.flip(-1), process.half)
             checked = check(predict, at, within=within, looked_at=noise_of, known=known.get(step))
             if process.keeps:  # so that the trajectory that follows begins anew
                 with torch.no_grad():
                     once(at, sigmas[last] / 2 * x.new_ones(len(x)))
             return checked
 
-        looked: dict[int, Checked] = {}
         for step in dict.fromkeys((last // 2, 0, last)):  # conditioning may begin or end in between
             looked[step] = look(step)
             if math.isfinite(looked[step].wrong):
@@ -196,7 +196,7 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
                 break
         main = looked[step]
         if in_parts:
-            others = [looked.get(s) or look(s) for s in dict.fromkeys((begins, (begins + last) // 2, last))]
+            others = [looked.get(s) or look(s) for s in dict.fromkeys((begins, last))]
             if process.half:  # at the first step, of which little is left, its own gradient is mostly rounding
                 others = [c if math.isinf(c.wrong) else replace(c, wrong=c.lacks) for c in others]
             worst = {name: max(getattr(c, name) for c in (main, *others)) for name in ("wrong", "lacks", "moved")}

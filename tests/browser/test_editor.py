@@ -797,7 +797,9 @@ def test_the_first_minute(own_editor):
     )
     editor.settle()
     page.mouse.dblclick(420, 300)  # where nothing is
-    page.wait_for_timeout(700)
+    page.wait_for_function(
+        "() => document.activeElement?.tagName === 'INPUT'"
+    )  # the search's, however busy the machine is
     page.keyboard.type("MIRA Optimize KSampler")
     page.get_by_text("MIRA Optimize KSampler").first.wait_for()
     page.wait_for_timeout(700)

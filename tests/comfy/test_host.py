@@ -350,6 +350,7 @@ def test_interrupt_stops_within_a_step_and_keeps_the_best(world):
             comfy.model_management.interrupt_current_processing()
         return apply(args["input"], args["timestep"], **args["c"])
 
+    count.only_watches = True
     wrapper.set_model_unet_function_wrapper(count)
     done = world.optimize(model=wrapper, steps=steps, iterations=50)
     assert done.result.reason.startswith("interrupted at iteration")

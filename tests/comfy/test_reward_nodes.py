@@ -469,6 +469,7 @@ def test_a_reward_that_draws_goes_on_with_the_draws_it_would_have_had(world):
             comfy.model_management.interrupt_current_processing()
         return apply(args["input"], args["timestep"], **args["c"])
 
+    counted.only_watches = True
     model.set_model_unet_function_wrapper(counted)
 
     def run(resume=None):
