@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import io
 import json
 import sys
 import time
@@ -55,8 +56,9 @@ def read_prompts(path: Path, wanted: str | None) -> list[str]:
         text = path.read_text()
         if path.suffix in (".tsv", ".csv"):
             how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-            rows = csv.DictReader(text.splitlines(), **how)
-            return list(dict.fromkeys({k.lower(): v for k, v in row.items()}["prompt"].strip() for row in rows))
+            rows = csv.DictReader(io.StringIO(text), **how)
+            found = [{str(k).lower(): v for k, v in row.items()}["prompt"] for row in rows]
+            return list(dict.fromkeys(prompt.strip() for prompt in found if prompt and prompt.strip()))
         if path.suffix == ".jsonl":
             return list(dict.fromkeys(json.loads(line)["prompt"] for line in text.splitlines() if line.strip()))
         if path.suffix != ".json":

@@ -185,9 +185,11 @@ function hideUnread(node, opened = false) {
   const widgets = node.widgets ?? [];
   const linked = new Set(node.inputs?.filter((i) => i.widget && i.link != null).map((i) => i.widget.name));
   const values = Object.fromEntries(widgets.filter((w) => !linked.has(w.name)).map((w) => [w.name, w.value]));
-  const hidden = unread(READ_BY.get(node.comfyClass), values);
+  const told = READ_BY.get(node.comfyClass);
+  const hidden = unread(told, values);
+  const some = new Set(Object.values(told).flatMap(Object.keys)); // others may be hidden by somebody else
   const seen = (widget) => !window.LiteGraph?.vueNodesMode || "hidden" in Object.getPrototypeOf(widget);
-  const turned = widgets.filter((w) => Boolean(w.hidden) !== (hidden.has(w.name) && !linked.has(w.name) && seen(w)));
+  const turned = widgets.filter((w) => some.has(w.name) && Boolean(w.hidden) !== (hidden.has(w.name) && !linked.has(w.name) && seen(w)));
   if (!turned.length) return;
   const before = node.computeSize()[1];
   for (const widget of turned) widget.hidden = widget.options.hidden = !widget.hidden; // the canvas' word for it, and Vue's

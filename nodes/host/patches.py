@@ -99,6 +99,17 @@ def names_of_keeping(model_options: dict) -> str:
     return " and ".join(dict.fromkeys(next(_names(p), type(p).__qualname__) for p in keeping(model_options)))
 
 
+def why_not_two(guider: Any) -> str | None:
+    """None, or that the graph's own guider holds another model beside its own, which no gradient here knows of."""
+    own = guider.model_patcher.model
+    if any(isinstance(v, ModelPatcher) and v.model is not own for v in vars(guider).values()):
+        return (
+            f"{type(guider).__name__} holds a second model, through which no gradient goes here: use CFGGuider with "
+            "one model"
+        )
+    return None
+
+
 def why_no_gradient(guider: Any) -> str | None:
     """None, or what of the guider's patches and conditioning a gradient does not survive.
 
@@ -110,11 +121,6 @@ def why_no_gradient(guider: Any) -> str | None:
         return (
             f"{names} keeps what one step of the sampling makes for the later ones, which no gradient goes through: "
             "bypass it, or use MIRA Search KSampler with best_of_n, zero_order or restarts"
-        )
-    if any(isinstance(v, ModelPatcher) and v is not guider.model_patcher for v in vars(guider).values()):
-        return (
-            f"{type(guider).__name__} samples with a second model, through which no gradient goes here: use CFGGuider "
-            "with one model"
         )
     conds = [c for cs in guider.original_conds.values() for c in cs]
     groups = [c.get("hooks") for c in conds]

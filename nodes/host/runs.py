@@ -38,7 +38,7 @@ from .grad import (
     training,
     written_over,
 )
-from .patches import named, names_of_keeping, why_no_gradient
+from .patches import named, names_of_keeping, why_no_gradient, why_not_two
 from .process import (
     INTERRUPTS,
     RESTART,
@@ -75,6 +75,11 @@ class Optimized:
     sampler: ReplaySampler
 
 
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers, on whatever devices."""
+    return one.shape == other.shape and torch.allclose(one.float().cpu(), other.float().cpu(), equal_nan=True)
+
+
 def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None = None) -> Optimized:
     """Sample, optimise, hand back. What needs a gradient takes the whole thread out of inference mode until it is done:
     no `await` within. What needs none goes on as ComfyUI samples, with the graph's own models wherever they are.
@@ -84,7 +89,7 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
     several = job.guider.model_patcher.get_additional_models_with_key("multigpu")
     if job.gradient:
         guider = static_guider(job.guider, job.node)
-        if why := why_no_gradient(guider):
+        if why := why_not_two(job.guider) or why_no_gradient(guider):
             raise ValueError(f"{job.node}: {why}")
     else:
         guider = copy.copy(job.guider)
@@ -110,7 +115,7 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
         )
     device = comfy.model_management.intermediate_device()
     result = sampler.result
-    if not torch.allclose(latent.float().cpu(), sampler.handed_back, equal_nan=True):
+    if not alike(latent, sampler.handed_back):
         result.trace.notices.append(
             "something in the graph changes the image after the sampler: what comes back is not what was optimised"
         )
@@ -296,7 +301,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
         _: Any = False,
     ) -> Tensor:
         job = self.job
-        if (noise.to(job.noise) - job.noise).abs().max() > 0:
+        if not alike(noise, job.noise):
             raise ValueError(
                 f"{job.node}: something in the graph changes the noise on its way to the sampler"
                 f"{named(extra_args['model_options'])}, and would change the optimised one again. Bypass it; of "

@@ -189,6 +189,13 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
                     once(at, sigmas[last] / 2 * x.new_ones(len(x)))
             return checked
 
+        def depends(step: int) -> bool:
+            sigma = sigmas[step] * x.new_ones(len(x))
+            with torch.no_grad():
+                one, other = (call(y, sigma, **extra_args) for y in (x, x.flip(-1)))
+            one, other = (out[0] if isinstance(out, tuple) else out for out in (one, other))
+            return not torch.equal(one, other)
+
         for step in dict.fromkeys((last // 2, 0, last)):  # conditioning may begin or end in between
             looked[step] = look(step)
             if math.isfinite(looked[step].wrong):
@@ -196,7 +203,9 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
                 break
         main = looked[step]
         if in_parts:
-            others = [looked.get(s) or look(s) for s in dict.fromkeys((begins, last))]
+            others = {s: looked.get(s) or look(s) for s in dict.fromkeys((begins, last))}
+            # Where conditioning has ended, what is predicted may not depend on x at all, and has no gradient to lose.
+            others = [c for s, c in others.items() if math.isfinite(c.wrong) or depends(s)]
             if process.half:  # at the first step, of which little is left, its own gradient is mostly rounding
                 others = [c if math.isinf(c.wrong) else replace(c, wrong=c.lacks) for c in others]
             worst = {name: max(getattr(c, name) for c in (main, *others)) for name in ("wrong", "lacks", "moved")}

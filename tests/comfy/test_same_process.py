@@ -393,6 +393,8 @@ def test_a_patch_that_changes_the_noise_is_refused_and_one_of_the_image_is_said(
     done = run(world, model=wrapped(world, kind, lambda executor, *a, **k: executor(*a, **k) * 1.1), steps=3)
     assert any("changes the image after the sampler" in n for n in done.result.trace.notices)
     assert not any("changes the image" in n for n in run(world, steps=3).result.trace.notices)
+    done = run(world, model=wrapped(world, kind, lambda executor, *a, **k: executor(*a, **k)[..., :-2]), steps=3)
+    assert done.latent.shape[-1] == 6 and any("changes the image" in n for n in done.result.trace.notices)
 
 
 def test_a_guider_with_a_second_model_is_refused_before_it_samples(world):
@@ -406,9 +408,9 @@ def test_a_guider_with_a_second_model_is_refused_before_it_samples(world):
 
     with torch.inference_mode():
         job = world.job()
-        job.guider = Two(world.model, world.model.clone())
+        job.guider = Two(world.model, random_unet(SMALL))
         job.guider.set_conds(world.positive, world.negative)
-        with pytest.raises(ValueError, match="Two samples with a second model"):
+        with pytest.raises(ValueError, match="Two holds a second model"):
             host.run(job)
 
 
