@@ -203,9 +203,9 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
                 break
         main = looked[step]
         if in_parts:
-            others = {s: looked.get(s) or look(s) for s in dict.fromkeys((begins, last))}
+            there = {s: looked.get(s) or look(s) for s in dict.fromkeys((begins, last))}
             # Where conditioning has ended, what is predicted may not depend on x at all, and has no gradient to lose.
-            others = [c for s, c in others.items() if math.isfinite(c.wrong) or depends(s)]
+            others = [c for s, c in there.items() if math.isfinite(c.wrong) or depends(s)]
             if process.half:  # at the first step, of which little is left, its own gradient is mostly rounding
                 others = [c if math.isinf(c.wrong) else replace(c, wrong=c.lacks) for c in others]
             worst = {name: max(getattr(c, name) for c in (main, *others)) for name in ("wrong", "lacks", "moved")}
