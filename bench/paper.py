@@ -56,17 +56,18 @@ def read_prompts(path: Path, wanted: str | None) -> list[str]:
         text = path.read_text()
         if path.suffix in (".tsv", ".csv"):
             how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-            rows = csv.DictReader(io.StringIO(text), **how)
-            found = [{str(k).lower(): v for k, v in row.items()}["prompt"] for row in rows]
-            return list(dict.fromkeys(prompt.strip() for prompt in found if prompt and prompt.strip()))
-        if path.suffix == ".jsonl":
-            return list(dict.fromkeys(json.loads(line)["prompt"] for line in text.splitlines() if line.strip()))
-        if path.suffix != ".json":
-            return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
-        sets = json.loads(text)
-        if wanted not in sets:
-            raise Failure(f"--prompts {path} has the sets {', '.join(sets)}: choose one with --set")
-        return list(dict.fromkeys(item["prompt"] for item in sets[wanted]))
+            rows = [{str(k).lower(): v for k, v in row.items()} for row in csv.DictReader(io.StringIO(text), **how)]
+            found = [row["prompt"].strip() for row in rows if row["prompt"] and row["prompt"].strip()]
+        elif path.suffix == ".jsonl":
+            found = [json.loads(line)["prompt"] for line in text.splitlines() if line.strip()]
+        elif path.suffix == ".json":
+            sets = json.loads(text)
+            if wanted not in sets:
+                raise Failure(f"--prompts {path} has the sets {', '.join(sets)}: choose one with --set")
+            found = [item["prompt"] for item in sets[wanted]]
+        else:
+            found = [line.strip() for line in text.splitlines() if line.strip()]
+        return list(dict.fromkeys(found))
     except (OSError, ValueError, TypeError, KeyError) as problem:
         raise Failure(f"--prompts {path} cannot be read: {problem!r}") from problem
 

@@ -31,15 +31,16 @@ from .shared.inputs import (
     HIDDEN,
     advanced,
     beta_input,
+    choosing_input,
     denoise_input,
     final_restart_input,
     iterate_input,
     learning_rate_input,
     linked_inputs,
     memory_input,
+    method_input,
     noise_outputs,
     prompt_input,
-    read_by,
     read_settings,
     repeatable_input,
     sampling_inputs,
@@ -87,20 +88,17 @@ def preferring(judge: Any, seed: int, history: int) -> Callable:
 
 def particulars() -> list[io.Input]:
     """What most people leave alone."""
-    method = io.Combo.Input(
-        "method",
-        options=list(METHODS),
-        default=DEFAULT.method,
-        tooltip=(
-            "dpo: the paper's Algorithm 2. dueling: perturb the noises, move towards what is preferred. "
-            "best_of_n: other seeds every time, the best stays. hybrid2: DNO's estimator from probes "
-            "(needs a reward's numbers)."
-        ),
-    )
-    method.extra_dict = read_by({name: how.reads for name, how in METHODS.items()})
     return advanced(
         denoise_input(),
-        method,
+        method_input(
+            METHODS,
+            DEFAULT.method,
+            (
+                "dpo: the paper's Algorithm 2. dueling: perturb the noises, move towards what is preferred. "
+                "best_of_n: other seeds every time, the best stays. hybrid2: DNO's estimator from probes "
+                "(needs a reward's numbers)."
+            ),
+        ),
         learning_rate_input(
             DEFAULT.lr, "How far an update of dpo or hybrid2 moves the noises, in units of their deviation."
         ),
@@ -168,15 +166,6 @@ class MiraDPOPreference(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        judge = io.Combo.Input(
-            "judge",
-            options=list(JUDGES),
-            tooltip=(
-                "reward: the connected reward, which needs no gradient. person: you choose on this node, by "
-                "click or by the keys 1, 2, ... recorded choices: those of an earlier run."
-            ),
-        )
-        judge.extra_dict = read_by({"person": ("timeout", "on_timeout")})
         return io.Schema(
             node_id="MiraDPOPreference",
             **aliases("choose", "preference", "compare", "a or b", "human feedback", "dpo"),
@@ -188,7 +177,14 @@ class MiraDPOPreference(io.ComfyNode):
             ),
             inputs=[
                 *linked_inputs("judge"),
-                judge,
+                choosing_input(
+                    "judge",
+                    {name: ("timeout", "on_timeout") if name == "person" else () for name in JUDGES},
+                    (
+                        "reward: the connected reward, which needs no gradient. person: you choose on this node, by "
+                        "click or by the keys 1, 2, ... recorded choices: those of an earlier run."
+                    ),
+                ),
                 *sampling_inputs("Makes the first candidate's noises, as KSampler's does, and all others from there."),
                 io.Int.Input(
                     "iterations", default=DEFAULT.iterations, min=1, max=1000, tooltip="Comparisons, for each image."

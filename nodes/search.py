@@ -38,8 +38,8 @@ from .shared.inputs import (
     learning_rate_input,
     linked_inputs,
     memory_input,
+    method_input,
     prompt_input,
-    read_by,
     read_settings,
     repeatable_input,
     restart_denoise_input,
@@ -75,27 +75,6 @@ def can_steer(node: str, method: str, other: str, sampler: Any, model_sampling: 
             f"{node}: method {method} stops after every step to look, but {name} carries what it knows from one step "
             f"to the next, and would sample otherwise in pieces: use euler_ancestral{other}"
         )
-
-
-def method_input() -> io.Combo.Input:
-    method = io.Combo.Input(
-        "method",
-        options=list(METHODS),
-        default=DEFAULT.method,
-        tooltip=(
-            "best_of_n: so many seeds, the best stays. zero_order: climbs around the best noise. "
-            "halving: the half of the seeds that promises less is given up, again and again. "
-            "fk_steering: particles are resampled by their predicted reward while they are sampled. code: "
-            "the best of several continuations, again and again. das: FK's sequential Monte Carlo with "
-            "proposals that follow the gradient. mira_fk: MIRA on several trajectories, of which the "
-            "best goes on. restarts: the best seed is noised again and painted anew, several times over, "
-            "and the better image stays: much reward with the prompt kept, and no gradient. ntrk: the "
-            "reward's gradient chooses a part of the noise of every step, as MIRA Tilt KSampler does: far "
-            "in one or two samples (`rounds`), each of three times the work."
-        ),
-    )
-    method.extra_dict = read_by({name: how.reads for name, how in METHODS.items()})
-    return method
 
 
 def particulars() -> list[io.Input]:
@@ -243,7 +222,21 @@ class MiraSearchKSampler(Searching):
                 *linked_inputs(),
                 MiraReward.Input("reward", tooltip="It needs a gradient for das, ntrk and mira_fk only."),
                 *sampling_inputs("Makes the first candidate's noises, as KSampler's does, and all others from there."),
-                method_input(),
+                method_input(
+                    METHODS,
+                    DEFAULT.method,
+                    (
+                        "best_of_n: so many seeds, the best stays. zero_order: climbs around the best noise. "
+                        "halving: the half of the seeds that promises less is given up, again and again. "
+                        "fk_steering: particles are resampled by their predicted reward while they are sampled. code: "
+                        "the best of several continuations, again and again. das: FK's sequential Monte Carlo with "
+                        "proposals that follow the gradient. mira_fk: MIRA on several trajectories, of which the "
+                        "best goes on. restarts: the best seed is noised again and painted anew, several times over, "
+                        "and the better image stays: much reward with the prompt kept, and no gradient. ntrk: the "
+                        "reward's gradient chooses a part of the noise of every step, as MIRA Tilt KSampler does: far "
+                        "in one or two samples (`rounds`), each of three times the work."
+                    ),
+                ),
                 io.Int.Input(
                     "particles",
                     default=DEFAULT.particles,

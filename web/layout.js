@@ -51,6 +51,11 @@ export function presetAfter({ presets }, preset, name, value) {
   return wanted && name in wanted && wanted[name] !== value ? "custom" : preset;
 }
 
+/** The inputs that some choice does not read, of { combo: { input: [values of the combo that read it] } }. */
+export function readBySome(told) {
+  return new Set(Object.values(told).flatMap(Object.keys));
+}
+
 /**
  * The inputs that mean nothing to what is chosen. told: { combo: { input: [values of the combo that read it] } };
  * values: { combo: its value }, without a combo whose value comes from elsewhere.

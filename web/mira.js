@@ -4,7 +4,7 @@ import { api } from "../../scripts/api.js";
 import { differences, whyNotTaken } from "./asked.js";
 import { addStyles, createChart } from "./chart.js";
 import { CSS as CHOICE_CSS, createChooser, heightOf, tabTitle, validChoice } from "./choice.js";
-import { migrated, presetAfter, presetValues, unread } from "./layout.js";
+import { migrated, presetAfter, presetValues, readBySome, unread } from "./layout.js";
 import { recordsOf } from "./png.js";
 import { addStep, csv, escaped, fromOutput, newRun, status } from "./series.js";
 import { textElement, textOf } from "./text.js";
@@ -158,7 +158,7 @@ function fit(node, least = 380) {
  */
 function fold(node) {
   const told = READ_BY.get(node.comfyClass);
-  const some = new Set(Object.values(told).flatMap(Object.keys));
+  const some = readBySome(told);
   for (const widget of node.widgets ?? []) {
     if (widget.options?.advanced) widget.advanced = true;
     if (!widget.advanced && !some.has(widget.name)) continue;
@@ -187,7 +187,7 @@ function hideUnread(node, opened = false) {
   const values = Object.fromEntries(widgets.filter((w) => !linked.has(w.name)).map((w) => [w.name, w.value]));
   const told = READ_BY.get(node.comfyClass);
   const hidden = unread(told, values);
-  const some = new Set(Object.values(told).flatMap(Object.keys)); // others may be hidden by somebody else
+  const some = readBySome(told); // others may be hidden by somebody else
   const seen = (widget) => !window.LiteGraph?.vueNodesMode || "hidden" in Object.getPrototypeOf(widget);
   const turned = widgets.filter((w) => some.has(w.name) && Boolean(w.hidden) !== (hidden.has(w.name) && !linked.has(w.name) && seen(w)));
   if (!turned.length) return;

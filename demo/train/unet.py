@@ -77,7 +77,7 @@ class LatentPool:
         self.world, self.vae, self.device = world, vae.to(device), device
         self.path = CACHE / f"latents{size}.pt"
         if self.path.exists():
-            self.z, self.labels = torch.load(self.path, weights_only=True)
+            self.z, self.labels = torch.load(self.path, weights_only=True, map_location="cpu")
             self.z = self.z.to(device)
             return
         parts = []

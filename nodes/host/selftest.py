@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -163,38 +164,33 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
         last, looked = len(sigmas) - 2, dict[int, Checked]()
         begins = max(0, last + 1 - process.job.gradient_steps) if process.job.gradient_steps else 0
 
+        def at(step: int) -> Tensor:
+            return x * (sigmas[step] ** 2 + 1).sqrt() / (sigmas[0] ** 2 + 1).sqrt()
+
+        def ask(step: int, y: Tensor, share: float = 1.0) -> Tensor:
+            with process.random(step):
+                out = call(y, share * sigmas[step] * y.new_ones(len(y)), **extra_args)
+            return out[0] if isinstance(out, tuple) else out
+
         def look(step: int) -> Checked:
-            sigma = sigmas[step] * x.new_ones(len(x))
+            once, start = partial(ask, step), at(step)
 
-            def once(x: Tensor, sigma: Tensor = sigma) -> Tensor:
-                with process.random(step):
-                    out = call(x, sigma, **extra_args)
-                return out[0] if isinstance(out, tuple) else out
-
-            def predict(x: Tensor) -> Tensor:
+            def predict(y: Tensor) -> Tensor:
                 if process.keeps:  # what keeps the last step begins anew where sigma rises
                     with torch.no_grad():
-                        once(x.detach(), sigma / 2)
-                return once(x)
+                        ask(step, y.detach(), 0.5)
+                return once(y)
 
             def noise_of(out: Tensor) -> Tensor:
-                return at - process.signal(sigma[0]) * out
+                return start - process.signal(sigmas[step]) * out
 
-            at = x * (sigma[0] ** 2 + 1).sqrt() / (sigmas[0] ** 2 + 1).sqrt()
             if patched and not looked and not known:  # once will do
-                process.keeps = remembers(once, at, at.flip(-1), process.half)
-            checked = check(predict, at, within=within, looked_at=noise_of, known=known.get(step))
-            if process.keeps:  # so that the trajectory that follows begins anew
-                with torch.no_grad():
-                    once(at, sigmas[last] / 2 * x.new_ones(len(x)))
-            return checked
+                process.keeps = remembers(once, start, start.flip(-1), process.half)
+            return check(predict, start, within=within, looked_at=noise_of, known=known.get(step))
 
         def depends(step: int) -> bool:
-            sigma = sigmas[step] * x.new_ones(len(x))
             with torch.no_grad():
-                one, other = (call(y, sigma, **extra_args) for y in (x, x.flip(-1)))
-            one, other = (out[0] if isinstance(out, tuple) else out for out in (one, other))
-            return not torch.equal(one, other)
+                return not torch.equal(ask(step, at(step)), ask(step, at(step).flip(-1)))
 
         for step in dict.fromkeys((last // 2, 0, last)):  # conditioning may begin or end in between
             looked[step] = look(step)
@@ -211,6 +207,9 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
             worst = {name: max(getattr(c, name) for c in (main, *others)) for name in ("wrong", "lacks", "moved")}
             main = replace(main, **worst)
         found[:] = [main]
+        if process.keeps:  # so that the trajectory that follows begins anew, too
+            with torch.no_grad():
+                ask(last, at(last), 0.5)
         return x
 
     # Some guiders add what counts as a constant here, and not in a finite difference.

@@ -121,14 +121,23 @@ def advanced(*inputs: io.Input) -> list[io.Input]:
     return list(inputs)
 
 
-def read_by(reads: Mapping[str, Iterable[str]]) -> dict:
-    """An input's `extra_dict`, by which the editor leaves out what its value does not read.
+def choosing_input(
+    name: str, reads: Mapping[str, Iterable[str]], tooltip: str, default: str | None = None
+) -> io.Combo.Input:
+    """A choice, of which the editor learns what to leave out.
 
-    reads: by a value, the settings that mean something to it and not to every other.
+    reads: by a choice, the settings that mean something to it and not to every other.
     """
-    some = {name for names in reads.values() for name in names}
-    readers = {name: [value for value, names in reads.items() if name in names] for name in sorted(some)}
-    return {"mira_read_by": named(readers)}
+    some = {setting for settings in reads.values() for setting in settings}
+    readers = {setting: [value for value, its in reads.items() if setting in its] for setting in sorted(some)}
+    choice = io.Combo.Input(name, options=list(reads), default=default, tooltip=tooltip)
+    choice.extra_dict = {"mira_read_by": named(readers)}  # as the oldest core here has no argument for it
+    return choice
+
+
+def method_input(methods: Mapping[str, Any], default: str, tooltip: str) -> io.Combo.Input:
+    """methods: by name, each with what it `reads`."""
+    return choosing_input("method", {name: method.reads for name, method in methods.items()}, tooltip, default)
 
 
 def denoise_input():
