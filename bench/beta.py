@@ -35,6 +35,8 @@ def transition_energy(path, reference):
     return rollout.total(rollout.mean_square(z0, path.mask) - rollout.mean_square(z, path.mask) for z0, z in pairs)
 
 
+LEVELS = {"brightness": (0.3, 0.5, 0.6, 0.7, 0.8, 0.9), "aesthetic": (5.7, 6.0, 6.2)}
+
 # By name: the regulariser and the weighting of its steps.
 READINGS = {
     "mira": ("mira", "marginal"),
@@ -67,7 +69,7 @@ def read_rows() -> dict[tuple, list[dict]]:
 
 def report() -> None:
     """From the rows that stand in docs/results."""
-    runs, table = read_rows(), []
+    runs, table, levels = read_rows(), [], []
     for (reward, plan, reading, share), mine in sorted(runs.items()):
         if (plain := runs.get((reward, plan, "dno", 0.0))) is None:
             continue
@@ -81,8 +83,13 @@ def report() -> None:
             "start_adherence": start[2].item(), "adherence": end[2].item(), "clip_score": end[3].item(),
             "mira": sum(r["mira"] for r in last) / len(last), "path_kl": sum(r["path_kl"] for r in last) / len(last),
         }  # fmt: skip
-        if reading != "dno" and (found := against(a, b, [animal for _, animal in images], None)):
-            row |= {k: found[k] for k in ("plain_adherence", "adherence_above", "se")}
+        animals, told = [animal for _, animal in images], ("plain_adherence", "adherence_above", "se")
+        if reading != "dno" and (found := against(a, b, animals, None)):
+            row |= {k: found[k] for k in told}
+        for level in LEVELS[reward] if reading != "dno" else ():
+            if found := against(a, b, animals, level):
+                of = {"reward": reward, "plan": plan, "reading": reading, "share": share, "level": level}
+                levels.append(of | {k: found[k] for k in told})
         table.append(row)
         above = f"{row['adherence_above']:+.3f}±{row['se']:.3f}" if "se" in row else "-"
         print(
@@ -90,6 +97,7 @@ def report() -> None:
             f"adherence {start[2]:.2f} -> {end[2]:.2f}, above plain {above}, S0 - S {row['mira']:+.2f}",
         )  # fmt: skip
     write(OUT / "beta.csv", table)
+    write(OUT / "beta_levels.csv", levels)
 
 
 def main() -> None:

@@ -113,13 +113,16 @@ def matched(mine: list[dict], plain: list[dict], fraction: float, resamples: int
     return a, b, differences.std().item() if len(differences) > resamples // 2 else float("nan")
 
 
-def tells(rows: list[dict], surrogate: str) -> float:
-    """The area under the ROC curve of "this image has lost half of its own adherence", as a surrogate tells it; of the
-    images that begin above one half.
-    """
+def losses(rows: list[dict]) -> tuple[list[dict], torch.Tensor]:
+    """The iterates of images that begin above one half of adherence, and which of them have lost half of their own."""
     first = {r["animal"]: r["adherence"] for r in rows if r["iteration"] == 0}
     cases = [r for r in rows if r["iteration"] and first[r["animal"]] > 0.5]
-    lost = torch.tensor([r["adherence"] < first[r["animal"]] / 2 for r in cases])
+    return cases, torch.tensor([r["adherence"] < first[r["animal"]] / 2 for r in cases])
+
+
+def tells(rows: list[dict], surrogate: str) -> float:
+    """The area under the ROC curve of `losses`, as a surrogate tells them."""
+    cases, lost = losses(rows)
     value = torch.tensor([r[surrogate] for r in cases], dtype=torch.float64)
     higher = (value[lost][:, None] - value[~lost]).sign()
     return (higher.mean().item() + 1) / 2 if len(higher) else float("nan")
@@ -177,9 +180,14 @@ def report() -> None:
                 writer.writerow([reward, surrogate, *(f"{v:.3g}" for v in levels)])
                 print(reward, surrogate, *(f"{v:.3g}" for v in levels))
     plain = [r | {"animal": (reward, r["animal"])} for reward in REWARDS for r in runs[reward, "none", 0.0]]
-    areas = [{"surrogate": name, "area": tells(plain, name)} for name in ("noise_norm", *SURROGATES)]
+    lost = losses(plain)[1]
+    counts = {"lost": lost.sum().item(), "not_lost": (~lost).sum().item()}
+    areas = [{"surrogate": name, "area": tells(plain, name)} | counts for name in ("noise_norm", *SURROGATES)]
     write(out / "surrogates_tell.csv", areas)
-    print(*(f"{r['surrogate']} {r['area']:.2f}" for r in areas))
+    print(*(f"{r['surrogate']} {r['area']:.2f}" for r in areas), counts)
+    ends = {reward: curve(runs[reward, "none", 0.0], "mira")[-1] for reward in REWARDS}
+    signs = [{"optimised": r, "mira": v.mean().item(), "se": v.std().item() / len(v) ** 0.5} for r, v in ends.items()]
+    write(out / "surrogates_sign.csv", signs)
     figure, axes = plt.subplots(3, len(REWARDS), figsize=(15, 12), layout="constrained")
     for column, reward in enumerate(REWARDS):
         subset = {r["animal"] for key, rows in runs.items() if key[0] == reward and key[1] != "none" for r in rows}
