@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
 import time
 from collections.abc import Iterable
@@ -50,7 +51,8 @@ class Variant:
     """settings: over those of plain optimisation. then: every iterate restarted once from this share of the schedule.
     seed: added to the study's. weighting, gradient_steps: the job's. shares: a "path" of single trajectories instead,
     each with so much of its noise chosen by the reward, and the best of so many `particles`,
-    each noised again to .6 of the schedule and sampled anew in further `rounds`. best_of: a "path" of plain samples
+    each noised again to `again` of the schedule and sampled anew in further `rounds`. every_round: what there is after
+    each of them is an iterate. best_of: a "path" of plain samples
     instead, the best of so many; fk: of FK steering, with so many particles. first: not the plain sample is optimised,
     but the way back of its restart from this share."""
 
@@ -62,6 +64,8 @@ class Variant:
     shares: tuple[float, ...] = ()
     particles: int = 1
     rounds: int = 1
+    again: float = 0.6
+    every_round: bool = False
     best_of: tuple[int, ...] = ()
     fk: tuple[int, ...] = ()
     first: float = 0.0
@@ -102,6 +106,7 @@ VARIANTS = {
     "ntrk": Variant(shares=SHARES),
     "ntrk_4": Variant(shares=FAR, particles=4),
     "ntrk_twice": Variant(shares=(0.4, 0.6), rounds=2),
+    "ntrk_rounds": Variant(shares=(0.3, 0.4, 0.5), rounds=4, again=0.8, every_round=True),
     "fast": preset("fast"),
     "strong": preset("strong"),
     "exact_gradient": preset("exact_gradient"),
@@ -191,18 +196,31 @@ def run(
 
 def steered(job, observer: Observer, variant: Variant) -> list[dict]:
     """The plain sample, twice as the host takes it, and three passes for every particle: backward at every step."""
-    job.on_iteration = lambda k, rows, score: None
-    again = 0.6
-    passes = 2 + 3 * variant.particles * (1 + again * (variant.rounds - 1))
+    none, ends = {a: {} for a in observer.animals}, []
+
+    def passes(rounds: int) -> float:
+        return 2 + 3 * variant.particles * (1 + variant.again * (rounds - 1))
+
+    def on_iteration(k: int, rows: list[dict], score) -> None:
+        if k and math.isfinite(rows[0]["noise_norm"]):  # an image, not a prediction
+            ends.append(score.images.clone())
+
+    job.on_iteration = on_iteration
     for k, share in enumerate(variant.shares):
+        ends.clear()
         job.settings = SearchSettings(
             method="ntrk", particles=variant.particles, radius=share or 1e-6, rounds=variant.rounds,
-            restart_denoise=again,
+            restart_denoise=variant.again,
         )  # fmt: skip
         with torch.inference_mode():
             done = host.run(job, host.searching)
             images = host.decode(job.vae, done.latent).clone()
-        observer.look(k, images, passes, {a: {} for a in observer.animals})
+        if not variant.every_round:
+            observer.look(k, images, passes(variant.rounds), none)
+            continue
+        torch.testing.assert_close(ends[-1], images, atol=1e-4, rtol=0)
+        for r, found in enumerate(ends):
+            observer.look(variant.rounds * k + r, found, passes(r + 1), none)
     return with_the_last_kept(observer.rows)
 
 
@@ -346,6 +364,27 @@ def best_of_draws(draws: list[list[dict]]) -> list[dict]:
     ]
 
 
+def signs() -> list[dict]:
+    """Where plain optimisation ends, S0 - S, the published penalty, with its standard error over animals."""
+    ends: dict[tuple, dict[tuple, tuple[int, float]]] = {}
+    for row in csv.DictReader((OUT / "restart_rows.csv").open()):
+        if row["variant"] == "dno" and row["mira"]:
+            of = ends.setdefault((row["optimised"], row["steps"]), {})
+            image, k = (row["animal"], row["part"], row["seed"]), int(row["iterate"])
+            of[image] = max(of.get(image, (0, 0.0)), (k, float(row["mira"])))
+    found = []
+    for (reward, steps), images in ends.items():
+        of_animals: dict[str, list[float]] = {}
+        for (animal, *_), (_, value) in images.items():
+            of_animals.setdefault(animal, []).append(value)
+        values = torch.tensor([sum(v) / len(v) for v in of_animals.values()])
+        se = (values.std() / len(values) ** 0.5).item()
+        found.append(
+            {"optimised": reward, "steps": steps, "images": len(images), "mira": values.mean().item(), "se": se}
+        )
+    return found
+
+
 def report() -> None:
     """From the rows that stand in docs/results."""
     gather(RAW, OUT / "restart_rows.csv", NAMES)
@@ -364,6 +403,7 @@ def report() -> None:
                     runs[reward, steps, variant] = made
     rows, ends, tilts, way = [], [], [], []
     together: dict[tuple, dict[str, dict]] = {}
+    tilted: dict[tuple, dict[str, dict]] = {}
     for (reward, steps, name), mine in runs.items():
         if (reward, steps, "dno") not in runs:
             continue
@@ -386,13 +426,21 @@ def report() -> None:
             end |= {k: found[k] for k in (*names, "resamples_reached")}
             together.setdefault((steps, name, tuple(sorted(set(animals)))), {})[reward] = found
         ends.append(end)
-        steps_of_tilt = VARIANTS[name].shares if name in VARIANTS else ()
+        variant = VARIANTS.get(name, Variant())
+        steps_of_tilt = [
+            (share, n + 1)
+            for share in variant.shares
+            for n in (range(variant.rounds) if variant.every_round else [variant.rounds - 1])
+        ]
         for k in range(a.shape[1] if steps_of_tilt or name == "default" else 0):
             reached = dict(zip(COLUMNS, a[:, k].mean(1).tolist(), strict=True))
-            place = {"tilt": steps_of_tilt[k]} if steps_of_tilt else {"iterate": k}
+            place = dict(zip(("tilt", "rounds"), steps_of_tilt[k], strict=True)) if steps_of_tilt else {"iterate": k}
             row = of | place | {"reached": reached.pop("reward")} | reached
             table = tilts if steps_of_tilt else way
-            table.append(row | in_figures(against(a[:, k : k + 1], b, animals, None)))
+            found = against(a[:, k : k + 1], b, animals, None)
+            if found and steps_of_tilt:
+                tilted.setdefault((steps, name, *place.values(), tuple(sorted(set(animals)))), {})[reward] = found
+            table.append(row | in_figures(found))
         for level in LEVELS[reward]:
             if name != "dno" and (found := against(a, b, animals, level)):
                 rows.append(of | {"level": level} | in_figures(found))
@@ -402,6 +450,11 @@ def report() -> None:
         for (steps, name, animals), found in sorted(together.items())
     ]
     write(OUT / "restart_pooled.csv", joint)
+    write(OUT / "restart_tilt_pooled.csv", [
+        dict(zip(("steps", "variant", "tilt", "rounds"), of, strict=True)) | {"animals": len(animals)} | pooled(found)
+        for (*of, animals), found in sorted(tilted.items()) if len(found) > 1
+    ])  # fmt: skip
+    write(OUT / "restart_sign.csv", signs())
     write(OUT / "restart.csv", rows)
     write(OUT / "restart_kept.csv", ends)
     write(OUT / "restart_tilt.csv", tilts)

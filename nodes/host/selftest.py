@@ -148,11 +148,15 @@ def _reward_gradient(process: Process) -> None:
         ) from problem
 
 
+def _good(checked: Checked, half: bool) -> bool:
+    return max(checked.wrong, checked.lacks) < GRADIENT_APART[half] and checked.moved <= CALL_APART[half]
+
+
 def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[int, Checked]) -> Checked:
     """The gradient of a step, and what noise it predicts. known, by step: what was found in other ways so far.
 
-    Patches and ControlNets may be there in a part of the schedule alone: with them, the first way looks at the first
-    and the last step that a gradient goes through, too, and the worst counts.
+    Patches and ControlNets may be there in a part of the schedule alone: with them, the first way looks at the first,
+    the middle and the last step that a gradient goes through, too, and the worst counts.
     """
     found: list[Checked] = []
     patched = bool(named(process.extra_args["model_options"]))
@@ -172,7 +176,7 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
                 out = call(y, share * sigmas[step] * y.new_ones(len(y)), **extra_args)
             return out[0] if isinstance(out, tuple) else out
 
-        def look(step: int) -> Checked:
+        def look(step: int, of_noise: bool = False) -> Checked:
             once, start = partial(ask, step), at(step)
 
             def predict(y: Tensor) -> Tensor:
@@ -181,31 +185,39 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
                         ask(step, y.detach(), 0.5)
                 return once(y)
 
-            def noise_of(out: Tensor) -> Tensor:
-                return start - process.signal(sigmas[step]) * out
+            def noise_of(out: Tensor, y: Tensor = start) -> Tensor:
+                return y - process.signal(sigmas[step]) * out
 
             if patched and not looked and not known:  # once will do
                 process.keeps = remembers(once, start, start.flip(-1), process.half)
+            if of_noise:
+                return check(lambda y: noise_of(predict(y), y), start, within=within)
             return check(predict, start, within=within, looked_at=noise_of, known=known.get(step))
 
         def depends(step: int) -> bool:
             with torch.no_grad():
                 return not torch.equal(ask(step, at(step)), ask(step, at(step).flip(-1)))
 
-        for step in dict.fromkeys((last // 2, 0, last)):  # conditioning may begin or end in between
+        for step in known or dict.fromkeys((last // 2, 0, last)):  # conditioning may begin or end in between
             looked[step] = look(step)
             if math.isfinite(looked[step].wrong):
-                known.setdefault(step, looked[step])
                 break
         main = looked[step]
         if in_parts:
-            there = {s: looked.get(s) or look(s) for s in dict.fromkeys((begins, last))}
+            there = {s: looked.get(s) or look(s) for s in dict.fromkeys((begins, (begins + last) // 2, last))}
             # Where conditioning has ended, what is predicted may not depend on x at all, and has no gradient to lose.
             others = [c for s, c in there.items() if math.isfinite(c.wrong) or depends(s)]
             if process.half:  # at the first step, of which little is left, its own gradient is mostly rounding
                 others = [c if math.isinf(c.wrong) else replace(c, wrong=c.lacks) for c in others]
+            if step < begins and not _good(main, process.half):
+                # What a patch does where no gradient goes is no matter, if where one goes it is right: of the noise,
+                # too, since little is wrong with a prediction of the image when there is little noise.
+                step, main = begins, there[begins]
+                others.append(look(begins, of_noise=True))
             worst = {name: max(getattr(c, name) for c in (main, *others)) for name in ("wrong", "lacks", "moved")}
             main = replace(main, **worst)
+        if math.isfinite(main.wrong):
+            known.setdefault(step, main)
         found[:] = [main]
         if process.keeps:  # so that the trajectory that follows begins anew, too
             with torch.no_grad():

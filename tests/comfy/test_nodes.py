@@ -466,6 +466,17 @@ def test_a_preset_says_what_it_took_and_the_record_has_what_ran(world):
     assert same.args[2].of(0)[-1]["reward"] == trace.of(0)[-1]["reward"]
 
 
+def test_what_a_choice_may_leave_out_is_an_input():
+    no_input = {"ess", "tempering", "clip_norm", "optimizer"}  # read by some, and asked for by no node
+    choosing = 0
+    for schema in (node.define_schema() for node in nodes.NODES):
+        for one in schema.inputs:
+            if found := (one.extra_dict or {}).get("mira_read_by"):
+                assert set(found) - {other.id for other in schema.inputs} <= no_input, schema.node_id
+                choosing += 1
+    assert choosing == 3
+
+
 @pytest.mark.parametrize("node", ["MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced"])
 def test_a_help_page_says_what_a_run_takes_from_its_preset(node):
     """Of every input, as the table says it: what a later preset does not list is as in the first, or is left alone."""
