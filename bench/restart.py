@@ -50,7 +50,8 @@ ROUNDS = {"iterations": 16, "rounds": 4, "lr": 0.04}
 class Variant:
     """settings: over those of plain optimisation. then: every iterate restarted once from this share of the schedule.
     seed: added to the study's. weighting, gradient_steps: the job's. shares: a "path" of single trajectories instead,
-    each with so much of its noise chosen by the reward, and the best of so many `particles`,
+    each with so much of its noise chosen by the reward, anew at every `interval` steps, and the best of so many
+    `particles`,
     each noised again to `again` of the schedule and sampled anew in further `rounds`. every_round: what there is after
     each of them is an iterate. best_of: a "path" of plain samples
     instead, the best of so many; fk: of FK steering, with so many particles. first: not the plain sample is optimised,
@@ -66,6 +67,7 @@ class Variant:
     rounds: int = 1
     again: float = 0.6
     every_round: bool = False
+    interval: int = 1
     best_of: tuple[int, ...] = ()
     fk: tuple[int, ...] = ()
     first: float = 0.0
@@ -106,7 +108,9 @@ VARIANTS = {
     "ntrk": Variant(shares=SHARES),
     "ntrk_4": Variant(shares=FAR, particles=4),
     "ntrk_twice": Variant(shares=(0.4, 0.6), rounds=2),
-    "ntrk_rounds": Variant(shares=(0.3, 0.4, 0.5), rounds=4, again=0.8, every_round=True),
+    "ntrk_rounds": Variant(shares=(0.4,), rounds=3, again=0.8, every_round=True),
+    "ntrk_second": Variant(shares=(0.4, 0.6), rounds=3, again=0.8, every_round=True, interval=2),
+    "ntrk_fourth": Variant(shares=(0.4,), rounds=3, again=0.8, every_round=True, interval=4),
     "fast": preset("fast"),
     "strong": preset("strong"),
     "exact_gradient": preset("exact_gradient"),
@@ -195,22 +199,22 @@ def run(
 
 
 def steered(job, observer: Observer, variant: Variant) -> list[dict]:
-    """The plain sample, twice as the host takes it, and three passes for every particle: backward at every step."""
+    """The plain sample, twice as the host takes it, and up to three passes for every particle, backward being two."""
     none, ends = {a: {} for a in observer.animals}, []
 
     def passes(rounds: int) -> float:
-        return 2 + 3 * variant.particles * (1 + variant.again * (rounds - 1))
+        return 2 + (1 + 2 / variant.interval) * variant.particles * (1 + variant.again * (rounds - 1))
 
     def on_iteration(k: int, rows: list[dict], score) -> None:
-        if k and math.isfinite(rows[0]["noise_norm"]):  # an image, not a prediction
-            ends.append(score.images.clone())
+        if not k or math.isfinite(rows[0]["noise_norm"]):  # an image, not a prediction
+            ends.append((torch.tensor([row["reward"] for row in rows]), score.images.clone()))
 
     job.on_iteration = on_iteration
     for k, share in enumerate(variant.shares):
         ends.clear()
         job.settings = SearchSettings(
             method="ntrk", particles=variant.particles, radius=share or 1e-6, rounds=variant.rounds,
-            restart_denoise=variant.again,
+            restart_denoise=variant.again, interval=variant.interval,
         )  # fmt: skip
         with torch.inference_mode():
             done = host.run(job, host.searching)
@@ -218,10 +222,18 @@ def steered(job, observer: Observer, variant: Variant) -> list[dict]:
         if not variant.every_round:
             observer.look(k, images, passes(variant.rounds), none)
             continue
-        torch.testing.assert_close(ends[-1], images, atol=1e-4, rtol=0)
-        for r, found in enumerate(ends):
-            observer.look(variant.rounds * k + r, found, passes(r + 1), none)
+        for r in range(1, variant.rounds + 1):
+            found = images if r == variant.rounds else kept_of(ends[: r + 1])
+            observer.look(variant.rounds * k + r - 1, found, passes(r), none)
     return with_the_last_kept(observer.rows)
+
+
+def kept_of(ends: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """ends: (reward, images) of the plain sample and of every round. The last one's, where the plain one's reward is
+    lower, and of the earlier ones the best elsewhere, as the node hands them back."""
+    rewards = torch.stack([reward for reward, _ in ends])
+    chosen = torch.where(rewards[-1] > rewards[0], len(ends) - 1, rewards[:-1].argmax(0))
+    return torch.stack([ends[int(k)][1][b] for b, k in enumerate(chosen)])
 
 
 def best_of(world, empty, positive, observer: Observer, variant: Variant, steps: int, seed: int) -> list[dict]:

@@ -88,7 +88,7 @@ def particulars() -> list[io.Input]:
             max=10000,
             tooltip=(
                 "Sampling steps between two looks of fk_steering and code. 0: a fifth and a twentieth of the "
-                "steps, as in their papers; of halving, as often as it takes to leave one."
+                "steps, as in their papers; of halving, as often as it takes to leave one; of ntrk, every step."
             ),
         ),
         io.Float.Input(
@@ -271,7 +271,7 @@ class MiraTiltKSampler(Searching):
 
     @classmethod
     def settings(cls, values: dict) -> SearchSettings:
-        shared = {name: values[name] for name in ("rounds", "restart_denoise")}
+        shared = {name: values[name] for name in ("rounds", "restart_denoise", "interval")}
         return SearchSettings("ntrk", particles=1, radius=values["tilt"], **shared)
 
     @classmethod
@@ -321,6 +321,17 @@ class MiraTiltKSampler(Searching):
                     iterate_input("what the method hands back"),
                     repeatable_input(),
                     final_restart_input(),
+                    io.Int.Input(
+                        "interval",
+                        default=2,
+                        min=1,
+                        max=100,
+                        optional=True,
+                        tooltip=(
+                            "Sampling steps from one look at the reward to the next; what it asked for stays until "
+                            "then. More is faster."
+                        ),
+                    ),
                 ),
             ],
             outputs=trace_outputs(),

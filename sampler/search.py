@@ -79,11 +79,13 @@ class SearchSettings:
 
     def looks(self, steps: int) -> list[int]:
         """The steps, of 1 to `steps`, after which a steering method looks at its particles."""
-        looks = METHODS[self.method].looks
-        if not looks:
-            return list(range(1, steps + 1))
-        often = steps // looks(self.particles) if callable(looks) else round(steps / looks)
-        every = self.interval or max(1, often)
+        method, every = METHODS[self.method], 0
+        if "interval" in method.reads:
+            every = self.interval
+        if not every and method.looks:
+            often = method.looks(self.particles) if callable(method.looks) else method.looks
+            every = steps // often if callable(method.looks) else round(steps / often)
+        every = max(1, every)
         return [*range(every, steps, every), steps]
 
     def restart_step(self, steps: int) -> int:
@@ -96,7 +98,8 @@ class SearchSettings:
             return self.particles - 1
         if METHODS[self.method].restarts:
             return self.rounds + 1
-        again = (self.rounds - 1) * (steps - self.restart_step(steps)) if METHODS[self.method].repaints else 0
+        stretch = steps - self.restart_step(steps)
+        again = (self.rounds - 1) * len(self.looks(stretch)) if METHODS[self.method].repaints else 0
         return len(self.looks(steps)) + again if METHODS[self.method].steers else self.rounds
 
 
@@ -187,7 +190,7 @@ METHODS = {
     "restarts": Method(restarts=True, reads=("rounds", "restart_denoise")),
     "ntrk": Method(
         ntrk, gradient=True, steers=True, injects=True, copies=False, repaints=True,
-        reads=("rounds", "radius", "restart_denoise"),
+        reads=("rounds", "radius", "restart_denoise", "interval"),
     ),
 }  # fmt: skip
 

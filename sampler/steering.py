@@ -112,11 +112,15 @@ def ntrk(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
         if number:
             first = settings.restart_step(run.steps)
             population = restart(run, population, first)
+        looks = [0, *settings.looks(run.steps - first)]
         for i in range(first, run.steps):
-            direction, found = uphill(run, population, i, settings)
-            if i > first:
-                row += 1
-                run.report(row, population, *found, False)
+            if i - first in looks:
+                direction, found = uphill(run, population, i, settings)
+                if i > first:
+                    row += 1
+                    run.report(row, population, *found, False)
+            else:
+                run.predict(population, i)
             tilt(run, population, i, direction, settings.radius)
         # A path of more than one stretch has no likelihood to measure; of its noises, as many as a whole one has.
         population.noises = [*before[: len(before) - len(population.noises)], *population.noises] if number else before

@@ -146,7 +146,7 @@ def test_registration():
     ]  # fmt: skip
     assert [i.id for i in listed["MiraTiltKSampler"].inputs] == [
         *sampling, "tilt", "prompt", "denoise", "rounds", "restart_denoise", "memory", "iterate", "repeatable",
-        "final_restart",
+        "final_restart", "interval",
     ]  # fmt: skip
     assert [i.id for i in listed["MiraRLGuidance"].inputs] == ["model", "tuned", "weight", "schedule", "power"]
     assert [i.id for i in listed["MiraDyMOGuider"].inputs] == [

@@ -109,6 +109,7 @@ def test_a_black_box_reward_is_searched(world):
 
 TILT = dict(
     seed=1, steps=4, cfg=5.0, sampler_name="euler_ancestral", scheduler="normal", tilt=0.4, restart_denoise=0.5,
+    rounds=2, interval=1,
 )  # fmt: skip
 
 
@@ -116,7 +117,8 @@ TILT = dict(
 def tilted(world, **changes):
     given = dict(model=world.model, positive=world.positive, negative=world.negative, vae=world.vae)
     given |= {"latent_image": {"samples": torch.zeros(2, 4, 8, 8)}, "reward": PixelReward("brightness")}
-    return as_node(mira("nodes").MiraTiltKSampler).execute(**given | TILT | changes)
+    given = {name: value for name, value in (given | TILT | changes).items() if value is not None}
+    return as_node(mira("nodes").MiraTiltKSampler).execute(**given)
 
 
 def test_tilt_is_searchs_ntrk_with_a_dial(world):
@@ -135,11 +137,21 @@ def test_tilt_is_searchs_ntrk_with_a_dial(world):
     assert [r["reward"] for r in once.rows] == [r["reward"] for r in trace.rows][: len(once.rows)]
 
 
+def test_tilt_looks_at_every_second_step_by_default(world):
+    evaluations = {}
+    for interval in (1, 2, None):
+        trace = tilted(world, interval=interval).args[2]
+        evaluations[interval] = trace.settings["evaluations"], trace.settings["backwards"], len(trace.of(0))
+    assert evaluations[1] == (4 + 4 + 2, 3 + 1, 1 + 4 + 2)
+    assert evaluations[2] == evaluations[None] == (4 + 4 + 2, 2 + 1, 1 + 2 + 1)
+
+
+@pytest.mark.parametrize("interval", [1, 2])
 @pytest.mark.parametrize("sampler", ["dpmpp_2s_ancestral", "dpmpp_sde"])
-def test_every_row_of_tilt_is_the_iterate_that_it_speaks_of(world, sampler):
+def test_every_row_of_tilt_is_the_iterate_that_it_speaks_of(world, sampler, interval):
     """Also where a step is two calls of the network."""
-    for k in range(7):
-        latent, _, trace = tilted(world, sampler_name=sampler, iterate=k).args[:3]
+    for k in range(7 if interval == 1 else 4):
+        latent, _, trace = tilted(world, sampler_name=sampler, iterate=k, interval=interval).args[:3]
         for image, value in enumerate(brightness(world, latent)):
             assert value == pytest.approx(trace.of(image)[k]["reward"], abs=1e-4)
 

@@ -329,7 +329,8 @@ def test_settings_say_what_is_wrong(change):
 def test_papers_looks():
     assert SearchSettings("fk_steering").looks(100) == [20, 40, 60, 80, 100]
     assert SearchSettings("code").looks(100) == list(range(5, 101, 5))
-    assert SearchSettings("das").looks(3) == [1, 2, 3]
+    assert SearchSettings("das", interval=2).looks(3) == SearchSettings("ntrk").looks(3) == [1, 2, 3]  # das reads none
+    assert SearchSettings("ntrk", interval=2).looks(5) == [2, 4, 5]
     assert SearchSettings("fk_steering", interval=3).looks(8) == [3, 6, 8]
     assert SearchSettings("code").looks(1) == [1]
 
@@ -366,9 +367,13 @@ def test_ntrk_moves_a_gaussian_by_its_share_along_the_whitened_gradient():
     assert torch.equal(rollout(result.best_noises).x0, result.best)
 
 
-def test_ntrk_in_rounds_tilts_the_way_back_of_a_restart():
-    """Means go through the linear sampler as noises do: those of the image that is noised again, and of the tilt."""
-    shape, settings = (1, 16, 16), SearchSettings("ntrk", particles=1, rounds=2, radius=0.5, restart_denoise=0.5)
+@pytest.mark.parametrize("interval", [0, 3])
+def test_ntrk_in_rounds_tilts_the_way_back_of_a_restart(interval):
+    """Means go through the linear sampler as noises do: those of the image that is noised again, and of the tilt, which
+    is the same at every x, and so at every step.
+    """
+    shape = (1, 16, 16)
+    settings = SearchSettings("ntrk", particles=1, rounds=2, radius=0.5, restart_denoise=0.5, interval=interval)
     w = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     score, u = along(w)
     chain, rollout, z = problem(batch=64, shape=shape)
@@ -382,9 +387,12 @@ def test_ntrk_in_rounds_tilts_the_way_back_of_a_restart():
     found = (result.particles[0] * w).flatten(1).sum(1) / w.norm()
     assert found.mean().item() == pytest.approx(((mean * w).sum() / w.norm()).item(), abs=0.4)  # of 64, deviation 1
     rows = result.trace.of(0)
-    assert len(rows) == 1 + settings.rows(STEPS) == 1 + STEPS + STEPS // 2
+    whole, half = (math.ceil(n / max(1, interval)) for n in (STEPS, STEPS // 2))
+    assert len(rows) == 1 + settings.rows(STEPS) == 1 + whole + half
     ends = [r["iteration"] for r in rows if math.isfinite(r["noise_norm"])]
-    assert ends == [0, STEPS, STEPS + STEPS // 2]
+    assert ends == [0, whole, whole + half]
+    # The last step injects no noise, and has no gradient.
+    assert result.trace.settings["backwards"] == (whole + half - 2 if interval < 2 else whole + half)
     assert [math.isfinite(rows[k]["path_kl"]) for k in ends] == [True, True, False]  # of two stretches, no likelihood
     assert all(n.shape == z[0].shape for n in result.best_noises) and len(result.best_noises) == len(z)
     assert torch.equal(result.best, result.particles[0]) and result.trace.kept == [ends[-1]] * 64
