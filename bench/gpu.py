@@ -304,7 +304,58 @@ def speed(name: str, dtype: str, small: bool) -> dict:
             table[way] = {"failed": str(problem).splitlines()[0]}
         print(name, dtype, way, table[way], flush=True)
     table["DNO's own loop"] = dno(world, options)
+    for way, settings in whole_runs().items():
+        if (name, way) == ("flow", "tilt"):
+            continue  # its sampler injects no noise
+        if time.time() - began > 0.9 * LIMIT:
+            table[f"{way}, whole run"] = {"not run": "out of time"}
+            continue
+        try:
+            table[f"{way}, whole run"] = whole(world, options, settings)
+        except torch.OutOfMemoryError as problem:
+            table[f"{way}, whole run"] = {"failed": str(problem).splitlines()[0]}
     return table
+
+
+def whole_runs() -> dict:
+    """The settings of the two nodes that most people use, as they come."""
+    from bench.methods import DEFAULT, SearchSettings, mira
+
+    inputs = {i.id: i.default for i in mira("nodes").MiraTiltKSampler.define_schema().inputs if hasattr(i, "default")}
+    tilted = {name: inputs[name] for name in ("rounds", "restart_denoise", "interval")}
+    return {
+        "tilt": SearchSettings("ntrk", particles=1, radius=inputs["tilt"], **tilted),
+        "balanced": DEFAULT,
+    }
+
+
+def whole(world, options: dict, settings) -> dict:
+    """Seconds of a run from its self-test on over the plain sample's, and the peak memory of the device."""
+    import torch
+
+    from bench.methods import GRADIENT_STEPS
+    from testing.world import host
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    steps, sampler = options["steps"], options.get("sampler", "euler_ancestral")
+    job = world.job(
+        **options,
+        gradient_steps=GRADIENT_STEPS if steps >= 10 else 0,
+        restart_sigmas=lambda share: world.sigmas(options.get("model"), steps, sampler, "normal", share),
+    )
+    job.settings = settings
+    host.synchronize()
+    start = time.perf_counter()
+    with torch.inference_mode():
+        done = host.run(job, host.searching if hasattr(settings, "particles") else None)
+    host.synchronize()
+    seconds, told = time.perf_counter() - start, done.result.trace.settings
+    out = {"run_over_sample": seconds / told["sampling_seconds"], "checkpointing": told.get("checkpointing")}
+    if torch.cuda.is_available():
+        out |= {"seconds": seconds, "peak_gb": torch.cuda.max_memory_allocated() / GIB}
+    return out
 
 
 def dno(world, options: dict) -> dict:
