@@ -22,7 +22,7 @@ from ..sampler.methods import METHODS
 from ..sampler.optimize import Result, Score
 from ..sampler.preference import KEEP, PreferenceSettings, prefer
 from . import host
-from .editor.judges import ON_TIMEOUT, PersonJudge, RecordedJudge, RewardJudge, read_choices
+from .editor.judges import ON_TIMEOUT, PersonJudge, RecordedJudge, Resuming, RewardJudge, read_choices
 from .editor.live import LiveRun
 from .shared import memo
 from .shared.checks import check_latent, check_links, check_reward, check_values, complain, fill_in, needs
@@ -54,6 +54,7 @@ JUDGES = ("reward", "person", "recorded choices")
 # What the measurement in docs/preference.md chose; Algorithm 2 itself is method dpo, keep last_winner, lr 0.01.
 DEFAULT = PreferenceSettings(method="dueling", explore=0.6, keep="incumbent", lr=0.05)
 TAKE_BACK = 3  # choices
+FREE = {"iterations", "timeout", "on_timeout"}  # what does not tell which images are compared
 
 
 def preferring(judge: Any, seed: int, history: int) -> Callable:
@@ -253,7 +254,7 @@ class MiraDPOPreference(io.ComfyNode):
             hidden,
             identity,
             (iterate, final_restart),
-            lambda: run_preference(hidden, given, reward, choices, values),
+            lambda: run_preference(hidden, given, reward, choices, values, memo.last_run(hidden, identity, FREE)),
         )
         record = json.dumps(done.result.trace.settings["choices"])
         return finish(
@@ -270,9 +271,14 @@ class MiraDPOPreference(io.ComfyNode):
 
 
 def run_preference(
-    hidden: Any, given: KSamplerInputs, reward: Reward | None, choices: str, values: dict
+    hidden: Any,
+    given: KSamplerInputs,
+    reward: Reward | None,
+    choices: str,
+    values: dict,
+    before: host.Optimized | None = None,
 ) -> tuple[host.Optimized, LiveRun]:
-    """One run: (what came out, what the editor was told)."""
+    """One run: (what came out, what the editor was told). before: the run of which a person's choices are repeated."""
     told = values | {"cfg": given.cfg}
     check_values(MiraDPOPreference.NAME, MiraDPOPreference.define_schema().inputs, told)
     check_links(MiraDPOPreference.NAME, positive=given.positive, negative=given.negative)
@@ -289,12 +295,13 @@ def run_preference(
         METHODS[values["method"]].gradient,
     )
     judge, context = values["judge"], get_executing_context()
+    chosen = before.result.trace.settings["choices"] if before and judge == "person" else []
     if judge == "reward":
         check_reward(MiraDPOPreference.NAME, reward)
         needs(MiraDPOPreference.NAME, reward, given.prompt, len(given.latent["samples"]))
     made = {
         "reward": lambda: lambda process: RewardJudge(lambda images: process.scoring.reward(images)[0]),
-        "person": lambda: person(hidden.unique_id, context, values, given.seed),
+        "person": lambda: person(hidden.unique_id, context, values, given.seed, chosen),
         "recorded choices": lambda: recorded(choices),
     }[judge]()
     settings = read_settings(MiraDPOPreference.NAME, values, PreferenceSettings)
@@ -308,6 +315,10 @@ def run_preference(
     done = host.run(job, preferring(made, given.seed, TAKE_BACK if judge == "person" else 0))
     trace = done.result.trace
     trace.settings |= record
+    if chosen:
+        trace.notices.append(
+            f"the choices of the run before were repeated, {len(chosen)} of them: another seed begins without"
+        )
     if judge == "reward":
         trace.notices += reward.notices(job.prompts)
     return done, live
@@ -322,7 +333,10 @@ def wrong_judge(values: dict) -> str | None:
     return None
 
 
-def person(node: str, context: Any, values: dict, seed: int) -> Callable[[host.Process], PersonJudge]:
+def person(
+    node: str, context: Any, values: dict, seed: int, chosen: list[list]
+) -> Callable[[host.Process], Resuming | PersonJudge]:
+    """chosen: what needs no asking."""
     client = PromptServer.instance.client_id
     if client is None and not values["timeout"]:
         raise ValueError(
@@ -339,7 +353,7 @@ def person(node: str, context: Any, values: dict, seed: int) -> Callable[[host.P
         values["on_timeout"],
         METHODS[values["method"]].several,
     )
-    return lambda process: judge
+    return lambda process: Resuming(chosen, judge) if chosen else judge
 
 
 def recorded(text: str) -> Callable[[host.Process], RecordedJudge]:

@@ -34,7 +34,11 @@ def text_in(path: str) -> str | None:
     """The records that a picture carries, or None: where ComfyUI puts what goes beside the workflow."""
     from PIL import Image, PngImagePlugin
 
-    with Image.open(path) as image:
+    try:
+        image = Image.open(path)
+    except Image.DecompressionBombError as problem:
+        raise ValueError(f"it is too large a picture ({problem})") from problem
+    with image:
         image.seek(getattr(image, "n_frames", 1) - 1)  # an animated PNG has it after its last frame
         image.load()
         if isinstance(image, PngImagePlugin.PngImageFile):
@@ -83,8 +87,8 @@ class MiraLoadTrace(io.ComfyNode):
                     "index",
                     default=0,
                     min=0,
-                    max=99,
-                    tooltip="Which one, if a picture has several: of other nodes, or of a list, in its order.",
+                    max=9999,
+                    tooltip="Which one, if a picture has several: its own come first, then those of the rest of a list.",
                 ),
                 path_input("mira/fox_00001_.png"),
             ],

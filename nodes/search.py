@@ -234,7 +234,7 @@ class MiraSearchKSampler(Searching):
                         "best goes on. restarts: the best seed is noised again and painted anew, several times over, "
                         "and the better image stays: much reward with the prompt kept, and no gradient. ntrk: the "
                         "reward's gradient chooses a part of the noise of every step, as MIRA Tilt KSampler does: far "
-                        "in one or two samples (`rounds`), each of three times the work."
+                        "in a few samples (`rounds`), each of three times the work, or of two with `interval` 2."
                     ),
                 ),
                 io.Int.Input(
@@ -253,7 +253,7 @@ class MiraSearchKSampler(Searching):
                     max=1000,
                     tooltip=(
                         "Of zero_order and restarts, each of `particles` candidates, and of mira_fk, each of "
-                        "`iterations`. Of ntrk, how often an image is sampled, with a restart between: 1 or 2 will do."
+                        "`iterations`. Of ntrk, how often an image is sampled, with a restart between: 1 to 3 will do."
                     ),
                 ),
                 prompt_input(),
@@ -283,7 +283,7 @@ class MiraTiltKSampler(Searching):
             category="MIRA Alignment/sampling",
             description=(
                 "A KSampler whose noise leans towards a reward: `tilt` says how far. Nothing is optimised; the picture "
-                "is sampled, noised again and sampled once more, for the network's work of about seven."
+                "is sampled, noised again and sampled anew, twice, for the network's work of about seven."
             ),
             inputs=[
                 *linked_inputs(),
@@ -293,7 +293,7 @@ class MiraTiltKSampler(Searching):
                 *sampling_inputs("Makes the initial noise, as KSampler's does, and all others from there."),
                 io.Float.Input(
                     "tilt",
-                    default=0.5,
+                    default=0.4,
                     min=0.05,
                     max=0.95,
                     step=0.05,
@@ -307,7 +307,7 @@ class MiraTiltKSampler(Searching):
                     denoise_input(),
                     io.Int.Input(
                         "rounds",
-                        default=2,
+                        default=3,
                         min=1,
                         max=10,
                         optional=True,
@@ -316,7 +316,7 @@ class MiraTiltKSampler(Searching):
                             "gives back most of the prompt. The last one comes back, unless the plain sample is better."
                         ),
                     ),
-                    restart_denoise_input("From the second round on: how", default=0.6),
+                    restart_denoise_input("From the second round on: how", default=0.8),
                     memory_input(),
                     iterate_input("what the method hands back"),
                     repeatable_input(),

@@ -574,7 +574,7 @@ NOTES = {
     "08 Search - small JPEG": "Twelve candidates; those with smaller files survive while they are painted.",
     "09 Tilted noise": (
         "The quick way: a KSampler with one more dial. At every step the reward chooses `tilt` of the noise; the "
-        "picture is then noised again and sampled once more."
+        "picture is then noised again and sampled anew, twice."
     ),
     "10 Guidance": "Two ways that optimise no reward: a noise that attends to every word, and a guider that leans.",
     "11 More of this, less of that": (

@@ -57,6 +57,16 @@ class RecordedJudge:
         return Verdict(best, worst, tie.bool())
 
 
+class Resuming:
+    """Repeats the choices of the run before, as far as they go; what comes after is for `judge` to say."""
+
+    def __init__(self, choices: list[list], judge: Callable[[int, Sequence[Tensor]], Verdict]) -> None:
+        self.before, self.judge = RecordedJudge(choices), judge
+
+    def __call__(self, k: int, candidates: Sequence[Tensor]) -> Verdict:
+        return (self.before if self.before.choices else self.judge)(k, candidates)
+
+
 def read_choices(text: str) -> list[list]:
     """The `choices` output of a run, or a whole trace as JSON. Raises ValueError for anything else."""
     try:

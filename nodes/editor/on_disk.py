@@ -34,6 +34,23 @@ UNFINISHED = "the run was not finished: this is its best image so far"
 _records: OrderedDict[str, dict[str, dict]] = OrderedDict()  # by what a node was asked: its records
 
 
+class Records(dict):
+    """By node, with #1 and so on after it for the further elements of a list: its record.
+
+    What is written while ComfyUI maps a node over a list, as SaveImage, is of one element: that one's record has the
+    node's name then, and those of the others follow. So every picture begins with its own.
+    """
+
+    def items(self):
+        place = place_in_list()
+        own = {name.split("#")[0]: name for name in self if place and name.endswith(f"#{place}")}
+        if not own:
+            return super().items()
+        first = {node: self[name] for node, name in own.items()}
+        others = {f"{k}#0" if k in own else k: v for k, v in super().items() if k not in own.values()}
+        return (first | others).items()
+
+
 def travel(extra_pnginfo: dict | None, node: str, trace: Trace, prompt: dict | None = None) -> None:
     """Beside the workflow, in every PNG that this run saves from here on. A list has a record for each of its elements.
 
@@ -42,7 +59,7 @@ def travel(extra_pnginfo: dict | None, node: str, trace: Trace, prompt: dict | N
     """
     if extra_pnginfo is None:
         return
-    traces, place = extra_pnginfo.setdefault(PNG_KEY, {}), place_in_list()
+    traces, place = extra_pnginfo.setdefault(PNG_KEY, Records()), place_in_list()
     if not place:  # what an earlier run of the node has left
         for name in of_node(traces, node):
             del traces[name]
@@ -57,7 +74,7 @@ def travel(extra_pnginfo: dict | None, node: str, trace: Trace, prompt: dict | N
 
 def of_node(traces: dict[str, dict], node: str) -> dict[str, dict]:
     """A node's own records, one for each element of a list."""
-    return {name: record for name, record in traces.items() if name.split("#")[0] == node}
+    return {name: traces[name] for name in traces if name.split("#")[0] == node}
 
 
 def place_in_list() -> int:
@@ -123,7 +140,7 @@ def remembered(request: dict) -> dict:
     if isinstance(prompt, dict) and isinstance(extra, dict) and _records:
         for node in run_by(prompt):
             if str(prompt[node].get("class_type")).startswith("Mira"):
-                extra.setdefault(PNG_KEY, {}).update(_records.get(what_is_asked(prompt, node), {}))
+                extra.setdefault(PNG_KEY, Records()).update(_records.get(what_is_asked(prompt, node), {}))
         if not extra.get(PNG_KEY):
             extra.pop(PNG_KEY, None)
     return request

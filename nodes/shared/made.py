@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,20 +15,45 @@ from comfy_api.latest import io
 MOST_LISTED = 300
 
 
+SETTLED = 2.0  # seconds after which a folder whose time is the same is the same: file systems' clocks are coarse
+
+# By the output folder and suffixes: the time of every folder in it, and the newest files.
+_known: dict[tuple, tuple[dict[str, float], list[str]]] = {}
+
+
 def listed(suffixes: Sequence[str]) -> list[str]:
     """The files of the input folder, and the newest ones of the output folder: all of somebody's images would make up
     most of what ComfyUI tells of its nodes. Any other is given by its name.
     """
     suffixes = tuple(suffixes)
     names = [f for f in sorted(os.listdir(folder_paths.get_input_directory())) if f.lower().endswith(suffixes)]
-    output, made = folder_paths.get_output_directory(), []
-    for folder, _, files in os.walk(output):
+    return names + [f"{name} [output]" for name in _newest(folder_paths.get_output_directory(), suffixes)]
+
+
+def _newest(output: str, suffixes: tuple[str, ...]) -> list[str]:
+    """Nothing is looked at again while no folder has changed: ComfyUI asks several times for every prompt."""
+    if known := _known.get((output, suffixes)):
+        folders, newest = known
+        with contextlib.suppress(OSError):
+            if all(os.path.getmtime(folder) == at for folder, at in folders.items()):
+                return newest
+    folders, made, now = {}, [], time.time()
+    with contextlib.suppress(OSError):
+        folders[output] = os.path.getmtime(output)
+    for folder, inner, files in os.walk(output):
+        for name in inner:  # before they are looked into, so that what comes meanwhile is a change
+            with contextlib.suppress(OSError):
+                folders[os.path.join(folder, name)] = os.path.getmtime(os.path.join(folder, name))
         for name in files:
             if name.lower().endswith(suffixes):
                 path = os.path.join(folder, name)
                 with contextlib.suppress(OSError):  # it went meanwhile
                     made.append((os.path.getmtime(path), os.path.normpath(os.path.relpath(path, output))))
-    return names + [f"{name} [output]" for _, name in sorted(made, reverse=True)[:MOST_LISTED]]
+    newest = [name for _, name in sorted(made, reverse=True)[:MOST_LISTED]]
+    _known.pop((output, suffixes), None)
+    if now - max(folders.values(), default=now) > SETTLED:
+        _known[output, suffixes] = folders, newest
+    return newest
 
 
 def chosen(file: str | None, path: str) -> str | None:

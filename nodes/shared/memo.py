@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from comfy.cli_args import args
@@ -17,13 +17,13 @@ from ..editor.on_disk import is_link, place_in_list, what_is_asked, with_all_bef
 from ..host import Optimized
 
 PLAIN = (int, float, str, bool, type(None))
-MOST = 8  # runs whose iterates are held
+MOST, MOST_RUNS = 8, 64  # nodes whose iterates are held, and runs of them: a list is many
 MOST_CUTS = 64
 USED = "used "  # before the name of a setting: its value, whatever the widget says that a preset overrules
 LONGER = {"iterations", "rounds", "preset"}  # the settings of which a run that goes on has others
-MOST_LEFT = 2  # runs that can be gone on with: an optimiser's state is several times the noises
+ROOM_LEFT = 2**30  # bytes for what runs can be gone on with: an optimiser's state is several times the noises
 
-# By node: inputs, the graph before it, the run, what was taken of it last.
+# By node and element of a list: inputs, the graph before it, the run, what was taken of it last.
 _runs: OrderedDict[str, tuple[dict, dict | None, tuple, Any]] = OrderedDict()
 _cuts: list[dict] = []  # the widgets of runs that were cut short
 
@@ -98,9 +98,11 @@ def _looks_beyond(kind: type) -> bool:
     return looks or getattr(kind, "NOT_IDEMPOTENT", False)
 
 
-def of(hidden: Any, inputs: dict, taken: object, run: Callable[[], tuple[Optimized, object]]) -> tuple[Optimized, Any]:
+def of(
+    hidden: Any, inputs: dict, taken: tuple[int, float], run: Callable[[], tuple[Optimized, object]]
+) -> tuple[Optimized, Any]:
     """What `run` gave for these very inputs when they were asked for before, or gives now. hidden: the node's own.
-    taken: what of it is wanted.
+    taken: what of it is wanted, (iterate, share of a final restart).
 
     A run that was cut short is repeated when it is asked for again as it was: who queues it again wants its end. With
     --cache-none all that comes before a node is made anew: there the same graph will do for another iterate.
@@ -113,17 +115,34 @@ def of(hidden: Any, inputs: dict, taken: object, run: Callable[[], tuple[Optimiz
         same = _same(known, inputs) or (made_again and _made_alike(known, inputs))
         if same and not (done[0].result.cut_short and taken == last):
             _runs[node] = known, graph, done, taken
+            if done[0].result.cut_short and not 0 <= taken[0] < len(done[0].iterates):
+                ask_again(inputs)  # its best so far once more: next time, its end
             return done
     done = run()
     _runs[node] = {k: _hold(v) for k, v in inputs.items()}, graph, done, taken
     _runs.move_to_end(node)
-    for _, _, (older, _), _ in list(_runs.values())[:-MOST_LEFT]:
-        older.result.left = None
-    while len(_runs) > MOST:
-        _runs.popitem(last=False)
+    _make_room(node)
     if done[0].result.cut_short:
         ask_again(inputs)
     return done
+
+
+def _make_room(new: str) -> None:
+    """The oldest go, a node with all elements of its list: but never one for the sake of another of the same list."""
+    nodes = list(dict.fromkeys(place.split("#")[0] for place in reversed(_runs)))
+    while nodes[1:] and (len(nodes) > MOST or len(_runs) > MOST_RUNS):
+        oldest = nodes.pop()
+        for place in [p for p in _runs if p.split("#")[0] == oldest]:
+            del _runs[place]
+    if len(_runs) > MOST_RUNS:
+        del _runs[new]
+    room = ROOM_LEFT
+    for _, _, (done, _), _ in reversed(_runs.values()):
+        left = done.result.left
+        if left and left.value is not None:
+            room -= len(left.value)
+            if room < 0:
+                done.result.left = Left(None, left.done)
 
 
 def _place(hidden: Any) -> str:
@@ -151,11 +170,24 @@ def left_of(hidden: Any, inputs: dict, used: dict) -> tuple[tuple[Left, Any] | N
         return None, ""
     parts, now = (lengths(of["iterations"], min(of["iterations"], of.get("rounds", 1))) for of in (last, used))
     if (optimized.result.cut_short and now == parts) or longer(parts, now):
+        if left.value is None:
+            return None, "begun anew: of the run before, what it takes to go on was let go of, as there are many"
         return (left, live), ""
     if len(parts) == len(now) > 1 and sum(now) > sum(parts) and len(set(parts)) == 1:
         more = f"iterations {sum(parts) + parts[0]} and rounds {len(parts) + 1}"
-        return None, f"begun anew, for its rounds have more iterations now: to go on from the last run, ask for {more}"
+        custom = "" if used.get("preset", "custom") == "custom" else " (preset custom)"
+        anew = "begun anew, for its rounds have more iterations now: to go on from the last run, ask for"
+        return None, f"{anew} {more}{custom}"
     return None, ""
+
+
+def last_run(hidden: Any, inputs: dict, free: Collection[str]) -> Optimized | None:
+    """The node's last run, where it was of these inputs but for the `free` ones."""
+    before = _runs.get(_place(hidden))
+    if before is None:
+        return None
+    known, asked = ({k: v for k, v in of.items() if k not in free} for of in (before[0], inputs))
+    return before[2][0] if _same(known, asked) else None
 
 
 def longer(parts: list[int], now: list[int]) -> bool:

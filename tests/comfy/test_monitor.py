@@ -135,6 +135,37 @@ def test_only_the_newest_files_are_listed_and_any_can_be_named(tmp_path, monkeyp
     assert record.trace_path("day/0000.png [output]") == str(tmp_path / "day" / "0000.png")
 
 
+def test_folders_that_have_not_changed_are_not_looked_into_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    walks, walk = [], os.walk
+    monkeypatch.setattr(os, "walk", lambda *args: walks.append(1) or walk(*args))
+
+    def listed():
+        return [f for f in record.trace_files() if f.endswith("[output]")]
+
+    def settle():
+        for folder in (tmp_path / "day", tmp_path):
+            os.utime(folder, (1, 1))
+
+    (tmp_path / "day").mkdir()
+    (tmp_path / "day" / "1.png").touch()
+    assert listed() == listed() == ["day/1.png [output]"] and len(walks) == 2  # it is new, and may change unseen
+    settle()
+    assert listed() == listed() == ["day/1.png [output]"] and len(walks) == 3
+    (tmp_path / "day" / "2.png").touch()
+    assert len(listed()) == 2 and len(walks) == 4
+    settle()
+    assert len(listed()) == 2
+    (tmp_path / "night").mkdir()
+    (tmp_path / "night" / "3.png").touch()
+    assert len(listed()) == 3
+    settle()
+    os.utime(tmp_path / "night", (1, 1))
+    assert len(listed()) == 3
+    (tmp_path / "night" / "3.png").unlink()
+    assert len(listed()) == 2
+
+
 def test_files_are_written_and_read_back(runs):
     trace = runs["near"].result.trace
     watch(trace_1=trace, filename_prefix="mira/back")

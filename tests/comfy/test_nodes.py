@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import json
 import math
 import os
 import re
@@ -26,6 +27,7 @@ from tools.comfy import ROOT
 from tools.help import cell
 
 nodes, checks = mira("nodes"), mira("nodes.shared.checks")
+Trace = mira("sampler.trace").Trace
 PixelReward = mira("rewards.pixel").PixelReward
 
 INPUTS = dict(
@@ -300,10 +302,64 @@ def test_a_cancelled_run_is_run_again_when_it_is_queued_again(world, monkeypatch
     cancel.clear()
     one = execute(nodes.MiraOptimizeKSampler, **inputs, iterate=1)
     assert one.args[2].kept == [1] and len(one.args[2].rows) == 3  # of the cancelled run
+    assert memo.cuts(asked) == before + 1  # to take the same again runs nothing
+    back = execute(nodes.MiraOptimizeKSampler, **inputs)
+    assert back.args[2].kept == first.args[2].kept and memo.cuts(asked) == before + 2
     beyond = execute(nodes.MiraOptimizeKSampler, **inputs, iterate=3)
     assert any("was cut short at 2: this is its best so far" in n for n in beyond.args[2].notices)
+    assert memo.cuts(asked) == before + 3
     again = execute(nodes.MiraOptimizeKSampler, **inputs, iterate=3)
-    assert len(again.args[2].rows) == 4 and memo.cuts(asked) == before + 1
+    assert len(again.args[2].rows) == 4 and memo.cuts(asked) == before + 3
+
+
+def test_every_element_of_a_list_is_held_and_can_be_gone_on_with(world, monkeypatch):
+    memo = mira("nodes.shared.memo")
+    place, each = [0], range(12)
+    inputs = [sampler_inputs(world, iterations=1, steps=2, seed=500 + n) for n in each]
+    monkeypatch.setattr(memo, "place_in_list", lambda: place[0])
+
+    def all_of(**changes):
+        done = []
+        for place[0] in each:
+            done.append(execute(nodes.MiraOptimizeKSampler, **inputs[place[0]] | changes).args[2])
+        return done
+
+    first = all_of()
+    longer = all_of(iterations=2)
+    assert all(any("went on from iteration 1" in n for n in trace.notices) for trace in longer)
+    assert [t.rows[0]["reward"] for t in longer] == [t.rows[0]["reward"] for t in first]
+    with monkeypatch.context() as never:
+        never.setattr(comfy.samplers.CFGGuider, "sample", None)
+        assert [t.kept for t in all_of(iterations=2, iterate=1)] == [[1]] * 12
+    # What there is no room for is begun anew, and that is said; no element goes for the sake of another.
+    monkeypatch.setattr(memo, "ROOM_LEFT", 0)
+    monkeypatch.setattr(memo, "MOST_RUNS", 4)
+    each = range(6)
+    memo._runs.clear()
+    all_of(learning_rate=0.03)
+    assert [key.split("#")[1] for key in memo._runs] == ["0", "1", "2", "3"]
+    each = range(1)
+    (anew,) = all_of(iterations=2, learning_rate=0.03)
+    assert any("begun anew: of the run before" in n for n in anew.notices)
+
+
+def test_a_picture_of_a_list_begins_with_its_own_record(monkeypatch):
+    on_disk, place = mira("nodes.editor.on_disk"), [0]
+    monkeypatch.setattr(on_disk, "place_in_list", lambda: place[0])
+    extra = {"workflow": {}}
+    for place[0] in range(3):
+        on_disk.travel(extra, "7", Trace({"element": place[0]}))
+    place[0] = 0
+    on_disk.travel(extra, "8", Trace({"element": "alone"}))
+
+    def saved():
+        return {k: v["settings"]["element"] for k, v in json.loads(json.dumps(extra[on_disk.PNG_KEY])).items()}
+
+    assert saved() == {"7": 0, "7#1": 1, "7#2": 2, "8": "alone"}
+    place[0] = 2
+    assert list(saved().items()) == [("7", 2), ("7#0", 0), ("7#1", 1), ("8", "alone")]
+    place[0] = 5  # of another list
+    assert saved() == {"7": 0, "7#1": 1, "7#2": 2, "8": "alone"}
 
 
 def test_the_latent_dict_keeps_what_else_it_holds(world):

@@ -246,6 +246,40 @@ def test_a_cancel_while_paused_keeps_the_best_so_far(world):
     assert not judges._pending
 
 
+def test_choices_are_not_asked_for_twice(world):
+    """Neither after a cancel nor where there are more of them; another seed begins without them."""
+    import comfy.model_management as management
+
+    same = {"latent_image": {"samples": torch.zeros(1, 4, 8, 8)}, "judge": "person", "reward": None, "seed": 77}
+
+    def cancel():
+        while len(person.seen) < 2 or not judges._pending:
+            time.sleep(0.01)
+        management.interrupt_current_processing()
+
+    with Person([2, 1]) as person:
+        thread = threading.Thread(target=cancel, daemon=True)
+        thread.start()
+        cut = prefer(world, iterations=3, **same)
+        thread.join()
+    assert cut.args[2].reasons[0].startswith("interrupted at iteration 2")
+    with Person([2]) as person:
+        whole = prefer(world, iterations=3, **same)
+    assert [s["iteration"] for s in person.seen] == [2]
+    first, choices = json.loads(cut.args[3]), json.loads(whole.args[3])
+    assert choices[:2] == first and len(first) == 2 and len(choices) == 3
+    assert any("choices of the run before were repeated, 2 of them" in n for n in whole.args[2].notices)
+    with Person(["back", 2, 1]) as person:  # and may be taken back
+        more = prefer(world, iterations=4, timeout=30.0, **same)
+    assert [s["iteration"] for s in person.seen] == [3, 2, 3]
+    assert json.loads(more.args[3])[:2] == first
+    recorded = prefer(world, iterations=4, **same | {"judge": "recorded choices"}, choices=more.args[3])
+    assert torch.equal(recorded.args[0]["samples"], more.args[0]["samples"])
+    with Person([1]) as person:
+        prefer(world, iterations=1, **same | {"seed": 78})
+    assert [s["iteration"] for s in person.seen] == [0]
+
+
 def test_an_answer_has_to_fit(world):
     bad = {}
 

@@ -495,11 +495,17 @@ def test_a_list_has_a_record_for_each_and_another_iterate_runs_none_again(server
     prompt["900"] = {"class_type": "RebatchLatents", "inputs": {"latents": latent, "batch_size": 1}}
     prompt[node]["inputs"]["latent_image"] = ["900", 0]
     ran, found = saved_records(server, prompt, "mira/optimized")
-    assert len(ran) == 9 and len(found) == 3 and found[0] == found[1] == found[2]
+    assert len(ran) == 9 and len(found) == 3
     assert list(found[0]) == [node, f"{node}#1", f"{node}#2"]
     assert [reward for record in found[0].values() for reward in rewards_of(record)] == pytest.approx(ran)
+    # Every picture begins with its own.
+    assert [record[node] for record in found] == list(found[0].values())
+    assert list(found[2]) == [node, f"{node}#0", f"{node}#1"]
     ran, again = saved_records(server, changed(prompt, iterate=1), "mira/optimized")
     assert ran == [] and [record["kept"] for record in again[0].values()] == [[1]] * 3
+    assert [record[node]["settings"]["seed"] for record in again] == [
+        record[node]["settings"]["seed"] for record in found
+    ]
 
 
 @pytest.mark.every_host
