@@ -88,7 +88,7 @@ class MiraLoadTrace(io.ComfyNode):
                     default=0,
                     min=0,
                     max=9999,
-                    tooltip="Which one, if a picture has several: its own come first, then those of the rest of a list.",
+                    tooltip="Which one, if a picture has several: its own first, then those of the rest of a list.",
                 ),
                 path_input("mira/fox_00001_.png"),
             ],
