@@ -56,7 +56,7 @@ def saved(key: str, source: str, column: int, title: str, prefix: str) -> dict[s
     return {
         f"{key}_decoded": Node("VAEDecode", column, links={"samples": source, "vae": "model.vae"}),
         key: Node(
-            "SaveImage", column + 1, title, {"images": f"{key}_decoded.IMAGE"}, {"filename_prefix": prefix}, height=330
+            "SaveImage", column + 1, title, {"images": f"{key}_decoded.IMAGE"}, {"filename_prefix": prefix}, height=420
         ),
     }
 

@@ -23,9 +23,9 @@ export function validChoice(data) {
   return whole && Array.isArray(data.images) && data.images.length > 1 && data.images.every(isRef) ? data : null;
 }
 
-/** In how many columns so many images stand. */
+/** In how many columns so many images stand: of more than three, one is too small to judge. */
 export function columnsOf(count) {
-  return Math.ceil(Math.sqrt(count));
+  return count > 6 ? 3 : 2;
 }
 
 /** In pixels: what so many images and the buttons take on a node of the usual width. */
@@ -107,9 +107,9 @@ export function createChooser({ imageUrl, onAnswer }) {
   const count = document.createElement("span");
   more.append(
     count,
-    button("back", "Back", "Take the last choice back (Backspace)"),
-    button("tie", "Tie", "None is better (key 0)"),
-    button("stop", "Good enough, stop", "Keep the best so far (Escape)"),
+    button("back", "Back (\u232B)", "Take the last choice back (Backspace)"),
+    button("tie", "Tie (0)", "None is better (key 0)"),
+    button("stop", "Good enough (Esc)", "Keep the best so far (Escape)"),
   );
   box.append(grid, more, error);
   for (const type of ["wheel", "pointerdown"]) box.addEventListener(type, (e) => e.stopPropagation());
