@@ -21,6 +21,7 @@ from ..sampler.candidates import ENERGIES
 from ..sampler.methods import METHODS
 from ..sampler.optimize import Result, Score
 from ..sampler.preference import KEEP, PreferenceSettings, prefer
+from ..sampler.resume import Left
 from . import host
 from .editor.judges import ON_TIMEOUT, PersonJudge, RecordedJudge, Resuming, RewardJudge, read_choices
 from .editor.live import LiveRun
@@ -295,13 +296,16 @@ def run_preference(
         METHODS[values["method"]].gradient,
     )
     judge, context = values["judge"], get_executing_context()
-    chosen = before.result.trace.settings["choices"] if before and judge == "person" else []
     if judge == "reward":
         check_reward(MiraDPOPreference.NAME, reward)
         needs(MiraDPOPreference.NAME, reward, given.prompt, len(given.latent["samples"]))
+    left = before.result.left if before else None
+    somebody = None
+    if judge == "person":
+        somebody = Resuming(left.value if left else [], person(hidden.unique_id, context, values, given.seed))
     made = {
         "reward": lambda: lambda process: RewardJudge(lambda images: process.scoring.reward(images)[0]),
-        "person": lambda: person(hidden.unique_id, context, values, given.seed, chosen),
+        "person": lambda: lambda process: somebody,
         "recorded choices": lambda: recorded(choices),
     }[judge]()
     settings = read_settings(MiraDPOPreference.NAME, values, PreferenceSettings)
@@ -315,10 +319,12 @@ def run_preference(
     done = host.run(job, preferring(made, given.seed, TAKE_BACK if judge == "person" else 0))
     trace = done.result.trace
     trace.settings |= record
-    if chosen:
-        trace.notices.append(
-            f"the choices of the run before were repeated, {len(chosen)} of them: another seed begins without"
-        )
+    if somebody:
+        done.result.left = Left([*trace.settings["choices"], *somebody.unused()], len(trace.settings["choices"]))
+        if repeated := somebody.before.used:
+            trace.notices.append(
+                f"choices of the run before were repeated, {repeated} of them: another seed begins without"
+            )
     if judge == "reward":
         trace.notices += reward.notices(job.prompts)
     return done, live
@@ -333,17 +339,14 @@ def wrong_judge(values: dict) -> str | None:
     return None
 
 
-def person(
-    node: str, context: Any, values: dict, seed: int, chosen: list[list]
-) -> Callable[[host.Process], Resuming | PersonJudge]:
-    """chosen: what needs no asking."""
+def person(node: str, context: Any, values: dict, seed: int) -> PersonJudge:
     client = PromptServer.instance.client_id
     if client is None and not values["timeout"]:
         raise ValueError(
             f"{MiraDPOPreference.NAME}: judge is person, but nobody is connected to choose (the run was queued without "
             "a client_id): set a timeout, or use a reward or recorded choices"
         )
-    judge = PersonJudge(
+    return PersonJudge(
         node,
         context.prompt_id if context else "",
         client,
@@ -353,7 +356,6 @@ def person(
         values["on_timeout"],
         METHODS[values["method"]].several,
     )
-    return lambda process: Resuming(chosen, judge) if chosen else judge
 
 
 def recorded(text: str) -> Callable[[host.Process], RecordedJudge]:

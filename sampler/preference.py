@@ -149,6 +149,7 @@ def prefer(
     """Optimise noises (z_T, ..., z_1), each (B, C, ...), by what `judge` prefers.
 
     trajectories: the noises of every first candidate; "dpo" and "best_of_n" use all of them, the others the first.
+    judge: one that has a `rewind` is told how many choices stand where a comparison is made again.
     seed: of every further noise. history: how many choices can be taken back. Every image of the batch is judged on its
     own. An exception of `interrupts`, running out of memory and any other error end the run after the first comparison
     with the best so far.
@@ -223,6 +224,7 @@ def prefer(
             if cut.memory and rollout.shrink():
                 if remembered:
                     book.restore()
+                    getattr(judge, "rewind", lambda made: None)(len(book.choices))
                 trace.notices.append(f"{cut} at iteration {book.k}: went on with {rollout.way}")
                 continue
             if not trace.rows or (cut.failed and not reported):

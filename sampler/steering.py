@@ -119,7 +119,7 @@ def ntrk(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
                 if i > first:
                     row += 1
                     run.report(row, population, *found, False)
-            else:
+            else:  # the same direction once more, of what is predicted here
                 run.predict(population, i)
             tilt(run, population, i, direction, settings.radius)
         # A path of more than one stretch has no likelihood to measure; of its noises, as many as a whole one has.

@@ -36,7 +36,7 @@ export function recordsOf(buffer) {
   const texts = pngTexts(buffer);
   try {
     const records = Object.entries(JSON.parse(texts.mira_traces));
-    // Of a list, the first element's: a node has one chart.
+    // Of a list, the picture's own, which has the node's name: a node has one chart.
     return { workflow: JSON.parse(texts.workflow).id, records: records.filter(([key]) => !key.includes("#")) };
   } catch {
     return null; // no record, or none that can be read

@@ -41,11 +41,12 @@ class RecordedJudge:
     """Repeats the choices of a record, in their order; when they are used up, it has had enough."""
 
     def __init__(self, choices: list[list]) -> None:
-        self.choices = list(choices)
+        self.choices, self.used = list(choices), 0
 
     def __call__(self, k: int, candidates: Sequence[Tensor]) -> Verdict:
         batch = len(candidates[0])
-        now, self.choices = self.choices[:batch], self.choices[batch:]
+        now = self.choices[self.used : self.used + batch]
+        self.used += len(now)
         if not now:
             return Verdict(None, None, None, stop=True)
         if [c[1] for c in now] != list(range(batch)) or max(max(c[2], c[3]) for c in now) >= len(candidates):
@@ -56,15 +57,31 @@ class RecordedJudge:
         best, worst, tie = (torch.tensor([c[i] for c in now]) for i in (2, 3, 4))
         return Verdict(best, worst, tie.bool())
 
+    def rewind(self, made: int) -> None:
+        self.used = made
+
 
 class Resuming:
-    """Repeats the choices of the run before, as far as they go; what comes after is for `judge` to say."""
+    """Repeats the choices of the run before, as far as they go; what comes after is for `judge` to say.
+
+    Ties at its end are asked again: they may be why it ended, or nobody was there.
+    """
 
     def __init__(self, choices: list[list], judge: Callable[[int, Sequence[Tensor]], Verdict]) -> None:
-        self.before, self.judge = RecordedJudge(choices), judge
+        while choices and choices[-1][4]:
+            choices = choices[:-1]
+        self.before, self.judge, self.asked = RecordedJudge(choices), judge, False
 
     def __call__(self, k: int, candidates: Sequence[Tensor]) -> Verdict:
-        return (self.before if self.before.choices else self.judge)(k, candidates)
+        self.asked = self.asked or len(self.before.choices) - self.before.used < len(candidates[0])
+        return (self.judge if self.asked else self.before)(k, candidates)
+
+    def rewind(self, made: int) -> None:
+        if not self.asked:  # by then some of them may have been taken back
+            self.before.rewind(made)
+
+    def unused(self) -> list[list]:
+        return [] if self.asked else self.before.choices[self.before.used :]
 
 
 def read_choices(text: str) -> list[list]:

@@ -50,6 +50,9 @@ class Records(dict):
         others = {f"{k}#0" if k in own else k: v for k, v in super().items() if k not in own.values()}
         return (first | others).items()
 
+    def __reduce__(self):  # a copy is what there is, in its order, and stays so
+        return dict, (dict.copy(self),)
+
 
 def travel(extra_pnginfo: dict | None, node: str, trace: Trace, prompt: dict | None = None) -> None:
     """Beside the workflow, in every PNG that this run saves from here on. A list has a record for each of its elements.

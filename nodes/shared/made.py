@@ -15,10 +15,12 @@ from comfy_api.latest import io
 MOST_LISTED = 300
 
 
-SETTLED = 2.0  # seconds after which a folder whose time is the same is the same: file systems' clocks are coarse
+# Seconds after which a folder whose time is the same is the same: file systems' clocks are coarse. And for how long it
+# is believed, as some (of networks, of clouds) do not note when a folder changed.
+SETTLED, STALE = 2.0, 30.0
 
-# By the output folder and suffixes: the time of every folder in it, and the newest files.
-_known: dict[tuple, tuple[dict[str, float], list[str]]] = {}
+# By the output folder and suffixes: when it was looked at, the time of every folder in it, and the newest files.
+_known: dict[tuple, tuple[float, dict[str, float], list[str]]] = {}
 
 
 def listed(suffixes: Sequence[str]) -> list[str]:
@@ -33,9 +35,11 @@ def listed(suffixes: Sequence[str]) -> list[str]:
 def _newest(output: str, suffixes: tuple[str, ...]) -> list[str]:
     """Nothing is looked at again while no folder has changed: ComfyUI asks several times for every prompt."""
     if known := _known.get((output, suffixes)):
-        folders, newest = known
+        looked, folders, newest = known
         with contextlib.suppress(OSError):
-            if all(os.path.getmtime(folder) == at for folder, at in folders.items()):
+            if 0 <= time.time() - looked < STALE and all(
+                os.path.getmtime(folder) == at for folder, at in folders.items()
+            ):
                 return newest
     folders, made, now = {}, [], time.time()
     with contextlib.suppress(OSError):
@@ -52,7 +56,7 @@ def _newest(output: str, suffixes: tuple[str, ...]) -> list[str]:
     newest = [name for _, name in sorted(made, reverse=True)[:MOST_LISTED]]
     _known.pop((output, suffixes), None)
     if now - max(folders.values(), default=now) > SETTLED:
-        _known[output, suffixes] = folders, newest
+        _known[output, suffixes] = now, folders, newest
     return newest
 
 

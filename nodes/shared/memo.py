@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import weakref
 from collections import OrderedDict
@@ -25,7 +26,8 @@ ROOM_LEFT = 2**30  # bytes for what runs can be gone on with: an optimiser's sta
 
 # By node and element of a list: inputs, the graph before it, the run, what was taken of it last.
 _runs: OrderedDict[str, tuple[dict, dict | None, tuple, Any]] = OrderedDict()
-_cuts: list[dict] = []  # the widgets of runs that were cut short
+_cuts: list[tuple[int, dict]] = []  # the widgets of runs that were cut short, numbered
+_numbers = itertools.count(1)
 
 
 GONE = object()  # in the place of what is no more, and of nothing else: an input that is missing is None
@@ -107,7 +109,7 @@ def of(
     A run that was cut short is repeated when it is asked for again as it was: who queues it again wants its end. With
     --cache-none all that comes before a node is made anew: there the same graph will do for another iterate.
     """
-    node, graph = _place(hidden), graph_before(hidden) if getattr(args, "cache_none", False) else None
+    node, graph = _place(hidden), _graph(hidden)
     before = _runs.get(node)
     if before:
         known, its_graph, done, last = before
@@ -137,11 +139,11 @@ def _make_room(new: str) -> None:
     if len(_runs) > MOST_RUNS:
         del _runs[new]
     room = ROOM_LEFT
-    for _, _, (done, _), _ in reversed(_runs.values()):
+    for place, (_, _, (done, _), _) in reversed(_runs.items()):
         left = done.result.left
-        if left and left.value is not None:
+        if left and isinstance(left.value, bytes):
             room -= len(left.value)
-            if room < 0:
+            if room < 0 and place != new:
                 done.result.left = Left(None, left.done)
 
 
@@ -151,7 +153,7 @@ def _place(hidden: Any) -> str:
 
 def ask_again(inputs: dict) -> None:
     """What came of these inputs was cut short: ComfyUI's own cache is not to have it."""
-    _cuts.append({k: v for k, v in inputs.items() if isinstance(v, PLAIN)})
+    _cuts.append((next(_numbers), {k: v for k, v in inputs.items() if isinstance(v, PLAIN)}))
     del _cuts[:-MOST_CUTS]
 
 
@@ -171,7 +173,7 @@ def left_of(hidden: Any, inputs: dict, used: dict) -> tuple[tuple[Left, Any] | N
     parts, now = (lengths(of["iterations"], min(of["iterations"], of.get("rounds", 1))) for of in (last, used))
     if (optimized.result.cut_short and now == parts) or longer(parts, now):
         if left.value is None:
-            return None, "begun anew: of the run before, what it takes to go on was let go of, as there are many"
+            return None, "begun anew: there was no room to keep what it takes to go on from the run before"
         return (left, live), ""
     if len(parts) == len(now) > 1 and sum(now) > sum(parts) and len(set(parts)) == 1:
         more = f"iterations {sum(parts) + parts[0]} and rounds {len(parts) + 1}"
@@ -183,11 +185,17 @@ def left_of(hidden: Any, inputs: dict, used: dict) -> tuple[tuple[Left, Any] | N
 
 def last_run(hidden: Any, inputs: dict, free: Collection[str]) -> Optimized | None:
     """The node's last run, where it was of these inputs but for the `free` ones."""
-    before = _runs.get(_place(hidden))
-    if before is None:
+    if (before := _runs.get(_place(hidden))) is None:
         return None
     known, asked = ({k: v for k, v in of.items() if k not in free} for of in (before[0], inputs))
-    return before[2][0] if _same(known, asked) else None
+    graph = _graph(hidden)
+    same = _same(known, asked) or (graph is not None and graph == before[1] and _made_alike(known, asked))
+    return before[2][0] if same else None
+
+
+def _graph(hidden: Any) -> dict | None:
+    """What tells that inputs which are made anew every time are the same."""
+    return graph_before(hidden) if getattr(args, "cache_none", False) else None
 
 
 def longer(parts: list[int], now: list[int]) -> bool:
@@ -198,12 +206,13 @@ def longer(parts: list[int], now: list[int]) -> bool:
 
 
 def cuts(inputs: dict) -> int:
-    """How many runs of these widgets were cut short; links, which ComfyUI does not know yet when it asks, fit any.
+    """The number of the last run of these widgets that was cut short, 0 if none was; links, which ComfyUI does not know
+    yet when it asks, fit any.
 
     As a node's fingerprint it takes a cancelled run out of ComfyUI's own cache.
     """
     given = {k: v for k, v in inputs.items() if isinstance(v, PLAIN) and v is not None and k != "iterate"}
-    return sum(all(cut.get(k, v) == v for k, v in given.items()) for cut in _cuts)
+    return max((n for n, cut in _cuts if all(cut.get(k, v) == v for k, v in given.items())), default=0)
 
 
 def take_iterate(done: Optimized, iterate: int, node: str) -> tuple[Tensor, list[int], list[str]]:

@@ -280,6 +280,41 @@ def test_choices_are_not_asked_for_twice(world):
     assert [s["iteration"] for s in person.seen] == [0]
 
 
+def test_repeated_choices_stay_with_their_comparisons():
+    """Also where one is made again for want of memory, or the repetition is cut short. Ties at its end are asked."""
+    asked, images = [], [torch.zeros(1, 3, 2, 2)] * 2
+
+    def person(k, candidates):
+        asked.append(k)
+        return judges.Verdict(*(torch.tensor([n]) for n in (1, 0, False)))
+
+    choices = [[0, 0, 1, 0, False], [1, 0, 0, 1, False], [2, 0, 0, 1, True], [3, 0, 0, 1, True]]
+    judge = judges.Resuming(choices, person)
+    first = judge(0, images)
+    judge.rewind(0)
+    assert judge(0, images).best.tolist() == first.best.tolist() == [1] and judge.unused() == choices[1:2]
+    assert judge(1, images).best.tolist() == [0] and not asked
+    judge(2, images)
+    judge.rewind(1)
+    judge(1, images)
+    assert asked == [2, 1] and judge.unused() == [] and judge.before.used == 2
+    batch = judges.Resuming([[0, 0, 1, 0, False], [0, 1, 1, 0, True]], person)  # a comparison is repeated as a whole
+    batch(0, [torch.zeros(2, 3, 2, 2)] * 2)
+    assert asked == [2, 1, 0] and batch.before.used == 0
+
+
+def test_what_was_chosen_outlives_a_shorter_run(world):
+    same = {"latent_image": {"samples": torch.zeros(1, 4, 8, 8)}, "judge": "person", "reward": None, "seed": 79}
+    with Person([2, 1, 2]):
+        first = prefer(world, iterations=3, **same)
+    with Person([]):
+        prefer(world, iterations=1, **same)
+    with Person([1]) as person:
+        again = prefer(world, iterations=4, **same)
+    assert [s["iteration"] for s in person.seen] == [3]
+    assert json.loads(again.args[3])[:3] == json.loads(first.args[3])
+
+
 def test_an_answer_has_to_fit(world):
     bad = {}
 
