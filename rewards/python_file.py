@@ -101,7 +101,9 @@ class PythonReward(Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         try:
             with _outside_inference_mode():
-                score = self.function(images.clone() if images.is_inference() else images, list(prompts))
+                # Its own: it may write into it, and of a black box nothing flows back.
+                own = images.clone() if self.facts.differentiable else images.detach().clone()
+                score = self.function(own, list(prompts))
             if not self.facts.differentiable:
                 score = torch.as_tensor(score, dtype=torch.float32, device=images.device)
         except (torch.OutOfMemoryError, MemoryError):

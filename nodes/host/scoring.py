@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
+import numpy
 import torch
 from comfy.sd import VAE
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ...rewards.base import Reward, of_whole_images
 from ...sampler.ending import within_memory
@@ -148,11 +150,39 @@ class Scoring:
                         stack.enter_context(thrifty)
                     return self.scorer(images, prompts)
 
+            drawing = as_drawn_before()
+
             def evaluate(images: Tensor) -> tuple:
-                with without_tf32():
+                with without_tf32(), drawing():
                     return self.scorer(images, prompts)
 
-            return checkpoint(evaluate, images, use_reentrant=False, preserve_rng_state=False)
+            # Computed again to its end, too: PyTorch would break off by an exception, in somebody's own code.
+            with set_checkpoint_early_stop(False):
+                return checkpoint(evaluate, images, use_reentrant=False)
+
+
+def as_drawn_before() -> Callable[[], AbstractContextManager]:
+    """A context in which Python and NumPy draw, from the second time on, what they drew in the first: PyTorch keeps its
+    own state for what is computed again.
+    """
+    before: list[tuple] = []
+
+    @contextmanager
+    def drawing() -> Iterator[None]:
+        now = random.getstate(), numpy.random.get_state()
+        if not before:
+            before.append(now)
+            yield
+            return
+        random.setstate(before[0][0])
+        numpy.random.set_state(before[0][1])
+        try:
+            yield
+        finally:
+            random.setstate(now[0])
+            numpy.random.set_state(now[1])
+
+    return drawing
 
 
 def as_fit(work: Callable[..., T], *batch: Any, alone: Callable[..., T] | None = None) -> list[T]:

@@ -76,6 +76,22 @@ def test_candidates_are_compared_under_the_same_draw(world):
     assert len(drawn) >= 6 and set(drawn) == {0}
 
 
+BLACK_BOX = """
+FACTS = {"name": "mine", "typical": (0.0, 1.0), "differentiable": False}
+
+def score(images, prompts):
+    images.sub_(0.48).div_(0.27)
+    return [float(image.cpu().numpy().std()) for image in images]
+"""
+
+
+@pytest.mark.parametrize("method", ["dpo", "dueling"])
+def test_a_black_box_may_do_what_it_likes_with_its_images(world, tmp_path, method):
+    (tmp_path / "mine.py").write_text(BLACK_BOX)
+    trace = prefer(world, reward=mira("rewards.python_file").PythonReward(tmp_path / "mine.py"), method=method).args[2]
+    assert len({row["reward"] for row in trace.of(0)}) > 1
+
+
 def test_two_runs_are_the_same_and_the_choices_repeat_it(world):
     a, b = prefer(world), prefer(world)
     assert torch.equal(a.args[0]["samples"], b.args[0]["samples"])

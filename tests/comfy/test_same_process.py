@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import comfy.hooks
 import comfy.k_diffusion.sampling
@@ -835,6 +835,47 @@ def test_a_reward_file_may_hold_tensors_and_networks(world, tmp_path, text):
         score_images(reward, torch.rand(1, 3, 64, 64), ["a fox"])
     done = run(world, reward=reward, steps=2, iterations=1, prompt="a fox", beta=0)
     assert rows(done)[-1] > rows(done)[0]
+
+
+@pytest.mark.parametrize("memory", ["per_step", "per_block", "offload"])
+@pytest.mark.parametrize("text", [CONSTANT, NETWORK, NETWORK + "MODULES = [NET]\n"])
+def test_a_reward_file_is_computed_again_where_memory_asks_for_it(world, tmp_path, text, memory):
+    (tmp_path / "mine.py").write_text(text)
+    found = []
+    for policy in ("none", memory):
+        torch.manual_seed(0)  # of the file's network
+        done = run(world, reward=PythonReward(tmp_path / "mine.py"), steps=2, iterations=1, beta=0, memory=policy)
+        found.append(rows(done))
+    assert found[1] == pytest.approx(found[0], abs=1e-5) and found[0][1] > found[0][0]
+
+
+DRAWS = """
+import random
+
+import numpy as np
+import torch
+
+FACTS = {"name": "draws", "typical": (0.0, 1.0)}
+
+def score(images, prompts):
+    drawn = torch.randn(()) + random.random() + np.random.rand()
+    return images.sub_(0).mul_(drawn).mean((1, 2, 3))
+"""
+
+
+def test_what_a_reward_draws_is_drawn_once(world, tmp_path):
+    """It is linear: its gradient tells its value, if what is computed again draws the same. It may write, too."""
+    (tmp_path / "mine.py").write_text(DRAWS)
+    scoring = host.scoring.Scoring("here", world.vae, PythonReward(tmp_path / "mine.py"), [""], lambda x: x)
+    scoring.policy = SimpleNamespace(memory="per_step")
+    images, drawn = torch.rand(1, 3, 8, 8, requires_grad=True), []
+    before = images.detach().clone()
+    for _ in range(3):
+        total, _ = scoring.reward(images)
+        (gradient,) = torch.autograd.grad(total.sum(), images)
+        assert (gradient * images).sum().item() == pytest.approx(total.item(), abs=1e-5)
+        drawn.append(total.item())
+    assert len(set(drawn)) == 3 and torch.equal(images, before)
 
 
 @pytest.mark.parametrize(
