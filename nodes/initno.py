@@ -26,6 +26,7 @@ from ..sampler.seeds import stream
 from .host import INTERRUPTS, samples_of
 from .host.dynamic import static
 from .host.grad import (
+    PLACES,
     Repeating,
     blocks_checkpointed,
     has_no_repeatable_way,
@@ -34,6 +35,7 @@ from .host.grad import (
     pytorch_kernels,
     sdpa,
     training,
+    written_over,
 )
 from .shared import memo
 from .shared.checks import check_links, check_values
@@ -231,20 +233,34 @@ class _Attending(comfy.samplers.Sampler):
             height, width = grid(listener.positions, *noise.shape[-2:])
             thrifty = blocks_checkpointed(inner.diffusion_model, nullcontext, overheard=True) or nullcontext
 
+            place, offloading = 0, False
+
             def maps(z: Tensor) -> Maps:
-                with offloaded() if offloading else nullcontext(), thrifty():
+                with PLACES[place](), offloaded() if offloading else nullcontext(), thrifty():
                     attend(z)
                 cross, own = listener.heard()
                 cross = cross[:, self.words.kept]
                 return Maps(cross.unflatten(0, (height, width)), own.unflatten(1, (height, width)))
 
             def better() -> Found:
-                return improve(
-                    maps, noise, self.words.subjects, self.settings, self.generator, on_iteration=self.report,
-                    interrupts=INTERRUPTS, mends=has_no_repeatable_way,
-                )  # fmt: skip
+                nonlocal place
+                before = self.generator.get_state()
+                try:
+                    return improve(
+                        maps, noise, self.words.subjects, self.settings, self.generator, on_iteration=self.report,
+                        interrupts=INTERRUPTS, mends=mends,
+                    )  # fmt: skip
+                except RuntimeError as problem:
+                    if place == len(PLACES) - 1 or not written_over(problem):
+                        raise
+                self.generator.set_state(before)
+                place += 1
+                return better()
 
-            offloading, repeating = False, Repeating(MiraInitNONoise.NAME)
+            def mends(problem: BaseException) -> bool:
+                return has_no_repeatable_way(problem) or (place < len(PLACES) - 1 and written_over(problem))
+
+            repeating = Repeating(MiraInitNONoise.NAME)
             found, cut = repeating(noise.device, lambda: within_memory(better))
             if cut:  # before the first update: nothing is lost, and once more with less
                 log.warning(

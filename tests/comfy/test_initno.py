@@ -8,6 +8,7 @@ import comfy.samplers
 import comfy.utils
 import pytest
 import torch
+from comfy_extras.nodes_freelunch import FreeU_V2
 
 from testing.pack import mira
 
@@ -75,6 +76,16 @@ def test_the_models_attention_answers_more(world, clip, make):
     moved = (z - given()).square().mean().item()
     assert 0 < moved < 0.01  # within a KL of 0.001 an element
     assert torch.equal(z, make(iterations=8)[0])
+
+
+def test_a_model_that_writes_over_what_a_gradient_needs(world, make):
+    """FreeU scales its hidden states where they are."""
+    with torch.inference_mode():
+        patch = FreeU_V2.execute if hasattr(FreeU_V2, "execute") else FreeU_V2().patch
+        patched = patch(model=world.model, b1=1.3, b2=1.4, s1=0.9, s2=0.2)
+        model = (patched.args if hasattr(patched, "args") else patched)[0]
+    z, report = make(model=model, iterations=3)
+    assert not torch.equal(z, given()) and "error" not in report and "iteration 0, of 1" not in report
 
 
 def test_nothing_to_improve_is_the_seeds_own_noise(make):
