@@ -265,13 +265,13 @@ class Process:
 
     @property
     def why_no_restart(self) -> str | None:
-        return why_no_restart(self.sigmas, self.initial_of(0))
+        return why_no_restart(self.job.sigmas, self.initial_of(0))
 
     @functools.cached_property
     def restart_schedule(self) -> Tensor:
         """The sigmas of every restart of this run."""
         job, level = self.job, self.settings.restart_denoise
-        return job.restart_sigmas(level) if job.restart_sigmas else tail(self.sigmas, level)
+        return job.restart_sigmas(level) if job.restart_sigmas else tail(job.sigmas, level)
 
     def from_image(self, number: int, x0: Tensor) -> tuple[Process, Tensor, tuple[Tensor, ...]]:
         """This process from x0 (B, C, ...) on, noised to `restart_denoise` of the schedule: (it, its sample, noises).

@@ -77,7 +77,7 @@ class FinalRestart:
         sigmas = self.restart_sigmas(self.share) if self.restart_sigmas else tail(self.sigmas, self.share)
         callback = latent_preview.prepare_callback(self.guider.model_patcher, len(sigmas) - 1)  # which hears a cancel
         sampled = self.guider.sample(
-            noise, latent, self.sampler, sigmas, denoise_mask=self.mask, callback=callback, disable_pbar=True,
+            noise, latent, self.sampler, sigmas.clone(), denoise_mask=self.mask, callback=callback, disable_pbar=True,
             seed=self.number,
         )  # fmt: skip
         return sampled.to(comfy.model_management.intermediate_device())

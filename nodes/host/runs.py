@@ -107,7 +107,7 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
             job.noise.clone(),  # a patch may write into it
             job.latent,
             sampler,
-            job.sigmas,
+            job.sigmas.clone(),  # uni_pc writes into them
             denoise_mask=job.mask,
             callback=None,
             disable_pbar=True,

@@ -375,6 +375,20 @@ def test_a_patch_in_a_part_of_the_schedule_is_seen(world, part):
         assert rows(done)[1] > rows(done)[0]
 
 
+@pytest.mark.parametrize("sampler", ["uni_pc", "uni_pc_bh2"])
+def test_a_sampler_that_writes_into_the_sigmas_leaves_them_alone(world, sampler):
+    """Else they would end above 0, where nothing can restart, and in the graph for whoever comes after."""
+    with torch.inference_mode():
+        job = world.job(model=world.model, sampler=sampler, steps=4, iterations=2)
+        job.settings = Settings(iterations=2, lr=0.02, rounds=2, restart_denoise=0.5)
+        job.restart_sigmas = lambda share: world.sigmas(steps=4, denoise=share)
+        before = job.sigmas.clone()
+        done = host.run(job)
+    assert torch.equal(job.sigmas, before) and before[-1] == 0
+    assert {row["round"] for row in done.result.trace.of(0)} == {1, 2}
+    assert torch.equal(done.plain, world.ksampler(sampler=sampler, steps=4, seed=7))
+
+
 def wrapped(world, kind, change):
     model = world.model.clone()
     model.add_wrapper(kind, change)
