@@ -198,6 +198,11 @@ class MiraRLGuidance(io.ComfyNode):
             return before(apply, args) if before else apply(args["input"], args["timestep"], **args["c"])
 
         def both(apply: Callable, args: dict) -> Tensor:
+            if weight and getattr(guided.model.current_patcher, "current_hooks", None):
+                raise ValueError(
+                    f"{cls.NAME}: the conditioning has a LoRA or weights of its own (hooks), which ComfyUI puts on "
+                    "model and not on tuned: load them on both models instead"
+                )
             sigma = args["timestep"]
             noise = share_of_noise(kinds[0], sigma)
             w = anneal(weight, noise, power) if schedule == "annealed" else torch.full_like(noise, weight)

@@ -114,7 +114,8 @@ class PythonReward(Reward):
 
     def _check(self, score: Any, images: Tensor) -> Tensor:
         if not isinstance(score, Tensor) or score.shape != (len(images),):
-            found = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor) else f"a {type(score).__name__}"
+            kind = type(score).__name__
+            found = f"a tensor of shape {tuple(score.shape)}" if isinstance(score, Tensor) else f"a {kind}"
             raise RuntimeError(f"{self.path.name}: score gave {found}; it must be a tensor of shape ({len(images)},)")
         if self.facts.differentiable and images.requires_grad and not score.requires_grad:
             raise RuntimeError(

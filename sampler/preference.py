@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -162,12 +162,14 @@ def prefer(
     book = _Book(METHODS[settings.method](run, trajectories), run.generator, history)
     trace = book.trace
 
+    def note(of_each: Iterable[tuple[int, int, bool]]) -> None:
+        book.choices += [[book.k, b, *choice] for b, choice in enumerate(of_each)]
+
     def ask(images: Sequence[Tensor]) -> Verdict:
         verdict = judge(book.k, images)
         if verdict.stop or verdict.back:
             raise _Stop if verdict.stop else _Back
-        of_each = zip(verdict.best.tolist(), verdict.worst.tolist(), verdict.tie.tolist(), strict=True)
-        book.choices += [[book.k, b, *choice] for b, choice in enumerate(of_each)]
+        note(zip(verdict.best.tolist(), verdict.worst.tolist(), verdict.tie.tolist(), strict=True))
         return verdict
 
     reason, reported, cut_short = "", False, False
@@ -185,7 +187,7 @@ def prefer(
             verdict = replace(verdict, best=best, worst=torch.where(verdict.tie, 0, verdict.worst))
         winner = pick(found, verdict.best)
         score = None if verdict.scores is None else verdict.scores.gather(1, verdict.best[:, None])[:, 0]
-        better = _better(ask, book.method, settings, book.kept, winner, score)
+        better = _better(ask, note, book.method, settings, book.kept, winner, score)
         started_from = references if book.method.several else references[:1] * len(found)
         norms = None
         try:
@@ -303,17 +305,22 @@ def _end_with_update(book: _Book, run: Run, judge: Judge, on_iteration: Callable
 
 
 def _better(
-    ask: Callable, method: Any, s: PreferenceSettings, kept: _Kept, winner: Candidate, score: Tensor | None
-) -> Tensor:
+    ask: Callable, note: Callable, method: Any, s: PreferenceSettings, kept: _Kept, winner: Candidate,
+    score: Tensor | None,
+) -> Tensor:  # fmt: skip
     """(B,): where the winner takes the kept image's place."""
     everywhere = torch.ones(len(winner.images), dtype=torch.bool)
     if s.keep == "last_winner" or kept.latent is None:
         return everywhere
+    is_asked = (method.between or not method.incumbent_first) and not torch.equal(kept.images, winner.images)
     if score is not None:
-        return ~(score < kept.score)
+        better = ~(score < kept.score)
+        if is_asked:  # of a judge without numbers, who is to repeat this
+            note([(w, 1 - w, False) for w in better.int().tolist()])
+        return better
     if method.incumbent_first and not method.between:
         return everywhere
-    if torch.equal(kept.images, winner.images):
+    if not is_asked:
         return ~everywhere
     asked = ask([kept.images, winner.images])
     return (asked.best == 1) & ~asked.tie

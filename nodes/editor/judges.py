@@ -49,9 +49,10 @@ class RecordedJudge:
         self.used += len(now)
         if not now:
             return Verdict(None, None, None, stop=True)
-        if [c[1] for c in now] != list(range(batch)) or max(max(c[2], c[3]) for c in now) >= len(candidates):
+        fits = [c[:2] for c in now] == [[k, b] for b in range(batch)]
+        if not fits or max(max(c[2], c[3]) for c in now) >= len(candidates):
             raise ValueError(
-                f"the recorded choices do not fit: at comparison {k} they speak of images {[c[1] for c in now]}, where "
+                f"the recorded choices do not fit: at comparison {k} they speak of {[c[:2] for c in now]}, where "
                 f"the batch has {batch} of {len(candidates)} candidates each; use the settings of the recorded run"
             )
         best, worst, tie = (torch.tensor([c[i] for c in now]) for i in (2, 3, 4))

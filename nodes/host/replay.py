@@ -66,6 +66,12 @@ class ReplaySampler(comfy.samplers.Sampler):
                 f"MIRA noise: sampler has the noises of {len(self.segments[0].part)} images, but there are "
                 f"{len(noise)}: use the same batch"
             )
+        recorded = self.segments[0].noises[0].shape[1:]
+        if noise.shape[1:] != recorded:
+            raise ValueError(
+                f"MIRA noise: sampler has noises of shape {tuple(recorded)}, but the latent is "
+                f"{tuple(noise.shape[1:])}: use a latent of the same size, or the stock sampler for another"
+            )
         if self.optimized:
             options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
             options.setdefault("transformer_options", {})["optimized_attention_override"] = attention_of(options)

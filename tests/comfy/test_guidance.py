@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.hooks
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from testing.networks import random_lora
 from testing.pack import ROOT, mira
 
 nodes = mira("nodes")
@@ -55,6 +57,19 @@ def test_the_lora_is_bright(world, bright):
         for m in (world.model, bright)
     )
     assert tuned > plain + 0.1
+
+
+def test_a_lora_on_the_conditioning_is_refused(world, bright):
+    """ComfyUI puts it on the sampled model alone."""
+    lora = random_lora(world.model, 0.4)
+    hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=1.0, strength_clip=1.0)
+    positive = comfy.hooks.set_hooks_for_conditioning(world.positive, hooks)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"MIRA RL Guidance.*hooks.*load them on both models"):
+        world.ksampler(model=rlg(world.model, bright, 1.5), positive=positive, steps=2)
+    with torch.inference_mode():
+        as_base = world.ksampler(model=rlg(world.model, bright, 0.0), positive=positive, steps=2)
+        assert torch.equal(as_base, world.ksampler(positive=positive, steps=2))
+        world.ksampler(model=rlg(world.model, bright, 1.5), steps=2)  # and nothing stays behind
 
 
 def test_weight_0_is_the_base_and_1_the_tuned_model(world, bright):

@@ -146,6 +146,8 @@ def test_bad_input(world, output):
     with pytest.raises(ValueError, match="noises of 1 images, but there are 2"):
         two = stock(custom.RandomNoise, 1)[0]
         sampled(world, two, sampler, {"samples": torch.zeros(2, 4, 8, 8)})
+    with pytest.raises(ValueError, match=r"noises of shape .4, 8, 8., but the latent is .4, 12, 8."):
+        sampled(world, two, sampler, {"samples": torch.zeros(1, 4, 12, 8)})
     with pytest.raises(ValueError, match="MIRA Save Noise: noise and sampler are of two runs"):
         as_node(nodes.MiraSaveNoise).execute(other, sampler, "x")
     with pytest.raises(ValueError, match="MIRA Save Noise: noise is no optimised one"):

@@ -49,7 +49,7 @@ def test_every_method_with_a_black_box(world, method, sampler):
     out = prefer(world, method=method, sampler_name=sampler, keep="incumbent")
     optimized, plain, trace, choices = out.args[:4]
     assert torch.isfinite(optimized["samples"]).all()
-    assert len(trace.rows) == 3 and len(json.loads(choices)) == 3
+    assert len(trace.rows) == 3 and {c[0] for c in json.loads(choices)} == {0, 1, 2}
     assert torch.equal(plain["samples"], world.ksampler(seed=1, steps=3, sampler=sampler))
     assert out.ui["mira"][0]["rows"][0]["reward"] == trace.rows[0]["reward"]
 
@@ -74,6 +74,20 @@ def test_candidates_are_compared_under_the_same_draw(world):
 
     prefer(world, reward=Drawing(), method="dueling")
     assert len(drawn) >= 6 and set(drawn) == {0}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"method": "dpo"}, {"method": "dueling", "step": 0.5}, {"method": "best_of_n"}],
+    ids=lambda how: how["method"],
+)
+def test_the_choices_of_a_reward_repeat_its_run(world, how):
+    """Also those between the kept image and a winner, which numbers decide without asking."""
+    asked = how | {"keep": "incumbent", "iterations": 4}
+    for seed in (7, 8, 9):
+        out = prefer(world, seed=seed, reward=PixelReward("brightness"), **asked)
+        again = prefer(world, seed=seed, judge="recorded choices", reward=None, choices=out.args[3], **asked)
+        assert torch.equal(again.args[0]["samples"], out.args[0]["samples"]) and again.args[2].kept == out.args[2].kept
 
 
 BLACK_BOX = """
