@@ -168,7 +168,7 @@ def test_a_cancelled_one_hands_back_the_best_so_far(make, monkeypatch):
     asked = {"seed": 5, "iterations": 50}  # what ComfyUI's cache goes by is another once it was cut short
     before = node.MiraInitNONoise.fingerprint_inputs(**asked)
     z, report = make(batch=2, iterations=50)
-    assert node.MiraInitNONoise.fingerprint_inputs(**asked) == before + 1
+    assert node.MiraInitNONoise.fingerprint_inputs(**asked) > before
     assert len(z) == 2 and torch.equal(z[1:], given(batch=2)[1:])
     assert "interrupted after 3 evaluations" in report and report.count("image") == 1
 
