@@ -245,17 +245,17 @@ class _Attending(comfy.samplers.Sampler):
             def better() -> Found:
                 nonlocal place
                 before = self.generator.get_state()
-                try:
-                    return improve(
-                        maps, noise, self.words.subjects, self.settings, self.generator, on_iteration=self.report,
-                        interrupts=INTERRUPTS, mends=mends,
-                    )  # fmt: skip
-                except RuntimeError as problem:
-                    if place == len(PLACES) - 1 or not written_over(problem):
-                        raise
-                self.generator.set_state(before)
-                place += 1
-                return better()
+                while True:
+                    try:
+                        return improve(
+                            maps, noise, self.words.subjects, self.settings, self.generator, on_iteration=self.report,
+                            interrupts=INTERRUPTS, mends=mends,
+                        )  # fmt: skip
+                    except RuntimeError as problem:
+                        if place == len(PLACES) - 1 or not written_over(problem):
+                            raise
+                    self.generator.set_state(before)
+                    place += 1
 
             def mends(problem: BaseException) -> bool:
                 return has_no_repeatable_way(problem) or (place < len(PLACES) - 1 and written_over(problem))
