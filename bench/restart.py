@@ -51,11 +51,10 @@ class Variant:
     """settings: over those of plain optimisation. then: every iterate restarted once from this share of the schedule.
     seed: added to the study's. weighting, gradient_steps: the job's. shares: a "path" of single trajectories instead,
     each with so much of its noise chosen by the reward, anew at every `interval` steps, and the best of so many
-    `particles`,
-    each noised again to `again` of the schedule and sampled anew in further `rounds`. every_round: what there is after
-    each of them is an iterate. best_of: a "path" of plain samples
-    instead, the best of so many; fk: of FK steering, with so many particles. first: not the plain sample is optimised,
-    but the way back of its restart from this share."""
+    `particles`, each noised again to `again` of the schedule and sampled anew in further `rounds`. every_round: what
+    there is after each of them is an iterate. best_of: a "path" of plain samples instead, the best of so many; fk: of
+    FK steering, with so many particles. first: not the plain sample is optimised, but the way back of its restart from
+    this share."""
 
     settings: dict = field(default_factory=dict)
     then: float = 0.0
@@ -108,7 +107,6 @@ VARIANTS = {
     "ntrk": Variant(shares=SHARES),
     "ntrk_4": Variant(shares=FAR, particles=4),
     "ntrk_twice": Variant(shares=(0.4, 0.6), rounds=2),
-    "ntrk_rounds": Variant(shares=(0.4,), rounds=3, again=0.8, every_round=True),
     "ntrk_second": Variant(shares=(0.4, 0.6), rounds=3, again=0.8, every_round=True, interval=2),
     "ntrk_fourth": Variant(shares=(0.4,), rounds=3, again=0.8, every_round=True, interval=4),
     "fast": preset("fast"),

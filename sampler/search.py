@@ -79,9 +79,8 @@ class SearchSettings:
 
     def looks(self, steps: int) -> list[int]:
         """The steps, of 1 to `steps`, after which a steering method looks at its particles."""
-        method, every = METHODS[self.method], 0
-        if "interval" in method.reads:
-            every = self.interval
+        method = METHODS[self.method]
+        every = self.interval if "interval" in method.reads else 0
         if not every and method.looks:
             often = method.looks(self.particles) if callable(method.looks) else method.looks
             every = steps // often if callable(method.looks) else round(steps / often)

@@ -113,8 +113,7 @@ def of(
     before = _runs.get(node)
     if before:
         known, its_graph, done, last = before
-        made_again = taken != last and graph is not None and graph == its_graph
-        same = _same(known, inputs) or (made_again and _made_alike(known, inputs))
+        same = _same(known, inputs) or (taken != last and _of_one_graph(known, its_graph, inputs, graph))
         if same and not (done[0].result.cut_short and taken == last):
             _runs[node] = known, graph, done, taken
             if done[0].result.cut_short and not 0 <= taken[0] < len(done[0].iterates):
@@ -188,9 +187,13 @@ def last_run(hidden: Any, inputs: dict, free: Collection[str]) -> Optimized | No
     if (before := _runs.get(_place(hidden))) is None:
         return None
     known, asked = ({k: v for k, v in of.items() if k not in free} for of in (before[0], inputs))
-    graph = _graph(hidden)
-    same = _same(known, asked) or (graph is not None and graph == before[1] and _made_alike(known, asked))
+    same = _same(known, asked) or _of_one_graph(known, before[1], asked, _graph(hidden))
     return before[2][0] if same else None
+
+
+def _of_one_graph(known: dict, its_graph: dict | None, inputs: dict, graph: dict | None) -> bool:
+    """Whether inputs, though made anew, are the known ones."""
+    return graph is not None and graph == its_graph and _made_alike(known, inputs)
 
 
 def _graph(hidden: Any) -> dict | None:

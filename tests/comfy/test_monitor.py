@@ -234,6 +234,13 @@ def test_a_png_without_a_record():
     assert "is not there" in nodes.MiraLoadTrace.validate_inputs(file="nothing.png")
 
 
+def test_a_picture_that_is_too_large_to_open(monkeypatch):
+    Image.new("RGB", (8, 8)).save(os.path.join(folder_paths.get_input_directory(), "huge.png"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match=r"MIRA Load Trace: huge.png cannot be read: it is too large a picture"):
+        execute(nodes.MiraLoadTrace, file="huge.png", index=0)
+
+
 def test_a_path_counts_instead_of_the_list(tmp_path, monkeypatch):
     """The list has no more than the newest ones."""
     folders = {name: tmp_path / name for name in ("input", "output")}
