@@ -29,19 +29,30 @@ class Segment:
     part: Tensor
     denoise: float = 1.0
 
-    def source(self, steps: int) -> Callable[[Callable[[], Tensor]], Tensor]:
-        """A `rollout.NoiseSource` of the injected noises, for a run of so many steps.
+    def place(self, sigmas: Tensor) -> int | None:
+        """The step of the schedule at which `sigmas`, (t + 1,), are a part of it, such as one that was split off."""
+        recorded, count = self.schedule.to(sigmas), len(sigmas)
+        starts = range(len(recorded) - count + 1)
+        return next((i for i in starts if torch.equal(recorded[i : i + count], sigmas)), None)
 
-        With another number of steps than recorded a noise goes to the step at its place in the process, and steps that
-        have none of their own draw one: noise that is used twice would be seen in the image.
+    def source(self, sigmas: Tensor) -> Callable[[Callable[[], Tensor]], Tensor]:
+        """A `rollout.NoiseSource` of the injected noises, for a run over these sigmas, (t + 1,).
+
+        A part of the schedule goes on with the noises of its own steps. With another number of steps than recorded a
+        noise goes to the step at its place in the process, and steps that have none of their own draw one: noise that
+        is used twice would be seen in the image.
         """
         recorded, left = len(self.schedule) - 1, dict(enumerate(self.noises[1:], 1))
-        calls = 0
+        place, share, calls = self.place(sigmas), 1.0, 0
+        if place is None:
+            share = recorded / (len(sigmas) - 1)
+        else:  # samplers draw as often at every step, but for the last, which seldom draws
+            calls = place * round(len(left) / max(recorded - 1, 1))
 
         def source(draw: Callable[[], Tensor]) -> Tensor:
             nonlocal calls
             calls += 1
-            z = left.pop(round(calls * recorded / steps), None)
+            z = left.pop(round(calls * share), None)
             return draw() if z is None else z
 
         return source

@@ -85,8 +85,7 @@ class ReplaySampler(comfy.samplers.Sampler):
             for n, segment in enumerate(self.segments if whole else self.segments[:1]):
                 now, z, begun = sigmas, noise, latent_image
                 if n:
-                    recorded = self.segments[0].schedule.to(sigmas)
-                    same = torch.equal(recorded, sigmas)
+                    same = self.segments[0].place(sigmas) is not None
                     now = segment.schedule.to(sigmas) if same else tail(sigmas, segment.denoise)
                     z, begun = segment.noises[0].to(noise), x
                     if denoise_mask is not None:  # what is not painted stays as it was given
@@ -101,7 +100,7 @@ class ReplaySampler(comfy.samplers.Sampler):
         self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Callable | None, noise: Tensor,
         latent_image: Tensor | None, mask: Tensor | None, disable: bool, segment: Segment,
     ) -> Tensor:  # fmt: skip
-        given = segment.source(len(sigmas) - 1)
+        given = segment.source(sigmas)
 
         def source(draw: Callable[[], Tensor]) -> Tensor:
             return given(draw).to(noise)

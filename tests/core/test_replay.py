@@ -11,6 +11,7 @@ from mira.sampler.optimize import Score, Settings
 from mira.sampler.replay import Segment
 from mira.sampler.restart import Stretch, in_rounds
 from mira.sampler.rollout import Rollout, noised
+from torch import Tensor
 
 
 def process(x0=None, sigma=1.0, steps=6) -> Rollout:
@@ -52,18 +53,34 @@ def test_segments_are_the_way_to_every_image_that_was_kept(keep, lr):
         assert len(segments) == 3 and all(s.part.all() for s in segments)
 
 
-def drawn(segment: Segment, steps: int) -> list:
-    source = segment.source(steps)
-    return [source(lambda: None) for _ in range(steps - 1)]
+def drawn(segment: Segment, sigmas: Tensor, count: int) -> list:
+    """The first `count` noises of a run over sigmas, as numbers; None where one is drawn."""
+    source = segment.source(sigmas)
+    return [None if (z := source(lambda: None)) is None else z.item() for _ in range(count)]
+
+
+def recorded(per_step: int = 1) -> Segment:
+    """Four steps, with the numbers of their noises in their noises; the last step draws none."""
+    z = [torch.full((1, 1), float(n)) for n in range(1 + 3 * per_step)]
+    return Segment(torch.tensor([14.0, 9.0, 4.0, 1.0, 0.0]), tuple(z), torch.ones(1, dtype=torch.bool))
 
 
 def test_other_steps_take_each_noise_once_at_its_place():
-    z = [torch.full((1, 1), float(n)) for n in range(4)]  # of the level, and of three of four steps
-    segment = Segment(torch.arange(5).flip(0).float(), tuple(z), torch.ones(1, dtype=torch.bool))
-    assert [v.item() for v in drawn(segment, 4)] == [1, 2, 3]
-    assert [v.item() for v in drawn(segment, 2)] == [2]
-    more = [None if v is None else v.item() for v in drawn(segment, 8)]
+    segment = recorded()
+    assert drawn(segment, segment.schedule, 3) == [1, 2, 3]
+    assert drawn(segment, torch.linspace(14, 0, 3), 1) == [2]
+    more = drawn(segment, torch.linspace(14, 0, 9), 7)
     assert [v for v in more if v is not None] == [1, 2, 3] and len(more) == 7
+
+
+@pytest.mark.parametrize("per_step", [1, 2])
+def test_a_split_schedule_goes_on_with_the_noises_of_its_steps(per_step):
+    segment = recorded(per_step)
+    high, low = segment.schedule[:3], segment.schedule[2:]
+    whole = drawn(segment, segment.schedule, 3 * per_step)
+    assert drawn(segment, high, 2 * per_step) + drawn(segment, low, per_step) == whole
+    assert segment.place(low) == 2 and segment.place(low * 1.01) is None
+    assert segment.place(torch.linspace(14, 0, 9)) is None
 
 
 def test_a_file_of_them(tmp_path):
