@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from .base import Facts, Reward
 
@@ -106,7 +107,7 @@ class PythonReward(Reward):
                 score = self.function(own, list(prompts))
             if not self.facts.differentiable:
                 score = torch.as_tensor(score, dtype=torch.float32, device=images.device)
-        except (torch.OutOfMemoryError, MemoryError):
+        except (torch.OutOfMemoryError, MemoryError, CheckpointError):
             raise  # whoever called knows what to do
         except (Exception, SystemExit) as problem:
             raise RuntimeError(located(problem, self.path)) from problem

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .memory import give_back, out_of_memory
+from .memory import DIFFERS, differs, give_back, out_of_memory
 
 log = logging.getLogger("mira")
 T = TypeVar("T")
@@ -32,7 +32,9 @@ class Cut:
         if self.failed:
             said = str(self.problem).splitlines() or [""]
             return f"error ({type(self.problem).__name__}: {said[0][:200]})"
-        return "out of memory" if self.memory else "interrupted"
+        if self.memory:
+            return DIFFERS if differs(self.problem) else "out of memory"
+        return "interrupted"
 
 
 def attempt(interrupts: Interrupts, work: Callable[..., T], *args: Any) -> tuple[T | None, Cut | None]:

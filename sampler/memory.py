@@ -27,13 +27,21 @@ FULL = (
 )  # fmt: skip
 
 
+DIFFERS = "a recomputation that differs (a reward or a node that counts or draws by itself? Set memory to none)"
+
+
+def differs(problem: BaseException) -> bool:
+    """Whether a part that is computed again for its backward came out otherwise."""
+    return isinstance(problem, CheckpointError)
+
+
 def out_of_memory(problem: BaseException) -> bool:
     """CUDA has an exception of its own; other allocators, cuBLAS and cuDNN raise a plain RuntimeError.
 
     cuDNN on a full card finds no engine, or no algorithm, that would do with the room that is left.
     A checkpoint whose recomputation differs counts too: a host's own fallback, which took less memory, may be why.
     """
-    if isinstance(problem, (getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError), CheckpointError)):
+    if differs(problem) or isinstance(problem, getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)):
         return True
     return isinstance(problem, RuntimeError) and any(w in str(problem).lower() for w in FULL)
 

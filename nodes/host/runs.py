@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...sampler.ending import within_memory
 from ...sampler.hybrid import hybrid
-from ...sampler.memory import out_of_memory, unlock
+from ...sampler.memory import DIFFERS, differs, out_of_memory, unlock
 from ...sampler.optimize import NoGradient, Result, Score
 from ...sampler.replay import Segment
 from ...sampler.restart import Stretch, in_rounds, search_by_restarts
@@ -420,6 +420,8 @@ class _WorkingSampler(comfy.samplers.Sampler):
                 ) from problem
             except RuntimeError as problem:
                 if not (process.repeatable and (has_no_repeatable_way(problem) or has_no_engine(problem))):
+                    if differs(problem):
+                        raise RuntimeError(f"{job.node}: ended by {DIFFERS}") from None
                     if out_of_memory(problem):
                         raise type(problem)(f"{job.node}: {no_room(process)}") from None
                     if written_over(problem):

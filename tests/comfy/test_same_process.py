@@ -892,6 +892,30 @@ def test_what_a_reward_draws_is_drawn_once(world, tmp_path):
     assert len(set(drawn)) == 3 and torch.equal(images, before)
 
 
+COUNTS = """
+FACTS = {"name": "counts", "typical": (0.0, 1.0)}
+calls = 0
+
+def score(images, prompts):
+    global calls
+    calls += 1
+    x = images.square() if calls % 3 else images.sigmoid().square()
+    return x.mean((1, 2, 3))
+"""
+
+
+def test_a_reward_that_counts_is_no_lack_of_memory(world, tmp_path):
+    """Computed again it takes another path, of which autograd kept something else."""
+    (tmp_path / "mine.py").write_text(COUNTS)
+    said = []
+    for policy in ("none", "per_step"):
+        trace = run(world, reward=PythonReward(tmp_path / "mine.py"), steps=2, iterations=3, memory=policy).trace
+        said.append(f"{trace.settings['ended']} {trace.notices}")
+    assert "all iterations done" in said[0]
+    assert "a recomputation that differs" in said[1] and "memory to none" in said[1]
+    assert "out of memory" not in said[1]
+
+
 @pytest.mark.parametrize(
     "text", [CONSTANT + "raise SystemExit('enough')\n", CONSTANT.replace("return", "exit(); return")]
 )
