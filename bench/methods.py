@@ -15,7 +15,7 @@ from testing.pack import ROOT, mira, with_comfyui
 
 with_comfyui()
 
-Settings = mira("sampler.optimize").Settings
+Settings, lengths = mira("sampler.optimize").Settings, mira("sampler.restart").lengths
 SearchSettings, SEARCHES = mira("sampler.search").SearchSettings, mira("sampler.search").METHODS
 PreferenceSettings = mira("sampler.preference").PreferenceSettings
 DEFAULT, GRADIENT_STEPS = mira("nodes.shared.inputs").DEFAULT, mira("nodes.shared.inputs").GRADIENT_STEPS
@@ -52,11 +52,13 @@ def optimising(gradient_steps: int = 0, **fixed) -> Method:
         seeds = min(chosen.get("seeds", 1), max(1, budget // 4))
         left = budget - (seeds if seeds > 1 else 0)  # each seed is a run forward
         cost = 1 + 2 * min(gradient_steps or steps, steps) / steps
-        rounds = min(chosen.get("rounds", 1), max(1, int(left / 6)))
-        left -= 2 * (rounds - 1)  # a restart is sampled, and sampled again as its round's first iterate
-        iterations = max(rounds, int((left - 1) / cost))
-        plan = {"seeds": seeds, "rounds": rounds}
-        return Settings(**{"iterations": iterations, "lr": lr, "keep": "last"} | chosen | plan)
+        settings = Settings(**{"iterations": 1, "lr": lr, "keep": "last"} | chosen | {"seeds": seeds})
+
+        def passes(iterations: int) -> float:
+            """A restart is sampled, and sampled again as its round's first iterate."""
+            return 1 + cost * iterations + 2 * (len(lengths(replace(settings, iterations=iterations))) - 1)
+
+        return replace(settings, iterations=max((n for n in range(1, budget) if passes(n) <= left), default=1))
 
     return Method(settings, gradient_steps=gradient_steps)
 
@@ -137,7 +139,7 @@ METHODS: dict[str, Method] = {
     "default": optimising(
         regularizer=DEFAULT.regularizer, beta=DEFAULT.beta, drift_metric=DEFAULT.drift_metric,
         drift_limit=DEFAULT.drift_limit, keep=DEFAULT.keep, stop=DEFAULT.stop, hold=DEFAULT.hold,
-        seeds=DEFAULT.seeds, rounds=DEFAULT.rounds, restart_denoise=DEFAULT.restart_denoise,
+        seeds=DEFAULT.seeds, restart_every=DEFAULT.restart_every, restart_denoise=DEFAULT.restart_denoise,
         gradient_steps=GRADIENT_STEPS,
     ),
     "projection": optimising(drift_metric="path_kl", drift_limit=0.05, hold="projection"),

@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ MANY = (1, 4, 8, 16, 26)  # up to the passes of the default
 PARTICLES = (3, 6, 12)
 BEST_OF_DRAWS = ("best_of_two", "best_of_three")  # of plain optimisation, at every iterate; made of what is there
 OWN = 4  # plain samples of every animal, which the likeness is to
-ROUNDS = {"iterations": 16, "rounds": 4, "lr": 0.04}
+ROUNDS = {"iterations": 16, "restart_every": 4, "lr": 0.04}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def preset(name: str) -> Variant:
 VARIANTS = {
     "dno": Variant(),
     "dno_again": Variant(seed=71),
-    "dno_slow": Variant({"iterations": 24, "lr": LR / 2}),  # as many passes as the default's, for the same way
+    "dno_slow": Variant({"iterations": 24, "lr": LR / 2}),  # as many passes as three rounds, for the same way
     "best_of_4": Variant({"seeds": 4}),
     "held": Variant(HELD | {"seeds": 4}),  # the default before there were restarts
     "once_.5": Variant(then=0.5),
@@ -97,11 +97,12 @@ VARIANTS = {
     "rounds_.6": Variant(ROUNDS | {"restart_denoise": 0.6}),
     "rounds_.4": Variant(ROUNDS | {"restart_denoise": 0.4}),
     "default": default(),
+    "three_rounds": default(iterations=12),
     "default_.6": default(restart_denoise=0.6),
     "default_.4": default(restart_denoise=0.4),
-    **{f"dial_{limit:g}": default(drift_limit=limit) for limit in (0.01, 0.02, 0.05, 0.1, 0.2)},
-    "dial_free": default(drift_limit=0.0, hold="no"),
-    "short_rounds": default(iterations=9, hold="no", drift_limit=0.0, stop="never"),  # three of three, nothing held
+    **{f"three_rounds_{limit:g}": default(iterations=12, drift_limit=limit) for limit in (0.01, 0.02, 0.05, 0.1, 0.2)},
+    # Three of three, nothing held.
+    "short_rounds": default(iterations=9, restart_every=3, hold="no", drift_limit=0.0, stop="never"),
     "normalized": Variant({"optimizer": "normalized"}),
     "whitened": Variant({"optimizer": "whitened"}),
     "ntrk": Variant(shares=SHARES),
@@ -111,7 +112,7 @@ VARIANTS = {
     "ntrk_fourth": Variant(shares=(0.4,), rounds=3, again=0.8, every_round=True, interval=4),
     "fast": preset("fast"),
     "strong": preset("strong"),
-    "exact_gradient": preset("exact_gradient"),
+    "three_rounds_exact": replace(default(iterations=12), gradient_steps=0),
     "best_of_n": Variant(best_of=MANY),
     "best_of_n_.65": Variant(best_of=MANY, then=0.65),
     "fk": Variant(fk=PARTICLES),

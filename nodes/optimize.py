@@ -14,6 +14,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..rewards.base import Reward
+from ..sampler.restart import lengths
 from ..sampler.resume import Left
 from . import host
 from .editor.live import LiveRun
@@ -107,13 +108,11 @@ def run_optimization(
     samples = host.samples_of(model, latent)
     settings = read_settings(node, values)
     prompts, told_first = prompts_of(prompt, guider, len(samples))
-    if settings.rounds < values.get("rounds", 1):
-        told_first.append(f"rounds is {values['rounds']}, but there were {settings.rounds}: one for every iteration")
     told = {"drift_metric": settings.drift_metric, "drift_limit": settings.drift_limit}
     record = describe(node, values, given["seed"], prompt, reward.facts.name)
     seeds = settings.seeds if settings.seeds > 1 and not before else 0
     noise = given["initial"](given["seed"])
-    rounds = 1 if host.why_no_restart(sigmas, noise) else settings.rounds  # as they will be taken
+    rounds = 1 if host.why_no_restart(sigmas, noise) else len(lengths(settings))  # as they will be taken
     live = LiveRun(hidden, settings.iterations + rounds - 1, told, record, seeds)
     if before:
         live.go_on(before[1], before[0].done)

@@ -85,8 +85,8 @@ class Settings:
     hold: keeps the drift at `drift_limit` while the optimisation goes on. "projection": noises that have gone too far
         are drawn back along the straight line to where they began (drift_metric path_kl, whose bound is a ball
         around z0). "dual_ascent": beta rises while the drift is above the limit and falls while it is below.
-    rounds, restart_denoise: the iterations are split into so many rounds, and each but the first begins from a restart
-        of what the one before kept (`restart.in_rounds`, which the host calls), noised to this share of the schedule.
+    restart_every, restart_denoise: after so many iterations a round ends, and the next one begins from a restart of
+        what it kept (`restart.in_rounds`, which the host calls), noised to this share of the schedule; 0: one round.
     loss_scale: multiplies the loss in backward and divides the gradients, for networks in float16; it is lowered for
         an image whose gradients overflow.
     """
@@ -106,7 +106,7 @@ class Settings:
     variables: str = "trajectory"
     hold: str = "no"
     seeds: int = 1
-    rounds: int = 1
+    restart_every: int = 0
     restart_denoise: float = 0.8
     loss_scale: float = 1.0
 
@@ -127,13 +127,8 @@ class Settings:
             raise ValueError(f"iterations is {self.iterations}: it cannot be negative")
         if self.seeds < 1:
             raise ValueError(f"seeds is {self.seeds}: use 1 for the given noises, or more")
-        if self.rounds < 1:
-            raise ValueError(f"rounds is {self.rounds}: use 1 for none but the first, or more")
-        if self.rounds > max(1, self.iterations):
-            raise ValueError(
-                f"rounds is {self.rounds} but iterations is {self.iterations}, which are split over the rounds: every "
-                "round needs at least one"
-            )
+        if self.restart_every < 0:
+            raise ValueError(f"restart_every is {self.restart_every}: use 0 for no restart, or more")
         if not 0 < self.restart_denoise <= 1:
             raise ValueError(f"restart_denoise is {self.restart_denoise}: use a value above 0 and up to 1")
         for name, value in {"lr": self.lr, "loss_scale": self.loss_scale}.items():

@@ -80,7 +80,7 @@ class _Rounds:
 
     def add(self, done: Result, segment: Segment, settings: Settings) -> None:
         """A round's result: better images take the place of what was kept."""
-        first, rounds = len(self.iterates), settings.rounds
+        first, rounds = len(self.iterates), len(lengths(settings))
         rewards = {(row["image"], row["iteration"]): row["reward"] for row in done.trace.rows}
         its = torch.tensor(done.trace.kept) + first
         reward = torch.tensor([rewards[b, k] for b, k in enumerate(its.tolist())], dtype=torch.double)
@@ -104,9 +104,10 @@ class _Rounds:
         self.number += 1
 
 
-def lengths(iterations: int, rounds: int) -> list[int]:
-    """How many iterations each round has."""
-    return [len(part) for part in torch.arange(iterations).tensor_split(rounds)]
+def lengths(settings: Settings) -> list[int]:
+    """How many iterations each round has: all as many, and the last one what is left."""
+    whole, rest = divmod(settings.iterations, settings.restart_every or max(1, settings.iterations))
+    return [settings.restart_every or settings.iterations] * whole + [rest] * (rest > 0 or not whole)
 
 
 def in_rounds(
@@ -120,16 +121,16 @@ def in_rounds(
     memory: Callable[[], float] = lambda: 0.0,
     resume: Left | None = None,
 ) -> Result:
-    """`settings.rounds` times `optimize`, each but the first from a restart of what the one before kept.
+    """`optimize` in rounds of `restart_every`, each but the first from a restart of what the one before kept.
 
     restart: (round from 1 on, x0 (B, C, ...)) -> the stretch that begins with x0 noised again. A round's drift is
     measured from the plain run of its own stretch. The record goes on over rounds: a round's iteration 0 is its
     restart, and has a number of its own; rows of several rounds have `round` and `level` (the stretch's first sigma).
     Of every image the best over all rounds comes back, by the criterion of `settings.keep`. An interrupt, running
-    out of memory and any other error end the run with that. resume: `Result.left` of such a run, to go on in its round;
-    of a run of one round, with more iterations too, and of several whole rounds, with more of the same `lengths`.
+    out of memory and any other error end the run with that. resume: `Result.left` of such a run, to go on in its round,
+    or of one that ended, to go on with more iterations.
     """
-    parts = lengths(settings.iterations, settings.rounds)
+    parts = lengths(settings)
     rounds, inner = resume.value if resume else (_Rounds(), None)
     before, done, reason = rounds, None, ""
 
@@ -143,11 +144,14 @@ def in_rounds(
                     row |= {"round": number + 1, "level": level}
             on_iteration(first + k, rows, score)
 
-        run = replace(settings, iterations=parts[number], rounds=1)
-        return optimize(
+        run = replace(settings, iterations=parts[number], restart_every=0)
+        found = optimize(
             stretch.rollout, score, stretch.noises, run, check_reward=number == 0, on_iteration=report,
             interrupts=interrupts, memory=memory, resume=inner,
         )  # fmt: skip
+        for row in found.trace.rows if len(parts) > 1 else []:  # a round that goes on may have been the only one
+            row |= {"round": number + 1, "level": level}
+        return found
 
     for number in range(rounds.number, len(parts)):
         before, done = rounds.snapshot(), None
@@ -173,17 +177,17 @@ def in_rounds(
     trace.kept = kept.iteration.tolist()
     trace.reasons = [reason] * len(trace.kept) if reason else rounds.reasons
     there, begins = done.left if done else None, done is None  # a round that was cut before it began is begun anew
-    if done and not done.cut_short and len(parts) > 1:  # all is done, and there may be more rounds
-        before, there, begins = rounds.snapshot(), None, True
+    if done and not (done.cut_short or there) and len(parts) > 1:  # it ended by itself, and there may be more rounds
+        before, begins = rounds.snapshot(), True
     left = Left((before, there), len(before.iterates) + (there.done if there else 0)) if there or begins else None
     return Result(
         kept.latent,
         rounds.last,
         tuple(kept.noises),
         trace,
-        reason or done.reason,
+        reason or (done.reason if done else "; ".join(dict.fromkeys(rounds.reasons))),
         rounds.iterates,
-        bool(reason or done.cut_short),
+        bool(reason or (done and done.cut_short)),
         [s for s in (replace(s, part=rounds.kept_way[:, n]) for n, s in enumerate(rounds.segments)) if s.part.any()],
         left=left,
     )

@@ -6,7 +6,7 @@ which is here a share of the reward's pull) is the user's.
 
 from __future__ import annotations
 
-_ALONE = {"seeds": 1, "rounds": 1, "hold": "no", "stop": "never", "drift_limit": 0.0, "relative_beta": False}
+_ALONE = {"seeds": 1, "restart_every": 0, "hold": "no", "stop": "never", "drift_limit": 0.0, "relative_beta": False}
 
 RIVALS: dict[str, dict] = {
     # arXiv 2510.01549, Algorithm 1

@@ -25,11 +25,11 @@ async def optimise(client: Client, prompt: dict, label: str) -> tuple[dict, dict
     from tqdm import tqdm
 
     node = find(prompt, OPTIMIZER)
-    drift = prompt[node]["inputs"]["drift_metric"]
+    inputs = prompt[node]["inputs"]
+    drift, iterations = inputs["drift_metric"], inputs["iterations"]
+    rounds = -(-iterations // (inputs["restart_every"] or iterations))
     prompt_id = await client.submit(prompt)
-    with tqdm(
-        total=prompt[node]["inputs"]["iterations"] + prompt[node]["inputs"]["rounds"], desc=label, unit="it"
-    ) as bar:
+    with tqdm(total=iterations + rounds, desc=label, unit="it") as bar:
         async for kind, data in client.events(prompt_id):
             if kind == "mira.step":
                 row = data["rows"][0]
@@ -112,7 +112,7 @@ async def demo() -> dict:
             plain = copy.deepcopy(prompt)
             plain[find(prompt, OPTIMIZER)]["inputs"] |= {
                 "preset": "custom", "learning_rate": 0.03, "keep": "last", "stop": "never", "hold": "no",
-                "drift_limit": 0.0, "seeds": 1, "rounds": 1, "gradient_steps": 0,
+                "drift_limit": 0.0, "seeds": 1, "restart_every": 0, "gradient_steps": 0,
             }  # fmt: skip
             mira, images = await optimise(client, prompt, "MIRA")
             dno, contrast = await optimise(client, plain, "DNO ")

@@ -68,7 +68,7 @@ def quickstart() -> dict[str, Node]:
         "mira": Node(
             "MiraOptimizeKSampler", 2, links={**OPTIMISED, "reward": "reward.reward"},
             # A seed that is itself the best of the four that are compared: before and after are one picture.
-            values={"seed": 34, "iterations": 15},
+            values={"seed": 34, "iterations": 8},
         ),
         **saved("optimized", "mira.optimized", 3, "Optimized", "mira/optimized"),
         **saved("plain", "mira.plain", 3, "Plain sample of the same seed", "mira/plain"),
@@ -88,7 +88,7 @@ def against_dno() -> dict[str, Node]:
         "dno": Node(
             "MiraOptimizeKSampler", 3, "DNO: plain optimisation to the end", {**OPTIMISED, "reward": "reward.reward"},
             {**shared, "preset": "custom", "learning_rate": 0.03, "keep": "last", "hold": "no", "drift_limit": 0.0,
-             "seeds": 1, "rounds": 1, "gradient_steps": 0},
+             "seeds": 1, "restart_every": 0, "gradient_steps": 0},
         ),
         "base": Node(
             "KSampler", 4, "The base model's own spread", {**SAMPLED, "latent_image": "many.LATENT"},
@@ -132,7 +132,7 @@ def combined() -> dict[str, Node]:
         ),
         "mira": Node(
             "MiraOptimizeKSampler", 2, links={**OPTIMISED, "reward": "both.reward"},
-            values={"seed": 5, "iterations": 15, "drift_limit": 0.1},
+            values={"seed": 5, "iterations": 12, "drift_limit": 0.1},
         ),
         **saved("optimized", "mira.optimized", 3, "Optimized", "mira/combined"),
         **saved("plain", "mira.plain", 3, "Plain sample of the same seed", "mira/plain"),
@@ -147,7 +147,7 @@ def img2img() -> dict[str, Node]:
         "reward": Node("MiraPixelReward", 1, values={"measure": "colourfulness"}),
         "mira": Node(
             "MiraOptimizeKSampler", 2, links={**OPTIMISED, "latent_image": "start.LATENT", "reward": "reward.reward"},
-            values={"seed": 7, "denoise": 0.6, "iterations": 15, "drift_limit": 0.1},
+            values={"seed": 7, "denoise": 0.6, "iterations": 12, "drift_limit": 0.1},
         ),
         **saved("optimized", "mira.optimized", 3, "Optimized", "mira/img2img"),
         **saved("before", "start.LATENT", 3, "Before", "mira/before"),
@@ -237,7 +237,7 @@ def reuse() -> dict[str, Node]:
         "reward": Node("MiraPixelReward", 1, values={"measure": "brightness"}),
         "optimizer": Node(
             "MiraOptimizeKSampler", 2, links={**OPTIMISED, "reward": "reward.reward"},
-            values={"seed": 7, "iterations": 9},
+            values={"seed": 7, "iterations": 8},
         ),
         "save": Node("MiraSaveNoise", 3, links={"noise": "optimizer.noise", "sampler": "optimizer.sampler"}),
         "sigmas": Node("BasicScheduler", 3, links={"model": "model.model"}, values={"steps": 20, "denoise": 1.0}),
@@ -267,7 +267,7 @@ def relative() -> dict[str, Node]:
         ),
         "optimizer": Node(
             "MiraOptimizeKSampler", 2, links={**OPTIMISED, "reward": "reward.reward"},
-            values={"seed": 7, "iterations": 9},
+            values={"seed": 7, "iterations": 8},
         ),
         **saved("image", "optimizer.optimized", 3, "Optimized", "mira/relative"),
         **saved("plain", "optimizer.plain", 3, "Plain", "mira/relative_plain"),
@@ -283,7 +283,7 @@ def hires_fix() -> dict[str, Node]:
         "reward": Node("MiraPixelReward", 1, values={"measure": "colourfulness"}),
         "mira": Node(
             "MiraOptimizeKSampler", 2, "1. Optimise small", {**OPTIMISED, "reward": "reward.reward"},
-            {"seed": 7, "iterations": 9},
+            {"seed": 7, "iterations": 8},
         ),
         "larger": Node(
             "LatentUpscale", 3, "2. Enlarge", {"samples": "mira.optimized"},
@@ -321,7 +321,7 @@ def refiner() -> dict[str, Node]:
                 **half, "noise": "none.NOISE", "sigmas": "split.low_sigmas", "latent_image": "base.output",
                 "vae": "model.vae", "reward": "reward.reward", "prompt": "prompt.STRING",
             },
-            {"preset": "custom", "iterations": 9, "rounds": 1, "seeds": 1},
+            {"preset": "custom", "iterations": 9, "restart_every": 0, "seeds": 1},
         ),
         **saved("optimized", "mira.optimized", 4, "Optimized", "mira/refined"),
         **saved("plain", "mira.plain", 4, "Plain", "mira/refined_plain"),
@@ -331,7 +331,7 @@ def refiner() -> dict[str, Node]:
 def seed_sweep() -> dict[str, Node]:
     """Four seeds in columns, two drift limits in rows."""
     found = {**OPTIMISED, "reward": "reward.reward"}
-    shared = {"seed": 11, "steps": 12, "iterations": 9, "seeds": 1, "preset": "custom"}
+    shared = {"seed": 11, "steps": 12, "iterations": 8, "seeds": 1, "preset": "custom"}
     return {
         **demo(batch=4),
         "reward": Node("MiraPixelReward", 1, values={"measure": "brightness"}),
@@ -352,7 +352,7 @@ def stock_restart() -> dict[str, Node]:
         "mira": Node(
             "MiraOptimizeKSampler", 2, "1. Optimise too far", {**OPTIMISED, "reward": "reward.reward"},
             {"seed": 4, "steps": 16, "preset": "custom", "iterations": 6, "learning_rate": 0.03, "keep": "last",
-             "hold": "no", "drift_limit": 0.0, "stop": "never", "seeds": 1, "rounds": 1},
+             "hold": "no", "drift_limit": 0.0, "stop": "never", "seeds": 1, "restart_every": 0},
         ),
         "restart": Node(
             "KSampler", 3, "2. Noise it to 0.65, sample from there", {**SAMPLED, "latent_image": "mira.optimized"},
@@ -552,7 +552,7 @@ EXAMPLES = {
 
 NOTES = {
     "01 Quickstart": (
-        "Press **Run**. The node tries four seeds, makes the best one brighter in three rounds, and draws reward and "
+        "Press **Run**. The node tries four seeds, makes the best one brighter in two rounds, and draws reward and "
         "drift as it goes. *Optimized* and *Plain* are saved side by side. Move the slider to look at every step; "
         "**Take** hands back another one. `drift_limit` says how far the picture may go."
     ),

@@ -33,7 +33,7 @@ export function migrated(kind, values, widgets) {
   const known = Object.fromEntries(BEFORE[kind].slice(0, values.length).map((name, i) => [name, values[i]]));
   if (kind.startsWith("MiraOptimize")) {
     known.preset = known.method === undefined || known.method === "as_set" ? "custom" : known.method;
-    known.rounds = 1; // there were no restarts
+    known.restart_every = 0; // there were no restarts
     known.seeds ??= 1;
     known.gradient_steps ??= 0;
   }

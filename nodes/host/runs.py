@@ -20,7 +20,7 @@ from ...sampler.hybrid import hybrid
 from ...sampler.memory import DIFFERS, differs, out_of_memory, unlock
 from ...sampler.optimize import NoGradient, Result, Score
 from ...sampler.replay import Segment
-from ...sampler.restart import Stretch, in_rounds, search_by_restarts
+from ...sampler.restart import Stretch, in_rounds, lengths, search_by_restarts
 from ...sampler.resume import Left, frozen, thawed
 from ...sampler.rollout import USABLE, NotTheSame, per_image
 from ...sampler.search import METHODS, SearchSettings, search
@@ -151,10 +151,10 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
         process.start = start  # should the run begin again
         noises, process.expected = start.noises, start.x0
         if start.cut and start.cut.interrupted:
-            settings = replace(settings, iterations=0, rounds=1)
-    if settings.rounds > 1 and (why := process.why_no_restart):
-        notices.append(f"rounds is {settings.rounds}, but was taken as 1: {why}")
-        settings = replace(settings, rounds=1)
+            settings = replace(settings, iterations=0)
+    if len(lengths(settings)) > 1 and (why := process.why_no_restart):
+        notices.append(f"restart_every is {settings.restart_every}, but was taken as 0: {why}")
+        settings = replace(settings, restart_every=0)
     if resume:
         process.expected = None  # its first trajectory is of other noises
     # A reward that draws random numbers goes on with the ones that it would have had: one at each evaluation, of which
@@ -181,8 +181,8 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
         state = frozen((start, next_one, process.repeatable, left.value))
         result.left = Left(state, left.done) if state else None
     result.trace.notices[:0] = notices
-    if settings.rounds > 1:
-        result.trace.settings["restart_seeds"] = [process.seed_of(RESTART + n) for n in range(1, settings.rounds)]
+    if (rounds := len(lengths(settings))) > 1:
+        result.trace.settings["restart_seeds"] = [process.seed_of(RESTART + n) for n in range(1, rounds)]
     if start:
         tell_seeds(process, start, count, result.trace)
         if start.cut and start.cut.interrupted:

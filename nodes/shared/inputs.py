@@ -200,7 +200,7 @@ def dial_inputs() -> list:
             max=1000,
             tooltip=(
                 "Updates of the noises. Each costs about one to two plain samples, or three to five with the whole "
-                "gradient (gradient_steps 0)."
+                "gradient (gradient_steps 0). With more of them a run that has ended goes on."
             ),
         ),
         io.Float.Input(
@@ -233,15 +233,15 @@ def advanced_inputs() -> list:
             ),
         ),
         io.Int.Input(
-            "rounds",
-            default=DEFAULT.rounds,
-            min=1,
+            "restart_every",
+            default=DEFAULT.restart_every,
+            min=0,
             max=1000,
             optional=True,
             tooltip=(
-                "The iterations are split into so many rounds. Each but the first noises its image again "
-                "(restart_denoise), lets the model paint it anew, and goes on from there: what the model would not "
-                "have painted goes, and the prompt comes back. 1: no restart. drift_limit is of each round."
+                "After so many iterations the image is noised again (restart_denoise), the model paints it anew, and a "
+                "new round goes on from there: what the model would not have painted goes, and the prompt comes back. "
+                "0: no restart. drift_limit is of each round."
             ),
         ),
         restart_denoise_input(),
@@ -492,7 +492,6 @@ def settings_of(values: dict, kind: type = Settings) -> Any:
     chosen = {k: v for k, v in values.items() if k in names} | {"lr": values["learning_rate"]}
     if kind is Settings:
         chosen["hold"] = choose_hold(chosen)
-        chosen["rounds"] = max(1, min(chosen.get("rounds", 1), chosen["iterations"]))
     return kind(**chosen)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 from comfy.cli_args import args
 from torch import Tensor
 
-from ...sampler.restart import lengths
 from ...sampler.resume import Left
 from ..editor.on_disk import is_link, place_in_list, what_is_asked, with_all_before
 from ..host import Optimized
@@ -21,7 +20,7 @@ PLAIN = (int, float, str, bool, type(None))
 MOST, MOST_RUNS = 8, 64  # nodes whose iterates are held, and runs of them: a list is many
 MOST_CUTS = 64
 USED = "used "  # before the name of a setting: its value, whatever the widget says that a preset overrules
-LONGER = {"iterations", "rounds", "preset"}  # the settings of which a run that goes on has others
+LONGER = {"iterations", "preset"}  # the settings of which a run that goes on has others
 ROOM_LEFT = 2**30  # bytes for what runs can be gone on with: an optimiser's state is several times the noises
 
 # By node and element of a list: inputs, the graph before it, the run, what was taken of it last.
@@ -158,7 +157,7 @@ def ask_again(inputs: dict) -> None:
 
 def left_of(hidden: Any, inputs: dict, used: dict) -> tuple[tuple[Left, Any] | None, str]:
     """((what a run of these inputs can go on from, what the editor was told of it) or None, why none, if that is worth
-    a word): the node's last run, where that was cut short, or had fewer iterations, or fewer rounds of as many.
+    a word): the node's last run, where that was cut short or had fewer iterations.
     """
     before = _runs.get(_place(hidden))
     if before is None:
@@ -169,17 +168,12 @@ def left_of(hidden: Any, inputs: dict, used: dict) -> tuple[tuple[Left, Any] | N
     others = [{k: v for k, v in of.items() if k not in used and not k.startswith(USED)} for of in (before[0], inputs)]
     if left is None or not same or not _same(*others):
         return None, ""
-    parts, now = (lengths(of["iterations"], min(of["iterations"], of.get("rounds", 1))) for of in (last, used))
-    if (optimized.result.cut_short and now == parts) or longer(parts, now):
-        if left.value is None:
-            return None, "begun anew: there was no room to keep what it takes to go on from the run before"
-        return (left, live), ""
-    if len(parts) == len(now) > 1 and sum(now) > sum(parts) and len(set(parts)) == 1:
-        more = f"iterations {sum(parts) + parts[0]} and rounds {len(parts) + 1}"
-        custom = "" if used.get("preset", "custom") == "custom" else " (preset custom)"
-        anew = "begun anew, for its rounds have more iterations now: to go on from the last run, ask for"
-        return None, f"{anew} {more}{custom}"
-    return None, ""
+    more = used["iterations"] - last["iterations"]
+    if more < 0 or (more == 0 and not optimized.result.cut_short):
+        return None, ""
+    if left.value is None:
+        return None, "begun anew: there was no room to keep what it takes to go on from the run before"
+    return (left, live), ""
 
 
 def last_run(hidden: Any, inputs: dict, free: Collection[str]) -> Optimized | None:
@@ -199,13 +193,6 @@ def _of_one_graph(known: dict, its_graph: dict | None, inputs: dict, graph: dict
 def _graph(hidden: Any) -> dict | None:
     """What tells that inputs which are made anew every time are the same."""
     return graph_before(hidden) if getattr(args, "cache_none", False) else None
-
-
-def longer(parts: list[int], now: list[int]) -> bool:
-    """Whether a run begins as another did. parts, now: the iterations of their rounds."""
-    if len(parts) == 1:
-        return len(now) == 1 and now > parts
-    return len(now) > len(parts) and now[: len(parts)] == parts
 
 
 def cuts(inputs: dict) -> int:

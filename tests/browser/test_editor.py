@@ -21,7 +21,9 @@ QUICKSTART = json.loads((ROOT / "example_workflows" / "01 Quickstart.json").read
 OPTIMIZER, PREFERENCE = "MiraOptimizeKSampler", "MiraDPOPreference"
 STATUS = ".mira-status"
 EMPTY_GRAPH = QUICKSTART | {"nodes": [], "links": []}
-FAST = dict(preset="custom", steps=3, iterations=5, seeds=1, rounds=1, stop="never", keep="last", drift_limit=0.0)
+FAST = dict(
+    preset="custom", steps=3, iterations=5, seeds=1, restart_every=0, stop="never", keep="last", drift_limit=0.0
+)
 
 
 def rows(editor, kind=OPTIMIZER):
@@ -486,12 +488,17 @@ def test_links_of_the_packs_own_types_have_a_colour(editor):
 @ENDS
 def test_a_preset_writes_its_values_and_a_change_makes_it_custom(editor):
     editor.load(QUICKSTART)
-    assert widget(editor, OPTIMIZER, "preset") == "balanced" and widget(editor, OPTIMIZER, "rounds") == 3
+    assert widget(editor, OPTIMIZER, "preset") == "balanced" and widget(editor, OPTIMIZER, "restart_every") == 4
     widget(editor, OPTIMIZER, "preset", "dno")
-    assert [widget(editor, OPTIMIZER, n) for n in ("learning_rate", "rounds", "seeds", "hold")] == [0.01, 1, 1, "no"]
+    assert [widget(editor, OPTIMIZER, n) for n in ("learning_rate", "restart_every", "seeds", "hold")] == [
+        0.01,
+        0,
+        1,
+        "no",
+    ]
     assert widget(editor, OPTIMIZER, "drift_limit") == 0
     widget(editor, OPTIMIZER, "preset", "fast")
-    assert [widget(editor, OPTIMIZER, n) for n in ("iterations", "rounds", "learning_rate")] == [6, 2, 0.04]
+    assert [widget(editor, OPTIMIZER, n) for n in ("iterations", "restart_every", "learning_rate")] == [6, 3, 0.04]
     widget(editor, OPTIMIZER, "iterations", 8)
     assert widget(editor, OPTIMIZER, "preset") == "fast"
     widget(editor, OPTIMIZER, "iterate", 3)
@@ -550,7 +557,7 @@ def test_what_a_method_does_not_read_is_not_shown(editor):
 BEFORE = ROOT / "tests" / "browser" / "before_presets"
 
 
-ONE_ROUND = dict(preset="custom", rounds=1)
+ONE_ROUND = dict(preset="custom", restart_every=0)
 HELD = dict(denoise=1.0, beta=1.0, learning_rate=0.03, keep="best_within_drift", optimizer="adamw", seeds=4,
             gradient_steps=-1, repeatable=True, **ONE_ROUND)  # fmt: skip
 # As it was shipped: what of it is where.

@@ -34,12 +34,12 @@ FAULTS = {
 ALL = bool(os.environ.get("MIRA_ALL_FAULTS"))
 FAILING = ("network", "decoder", "reward")
 REPORTING = ("thumbnail", "event", "disk")
-QUICK = dict(preset="custom", iterations=3, rounds=1, seeds=1, drift_limit=0.0, stop="never")
+QUICK = dict(preset="custom", iterations=3, restart_every=0, seeds=1, drift_limit=0.0, stop="never")
 RUNS = {
     "optimize": ("MiraOptimizeKSampler", QUICK),
     "exact": ("MiraOptimizeKSampler", QUICK | {"gradient_steps": 0, "memory": "per_step"}),
     "seeds and rounds": (
-        "MiraOptimizeKSampler", QUICK | {"iterations": 4, "rounds": 2, "seeds": 2, "drift_limit": 0.05}
+        "MiraOptimizeKSampler", QUICK | {"iterations": 4, "restart_every": 2, "seeds": 2, "drift_limit": 0.05}
     ),
     **{
         f"search {m}": (

@@ -101,7 +101,7 @@ METHODS = {
     "hold": Settings(iterations=2, hold="projection", drift_limit=0.01, drift_metric="path_kl"),
     "initno": Settings(iterations=1, variables="initno", beta=0.1),
     "prno": Settings(iterations=1, regularizer="prno", beta=0.1),
-    "rounds": Settings(iterations=2, rounds=2),
+    "rounds": Settings(iterations=2, restart_every=1),
 }
 
 

@@ -121,7 +121,7 @@ def test_registration():
     assert [i.id for i in listed["MiraLoadNoise"].inputs] == ["file", "sampler", "path"]
     assert [i.id for i in listed["MiraGoldenNoise"].inputs] == ["file", "positive", "seed"]
     advanced = [
-        "seeds", "rounds", "restart_denoise", "gradient_steps", "learning_rate", "optimizer", "clip_norm",
+        "seeds", "restart_every", "restart_denoise", "gradient_steps", "learning_rate", "optimizer", "clip_norm",
         "regularizer", "beta", "weighting", "measured", "drift_metric", "hold", "keep", "stop", "patience",
         "variables", "memory", "repeatable", "iterate", "relative_beta", "final_restart",
     ]  # fmt: skip
@@ -524,7 +524,7 @@ def test_a_preset_says_what_it_took_and_the_record_has_what_ran(world):
     said = next(n for n in trace.notices if n.startswith("preset fast took"))
     assert "learning_rate 0.04 for 0.02" in said and "drift_limit" not in said
     assert trace.settings["learning_rate"] == 0.04 and trace.settings["preset"] == "fast"
-    assert trace.settings["rounds"] == 2 and len(trace.settings["seeds_begun_from"]) == 1
+    assert trace.settings["restart_every"] == 3 and len(trace.settings["seeds_begun_from"]) == 1
     alone = {k: v for k, v in INPUTS.items() if k in ("seed", "steps", "cfg", "sampler_name", "scheduler")}
     links = sampler_inputs(world)
     links = {k: links[k] for k in ("model", "positive", "negative", "vae", "latent_image", "reward")}

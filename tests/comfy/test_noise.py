@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from testing.pack import as_node, mira
 
 nodes = mira("nodes")
-QUICK = dict(iterations=3, seeds=1, rounds=1, stop="never", keep="last", drift_limit=0.0, learning_rate=0.05)
+QUICK = dict(iterations=3, seeds=1, restart_every=0, stop="never", keep="last", drift_limit=0.0, learning_rate=0.05)
 
 
 def stock(node, *inputs):
@@ -55,7 +55,7 @@ def output(tmp_path, monkeypatch):
     "values",
     [
         {},
-        {"rounds": 3, "iterations": 6, "keep": "best_reward"},
+        {"restart_every": 2, "iterations": 6, "keep": "best_reward"},
         {"seeds": 3},
         {"learning_rate": 10.0, "keep": "best_within_drift", "drift_limit": 0.001, "hold": "no"},
         {"gradient_steps": 2, "sampler": "dpmpp_2m_sde"},
@@ -72,7 +72,7 @@ def test_the_stock_sampler_node_gives_the_same_bits(world, values):
 def test_every_image_of_a_batch_by_its_own_way_and_within_a_mask(world):
     given = {"samples": torch.linspace(-1, 1, 512).reshape(2, 4, 8, 8), "noise_mask": torch.zeros(1, 1, 64, 64)}
     given["noise_mask"][..., 32:] = 1
-    latent, _, trace, noise, sampler = optimized(world, given, rounds=2, iterations=4, keep="best_reward")
+    latent, _, trace, noise, sampler = optimized(world, given, restart_every=2, iterations=4, keep="best_reward")
     assert len(trace.kept) == 2
     assert torch.equal(sampled(world, noise, sampler, given), latent["samples"])
 
@@ -80,7 +80,7 @@ def test_every_image_of_a_batch_by_its_own_way_and_within_a_mask(world):
 def test_a_round_that_is_not_kept_is_left_out(world):
     """What a restart gave away comes back from before it."""
     latent, _, trace, noise, sampler = optimized(
-        world, rounds=2, iterations=4, keep="best_reward", restart_denoise=1.0, learning_rate=0.2
+        world, restart_every=2, iterations=4, keep="best_reward", restart_denoise=1.0, learning_rate=0.2
     )
     first = [row["iteration"] for row in trace.rows if row["round"] == 1]
     assert (trace.kept[0] in first) == (len(noise.segments) == 1)
@@ -88,7 +88,7 @@ def test_a_round_that_is_not_kept_is_left_out(world):
 
 
 def test_saved_and_loaded_it_is_the_same(world, output):
-    latent, _, trace, noise, sampler = optimized(world, rounds=2, iterations=4)
+    latent, _, trace, noise, sampler = optimized(world, restart_every=2, iterations=4)
     ui = as_node(nodes.MiraSaveNoise).execute(noise, sampler, "mira_noise/fox").ui
     assert ui["mira_text"] == ["saved mira_noise/fox_00001_.safetensors in the output folder"]
     assert [p.name for p in (output / "mira_noise").iterdir()] == ["fox_00001_.safetensors"]
@@ -108,7 +108,7 @@ def test_saved_and_loaded_it_is_the_same(world, output):
 
 @pytest.mark.parametrize("steps", [3, 8])
 def test_another_number_of_steps_and_another_prompt(world, steps):
-    latent, _, _, noise, sampler = optimized(world, rounds=2, iterations=4)
+    latent, _, _, noise, sampler = optimized(world, restart_every=2, iterations=4)
     found = sampled(world, noise, sampler, steps=steps)
     assert torch.isfinite(found).all() and found.shape == latent["samples"].shape
     other = world.guider(positive=world.encode("a car"))
@@ -131,7 +131,7 @@ def test_optimised_on_from_there(world):
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_sde"])
 def test_split_sigmas_give_the_whole(world, sampler):
     """The first half ends in no image and is not restarted; the second goes on with its own noises and is."""
-    latent, _, _, noise, replayed = optimized(world, sampler=sampler, rounds=2, iterations=4)
+    latent, _, _, noise, replayed = optimized(world, sampler=sampler, restart_every=2, iterations=4)
     assert len(noise.segments) == 2
     sigmas, given = world.sigmas(steps=4), {"samples": torch.zeros(1, 4, 8, 8)}
     with torch.inference_mode():
@@ -140,7 +140,6 @@ def test_split_sigmas_give_the_whole(world, sampler):
         whole = stock(custom.SamplerCustomAdvanced, none, world.guider(), replayed, sigmas[2:], half)[0]
     torch.testing.assert_close(whole["samples"], latent["samples"], rtol=1e-3, atol=1e-4)  # scaled between the two
     assert not torch.allclose(half["samples"], latent["samples"], atol=0.1)
-
 
 
 def test_bad_input(world, output):

@@ -21,7 +21,7 @@ SETTINGS = dict(
     patience=3, memory="auto", drift_metric="path_kl", optimizer="adamw", clip_norm=1.0, weighting="marginal",
     measured="guided", prompt="",
 )  # fmt: skip
-TWO = dict(iterations=2, rounds=2, restart_denoise=0.6, steps=3)
+TWO = dict(iterations=2, restart_every=1, restart_denoise=0.6, steps=3)
 
 
 def execute(node, **inputs):
@@ -59,7 +59,7 @@ def advanced(world, noise, **changes):
     inputs = SETTINGS | dict(
         noise=noise, guider=world.guider(), sampler=comfy.samplers.sampler_object("euler_ancestral"),
         sigmas=world.sigmas(steps=4), latent_image={"samples": torch.randn(1, 4, 8, 8)}, vae=world.vae,
-        reward=PixelReward("brightness"), rounds=2,
+        reward=PixelReward("brightness"), restart_every=1,
     )  # fmt: skip
     return execute(nodes.MiraOptimizeSamplerAdvanced, **inputs | changes)
 
@@ -117,7 +117,8 @@ def test_the_same_seed_gives_the_same_bits_and_the_best_of_all_rounds(world):
 def test_a_batch_with_seeds_a_held_drift_and_the_gradient_of_the_last_steps(world):
     out = optimize(
         world, latent_image={"samples": torch.zeros(3, 4, 8, 8)}, seeds=2, hold="projection", drift_limit=0.01,
-        drift_metric="path_kl", keep="best_within_drift", gradient_steps=2, **TWO | {"iterations": 6, "rounds": 3},
+        drift_metric="path_kl", keep="best_within_drift", gradient_steps=2,
+        **TWO | {"iterations": 6, "restart_every": 2},
     )  # fmt: skip
     trace = out.args[2]
     assert out.args[0]["samples"].shape == (3, 4, 8, 8)
@@ -186,10 +187,8 @@ def test_where_a_restart_means_nothing_it_is_left_out_with_a_reason(world, monke
     monkeypatch.setattr(live.LiveRun, "__init__", begun)
     one = optimize(world, **TWO | {"steps": 1}, sampler_name="euler")
     assert told == [2]  # what is said to be to come, comes
-    assert any("rounds is 2, but was taken as 1: a schedule of one step" in n for n in one.args[2].notices)
+    assert any("restart_every is 1, but was taken as 0: a schedule of one step" in n for n in one.args[2].notices)
     assert "round" not in rows_of(one)[0] and len(rows_of(one)) == 3
-    few = optimize(world, **TWO | {"rounds": 9})
-    assert any("rounds is 9, but there were 2" in n for n in few.args[2].notices)
     out = advanced(world, Nothing())
     assert any("adds no noise of its own" in n for n in out.args[2].notices)
 
@@ -215,7 +214,7 @@ def test_cancelled_in_the_second_round(world, monkeypatch, at):
 
 
 NODES = {
-    "optimize": (nodes.MiraOptimizeKSampler, dict(preset="custom", seeds=1, rounds=1)),
+    "optimize": (nodes.MiraOptimizeKSampler, dict(preset="custom", seeds=1, restart_every=0)),
     "search": (
         nodes.MiraSearchKSampler,
         dict(method="best_of_n", particles=2, interval=1, strength=1.0, potential="max", radius=0.1, learning_rate=0.02,

@@ -459,7 +459,7 @@ def test_augmented_runs_repeat_bit_for_bit(world):
 def test_a_reward_that_draws_goes_on_with_the_draws_it_would_have_had(world):
     """Over seeds and rounds, in a batch: cancelled within a call of the network, and gone on with."""
     base = PixelReward("brightness")
-    settings = Settings(iterations=4, lr=0.02, seeds=2, rounds=2, keep="best_reward", drift_metric="path_kl")
+    settings = Settings(iterations=4, lr=0.02, seeds=2, restart_every=2, keep="best_reward", drift_metric="path_kl")
     reward = reward_of(nodes.MiraAugmentReward, reward=base, crops=2, smallest=0.7, flip=True, seed=3)
     model, calls = world.model.clone(), []
 

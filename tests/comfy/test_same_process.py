@@ -380,7 +380,7 @@ def test_a_sampler_that_writes_into_the_sigmas_leaves_them_alone(world, sampler)
     """Else they would end above 0, where nothing can restart, and in the graph for whoever comes after."""
     with torch.inference_mode():
         job = world.job(model=world.model, sampler=sampler, steps=4, iterations=2)
-        job.settings = Settings(iterations=2, lr=0.02, rounds=2, restart_denoise=0.5)
+        job.settings = Settings(iterations=2, lr=0.02, restart_every=1, restart_denoise=0.5)
         job.restart_sigmas = lambda share: world.sigmas(steps=4, denoise=share)
         before = job.sigmas.clone()
         done = host.run(job)

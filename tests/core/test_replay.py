@@ -41,7 +41,7 @@ def test_segments_are_the_way_to_every_image_that_was_kept(keep, lr):
     def restart(number, x0):
         return Stretch(process(x0), gaussian.noises(6, seed=number))
 
-    settings = Settings(iterations=6, rounds=3, lr=lr, keep=keep, restart_denoise=0.7)
+    settings = Settings(iterations=6, restart_every=2, lr=lr, keep=keep, restart_denoise=0.7)
     result = in_rounds(Stretch(process(), gaussian.noises()), score, settings, restart)
     x, segments = None, result.segments
     assert segments[0].part.all() and [s.denoise for s in segments] == [1.0] + [0.7] * (len(segments) - 1)

@@ -140,7 +140,7 @@ def stretch(number: int, x0: torch.Tensor, sigma: float = 1.0, steps: int = 6) -
     return Stretch(Rollout(sample, schedule, memory="none"), gaussian.noises(steps, seed=number))
 
 
-SETTINGS = Settings(iterations=7, rounds=3, lr=0.1, keep="best_reward", drift_metric="path_kl")
+SETTINGS = Settings(iterations=7, restart_every=3, lr=0.1, keep="best_reward", drift_metric="path_kl")
 
 
 def first() -> Stretch:
@@ -152,11 +152,11 @@ def test_rounds_are_one_run_with_one_record():
     result = in_rounds(first(), score, SETTINGS, stretch, on_iteration=lambda k, rows, s: seen.append((k, len(rows))))
     rows = result.trace.of(1)
     assert [k for k, _ in seen] == [r["iteration"] for r in rows] == list(range(7 + 3))
-    assert [r["round"] for r in rows] == [1] * 4 + [2] * 3 + [3] * 3
+    assert [r["round"] for r in rows] == [1] * 4 + [2] * 4 + [3] * 2
     assert rows[0]["level"] > rows[4]["level"] == rows[9]["level"] == pytest.approx(1.0)
     assert len(result.iterates) == 10
     # A round's drift is of its own, from its restart on.
-    assert [r["path_kl"] for r in rows if r["iteration"] in (0, 4, 7)] == [0, 0, 0]
+    assert [r["path_kl"] for r in rows if r["iteration"] in (0, 4, 8)] == [0, 0, 0]
     for image in range(2):
         _, kept = result.trace.summary(image)
         assert kept["reward"] == max(r["reward"] for r in result.trace.of(image))
@@ -184,7 +184,7 @@ def test_a_round_goes_on_from_what_the_last_one_kept():
     result = in_rounds(first(), score, SETTINGS, restart)
     kept = optimize(first().rollout, score, first().noises, Settings(iterations=3, lr=0.1, keep="best_reward")).best
     assert torch.equal(given[0], kept) and len(given) == 2
-    last = in_rounds(first(), score, Settings(iterations=7, rounds=3, lr=0.1, keep="last"), stretch)
+    last = in_rounds(first(), score, Settings(iterations=7, restart_every=3, lr=0.1, keep="last"), stretch)
     assert last.trace.kept == [9, 9] and torch.equal(last.best, last.last)
     assert result.trace.reasons == ["all iterations done"] * 2
 
@@ -228,7 +228,7 @@ def test_a_round_that_is_not_finite_is_no_beginning_of_the_next():
     assert torch.equal(begun[0], begun[1]) and torch.isfinite(result.best).all()
     assert {r["round"] for r in result.trace.rows} == {1, 2, 3}
     assert all(math.isfinite(result.trace.summary(b)[1]["reward"]) for b in range(2))
-    last = in_rounds(first(), score, Settings(iterations=4, rounds=2, lr=0.1, keep="last"), restart)
+    last = in_rounds(first(), score, Settings(iterations=4, restart_every=2, lr=0.1, keep="last"), restart)
     assert torch.isfinite(last.best).all()
 
 
@@ -242,15 +242,14 @@ def test_a_reward_that_is_full_in_a_later_round_ends_nothing():
     def restart(number, x0):
         return stretch(number, torch.full_like(x0, 50.0), sigma=0.05)
 
-    result = in_rounds(first(), full, Settings(iterations=2, rounds=2, lr=0.1, keep="best_reward"), restart)
+    result = in_rounds(first(), full, Settings(iterations=2, restart_every=1, lr=0.1, keep="best_reward"), restart)
     assert result.trace.summary(0)[1]["reward"] == 0 and not result.cut_short
 
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"rounds": 0}, "rounds is 0"),
-        ({"rounds": 5, "iterations": 4}, "every round needs at least one"),
+        ({"restart_every": -1}, "restart_every is -1"),
         ({"restart_denoise": 0.0}, "restart_denoise is 0.0"),
         ({"restart_denoise": 1.5}, "restart_denoise is 1.5"),
         ({"restart_denoise": math.nan}, "restart_denoise is nan"),

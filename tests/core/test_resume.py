@@ -8,7 +8,7 @@ import gaussian
 import pytest
 import torch
 from mira.sampler.optimize import Score, Settings
-from mira.sampler.restart import Stretch, in_rounds
+from mira.sampler.restart import Stretch, in_rounds, lengths
 from mira.sampler.resume import Left, frozen, thawed
 from mira.sampler.rollout import Rollout, noised
 
@@ -88,8 +88,8 @@ WAYS = {
         PLAIN, hold="dual_ascent", drift_limit=0.02, regularizer="path_kl", beta=1.0, keep="best_within_drift"
     ),
     "other variables": replace(PLAIN, variables="initno"),
-    "rounds": replace(PLAIN, rounds=3),
-    "rounds, to the last": replace(PLAIN, rounds=2, keep="last"),
+    "rounds": replace(PLAIN, restart_every=2),
+    "rounds, to the last": replace(PLAIN, restart_every=3, keep="last"),
 }
 
 
@@ -122,21 +122,44 @@ def test_it_can_be_cancelled_again_and_again():
 @pytest.mark.parametrize("name", ["adamw", "momentum", "a weight that adapts", "other variables"])
 def test_more_iterations_go_on_from_the_last(name):
     settings = WAYS[name]
-    longer = replace(settings, iterations=10)
-    same(run(longer, resume=run(settings).left), run(longer))
+    further = replace(settings, iterations=10)
+    same(run(further, resume=run(settings).left), run(further))
 
 
-@pytest.mark.parametrize("name", ["rounds", "rounds, to the last"])
-def test_more_rounds_go_on_from_the_last(name):
-    settings = replace(WAYS[name], iterations=2 * WAYS[name].rounds)
-    longer = replace(settings, iterations=settings.iterations + 4, rounds=settings.rounds + 2)
-    reported, whole = [], run(longer)
+@pytest.mark.parametrize("keep", ["best_reward", "last", "best_within_drift"])
+@pytest.mark.parametrize(
+    ("every", "few", "many"), [(2, 4, 8), (2, 4, 5), (3, 7, 9), (3, 7, 11), (3, 3, 6), (4, 2, 7), (1, 2, 3)]
+)
+def test_more_iterations_go_on_in_the_last_round_and_in_further_ones(keep, every, few, many):
+    settings = replace(
+        PLAIN, keep=keep, drift_limit=0.1 if "drift" in keep else 0.0, iterations=few, restart_every=every
+    )
+    further = replace(settings, iterations=many)
+    reported, whole = [], run(further)
     left = run(settings).left
-    assert left.done == settings.iterations + settings.rounds
-    same(run(longer, resume=left, reported=reported), whole)
-    assert reported == list(range(left.done, len(whole.iterates)))
-    cut = run(longer, resume=run(settings).left, cancel=left.done + 1)
-    same(run(longer, resume=cut.left), whole)
+    assert left.done == few + len(lengths(settings)) - 1
+    same(run(further, resume=left, reported=reported), whole)
+    assert reported == list(range(left.done, len(whole.iterates)))  # the last iterate is made once more
+    cut = run(further, resume=run(settings).left, cancel=left.done + 1)
+    same(run(further, resume=cut.left), whole)
+
+
+def test_rounds_that_ended_by_themselves_have_more_after_them():
+    held = replace(WAYS["held"], restart_every=5, iterations=10)
+    further = replace(held, iterations=15)
+    ended, whole = run(held), run(further)
+    assert len(ended.iterates) < 12 and ended.left.done == len(ended.iterates)
+    same(run(further, resume=ended.left), whole)
+    again = run(held, resume=ended.left)  # nothing is left to do in these
+    assert again.reason == ended.reason and torch.equal(again.best, ended.best) and not again.cut_short
+
+
+def test_rounds_are_of_as_many_iterations_but_for_the_last():
+    def parts(iterations, every):
+        return lengths(Settings(iterations=iterations, restart_every=every))
+
+    assert [parts(n, 4) for n in (0, 1, 4, 5, 8, 11)] == [[0], [1], [4], [4, 1], [4, 4], [4, 4, 3]]
+    assert [parts(n, 0) for n in (0, 1, 9)] == [[0], [1], [9]]
 
 
 @pytest.mark.parametrize("name", ["adamw", "rounds", "rounds, to the last"])
@@ -144,7 +167,7 @@ def test_a_second_cancel_before_anything_is_new_hands_back_what_there_was(name):
     """Within the first evaluation: of an iterate that was seen already, or of one that was not."""
     settings = WAYS[name]
     cases = [(run(settings, cancel=5), settings), (run(settings, fails=5), settings)]
-    if settings.rounds == 1:
+    if not settings.restart_every:
         cases.append((run(settings), replace(settings, iterations=12)))
     for before, longer in cases:
         cut = run(longer, resume=before.left, fails=1)

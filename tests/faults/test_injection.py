@@ -127,7 +127,7 @@ def restarting(inject: Injector, D, number: int, x0: torch.Tensor) -> Stretch:
 def rounds(inject, seen):
     D, score, more = measured(inject)
     first = Stretch(gaussian.rollout(STEPS, D=D), gaussian.noises(STEPS))
-    settings = Settings(iterations=6, rounds=3, lr=0.1, keep="best_reward")
+    settings = Settings(iterations=6, restart_every=2, lr=0.1, keep="best_reward")
     return in_rounds(
         first, score, settings, lambda n, x0: restarting(inject, D, n, x0), on_iteration=seeing(inject, seen), **more
     )

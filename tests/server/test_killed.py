@@ -17,7 +17,7 @@ OPTIMIZER = "MiraOptimizeKSampler"
 
 async def quickstart(client, **inputs):
     prompt = to_prompt(QUICKSTART, await client.get("/object_info"))
-    prompt[find(prompt, OPTIMIZER)]["inputs"] |= dict(preset="custom", rounds=1, seeds=1, stop="never") | inputs
+    prompt[find(prompt, OPTIMIZER)]["inputs"] |= dict(preset="custom", restart_every=0, seeds=1, stop="never") | inputs
     prompt[find(prompt, "EmptyLatentImage")]["inputs"] |= dict(width=64, height=64, batch_size=2)
     return prompt
 

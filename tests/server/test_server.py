@@ -28,7 +28,7 @@ def on_demo_model(server):
             return to_prompt(QUICKSTART, await client.get("/object_info"))
 
     # One round, so that an iteration is a row; small, as nobody looks at the pictures.
-    prompt = changed(asyncio.run(get()), preset="custom", rounds=1)
+    prompt = changed(asyncio.run(get()), preset="custom", restart_every=0)
     return changed(prompt, "EmptyLatentImage", width=64, height=64)
 
 
@@ -63,7 +63,7 @@ def run(server, prompt):
 
 
 def test_seeds_that_are_compared_are_told_as_they_are_tried(server, quickstart):
-    prompt = small(quickstart, seeds=3, iterations=1, rounds=1)
+    prompt = small(quickstart, seeds=3, iterations=1, restart_every=0)
     events, _ = run(server, prompt)
     kinds = [kind for kind, _ in events if kind.startswith("mira.")]
     assert kinds == ["mira.begin", *["mira.seed"] * 3, *["mira.step"] * 2]
@@ -270,18 +270,18 @@ def test_cancel_hands_back_the_best_so_far(server, on_demo_model):
     assert len(steps_of(run(server, small(on_demo_model, seed=6, seeds=1))[0])) == 4
 
 
-@pytest.mark.parametrize("more", [{"seeds": 1}, {"seeds": 2, "rounds": 2}], ids=["one seed", "seeds and rounds"])
+@pytest.mark.parametrize("more", [{"seeds": 1}, {"seeds": 2, "restart_every": 8}], ids=["one seed", "seeds and rounds"])
 def test_what_was_cancelled_goes_on_when_it_is_queued_again(server, quickstart, more):
     """To what it would have been, and then stays."""
     prompt = changed(quickstart, steps=3, iterations=16, seed=15, stop="never", **more)
-    node, count = find(prompt, OPTIMIZER), 16 + more.get("rounds", 1)
+    node, count = find(prompt, OPTIMIZER), 16 + len(more)
 
     async def go():
         async with Client(server.url) as client:
             seen = await cancelled(client, await client.submit(prompt), after=2)
             again, outputs = await follow(client, prompt)
             cached, _ = await follow(client, prompt)
-            await follow(client, changed(prompt, seed=16, iterations=1, rounds=1))
+            await follow(client, changed(prompt, seed=16, iterations=1, restart_every=0))
             _, anew = await follow(client, prompt)
             images = [await pixels(client, o, prompt, "mira/optimized") for o in (outputs, anew)]
             return seen, steps_of(again), steps_of(cached), [o[node]["mira"][0] for o in (outputs, anew)], images
@@ -314,24 +314,27 @@ def test_more_iterations_go_on_from_the_last(server, quickstart):
     assert (more, anew) == (1 + 3, 6) and len(record["rows"]) == 6 and (one == other).all()
 
 
-def test_more_rounds_go_on_from_the_last_one_and_longer_rounds_are_begun_anew(server, quickstart):
-    prompt = changed(quickstart, steps=3, iterations=2, rounds=2, seed=19, seeds=2, stop="never", preset="custom")
-    node = find(prompt, OPTIMIZER)
+def test_more_iterations_of_the_default_go_on_from_the_last_round(server, quickstart):
+    preset = json.loads((ROOT / "example_workflows" / "01 Quickstart.json").read_text())
+    (values,) = (n["widgets_values"] for n in preset["nodes"] if n["type"] == OPTIMIZER)
+    prompt = changed(quickstart, steps=2, iterations=7, seed=21, preset="balanced")
+    longer, node = changed(prompt, iterations=9), find(prompt, OPTIMIZER)
+    assert "balanced" in values
 
     async def go():
         async with Client(server.url) as client:
             await follow(client, prompt)
-            more, outputs = await follow(client, changed(prompt, iterations=3, rounds=3))
-            longer, anew = await follow(client, changed(prompt, iterations=5, rounds=3))
-            records = [o[node]["mira"][0] for o in (outputs, anew)]
-            return [[s["iteration"] for s in steps_of(events)] for events in (more, longer)], records
+            more, outputs = await follow(client, longer)
+            await follow(client, changed(prompt, seed=22, iterations=1))
+            anew, fresh = await follow(client, longer)
+            images = [await pixels(client, o, prompt, "mira/optimized") for o in (outputs, fresh)]
+            return [[s["iteration"] for s in steps_of(e)] for e in (more, anew)], outputs[node]["mira"][0], images
 
-    (more, longer), (record, other) = asyncio.run(go())
-    # What there was is told at once, by its last iteration.
-    assert more == [3, 4, 5] and [r["iteration"] for r in record["rows"]] == list(range(6))
-    assert any("went on from iteration 4" in n for n in record["notices"])
-    assert longer == list(range(8))
-    assert any("begun anew" in n and "iterations 4 and rounds 4" in n for n in other["notices"])
+    (more, anew), record, (one, other) = asyncio.run(go())
+    assert [r["round"] for r in record["rows"]] == [1] * 5 + [2] * 5 + [3] * 2
+    # What there was is told at once, by its last iteration but one; that one is made once more.
+    assert more == [7, 8, 9, 10, 11] and anew == list(range(12)) and (one == other).all()
+    assert any("went on from iteration 8" in n for n in record["notices"])
 
 
 def test_a_client_that_comes_back_goes_on_listening(server, quickstart):

@@ -17,7 +17,18 @@ from tools.comfy import ROOT, Client, Server
 from tools.workflow import to_prompt
 
 RUNS = int(os.environ.get("MIRA_SOAK_RUNS", "16"))
-SHORT = dict(steps=2, iterations=2, rounds=1, seeds=2, particles=2, candidates=2, width=64, height=64, preset="custom")
+SHORT = dict(
+    steps=2,
+    iterations=2,
+    rounds=1,
+    restart_every=0,
+    seeds=2,
+    particles=2,
+    candidates=2,
+    width=64,
+    height=64,
+    preset="custom",
+)
 EXAMPLES = ("01 Quickstart", "08 Search - small JPEG", "03 Preferences - small JPEG", "05 Combine rewards")
 
 
