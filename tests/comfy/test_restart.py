@@ -103,14 +103,19 @@ def test_an_inpainting_model_is_shown_the_image_that_is_restarted():
 
 
 def test_the_same_seed_gives_the_same_bits_and_the_best_of_all_rounds(world):
-    out = optimize(world, **TWO | {"iterations": 4}, keep="best_reward", seed=5)
+    out = optimize(world, **TWO | {"iterations": 4, "restart_every": 2}, keep="best_reward", seed=5)
     again = optimize(
-        world, **TWO | {"iterations": 4}, keep="best_reward", seed=5, iterate=-1, reward=PixelReward("brightness")
+        world,
+        **TWO | {"iterations": 4, "restart_every": 2},
+        keep="best_reward",
+        seed=5,
+        iterate=-1,
+        reward=PixelReward("brightness"),
     )
     assert torch.equal(out.args[0]["samples"], again.args[0]["samples"])
     rewards = [r["reward"] for r in rows_of(out)]
     assert len(rewards) == 6 and out.args[2].kept == [rewards.index(max(rewards))]
-    other = optimize(world, **TWO | {"iterations": 4}, keep="best_reward", seed=6)
+    other = optimize(world, **TWO | {"iterations": 4, "restart_every": 2}, keep="best_reward", seed=6)
     assert other.args[2].settings["restart_seeds"] != out.args[2].settings["restart_seeds"]
 
 

@@ -27,7 +27,8 @@ PACK = "Mira"
 # What a valid draw is at most, so that a prompt takes a second or two.
 DEAREST = {
     "steps": 4, "iterations": 3, "rounds": 2, "restart_every": 2, "seeds": 3, "particles": 4, "candidates": 3,
-    "crops": 3, "retries": 1, "batch_size": 2, "timeout": 0.4, "patience": 3, "iterate": 4, "strength": 20.0, "cfg": 9.0, "learning_rate": 0.2,
+    "crops": 3, "retries": 1, "batch_size": 2, "timeout": 0.4, "patience": 3, "iterate": 4, "strength": 20.0,
+    "cfg": 9.0, "learning_rate": 0.2,
 }  # fmt: skip
 SIZES = [16, 48, 64, 72]
 TEXTS = [
