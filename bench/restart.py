@@ -36,12 +36,14 @@ SearchSettings = mira("sampler.search").SearchSettings
 Relative, Reward = mira("rewards.combine").Relative, mira("rewards.base").Reward
 RAW, OUT = ROOT / "output" / "restart", ROOT / "docs" / "results"
 COUNT = 15  # animals in a batch
+BOUNDS = 41  # of the drift, at which every image's best is taken
 HELD = {"hold": "projection", "drift_metric": "path_kl", "drift_limit": 0.05, "keep": "best_within_drift"}
 SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # of an injected noise, that the reward chooses
 FAR = SHARES[-4:]
 MANY = (1, 4, 8, 16, 26)  # up to the passes of the default
 PARTICLES = (3, 6, 12)
 BEST_OF_DRAWS = ("best_of_two", "best_of_three")  # of plain optimisation, at every iterate; made of what is there
+RIVALS = ("best_of_4", "best_of_two")
 OWN = 4  # plain samples of every animal, which the likeness is to
 ROUNDS = {"iterations": 16, "restart_every": 4, "lr": 0.04}
 
@@ -375,6 +377,85 @@ def best_of_draws(draws: list[list[dict]]) -> list[dict]:
     ]
 
 
+def first_rounds(rows: list[dict], rounds: int) -> list[dict]:
+    """What a run of so many rounds would have come to: a longer one begins with the same bits. Of an image that was
+    kept later, the best by the reward of the clamped image, which is not always what the node would have kept.
+    """
+    of: dict[tuple, dict[float, list[dict]]] = {}
+    for row in rows:
+        of.setdefault(row["part"], {}).setdefault(row["iterate"], []).append(row)
+    found = []
+    for iterates in of.values():
+        begins = [k for k, some in sorted(iterates.items()) if not any(row["path_kl"] for row in some)]
+        images: dict[str, list[dict]] = {}
+        for row in (row for k, some in iterates.items() for row in some if k < [*begins, math.inf][rounds]):
+            images.setdefault(row["animal"], []).append(row)
+        for some in images.values():
+            best = next((r for r in some if r["kept"]), None) or max(some, key=lambda r: r["reward"])
+            found += [row | {"kept": float(row is best)} for row in some]
+    return found
+
+
+def chosen_within(rows: list[dict]) -> list[dict]:
+    """Of every image the best iterate within a path KL, over growing ones: the choice that the default has, too."""
+    bounds = torch.tensor([r["path_kl"] for r in rows]).quantile(torch.linspace(0, 1, BOUNDS)).unique().tolist()
+    of: dict[tuple, list[dict]] = {}
+    for row in rows:
+        of.setdefault((row["part"], row["animal"]), []).append(row)
+    return [
+        max((r for r in some if r["path_kl"] <= bound), key=lambda r: r["reward"]) | {"iterate": float(k)}
+        for some in of.values()
+        for k, bound in enumerate(bounds)
+    ]
+
+
+def together_with(mine: list[dict], other: list[dict], every_draw: bool) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """(paths of the images of `mine` that `other` has too, its paths of the same ones, those images). every_draw:
+    beside each draw of the same animal, not the same draw.
+    """
+    (images, a), (others, b) = path_of(mine), path_of(other)
+    pairs = [
+        (n, m)
+        for n, ((part, seed), animal) in enumerate(images)
+        for m, ((its_part, its_seed), its_animal) in enumerate(others)
+        if (part, animal) == (its_part, its_animal) and (every_draw or seed == its_seed)
+    ]
+    return a[:, :, [n for n, _ in pairs]], b[:, :, [m for _, m in pairs]], [images[n] for n, _ in pairs]
+
+
+def beside_rivals(runs: dict[tuple, list[dict]]) -> list[dict]:
+    """What the nodes keep, beside stronger rivals than plain optimisation of one draw that is read at one iterate."""
+    rows = []
+    for steps, name, tilt in (
+        (16, "default", 0),
+        (16, "three_rounds", 0),
+        (16, "ntrk_second", 0.4),
+        (30, "default", 0),
+    ):
+        for rival in (*RIVALS, "chosen"):
+            found, animals = {}, set()
+            for reward in LEVELS:
+                mine, plain = runs.get((reward, steps, name)), runs.get((reward, steps, "dno"))
+                other = plain and (chosen_within(plain) if rival == "chosen" else runs.get((reward, steps, rival)))
+                if not mine or not other:
+                    continue
+                if tilt:
+                    at = [(share, n) for share in VARIANTS[name].shares for n in range(VARIANTS[name].rounds)]
+                    last = float(at.index((tilt, VARIANTS[name].rounds - 1)))
+                    mine = [row for row in mine if row["iterate"] == last]
+                else:
+                    mine = [row | {"iterate": 0.0} for row in mine if row["kept"]]
+                a, b, shared = together_with(mine, other, every_draw=bool(tilt) or rival in BEST_OF_DRAWS)
+                if one := against(a, b, [animal for _, animal in shared], None):
+                    found[reward], animals = one, {animal for _, animal in shared}
+                    row = {"steps": steps, "variant": name, "beside": rival, "rewards": reward, "animals": len(animals)}
+                    rows.append(row | in_figures(one))
+            if len(found) > 1:
+                row = {"steps": steps, "variant": name, "beside": rival, "animals": len(animals)}
+                rows.append(row | pooled(found))
+    return rows
+
+
 def signs() -> list[dict]:
     """Where plain optimisation ends, S0 - S, the published penalty, with its standard error over animals."""
     ends: dict[tuple, dict[tuple, tuple[int, float]]] = {}
@@ -402,9 +483,14 @@ def report() -> None:
     runs: dict[tuple, list[dict]] = {}
     for row in csv.DictReader((OUT / "restart_rows.csv").open()):
         of = (row["optimised"], int(row["steps"]), row["variant"])
-        numbers = {k: float(row[k]) for k in ("iterate", "kept", *COLUMNS)}
+        numbers = {k: float(row[k] or 0) for k in ("iterate", "kept", "path_kl", *COLUMNS)}
         runs.setdefault(of, []).append(numbers | {"animal": row["animal"], "part": (row["part"], row["seed"])})
     for reward, steps, name in list(runs):
+        if name == "three_rounds":
+            mine = runs.get((reward, steps, "default"), [])
+            there = {row["part"] for row in mine}
+            others = [row for row in runs[reward, steps, name] if row["part"] not in there]
+            runs[reward, steps, "default"] = mine + first_rounds(others, 2)
         if name == "dno":
             again = runs.get((reward, steps, "dno_again"), [])
             three = ((runs[reward, steps, name], "0"), (runs[reward, steps, name], "1"), (again, "0"))
@@ -418,11 +504,10 @@ def report() -> None:
     for (reward, steps, name), mine in runs.items():
         if (reward, steps, "dno") not in runs:
             continue
-        images, a = path_of(mine)
-        others, b = path_of(runs[reward, steps, "dno"])
-        shared = [i for i in images if i in others]
-        a, b = a[:, :, [images.index(i) for i in shared]], b[:, :, [others.index(i) for i in shared]]
-        animals = [i[1] for i in shared]
+        variant = VARIANTS.get(name, Variant())
+        # A tilted image is the same way of no other: it is beside both draws of its animal.
+        a, b, shared = together_with(mine, runs[reward, steps, "dno"], every_draw=bool(variant.shares))
+        animals = [animal for _, animal in shared]
         of = {"reward": reward, "steps": steps, "variant": name, "images": len(shared)}
         kept = [r for r in mine if r["kept"]]
         mean = {c: sum(r[c] for r in kept) / len(kept) for c in COLUMNS}
@@ -437,13 +522,12 @@ def report() -> None:
             end |= {k: found[k] for k in (*names, "resamples_reached")}
             together.setdefault((steps, name, tuple(sorted(set(animals)))), {})[reward] = found
         ends.append(end)
-        variant = VARIANTS.get(name, Variant())
         steps_of_tilt = [
             (share, n + 1)
             for share in variant.shares
             for n in (range(variant.rounds) if variant.every_round else [variant.rounds - 1])
         ]
-        for k in range(a.shape[1] if steps_of_tilt or name == "default" else 0):
+        for k in range(a.shape[1] if steps_of_tilt or name == "three_rounds" else 0):
             reached = dict(zip(COLUMNS, a[:, k].mean(1).tolist(), strict=True))
             place = dict(zip(("tilt", "rounds"), steps_of_tilt[k], strict=True)) if steps_of_tilt else {"iterate": k}
             row = of | place | {"reached": reached.pop("reward")} | reached
@@ -465,6 +549,7 @@ def report() -> None:
         dict(zip(("steps", "variant", "tilt", "rounds"), of, strict=True)) | {"animals": len(animals)} | pooled(found)
         for (*of, animals), found in sorted(tilted.items()) if len(found) > 1
     ])  # fmt: skip
+    write(OUT / "restart_beside.csv", beside_rivals(runs))
     write(OUT / "restart_sign.csv", signs())
     write(OUT / "restart.csv", rows)
     write(OUT / "restart_kept.csv", ends)

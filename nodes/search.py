@@ -88,7 +88,8 @@ def particulars() -> list[io.Input]:
             max=10000,
             tooltip=(
                 "Sampling steps between two looks of fk_steering and code. 0: a fifth and a twentieth of the "
-                "steps, as in their papers; of halving, as often as it takes to leave one; of ntrk, every step."
+                "steps, as in their papers; of halving, as often as it takes to leave one; of ntrk, one step, where 2 "
+                "is faster."
             ),
         ),
         io.Float.Input(

@@ -435,7 +435,7 @@ def restart_denoise_input(how: str = "How", default: float = DEFAULT.restart_den
         optional=True,
         tooltip=(
             f"{how} far an image is noised again, as KSampler's denoise: high keeps the layout only, low keeps texture "
-            "too, which some rewards live in (0.4 for those)."
+            "too, which some rewards live in."
         ),
     )
 

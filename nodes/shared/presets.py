@@ -55,8 +55,8 @@ SUGGESTED: dict[str, dict] = {
 }
 WORDS = {
     "balanced": "the measured default",
-    "fast": "half the work (6 iterations)",
-    "strong": "twice the work (24 iterations), for rewards of texture; of light and colour it goes too far",
+    "fast": "two seeds and 6 iterations, for two thirds of the work",
+    "strong": "24 iterations and twice the limit, for rewards of texture; of light and colour it goes too far",
     "exact_gradient": "balanced, through all sampling steps: slower",
     "mira": "the paper's Algorithm 1",
     "dno": "plain noise optimisation",

@@ -514,7 +514,7 @@ def test_presets_speak_of_inputs_that_there_are_within_their_ranges():
         assert not chosen.keys() & PRESETS.SUGGESTED[name].keys(), name  # or a dial would show what does not run
         assert chosen.keys() <= inputs.keys() and "gradient_steps" in chosen
     settings = mira("nodes.shared.inputs")
-    dials = {"iterations": 12, "drift_limit": 0.05}
+    dials = {"iterations": 8, "drift_limit": 0.05}
     assert settings.settings_of(PRESETS.PRESETS["balanced"] | dials) == settings.DEFAULT
 
 
