@@ -13,7 +13,7 @@ from torch import Tensor
 from ..rewards.base import Reward
 from ..rewards.combine import SCALINGS, Augmented, Relative, WeightedSum, scaled
 from ..rewards.http import NODE as HTTP
-from ..rewards.http import HTTPReward, host_of
+from ..rewards.http import HTTPReward, check_typical, host_of
 from ..rewards.jpeg import JPEG, QUALITY, JPEGSurrogate
 from ..rewards.pixel import MEASURES, REFERENCE, MatchReference, PixelReward
 from ..rewards.python_file import PythonReward
@@ -328,8 +328,11 @@ class MiraRewardFromHTTP(io.ComfyNode):
                 host_of(url, allowed_hosts())
             except ValueError as problem:
                 return str(problem)
-        if None not in (typical_low, typical_high) and not typical_low < typical_high:
-            return f"typical_low is {typical_low}, typical_high is {typical_high}: give the lower one first"
+        if None not in (typical_low, typical_high):
+            try:
+                check_typical(typical_low, typical_high)
+            except ValueError as problem:
+                return str(problem)
         return True
 
     @classmethod
@@ -343,6 +346,8 @@ class MiraRewardFromHTTP(io.ComfyNode):
         typical_low: float,
         typical_high: float,
     ) -> io.NodeOutput:
+        given = dict(url=url, name=name, timeout=timeout, retries=retries, typical_low=typical_low)
+        check_values(cls.NAME, cls.define_schema().inputs, given | {"typical_high": typical_high})
         try:
             reward = HTTPReward(
                 url,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..rewards.base import Reward
 from .editor.live import text_output
-from .shared.checks import check_links, check_reward, spoken
+from .shared.checks import check_links, check_reward, check_values, spoken
 from .shared.images import to_core
 from .shared.scores import score_images
 from .shared.types import MiraReward, aliases
@@ -122,6 +123,11 @@ class MiraRankImages(io.ComfyNode):
     ) -> io.NodeOutput:
         if not all(torch.is_tensor(batch) for batch in images) or not all(isinstance(s, (int, float)) for s in scores):
             raise ValueError(f"{cls.NAME}: connect an IMAGE, and the scores that MIRA Score Images gave of it")
+        if unknown := [i for i, s in enumerate(scores) if not math.isfinite(s)]:
+            raise ValueError(f"{cls.NAME}: scores {unknown} are no numbers: look at the reward that gave them")
+        if len(top_k) != 1:
+            raise ValueError(f"{cls.NAME}: top_k has {len(top_k)} values: all images are ranked together, so give one")
+        check_values(cls.NAME, [i for i in cls.define_schema().inputs if i.id == "top_k"], {"top_k": top_k[0]})
         for mask in masks or ():
             check_links(cls.NAME, masks=mask)
         for latent in latents or ():
@@ -165,7 +171,13 @@ def sorted_latents(latents: list, order: list[int], count: int) -> dict:
     for latent in latents:
         size, mask = len(latent["samples"]), latent.get("noise_mask")
         masks += [] if mask is None else [mask.expand(size, *mask.shape[1:]) if len(mask) == 1 else mask]
-        places += latent.get("batch_index", range(size))
+        numbers = latent.get("batch_index", range(size))
+        if len(numbers) < size:
+            raise ValueError(
+                f"{MiraRankImages.NAME}: latents has {size} images, but its batch_index tells the place of "
+                f"{len(numbers)} only"
+            )
+        places += list(numbers)[:size]
     if masks:
         out["noise_mask"] = of_all(masks, count, "the latents' noise_mask")[order]
     if any("batch_index" in latent for latent in latents):

@@ -36,10 +36,15 @@ def host_of(url: str, allowed: Sequence[str] = ()) -> str:
     """The URL's host. Raises ValueError for one that is not http(s), or neither this machine nor in `allowed`."""
     if not url.isascii() or any(c.isspace() for c in url):
         raise ValueError(f"url is {url!r}: give it in ASCII without spaces, with %-codes for any other character")
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as problem:
+        raise ValueError(f"url is no address ({problem}): give one such as http://127.0.0.1:8000/score") from None
+    if "@" in parts.netloc:
+        raise ValueError("url has a user or a password in it, which would stand in every saved workflow: leave it out")
+    if parts.scheme not in ("http", "https") or not host:
         raise ValueError(f"url is {url!r}: give an address such as http://127.0.0.1:8000/score")
-    host = parts.hostname
     try:
         local = ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -50,6 +55,12 @@ def host_of(url: str, allowed: Sequence[str] = ()) -> str:
             f"want it to, start ComfyUI with the environment variable MIRA_HTTP_HOSTS={host}"
         )
     return host
+
+
+def check_typical(low: float, high: float) -> None:
+    """Raise ValueError for a range that does not rise: combined rewards would turn around."""
+    if not low < high:
+        raise ValueError(f"typical_low is {low}, typical_high is {high}: give the lower one first")
 
 
 def png(image: Tensor) -> str:
@@ -84,6 +95,7 @@ class HTTPReward(Reward):
         poll: Callable[[], None] = lambda: None,
     ) -> None:
         host_of(url, allowed)
+        check_typical(*typical)
         self.url, self.timeout, self.retries, self.poll = url, timeout, retries, poll
         self.facts = Facts(name, -math.inf, math.inf, typical, False, needs_prompt, "8-bit PNG")
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())

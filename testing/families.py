@@ -249,8 +249,8 @@ class Vae:
 
     vae_dtype = torch.float32
 
-    def __init__(self, channels: int):
-        self.latent_channels = channels
+    def __init__(self, channels: int, frame: bool = False):
+        self.latent_channels, self.latent_dim = channels, 3 if frame else 2
         self.device = comfy.model_management.get_torch_device()
         self.first_stage_model = Decoder(channels)
         self.patcher = comfy.model_patcher.ModelPatcher(self.first_stage_model, self.device, torch.device("cpu"))
@@ -287,7 +287,11 @@ def make(name: str, precision: str = "float32"):
             return [[torch.randn(1, LENGTH, family.width, generator=g), extra]]
 
         shape = (1, family.channels, *([1] if family.frame else []), family.side, family.side)
-        vae = comfy.sd.VAE({"pixel_space_vae": torch.tensor(1.0)}) if family.pixels else Vae(family.channels)
+        vae = (
+            comfy.sd.VAE({"pixel_space_vae": torch.tensor(1.0)})
+            if family.pixels
+            else Vae(family.channels, family.frame)
+        )
         return patcher, vae, {"positive": cond(), "negative": cond()}, torch.zeros(shape)
 
 

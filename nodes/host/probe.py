@@ -149,6 +149,8 @@ def _try_on_a_toy(run: Callable, start: Tensor) -> str | None:
             return None  # it asks for more of ComfyUI than the toy has; the first iteration will tell
         except RuntimeError as problem:
             return f"backward fails: {str(problem).splitlines()[0]}"
+        except Exception as problem:  # its own demands, or a bug: it is another's code
+            return f"on a small image it fails ({type(problem).__name__}: {' '.join(str(problem).split())[:200]})"
         if not torch.isfinite(gradient).all() or not gradient.abs().sum() > 0:
             return "its gradient is zero or not finite"
         if not torch.equal(again, out):

@@ -56,6 +56,7 @@ log = logging.getLogger("mira")
 CPU_BATCH = 16  # images
 KEPT_FOR_BACKWARD = 8  # times the memory of a forward pass, about
 APART = (0.002, 0.02)  # a prediction, from the same a moment before; in half precision
+SEEN_IMAGE = "what unCLIP shows is noised by the given seed, for other seeds too: KSampler's pictures of those differ"
 RESTART = 2**20  # the number of the first restart's seed, beyond all candidates'
 SAGE_APART = 0.6  # how far, relative, an image by a coarser attention may be from the same by PyTorch's
 # The same of an image sampled again from its own noises where nothing is wrong: in full precision, in half precision.
@@ -249,6 +250,8 @@ class Process:
         """(x0, noises): the plain sample of candidate n's seed, bit for bit."""
         if n == 0:
             return self.given
+        if hasattr(self.inner, "noise_augmentor") and SEEN_IMAGE not in self.notices:
+            self.notices.append(SEEN_IMAGE)
         before = self.extra_args
         self.extra_args = before | {"seed": self.seed_of(n)}
         try:

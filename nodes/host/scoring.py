@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 def decode(vae: VAE, latent: Tensor) -> Tensor:
     """VAE latents (B, C, h, w) -> images (B, 3, H, W), nominally in [0, 1]: not clamped, so that gradients live."""
+    if latent.ndim == 5 and vae.latent_dim == 2:
+        latent = latent[:, :, 0]  # a preview decoder of images, as newer hosts take it
     # The VAE's own last step is affine but for its clamp: read it off inside the clamp's range.
     zero, half = (vae.process_output(torch.tensor([v])).item() for v in (0.0, 0.5))
     images = vae.first_stage_model.decode(latent.to(vae.device, vae.vae_dtype)).float()
@@ -94,6 +96,11 @@ class Scoring:
             raise ValueError(
                 f"{self.node}: the VAE decodes to shape {tuple(images.shape)}: MIRA optimises still images only"
             )
+        if images.shape[1] != 3:
+            raise ValueError(
+                f"{self.node}: the VAE decodes to {images.shape[1]} channels, but rewards look at red, green and blue: "
+                "use a VAE without alpha"
+            )
         return images.to(x0.device)
 
     def _decode(self, latent: Tensor) -> Tensor:
@@ -101,9 +108,14 @@ class Scoring:
 
         def in_tiles(one: Tensor) -> Tensor:
             log.warning("%s: out of memory while decoding: in tiles", self.node)
-            return self.vae.decode_tiled_(one)
+            if one.ndim == 4:
+                return self.vae.decode_tiled_(one)
+            tile = 256 // self.vae.spacial_compression_decode()
+            if getattr(self.vae, "handles_tiling", False):
+                return self.vae._decode_tiled_owned(one, tile_x=tile, tile_y=tile, overlap=tile // 4)
+            return self.vae.decode_tiled_3d(one, tile_x=tile, tile_y=tile, overlap=(1, tile // 4, tile // 4))
 
-        found = as_fit(functools.partial(decode, self.vae), latent, alone=in_tiles if latent.ndim == 4 else None)
+        found = as_fit(functools.partial(decode, self.vae), latent, alone=in_tiles)
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def score_bytes(self, x: Tensor, most: float) -> float:

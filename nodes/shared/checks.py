@@ -85,6 +85,8 @@ def _kind(value: object) -> str:
 def wrong_sigmas(sigmas: torch.Tensor) -> str | None:
     if len(sigmas) < 2:
         return f"sigmas has {len(sigmas)} values, so nothing would be sampled; give 2 or more"
+    if not torch.isfinite(sigmas).all():
+        return "sigmas has NaN or infinite values: use the output of a scheduler as it is"
     if not (sigmas[1:] < sigmas[:-1]).all():
         return "sigmas does not descend: use the output of a scheduler as it is"
     if sigmas[-1] != 0:
@@ -278,7 +280,15 @@ def check_latent(
             "encode the image with the model's own VAE"
         )
     if vae.latent_channels != channels:
-        fail(f"vae decodes latents of {vae.latent_channels} channels, but model makes {channels}: use its own VAE")
+        fail(
+            f"vae decodes latents of {vae.latent_channels} channels, but model makes {channels}: use its own VAE (if "
+            "it is that, MIRA does not know the model)"
+        )
+    if getattr(vae, "extra_1d_channel", None) is not None or not sides - 2 >= vae.latent_dim > 1:
+        made = {1: "sound", 2: "images", 3: "video"}.get(vae.latent_dim, "something else")
+        fail(f"vae is one of {made}, whose latents have another shape than model's: use the model's own VAE")
+    if (colours := getattr(vae, "conv_out_channels", 3)) != 3:
+        fail(f"vae decodes to {colours} channels, but rewards look at red, green and blue: use a VAE without alpha")
     if not gradient:
         return
     why = why_not_differentiable(sampler, model.get_model_object("model_sampling"))

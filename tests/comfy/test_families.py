@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import comfy.samplers
+import comfy.sd
 import comfy_extras.nodes_flux
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from mira import nodes
 from mira.nodes import host
+from mira.nodes.host.scoring import Scoring, decode
+from mira.nodes.shared import checks
 from mira.rewards.pixel import PixelReward
 from mira.sampler.search import SearchSettings
 from mira.sampler.seeds import another
@@ -109,15 +113,77 @@ def test_the_page_is_of_the_results():
 
 
 def test_a_frame_is_an_image_and_a_video_is_refused(world):
-    from mira.nodes.shared.checks import check_latent
-
     model, vae, _, latent = make("Qwen-Image")
     sampler = comfy.samplers.sampler_object("euler")
-    check_latent("here", model, {"samples": latent}, vae, sampler, {})
-    check_latent("here", model, {"samples": torch.zeros(1, 16, 16, 16)}, vae, sampler, {})
+    checks.check_latent("here", model, {"samples": latent}, vae, sampler, {})
+    checks.check_latent("here", model, {"samples": torch.zeros(1, 16, 16, 16)}, vae, sampler, {})
     with pytest.raises(ValueError, match="only images"):
-        check_latent("here", model, {"samples": torch.zeros(1, 16, 5, 16, 16)}, vae, sampler, {})
+        checks.check_latent("here", model, {"samples": torch.zeros(1, 16, 5, 16, 16)}, vae, sampler, {})
     assert PixelReward("brightness").facts.differentiable
+
+
+@pytest.mark.parametrize(
+    ("family", "of", "words"),
+    [
+        ("SD 1.5", {"latent_dim": 3}, "vae is one of video"),
+        ("SD 1.5", {"extra_1d_channel": 16}, "vae is one of images, whose latents have another shape"),
+        ("Qwen-Image", {"latent_dim": 1}, "vae is one of sound"),
+        ("Qwen-Image", {"conv_out_channels": 4}, "vae decodes to 4 channels"),
+        ("SD 1.5", {"latent_channels": 16}, "vae decodes latents of 16 channels"),
+    ],
+)
+def test_another_models_vae_is_refused_by_name(world, family, of, words):
+    model, vae, _, latent = make(family)
+    vars(vae).update(of)
+    with pytest.raises(ValueError, match=f"here: {words}"):
+        checks.check_latent("here", model, {"samples": latent}, vae, comfy.samplers.sampler_object("euler"), {})
+
+
+@torch.no_grad()
+def test_a_decoder_of_images_does_for_one_frame(world):
+    """A preview decoder, as newer hosts take it."""
+    model, vae, _, latent = make("Qwen-Image")
+    vae.latent_dim = 2
+    checks.check_latent("here", model, {"samples": latent}, vae, comfy.samplers.sampler_object("euler"), {})
+    whole = decode(make("Qwen-Image")[1], torch.ones_like(latent))
+    assert torch.equal(decode(vae, torch.ones_like(latent)), whole[:, :, 0])
+
+
+@pytest.mark.parametrize("colours", [1, 4])
+def test_what_decodes_to_other_colours_is_refused(world, colours):
+    vae = make("SD 1.5")[1]
+    vae.first_stage_model.layers[-1] = torch.nn.Conv2d(16, colours, 1)
+    scoring = Scoring("here", vae, PixelReward("brightness"), [""], lambda x: x)
+    scoring.policy = SimpleNamespace(memory="none")
+    with torch.no_grad(), pytest.raises(ValueError, match=f"here: the VAE decodes to {colours} channels"):
+        scoring.render(torch.zeros(1, 4, 8, 8))
+
+
+def test_a_frame_that_does_not_fit_is_decoded_in_tiles(world, monkeypatch, caplog):
+    """By ComfyUI's own VAE of video, as VAE Decode does."""
+    monkeypatch.setattr(comfy.sd.VAE, "__init__", lambda self: None)
+    vae, small = comfy.sd.VAE(), make("Qwen-Image")[1]
+    vars(vae).update(vars(small) | {"vae_dtype": small.vae_dtype, "output_device": torch.device("cpu")})
+    vae.process_output, vae.output_channels = small.process_output, 3
+    vae.upscale_ratio, vae.upscale_index_formula = (lambda a: a, 2, 2), (1, 2, 2)
+    vae.downscale_ratio, vae.handles_tiling = (lambda a: a, 2, 2), False
+    decode_all, sizes = vae.first_stage_model.decode, []
+
+    def tight(z):
+        sizes.append(z.shape[-1])
+        if z.shape[-1] > 140:
+            raise torch.cuda.OutOfMemoryError("full")
+        return decode_all(z)
+
+    vae.first_stage_model.decode = tight
+    scoring = Scoring("here", vae, PixelReward("brightness"), [""], lambda x: x)
+    scoring.policy = SimpleNamespace(memory="none")
+    x0 = torch.randn(1, 16, 1, 8, 160, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = scoring.render(x0)
+        whole = small.process_output(decode_all(x0))[:, :, 0]
+    assert sizes[0] == 160 and len(sizes) > 2 and "in tiles" in caplog.text
+    torch.testing.assert_close(found, whole, atol=0.05, rtol=0)
 
 
 # What the examples for checkpoints are about.

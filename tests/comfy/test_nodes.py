@@ -206,8 +206,9 @@ def test_advanced_equals_the_simple_one(world):
 
 @pytest.mark.parametrize(
     ("sigmas", "message"),
-    [([1.0], "has 1 values"), ([14.0, 3.0, 1.0], "ends at 1, not 0"), ([0.0, 1.0, 14.0], "does not descend")],
-)
+    [([1.0], "has 1 values"), ([14.0, 3.0, 1.0], "ends at 1, not 0"), ([0.0, 1.0, 14.0], "does not descend"),
+     ([math.inf, 1.0, 0.0], "NaN or infinite")],
+)  # fmt: skip
 def test_sigmas_that_cannot_end_in_an_image_are_refused(world, sigmas, message):
     settings = [i.id for i in nodes.MiraOptimizeSamplerAdvanced.define_schema().inputs]
     shared = {k: v for k, v in sampler_inputs(world).items() if k in settings and k != "latent_image"}

@@ -340,6 +340,38 @@ def test_ranking_is_by_score_and_stable():
         execute(nodes.MiraRankImages, images=[images, torch.rand(1, 4, 4, 3)], scores=[1.0] * 5, top_k=[1])
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"scores": [0.1, float("nan"), 0.5]}, r"scores \[1\] are no numbers"),
+        ({"top_k": [-1]}, "top_k"),
+        ({"top_k": [0]}, "top_k"),
+        ({"top_k": [1, 2]}, "top_k has 2 values"),
+        ({"latents": [{"samples": torch.zeros(3, 4, 2, 2), "batch_index": [0]}]}, "place of 1 only"),
+    ],
+)
+def test_what_cannot_be_ranked_is_refused(changed, words):
+    given = dict(images=[torch.rand(3, 8, 8, 3)], scores=[0.1, 0.2, 0.3], top_k=[1])
+    with pytest.raises(ValueError, match=f"MIRA Rank Images: .*{words}"):
+        execute(nodes.MiraRankImages, **given | changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"typical_low": 1.0, "typical_high": 0.0}, "give the lower one first"),
+        ({"typical_low": float("nan")}, "typical_low"),
+        ({"retries": -1}, "retries"),
+        ({"timeout": 0.0}, "timeout"),
+        ({"url": None}, "url is empty"),
+    ],
+)
+def test_linked_values_of_an_http_reward_are_checked_too(changed, words):
+    given = dict(url="http://127.0.0.1:1/", name="mine", needs_prompt=False, timeout=1.0, retries=0)
+    with pytest.raises(ValueError, match=f"MIRA Reward from HTTP: .*{words}"):
+        execute(nodes.MiraRewardFromHTTP, **given | dict(typical_low=0.0, typical_high=1.0) | changed)
+
+
 def test_latents_and_masks_are_ranked_with_their_images():
     images, masks = torch.rand(3, 8, 8, 3), torch.rand(3, 8, 8)
     latents = [

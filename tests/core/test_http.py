@@ -140,6 +140,24 @@ def test_what_is_no_address(url):
         host_of(url)
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999/", "http://127.0.0.1:abc/", "http://[::1", "http://[x]/"])
+def test_what_cannot_be_an_address(url):
+    with pytest.raises(ValueError, match="url is no address"):
+        host_of(url)
+
+
+def test_a_password_is_in_no_workflow():
+    with pytest.raises(ValueError, match="a user or a password") as problem:
+        host_of("http://me:secret@127.0.0.1/")
+    assert "secret" not in str(problem.value)
+
+
+@pytest.mark.parametrize("typical", [(1.0, 0.0), (1.0, 1.0), (float("nan"), 1.0)])
+def test_a_typical_range_rises(typical):
+    with pytest.raises(ValueError, match="give the lower one first"):
+        HTTPReward("http://127.0.0.1:1/", "mine", 1.0, 0, False, typical)
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1/sc\u00f6re", "http://127.0.0.1/a b", "http://127.0.0.1/\n"])
 def test_an_address_is_in_ascii(url):
     with pytest.raises(ValueError, match="give it in ASCII"):
