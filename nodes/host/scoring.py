@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 def decode(vae: VAE, latent: Tensor) -> Tensor:
     """VAE latents (B, C, h, w) -> images (B, 3, H, W), nominally in [0, 1]: not clamped, so that gradients live."""
-    if latent.ndim == 5 and vae.latent_dim == 2:
+    if latent.ndim == 5 and getattr(vae, "latent_dim", 3) == 2:
         latent = latent[:, :, 0]  # a preview decoder of images, as newer hosts take it
     # The VAE's own last step is affine but for its clamp: read it off inside the clamp's range.
     zero, half = (vae.process_output(torch.tensor([v])).item() for v in (0.0, 0.5))

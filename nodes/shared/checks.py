@@ -284,8 +284,9 @@ def check_latent(
             f"vae decodes latents of {vae.latent_channels} channels, but model makes {channels}: use its own VAE (if "
             "it is that, MIRA does not know the model)"
         )
-    if getattr(vae, "extra_1d_channel", None) is not None or not sides - 2 >= vae.latent_dim > 1:
-        made = {1: "sound", 2: "images", 3: "video"}.get(vae.latent_dim, "something else")
+    dimensions = getattr(vae, "latent_dim", sides - 2)  # of a VAE of another pack's making it is not known
+    if getattr(vae, "extra_1d_channel", None) is not None or not sides - 2 >= dimensions > 1:
+        made = {1: "sound", 2: "images", 3: "video"}.get(dimensions, "something else")
         fail(f"vae is one of {made}, whose latents have another shape than model's: use the model's own VAE")
     if (colours := getattr(vae, "conv_out_channels", 3)) != 3:
         fail(f"vae decodes to {colours} channels, but rewards look at red, green and blue: use a VAE without alpha")

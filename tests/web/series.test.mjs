@@ -114,6 +114,8 @@ test("rounds are told, and where each but the first begins", () => {
   const run = after({ iteration: 0, iterations: 4, rows: [of(0, 1)] }, { iteration: 1, iterations: 4, rows: [of(1, 1)] }, { iteration: 2, iterations: 4, rows: [of(2, 2)] });
   assert.deepEqual(series.restarts(run, 0), [2]);
   assert.deepEqual(series.restarts(after(step(0), step(1)), 0), []);
+  // A run of one round has none in its rows: gone on with, it has more.
+  assert.deepEqual(series.restarts(after(step(0), step(1), { iteration: 2, iterations: 4, rows: [of(2, 2)] }), 0), [2]);
   assert.match(series.status(run, 0), /iteration 2 of 4 · round 2 · reward/);
   assert.match(series.status(run, 0), /drift [0-9.]+ since the round began/);
   assert.ok(!series.columns(run).includes("round"));
@@ -176,9 +178,9 @@ test("what the chosen method does not read is left out, but not where a link cho
 });
 
 test("values from before presets go where they belong, and today's stay", () => {
-  const today = ["preset", "iterations", "drift_limit", "prompt", "rounds", "learning_rate"].map((name) => ({ name, value: `its ${name}` }));
+  const today = ["preset", "iterations", "drift_limit", "prompt", "restart_every", "learning_rate"].map((name) => ({ name, value: `its ${name}` }));
   const old = [30, 0.01, "none", 1, "last", 0.1];
-  assert.deepEqual(layout.migrated("MiraOptimizeSamplerAdvanced", old, today), ["custom", 30, 0.1, "its prompt", 1, 0.01]);
+  assert.deepEqual(layout.migrated("MiraOptimizeSamplerAdvanced", old, today), ["custom", 30, 0.1, "its prompt", 0, 0.01]);
   assert.equal(layout.migrated("MiraOptimizeSamplerAdvanced", ["fast", 30], today), null);
   for (const bad of [null, undefined, {}, []]) assert.equal(layout.migrated("MiraOptimizeSamplerAdvanced", bad, today), null);
   assert.equal(layout.migrated("KSampler", [1, 2], today), null);
