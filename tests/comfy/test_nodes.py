@@ -563,6 +563,25 @@ def test_a_help_page_says_what_a_run_takes_from_its_preset(node):
         assert changed.items() <= (first | said).items(), preset
 
 
+def test_the_papers_algorithm_is_to_the_letter():
+    taken = PRESETS.apply_preset(INPUTS | {"preset": "mira"} | PRESETS.SUGGESTED["mira"])[0]
+    settings = mira("nodes.shared.inputs").settings_of(taken)
+    assert (settings.iterations, settings.lr, settings.optimizer, settings.variables) == (
+        50,
+        0.01,
+        "adamw",
+        "trajectory",
+    )
+    assert (settings.regularizer, settings.relative_beta, settings.clip_norm, settings.keep) == (
+        "mira",
+        True,
+        0,
+        "last",
+    )
+    assert (settings.seeds, settings.restart_every, settings.hold, settings.stop) == (1, 0, "no", "never")
+    assert taken["gradient_steps"] == 0
+
+
 @pytest.mark.parametrize("method", list(mira("sampler.rivals").RIVALS))
 def test_a_rival_is_one_choice(world, method):
     out, _, trace = optimize(world, preset=method, steps=2, beta=0.5).args[:3]

@@ -49,8 +49,12 @@ def test_a_restart_moves_a_gaussian_as_the_closed_form_says(sigma, mean, std):
 
 @pytest.mark.parametrize(("mean", "std"), [(2.0, 0.8), (0.5, 0.2), (1.5, 1.6), (-1.0, 0.4)])
 def test_the_drift_falls_with_the_level_and_never_rises(mean, std):
-    before = kl(mean, std**2)
-    after = [kl(*restarted(mean, std**2, sigma)) for sigma in (0.05, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)]
+    before, levels = kl(mean, std**2), (0.05, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
+    after = [kl(*restarted(mean, std**2, sigma)) for sigma in levels]
+    for sigma, back in zip(levels, after, strict=True):  # of either channel: noised it is between the two
+        noisy, model = std**2 + sigma**2, STD**2 + sigma**2
+        between = (math.log(model / noisy) + (noisy + (mean - MEAN) ** 2) / model - 1) / 2
+        assert back <= between <= before
     assert all(a > b for a, b in zip([before, *after], after, strict=False))
     assert after[-1] < 1e-3 * before
     # The reward x gains less, too: nothing is for free.
@@ -90,7 +94,7 @@ def test_a_mixture_drifts_less_after_a_restart_too():
     p = (normal(-1.5, 0.5) + normal(1.5, 0.5)) / 2
     tilted = p * (1.2 * x).exp()
     for q in (tilted / (tilted.sum() * step), normal(2.6, 0.15)):
-        drifts = [of(q, p)]
+        drifts, before = [of(q, p)], of(q, p)
         for sigma in (0.2, 0.6, 1.5, 4.0):
             there = (-((x[:, None] - x[None]) ** 2) / (2 * sigma**2)).exp()  # x_t by x_0
             there = there / (there.sum(0, keepdim=True) * step)
@@ -98,6 +102,7 @@ def test_a_mixture_drifts_less_after_a_restart_too():
             back = there * p[None]  # p(x_0 | x_t)
             back = back / (back.sum(1, keepdim=True) * step)
             drifts.append(of(noisy @ back * step, p))
+            assert drifts[-1] < of(noisy, there @ p * step) < before
         assert drifts == sorted(drifts, reverse=True) and drifts[-1] < 0.2 * drifts[0]
 
 
