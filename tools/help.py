@@ -46,14 +46,15 @@ def pages() -> list[str]:
 
 
 def prose(node: str) -> tuple[str, str]:
-    """(when to use it, what else there is to say). A paragraph and a point of a list are one line each: the editor's
-    help keeps line breaks.
+    """(when to use it and the inputs that matter, what else there is to say). A paragraph and a point of a list are one
+    line each: the editor's help keeps line breaks.
     """
     text = (PROSE / f"{node}.md").read_text()
     for name in SHARED:
         text = text.replace(f"{{{name}}}", (PROSE / f"{name}.md").read_text())
     parts = [re.sub(r"\s*\n(?!- )\s*", " ", part.strip()) for part in text.strip().split("\n\n")]
-    return parts[0], "\n\n".join(parts[1:])
+    first = 3 if parts[1:] and parts[1].endswith("matter:") else 1
+    return "\n\n".join(parts[:first]), "\n\n".join(parts[first:])
 
 
 def presets(inputs: dict) -> list[str]:
@@ -77,7 +78,7 @@ def presets(inputs: dict) -> list[str]:
 
 
 def page(node: str, info: dict) -> str:
-    """The first screen: when to use it, its picture, the inputs that matter."""
+    """The first screen: when to use it, the inputs that matter, its picture."""
     when, more = prose(node)
     picture = f"![{info['display_name']}](pictures/{node}.jpg)"
     lines = [f"# {info['display_name']}", "", when, "", picture, "", *([more, ""] if more else [])]

@@ -33,7 +33,8 @@ PLACE = """async id => {
     Object.assign(app.canvas.ds, { scale: 1, offset: [%d, %d] });
     app.canvas.setDirty(true, true);
     await new Promise(done => setTimeout(done, 400));
-    return [node.size[0], node.size[1]];
+    const chart = node.widgets?.find(w => w.name === "mira_chart");
+    return [node.size[0], chart?.y ?? chart?.last_y ?? node.size[1]];
 }""" % (LEFT, TOP)  # noqa: UP031  (braces abound)
 
 
@@ -92,7 +93,7 @@ def main(wanted: list[str]) -> None:
         top = page.evaluate("() => app.canvas.canvas.getBoundingClientRect().top")
         for node in [n for n in pages() if not wanted or n in wanted]:
             width, height = page.evaluate(PLACE, node)
-            clip = {"x": LEFT - 12, "y": top + TOP - 56, "width": width + 24, "height": min(height + 68, HEIGHT - TOP)}
+            clip = {"x": LEFT - 12, "y": top + TOP - 36, "width": width + 24, "height": min(height + 44, HEIGHT - TOP)}
             shot = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
             shot.save(FOLDER / "pictures" / f"{node}.jpg", quality=80)
             print(node, flush=True)

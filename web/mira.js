@@ -170,7 +170,10 @@ function fold(node) {
   for (const widget of node.widgets ?? []) {
     if (widget.name in told) chain(widget, "callback", () => hideUnread(node));
   }
-  chain(node, "onConfigure", () => hideUnread(node, true));
+  chain(node, "onConfigure", () => {
+    hideUnread(node, true);
+    if (node.size[1] === 0) fit(node);
+  });
   chain(node, "onConnectionsChange", () => hideUnread(node));
   hideUnread(node);
   node.setSize([node.size[0], node.computeSize()[1]]);
@@ -311,7 +314,14 @@ function addPresets(node) {
       preset.value = presetAfter(told, preset.value, widget.name, value);
     });
   }
+  // What is linked to an input that the preset sets is somebody's own, too. A graph that is being opened stays as it is.
+  chain(node, "onConnectionsChange", (type, slot, connected) => {
+    const name = type === window.LiteGraph.INPUT && connected && node.inputs?.[slot]?.widget?.name;
+    if (name && !app.configuringGraph) preset.value = presetAfter(told, preset.value, name, LINKED);
+  });
 }
+
+const LINKED = Symbol("a value that no preset has");
 
 const SUBGRAPH_INPUT = "-10"; // the id of a subgraph's inputs, where a link begins
 const outer = new WeakSet(); // widgets of subgraph nodes that were seen
@@ -367,7 +377,9 @@ function migrate(graph) {
   for (const node of graph?.nodes ?? []) {
     const defaults = PRESETS.get(node.type)?.widgets;
     const values = defaults && migrated(node.type, node.widgets_values, defaults);
-    if (values) node.widgets_values = values;
+    if (!values) continue;
+    node.widgets_values = values;
+    if (node.size) node.size[1] = 0; // of widgets that are folded away now: as high as it needs to be
   }
   for (const inner of graph?.definitions?.subgraphs ?? []) migrate(inner);
 }

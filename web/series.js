@@ -74,7 +74,7 @@ export function columns(run) {
 
 /** The column of the drift that the run's limit is measured in, or the first one that there is. */
 export function driftColumn(run) {
-  const names = columns(run);
+  const names = columns(run).filter((name) => run.rows.some((r) => finite(r[name]) !== null));
   const wanted = run.settings.drift_metric;
   if (names.includes(wanted)) return wanted;
   return ["path_kl", "score_distance", "mira"].find((name) => names.includes(name)) ?? null;

@@ -200,7 +200,8 @@ def dial_inputs() -> list:
             max=1000,
             tooltip=(
                 "Updates of the noises. Each costs about one to two plain samples, or three to five with the whole "
-                "gradient (gradient_steps 0). With more of them a run that has ended goes on."
+                "gradient (gradient_steps 0). With more of them a run that has ended goes on. Each restart "
+                "adds a picture to the record."
             ),
         ),
         io.Float.Input(

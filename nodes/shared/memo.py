@@ -224,5 +224,7 @@ def take_iterate(done: Optimized, iterate: int, node: str) -> tuple[Tensor, list
     if taken == trace.kept:
         return done.iterates[iterate], taken, []
     chosen = ", ".join(map(str, dict.fromkeys(trace.kept)))
-    told = f"this is iteration {iterate}, as iterate says; the run keeps {chosen} (iterate -1), as do noise and sampler"
+    told = (
+        f"iteration {iterate} was taken; the run's own choice, of which noise and sampler are, is {chosen} (iterate -1)"
+    )
     return done.iterates[iterate], taken, [told]

@@ -509,6 +509,26 @@ def test_a_preset_writes_its_values_and_a_change_makes_it_custom(editor):
     editor.shot("preset")
 
 
+@ENDS
+def test_what_is_linked_to_an_input_of_the_preset_makes_it_custom(editor):
+    """A graph that is opened with such a link stays as it was saved, and the run says what the preset took."""
+    editor.load(QUICKSTART)
+    link = """name => {
+        const node = app.graph.nodes.find(n => n.comfyClass === 'MiraOptimizeKSampler');
+        const value = LiteGraph.createNode("PrimitiveFloat");
+        app.graph.add(value);
+        value.connect(0, node, node.inputs.findIndex(i => i.widget?.name === name));
+    }"""
+    editor.js(link, "drift_limit")
+    assert widget(editor, OPTIMIZER, "preset") == "balanced"
+    editor.js(link, "learning_rate")
+    assert widget(editor, OPTIMIZER, "preset") == "custom"
+    saved = editor.js("() => { app.graph.nodes.find(n => n.comfyClass === 'MiraOptimizeKSampler').widgets.find("
+                      "w => w.name === 'preset').value = 'balanced'; return app.graph.serialize(); }")  # fmt: skip
+    editor.load(saved)
+    assert widget(editor, OPTIMIZER, "preset") == "balanced" and editor.errors == []
+
+
 def shown(editor, kind, *names):
     """Which of these inputs are drawn: in the page, or on the canvas where they take a place there."""
     return editor.js(

@@ -44,6 +44,14 @@ def published() -> list[Path]:
     return found
 
 
+def test_no_hidden_folder_is_published():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    hidden = {name.split("/")[0] + "/" for name in tracked if name.startswith(".") and "/" in name}
+    assert hidden and hidden <= set((ROOT / ".comfyignore").read_text().splitlines())
+
+
 def test_the_published_archive_is_a_whole_pack(tmp_path):
     size = 0
     for file in published():

@@ -278,7 +278,7 @@ def test_another_iterate_is_taken_without_running_again(world, monkeypatch):
     assert len({t.args[0]["samples"].sum().item() for t in taken}) == 4
     assert [t.args[2].kept for t in taken] == [[0], [1], [2], [3]] and first.args[2].kept == [3]
     assert taken[1].ui["mira"][0]["kept"] == [1] and len(taken[1].ui["mira"][0]["previews"]) == 4
-    said = ["this is iteration 1, as iterate says; the run keeps 3 (iterate -1), as do noise and sampler"]
+    said = ["iteration 1 was taken; the run's own choice, of which noise and sampler are, is 3 (iterate -1)"]
     assert taken[1].args[2].notices == said and taken[3].args[2].notices == []
     with pytest.raises(ValueError, match="iterate is 4, but the run ended at iteration 3"):
         execute(nodes.MiraOptimizeKSampler, **inputs, iterate=4)

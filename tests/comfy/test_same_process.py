@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from types import ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 
 import comfy.hooks
 import comfy.k_diffusion.sampling
@@ -909,7 +909,7 @@ def test_a_reward_that_counts_is_no_lack_of_memory(world, tmp_path):
     (tmp_path / "mine.py").write_text(COUNTS)
     said = []
     for policy in ("none", "per_step"):
-        trace = run(world, reward=PythonReward(tmp_path / "mine.py"), steps=2, iterations=3, memory=policy).trace
+        trace = run(world, reward=PythonReward(tmp_path / "mine.py"), steps=2, iterations=3, memory=policy).result.trace
         said.append(f"{trace.settings['ended']} {trace.notices}")
     assert "all iterations done" in said[0]
     assert "a recomputation that differs" in said[1] and "memory to none" in said[1]
@@ -1133,11 +1133,15 @@ def test_a_search_with_random_choices_of_a_model_is_the_plain_samples(world):
 
 
 def test_regions_are_kept_under_every_way_of_writing_nothing_over():
-    code = compile("out = base.narrow(0, 0, 2)\nout += 1", "samplers", "exec")
+    def add(base):
+        out = base.narrow(0, 0, 2)
+        out += 1
+
+    of_the_host = FunctionType(add.__code__, {"__name__": "comfy.samplers"})
     for place in grad.PLACES[1:]:
         base = torch.zeros(4, requires_grad=True) * 1
         with place():
-            exec(code, {"__name__": "comfy.samplers", "base": base})
+            of_the_host(base)
         assert base.tolist() == [1, 1, 0, 0]
 
 

@@ -121,6 +121,14 @@ test("rounds are told, and where each but the first begins", () => {
   assert.ok(!series.columns(run).includes("round"));
 });
 
+test("a drift that was never measured is none", () => {
+  const rows = [row(0, 0, { path_kl: null, mira: NaN }), row(1, 0, { path_kl: null, mira: NaN })];
+  const run = { ...series.newRun(), rows };
+  assert.equal(series.driftColumn(run), null);
+  assert.doesNotMatch(series.status(run, 0), /drift/);
+  assert.equal(series.driftColumn({ ...run, rows: [...rows, row(2, 0, { path_kl: null, mira: 0.5 })] }), "mira");
+});
+
 test("an axis has room for one value, and for none", () => {
   assert.deepEqual(series.spread(null, null), [0, 1]);
   assert.deepEqual(series.spread(0, 0), [-0.1, 0.1]);
