@@ -621,6 +621,16 @@ def test_a_workflow_from_before_presets_finds_its_values(editor):
         for kind, expected in kinds.items():
             nodes = [n["inputs"] for n in prompt.values() if n["class_type"] == kind]
             assert nodes and all({k: inputs.get(k) for k in expected} == expected for inputs in nodes), (name, kind)
+        if OPTIMIZER in kinds:  # saved 1,300 high, with all that is folded away now
+            high, needed = editor.js(
+                f"""() => {{
+                    const node = app.graph.nodes.find(n => n.comfyClass === '{OPTIMIZER}');
+                    return [node.size[1], window.LiteGraph.vueNodesMode ? 0 : node.computeSize()[1]];
+                }}"""
+            )
+            assert needed <= high < 900, (name, high, needed)
+            editor.look_at(OPTIMIZER)
+            editor.shot(f"before_presets_{name}")
         again = editor.js("() => app.graph.serialize()")
         editor.load(again)  # what is saved now is of today, and stays
         assert editor.prompt() == prompt, name
