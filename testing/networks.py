@@ -6,8 +6,10 @@ from testing.pack import weights_at_once, with_comfyui
 
 with_comfyui()
 
+import comfy.controlnet
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sd
 import torch
 
@@ -94,6 +96,22 @@ def _keep_channels(layer: torch.nn.Conv2d) -> None:
 def small_world(**changes) -> World:
     """Networks that paint nothing, in a small part of the demo model's time."""
     return World(side=8, model=random_unet(SMALL, torch.float32), vae=thin_vae(), **changes)
+
+
+def with_control(world: World) -> list:
+    """The world's positive conditioning with a ControlNet of the network's shape and random weights."""
+    from comfy.cldm.cldm import ControlNet
+
+    config = {k: v for k, v in SMALL.items() if k not in ("out_channels", "transformer_depth_output")}
+    with torch.inference_mode(), weights_at_once():
+        torch.manual_seed(1)
+        network = ControlNet(**config, hint_channels=3, dtype=torch.float32, operations=comfy.ops.manual_cast)
+        for p in network.parameters():
+            p.data = torch.randn_like(p) * 0.02
+        control = comfy.controlnet.ControlNet(network, load_device=world.model.load_device)
+        control = control.copy().set_cond_hint(torch.rand(1, 3, 64, 64), 0.5, (0.0, 1.0))
+    (text, extra), *_ = world.positive
+    return [[text, {**extra, "control": control, "control_apply_to_uncond": True}]]
 
 
 def random_lora(model: comfy.model_patcher.ModelPatcher, scale: float, layers: tuple[str, ...] = ("to_v",)) -> dict:

@@ -21,7 +21,7 @@ from mira.rewards.combine import WeightedSum
 from mira.rewards.pixel import PixelReward
 from mira.sampler.rollout import Rollout
 
-from testing.networks import SMALL, random_lora
+from testing.networks import SMALL, random_lora, with_control
 from testing.pack import weights_at_once
 
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
@@ -237,6 +237,48 @@ def test_lora_on_the_model(world):
 def test_area_conditioning(world):
     area = [[world.positive[0][0], {**world.positive[0][1], "area": (8, 16, 0, 0), "strength": 0.8}]]
     positive = [*area, *world.encode("a cat")]
+    done = world.optimize(positive=positive, iterations=2)
+    assert torch.equal(done.plain, world.ksampler(positive=positive))
+    assert rewards(done)[-1] > rewards(done)[0]
+
+
+@pytest.mark.every_host
+def test_a_model_on_several_gpus_is_optimised_on_its_own(world, caplog):
+    """As MultiGPU Work Units leave it: a clone for every other device."""
+    model, other = world.model.clone(), world.model.clone()
+    other.is_multigpu_base_clone = True
+    model.set_additional_models("multigpu", [other])
+    one, many = world.optimize(), world.optimize(model=model)
+    assert torch.equal(one.latent, many.latent)
+    assert "MIRA: model is split over several GPUs: it runs on" in caplog.text
+    assert "split over several GPUs" in many.result.trace.notices[-1] and not one.result.trace.notices
+    assert model.get_additional_models_with_key("multigpu") == [other]
+
+
+def failing_under_a_gradient(world, problem):
+    model = world.model.clone()
+
+    def wrapper(apply, args):
+        if torch.is_grad_enabled():
+            raise problem
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(wrapper)
+    return model
+
+
+@pytest.mark.every_host
+def test_a_patch_that_fails_under_a_gradient_is_told_with_its_error(world):
+    model = failing_under_a_gradient(world, TypeError("unsupported operand"))
+    with pytest.raises(
+        RuntimeError, match=r"MIRA: \w+ fails where a gradient is wanted \(TypeError: unsupported operand"
+    ):
+        world.optimize(model=model, iterations=1)
+
+
+@pytest.mark.every_host
+def test_controlnet(world):
+    positive = with_control(world)
     done = world.optimize(positive=positive, iterations=2)
     assert torch.equal(done.plain, world.ksampler(positive=positive))
     assert rewards(done)[-1] > rewards(done)[0]

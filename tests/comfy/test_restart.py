@@ -9,7 +9,7 @@ import comfy.samplers
 import pytest
 import torch
 
-from testing.networks import SMALL, random_unet, thin_vae
+from testing.networks import SMALL, random_unet, thin_vae, with_control
 from testing.pack import as_node, mira
 from testing.world import World
 
@@ -69,16 +69,23 @@ def rows_of(out):
 
 
 @pytest.mark.every_host
-@pytest.mark.parametrize("sampler", ["euler_ancestral", "euler", "dpmpp_2m_sde"])
-def test_a_restart_is_what_a_stock_ksampler_gives(world, sampler):
+@pytest.mark.parametrize(
+    ("sampler", "cfg", "control"),
+    [
+        ("euler_ancestral", 5.0, False), ("euler", 5.0, False), ("dpmpp_2m_sde", 5.0, False),
+        ("euler_ancestral", 1.0, False), ("euler_ancestral", 5.0, True),
+    ],
+)  # fmt: skip
+def test_a_restart_is_what_a_stock_ksampler_gives(world, sampler, cfg, control):
     """The recipe: the image of iteration 1 into a KSampler with denoise 0.6 and the seed that the record names."""
-    last = optimize(world, sampler_name=sampler, **TWO, iterate=1)
-    again = optimize(world, sampler_name=sampler, **TWO, iterate=2)
+    positive = with_control(world) if control else world.positive
+    how = TWO | dict(sampler_name=sampler, cfg=cfg, positive=positive)
+    last, again = (optimize(world, **how, iterate=k) for k in (1, 2))
     (seed,) = again.args[2].settings["restart_seeds"]
     latent = last.args[0]["samples"]
     with torch.inference_mode():
         stock = comfy.sample.sample(
-            world.model, comfy.sample.prepare_noise(latent, seed), 3, 5.0, sampler, "normal", world.positive,
+            world.model, comfy.sample.prepare_noise(latent, seed), 3, cfg, sampler, "normal", positive,
             world.negative, latent, denoise=0.6, disable_pbar=True, seed=seed,
         )  # fmt: skip
     torch.testing.assert_close(again.args[0]["samples"], stock, atol=2e-3, rtol=1e-3)
