@@ -40,7 +40,7 @@ BOUNDS = 41  # of the drift, at which every image's best is taken
 HELD = {"hold": "projection", "drift_metric": "path_kl", "drift_limit": 0.05, "keep": "best_within_drift"}
 SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # of an injected noise, that the reward chooses
 FAR = SHARES[-4:]
-MANY = (1, 4, 8, 16, 26)  # up to the passes of the default
+MANY = (1, 4, 8, 16, 26)  # up to the passes of three rounds
 PARTICLES = (3, 6, 12)
 BEST_OF_DRAWS = ("best_of_two", "best_of_three")  # of plain optimisation, at every iterate; made of what is there
 RIVALS = ("best_of_4", "best_of_two")
@@ -89,7 +89,7 @@ def preset(name: str) -> Variant:
 VARIANTS = {
     "dno": Variant(),
     "dno_again": Variant(seed=71),
-    "dno_slow": Variant({"iterations": 24, "lr": LR / 2}),  # as many passes as three rounds, for the same way
+    "dno_slow": Variant({"iterations": 24, "lr": LR / 2}),  # for the same way
     "best_of_4": Variant({"seeds": 4}),
     "held": Variant(HELD | {"seeds": 4}),  # the default before there were restarts
     "once_.5": Variant(then=0.5),
@@ -483,7 +483,7 @@ def report() -> None:
     runs: dict[tuple, list[dict]] = {}
     for row in csv.DictReader((OUT / "restart_rows.csv").open()):
         of = (row["optimised"], int(row["steps"]), row["variant"])
-        numbers = {k: float(row[k] or 0) for k in ("iterate", "kept", "path_kl", *COLUMNS)}
+        numbers = {k: float(row[k] or math.nan) for k in ("iterate", "kept", "path_kl", *COLUMNS)}
         runs.setdefault(of, []).append(numbers | {"animal": row["animal"], "part": (row["part"], row["seed"])})
     for reward, steps, name in list(runs):
         if name == "three_rounds":

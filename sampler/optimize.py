@@ -174,7 +174,8 @@ class Result:
 
     iterates: the latents of every iteration, on the CPU. cut_short: by an interrupt, an error, or for want of memory.
     segments: what the best images are sampled from, where that is more than best_noises: restarts.
-    left: where it stood, to go on from there; None where it cannot, or every image has ended by itself.
+    left: where it stood, to go on from there; None where it cannot, or every image has ended by itself
+        and no further round can follow.
     """
 
     best: Tensor

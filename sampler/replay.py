@@ -45,7 +45,7 @@ class Segment:
         recorded, left = len(self.schedule) - 1, dict(enumerate(self.noises[1:], 1))
         place, share, calls = self.place(sigmas), 1.0, 0
         if place is None:
-            share = recorded / (len(sigmas) - 1)
+            share = recorded / max(len(sigmas) - 1, 1)
         else:  # samplers draw as often at every step, but for the last, which seldom draws
             calls = place * round(len(left) / max(recorded - 1, 1))
 

@@ -125,14 +125,14 @@ def in_rounds(
 
     restart: (round from 1 on, x0 (B, C, ...)) -> the stretch that begins with x0 noised again. A round's drift is
     measured from the plain run of its own stretch. The record goes on over rounds: a round's iteration 0 is its
-    restart, and has a number of its own; rows of several rounds have `round` and `level` (the stretch's first sigma).
-    Of every image the best over all rounds comes back, by the criterion of `settings.keep`. An interrupt, running
-    out of memory and any other error end the run with that. resume: `Result.left` of such a run, to go on in its round,
-    or of one that ended, to go on with more iterations.
+    restart, and has a number of its own; where there may be several, rows have `round` and `level` (the stretch's first
+    sigma). Of every image the best over all rounds comes back, by the criterion of `settings.keep`. An interrupt,
+    running out of memory and any other error end the run with that. resume: `Result.left` of such a run, to go on in
+    its round, or of one that ended, to go on with more iterations.
     """
     parts = lengths(settings)
-    rounds, inner = resume.value if resume else (_Rounds(), None)
-    before, done, reason = rounds, None, ""
+    rounds, inner, ended = resume.value if resume else (_Rounds(), None, None)
+    before, done, reason, left = rounds, None, "", None
 
     def optimize_round(number: int, stretch: Stretch) -> Result:
         first, level = len(rounds.iterates), stretch.rollout.schedule[0].item()
@@ -140,18 +140,15 @@ def in_rounds(
         def report(k: int, rows: list[dict], score: Score) -> None:
             for row in rows:
                 row["iteration"] = first + k
-                if len(parts) > 1:
+                if settings.restart_every:
                     row |= {"round": number + 1, "level": level}
             on_iteration(first + k, rows, score)
 
         run = replace(settings, iterations=parts[number], restart_every=0)
-        found = optimize(
+        return optimize(
             stretch.rollout, score, stretch.noises, run, check_reward=number == 0, on_iteration=report,
             interrupts=interrupts, memory=memory, resume=inner,
         )  # fmt: skip
-        for row in found.trace.rows if len(parts) > 1 else []:  # a round that goes on may have been the only one
-            row |= {"round": number + 1, "level": level}
-        return found
 
     for number in range(rounds.number, len(parts)):
         before, done = rounds.snapshot(), None
@@ -159,6 +156,8 @@ def in_rounds(
             stretch, cut = attempt(interrupts, restart, number, rounds.base)
             if cut:
                 reason = f"{cut} before round {number + 1}"
+                if inner:  # nor is the round lost that was to go on: what there was comes back, to go on from again
+                    rounds, left = ended, resume
                 break
         found, cut = attempt(interrupts, optimize_round, number, stretch)
         if cut:
@@ -177,9 +176,10 @@ def in_rounds(
     trace.kept = kept.iteration.tolist()
     trace.reasons = [reason] * len(trace.kept) if reason else rounds.reasons
     there, begins = done.left if done else None, done is None  # a round that was cut before it began is begun anew
-    if done and not (done.cut_short or there) and len(parts) > 1:  # it ended by itself, and there may be more rounds
+    if done and not (done.cut_short or there) and settings.restart_every:  # by itself; more rounds may follow
         before, begins = rounds.snapshot(), True
-    left = Left((before, there), len(before.iterates) + (there.done if there else 0)) if there or begins else None
+    if not left and (there or begins):
+        left = Left((before, there, rounds.snapshot()), len(before.iterates) + (there.done if there else 0))
     return Result(
         kept.latent,
         rounds.last,

@@ -127,7 +127,7 @@ export function table(run, image, names) {
 /** The iterations at which the image was noised again and a new round began. */
 export function restarts(run, image) {
   const rows = run.rows.filter((r) => r.image === image);
-  return rows.filter((r, i) => i > 0 && r.round > (rows[i - 1].round ?? 1)).map((r) => r.iteration);
+  return rows.filter((r, i) => i > 0 && r.round > rows[i - 1].round).map((r) => r.iteration);
 }
 
 /** Seconds left, by the median of the last iterations, or null while nothing is known. */

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.model_management
 import comfy.samplers
 import torch
 from torch import Tensor
@@ -149,6 +150,8 @@ def _try_on_a_toy(run: Callable, start: Tensor) -> str | None:
             return None  # it asks for more of ComfyUI than the toy has; the first iteration will tell
         except RuntimeError as problem:
             return f"backward fails: {str(problem).splitlines()[0]}"
+        except comfy.model_management.InterruptProcessingException:
+            raise
         except Exception as problem:  # its own demands, or a bug: it is another's code
             return f"on a small image it fails ({type(problem).__name__}: {' '.join(str(problem).split())[:200]})"
         if not torch.isfinite(gradient).all() or not gradient.abs().sum() > 0:

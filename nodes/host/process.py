@@ -246,11 +246,18 @@ class Process:
     def depends_on_seed(self) -> bool:
         return not torch.equal(self.initial_of(1), self.initial_of(0))
 
+    @functools.cached_property
+    def shows_noised(self) -> bool:
+        """Whether the conditioning has an image that is noised by the seed when a sample begins."""
+        conds = [c for kind in getattr(self.model_wrap, "conds", {}).values() for c in kind]
+        noised = any(c.get("unclip_conditioning") or c.get("noise_augmentation") for c in conds)
+        return noised and hasattr(self.inner, "noise_augmentor")
+
     def sample_of(self, n: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(x0, noises): the plain sample of candidate n's seed, bit for bit."""
         if n == 0:
             return self.given
-        if hasattr(self.inner, "noise_augmentor") and SEEN_IMAGE not in self.notices:
+        if self.shows_noised and SEEN_IMAGE not in self.notices:
             self.notices.append(SEEN_IMAGE)
         before = self.extra_args
         self.extra_args = before | {"seed": self.seed_of(n)}

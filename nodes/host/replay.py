@@ -76,7 +76,8 @@ class ReplaySampler(comfy.samplers.Sampler):
             options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
             options.setdefault("transformer_options", {})["optimized_attention_override"] = attention_of(options)
             extra_args = extra_args | {"model_options": options}
-        whole = len(sigmas) > 2 and sigmas[-1] == 0  # else there is no image yet that could restart
+        # Else there is no image yet, or nothing that it could have been restarted on.
+        whole = sigmas[-1] == 0 and (len(sigmas) > 2 or self.segments[0].place(sigmas) is not None)
         x = noise
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())

@@ -28,8 +28,6 @@ T = TypeVar("T")
 
 def decode(vae: VAE, latent: Tensor) -> Tensor:
     """VAE latents (B, C, h, w) -> images (B, 3, H, W), nominally in [0, 1]: not clamped, so that gradients live."""
-    if latent.ndim == 5 and getattr(vae, "latent_dim", 3) == 2:
-        latent = latent[:, :, 0]  # a preview decoder of images, as newer hosts take it
     # The VAE's own last step is affine but for its clamp: read it off inside the clamp's range.
     zero, half = (vae.process_output(torch.tensor([v])).item() for v in (0.0, 0.5))
     images = vae.first_stage_model.decode(latent.to(vae.device, vae.vae_dtype)).float()
@@ -82,6 +80,8 @@ class Scoring:
     def render(self, x0: Tensor) -> Tensor:
         """(B, C, h, w) as sampled, or of one frame, -> images (B, 3, H, W), nominally in [0, 1]."""
         latent = self.latent_out(x0.float())
+        if latent.ndim == 5 and getattr(self.vae, "latent_dim", 3) == 2:
+            latent = latent[:, :, 0]  # a preview decoder of images, as newer hosts take it
         thrifty = self._thrifty(self.vae.first_stage_model)
         if not torch.is_grad_enabled():
             images = self._decode(latent)

@@ -9,7 +9,7 @@ from bench.front import judge_module
 from bench.likeness import Likeness, beside, stacked
 from bench.likeness import against as likeness_against
 from bench.paths import COLUMNS, against, at_last_passage, path_of, pooled
-from bench.restart import Variant, best_of_draws, run
+from bench.restart import Variant, best_of_draws, chosen_within, first_rounds, run, together_with
 from testing.world import World, demo
 
 
@@ -115,3 +115,41 @@ def test_likeness_to_the_models_own_images():
     assert 0 < found["cmmd_above_se"] < found["plain_cmmd"] - found["cmmd"]
     ends = beside([{"clip": torch.ones(2, 3, 4)}, {"clip": torch.zeros(1, 1, 4)}])
     assert ends["clip"].shape == (2, 4, 4)
+
+
+def image(rewards, drifts, kept, animal="fox", part=("0", "0")) -> list[dict]:
+    return [
+        dict.fromkeys(COLUMNS, 0.0)
+        | {"iterate": float(k), "part": part, "animal": animal, "reward": r, "path_kl": d, "kept": float(k == kept)}
+        for k, (r, d) in enumerate(zip(rewards, drifts, strict=True))
+    ]
+
+
+def test_the_first_rounds_of_a_longer_run():
+    """A round begins where nothing has moved; of an image that was kept later, the best of what is left is kept."""
+    drifts = [0.0, 0.1, 0.0, 0.1, 0.2, 0.0, 0.3]
+    late = image([0, 3, 1, 2, 4, 5, 9], drifts, 6, "late")
+    early = image([0, 8, 1, 2, 4, 5, 6], [0.0, 0.1, 0.0, 0.1, 0.2, 0.0, 0.0], 1, "early")
+    found = first_rounds(late + early, 2)
+    assert {(r["animal"], r["iterate"]) for r in found} == {(a, k) for a in ("late", "early") for k in range(5)}
+    assert {(r["animal"], r["iterate"]) for r in found if r["kept"]} == {("late", 4), ("early", 1)}
+    assert len(first_rounds(late, 1)) == 2 and len(first_rounds(late, 3)) == 7
+
+
+def test_every_image_s_best_within_a_drift():
+    rows = image([1, 5, 3], [0.0, 0.4, 0.2], 2) + image([2, 1, 9], [0.0, 0.1, 0.3], 2, "cat")
+    found = chosen_within(rows)
+    last = max(r["iterate"] for r in found)
+    assert {(r["animal"], r["reward"]) for r in found if r["iterate"] == 0} == {("fox", 1), ("cat", 2)}
+    assert {(r["animal"], r["reward"]) for r in found if r["iterate"] == last} == {("fox", 5), ("cat", 9)}
+    of_fox = [r["reward"] for r in sorted(found, key=lambda r: r["iterate"]) if r["animal"] == "fox"]
+    assert of_fox == sorted(of_fox) and 3 in of_fox
+
+
+def test_images_stand_beside_the_same_draw_or_beside_every_one():
+    mine = image([1], [0.0], 0)
+    other = image([2], [0.0], 0) + image([3], [0.0], 0, part=("0", "1")) + image([4], [0.0], 0, part=("1", "0"))
+    a, b, shared = together_with(mine, other, every_draw=False)
+    assert (a[1].tolist(), b[1].tolist(), shared) == ([[1]], [[2]], [(("0", "0"), "fox")])
+    a, b, shared = together_with(mine, other, every_draw=True)
+    assert a[1].tolist() == [[1, 1]] and b[1].tolist() == [[2, 3]] and len(shared) == 2

@@ -145,8 +145,20 @@ def test_a_decoder_of_images_does_for_one_frame(world):
     model, vae, _, latent = make("Qwen-Image")
     vae.latent_dim = 2
     checks.check_latent("here", model, {"samples": latent}, vae, comfy.samplers.sampler_object("euler"), {})
-    whole = decode(make("Qwen-Image")[1], torch.ones_like(latent))
-    assert torch.equal(decode(vae, torch.ones_like(latent)), whole[:, :, 0])
+    asked, decode_all = [], vae.first_stage_model.decode
+    vae.first_stage_model.decode = lambda z: asked.append(z.ndim) or decode_all(z)
+    vae.decode_tiled_ = lambda z: asked.append(("tiles", z.ndim)) or decode(vae, z)
+    scoring = Scoring("here", vae, PixelReward("brightness"), [""], lambda x: x)
+    scoring.policy = SimpleNamespace(memory="none")
+    whole = decode(make("Qwen-Image")[1], torch.ones_like(latent))[:, :, 0]
+    assert torch.equal(scoring.render(torch.ones_like(latent)), whole) and asked == [4]
+
+    def full(z):
+        vae.first_stage_model.decode = decode_all
+        raise torch.cuda.OutOfMemoryError("full")
+
+    vae.first_stage_model.decode = full
+    assert torch.equal(scoring.render(torch.ones_like(latent)), whole) and asked == [4, ("tiles", 4)]
 
 
 @pytest.mark.parametrize("colours", [1, 4])
@@ -184,6 +196,23 @@ def test_a_frame_that_does_not_fit_is_decoded_in_tiles(world, monkeypatch, caplo
         whole = small.process_output(decode_all(x0))[:, :, 0]
     assert sizes[0] == 160 and len(sizes) > 2 and "in tiles" in caplog.text
     torch.testing.assert_close(found, whole, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("shows", [True, False])
+def test_other_seeds_of_what_unclip_shows_are_told(world, shows):
+    """SDXL takes such images, and most people give it none."""
+    model, vae, conds, latent = make("SDXL")
+    if shows:
+        image = SimpleNamespace(image_embeds=torch.randn(1, 1280, generator=torch.Generator().manual_seed(0)))
+        more = {"clip_vision_output": image, "strength": 1.0, "noise_augmentation": 0.5}
+        ((text, extra),) = conds["positive"]
+        conds["positive"] = [[text, extra | {"unclip_conditioning": [more]}]]
+    with torch.inference_mode():
+        trace = as_node(nodes.MiraOptimizeKSampler).execute(
+            model=model, **conds, vae=vae, latent_image={"samples": latent}, reward=PixelReward("brightness"), seed=1,
+            steps=2, cfg=2.0, sampler_name="euler", scheduler="normal", preset="custom", iterations=1, seeds=2,
+        ).args[2]  # fmt: skip
+    assert any("what unCLIP shows is noised by the given seed" in n for n in trace.notices) == shows
 
 
 # What the examples for checkpoints are about.

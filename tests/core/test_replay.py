@@ -79,6 +79,7 @@ def test_a_split_schedule_goes_on_with_the_noises_of_its_steps(per_step):
     high, low = segment.schedule[:3], segment.schedule[2:]
     whole = drawn(segment, segment.schedule, 3 * per_step)
     assert drawn(segment, high, 2 * per_step) + drawn(segment, low, per_step) == whole
+    assert len(drawn(segment, torch.tensor([7.7]), 1)) == 1  # of another schedule, and no step
     assert segment.place(low) == 2 and segment.place(low * 1.01) is None
     assert segment.place(torch.linspace(14, 0, 9)) is None
 

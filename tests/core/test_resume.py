@@ -154,6 +154,45 @@ def test_rounds_that_ended_by_themselves_have_more_after_them():
     assert again.reason == ended.reason and torch.equal(again.best, ended.best) and not again.cut_short
 
 
+@pytest.mark.parametrize(("few", "many"), [(2, 6), (4, 6), (4, 8), (3, 4)])
+def test_a_restart_that_is_cut_loses_nothing_of_the_run_that_goes_on(few, many):
+    """The round that was to go on had begun before: its images and rows come back, and the next time it goes on."""
+    settings = replace(PLAIN, iterations=few, restart_every=2, keep="best_reward")
+    further = replace(settings, iterations=many)
+    before = run(settings)
+
+    def full(number, x0):
+        raise Stopped
+
+    options = dict(interrupts=(Stopped,), resume=Left(thawed(frozen(before.left.value)), before.left.done))
+    cut = in_rounds(first(), score, further, full, **options)
+    assert (
+        cut.cut_short and rows(cut)[: len(rows(before))] == rows(before) and len(cut.iterates) >= len(before.iterates)
+    )
+    assert cut.trace.kept == before.trace.kept and torch.equal(cut.best, before.best)
+    left = Left(thawed(frozen(cut.left.value)), cut.left.done)
+    same(run(further, resume=left), run(further))
+
+
+def test_a_cancelled_round_that_goes_on_and_is_cut_in_its_restart_loses_nothing():
+    settings = replace(PLAIN, iterations=8, restart_every=4)
+    before = run(settings, cancel=7)
+
+    def full(number, x0):
+        raise Stopped
+
+    cut = in_rounds(first(), score, settings, full, interrupts=(Stopped,), resume=before.left)
+    assert rows(cut) == rows(before) and torch.equal(cut.best, before.best) and cut.trace.kept == before.trace.kept
+    same(run(settings, resume=cut.left), run(settings))
+
+
+def test_a_round_that_ended_by_itself_has_others_after_it_where_there_are_restarts():
+    held = replace(WAYS["held"], restart_every=5, iterations=5)
+    ended, further = run(held), replace(held, iterations=10)
+    assert len(ended.iterates) < 6 and ended.left.done == len(ended.iterates)
+    same(run(further, resume=ended.left), run(further))
+
+
 def test_rounds_are_of_as_many_iterations_but_for_the_last():
     def parts(iterations, every):
         return lengths(Settings(iterations=iterations, restart_every=every))
