@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from testing.pack import weights_at_once, with_comfyui
 
 with_comfyui()
@@ -98,8 +100,10 @@ def small_world(**changes) -> World:
     return World(side=8, model=random_unet(SMALL, torch.float32), vae=thin_vae(), **changes)
 
 
-def with_control(world: World) -> list:
-    """The world's positive conditioning with a ControlNet of the network's shape and random weights."""
+def with_control(world: World, kept: Callable = lambda patcher: patcher) -> list:
+    """The world's positive conditioning with a ControlNet of the network's shape and random weights. kept: the patcher
+    that ComfyUI keeps it by, of its own.
+    """
     from comfy.cldm.cldm import ControlNet
 
     config = {k: v for k, v in SMALL.items() if k not in ("out_channels", "transformer_depth_output")}
@@ -109,7 +113,8 @@ def with_control(world: World) -> list:
         for p in network.parameters():
             p.data = torch.randn_like(p) * 0.02
         control = comfy.controlnet.ControlNet(network, load_device=world.model.load_device)
-        control = control.copy().set_cond_hint(torch.rand(1, 3, 64, 64), 0.5, (0.0, 1.0))
+        control.control_model_wrapped = kept(control.control_model_wrapped)
+        control = control.copy().set_cond_hint(torch.full((1, 3, 64, 64), 0.3), 0.5, (0.0, 1.0))
     (text, extra), *_ = world.positive
     return [[text, {**extra, "control": control, "control_apply_to_uncond": True}]]
 

@@ -19,8 +19,7 @@ from mira.nodes.host import dynamic as vram
 from mira.nodes.host import grad
 from mira.sampler.search import SearchSettings
 
-from testing.networks import SMALL, random_lora, random_unet, thin_vae
-from testing.pack import weights_at_once
+from testing.networks import SMALL, random_lora, random_unet, thin_vae, with_control
 
 sys.path.insert(0, str(Path(__file__).parent))
 from dynamic import KNOWN, Dynamic, dynamic
@@ -170,22 +169,7 @@ def test_weights_in_the_files_precision(world, vae):
 
 
 def test_a_controlnet(world, model):
-    from comfy.cldm.cldm import ControlNet
-
-    config = {k: v for k, v in SMALL.items() if k not in ("out_channels", "transformer_depth_output")}
-    with torch.inference_mode(), weights_at_once():
-        torch.manual_seed(1)
-        network = ControlNet(**config, hint_channels=3, dtype=torch.float32, operations=comfy.ops.manual_cast)
-        for p in network.parameters():
-            p.data = torch.randn_like(p) * 0.02
-        results = []
-        for kind in (lambda p: p, dynamic):
-            control = comfy.controlnet.ControlNet(network, load_device=world.model.load_device)
-            control.control_model_wrapped = kind(control.control_model_wrapped)
-            control = control.copy().set_cond_hint(torch.full((1, 3, 64, 64), 0.3), 0.5, (0.0, 1.0))
-            extra = {"control": control, "control_apply_to_uncond": True}
-            results.append([[world.positive[0][0], world.positive[0][1] | extra]])
-    still, moving = results
+    still, moving = with_control(world), with_control(world, dynamic)
     expected = world.optimize(positive=still, iterations=1)
     done = world.optimize(model=model, positive=moving, iterations=1)
     assert torch.equal(done.latent, expected.latent)
