@@ -824,13 +824,36 @@ LINKED = """outside => {
 }"""
 
 
+# The nodes around it, added and linked one by one.
+AROUND = """({ nodes, links }) => {
+    const added = new Map();
+    for (const { id, type, title, pos, widgets_values: values } of nodes) {
+        const node = LiteGraph.createNode(type);
+        if (!node) continue;
+        app.graph.add(node);
+        node.pos = pos;
+        if (title) node.title = title;
+        (values ?? []).forEach((value, k) => { if (node.widgets?.[k]) node.widgets[k].value = value; });
+        added.set(id, node);
+    }
+    for (const [, from, slot, to, input] of links) {
+        if (!added.has(from) || !added.has(to)) continue;
+        const { name } = nodes.find(n => n.id === to).inputs[input], node = added.get(to);
+        added.get(from).connect(slot, node, node.inputs.findIndex(i => i.name === name));
+    }
+}"""
+
+
 @ENDS
 def test_the_first_minute(own_editor):
-    """A node that is looked for, connected, run, looked at, taken, saved and found again; then left out and muted."""
+    """From an empty graph: a node is looked for, connected, run, looked at, taken, saved and found again; then it is left
+    out and muted.
+    """
     editor = own_editor
     page = editor.page
-    editor.load(QUICKSTART | {"id": str(uuid.uuid4())})
-    editor.js(f"() => app.graph.remove(app.graph.nodes.find(n => n.comfyClass === '{OPTIMIZER}'))")
+    editor.load(EMPTY_GRAPH | {"id": str(uuid.uuid4())})
+    stock = [n for n in QUICKSTART["nodes"] if n["type"] not in (OPTIMIZER, "MarkdownNote", "Note")]
+    editor.js(AROUND, {"nodes": stock, "links": QUICKSTART["links"]})
     editor.js(
         "() => { Object.assign(app.canvas.ds, { scale: 0.6, offset: [900, 900] }); app.canvas.setDirty(true, true); }"
     )
