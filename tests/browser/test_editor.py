@@ -846,8 +846,8 @@ AROUND = """({ nodes, links }) => {
 
 @ENDS
 def test_the_first_minute(own_editor):
-    """From an empty graph: a node is looked for, connected, run, looked at, taken, saved and found again; then it is left
-    out and muted.
+    """From an empty graph: a node is looked for, connected, run, looked at, taken, saved and found again; then it is
+    left out and muted.
     """
     editor = own_editor
     page = editor.page
