@@ -629,8 +629,6 @@ def test_a_workflow_from_before_presets_finds_its_values(editor):
                 }}"""
             )
             assert needed <= high < 900, (name, high, needed)
-            editor.look_at(OPTIMIZER)
-            editor.shot(f"before_presets_{name}")
         again = editor.js("() => app.graph.serialize()")
         editor.load(again)  # what is saved now is of today, and stays
         assert editor.prompt() == prompt, name

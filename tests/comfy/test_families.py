@@ -232,7 +232,7 @@ def test_an_example_runs_on_a_small_network_of_its_family(world, name):
     said = described["mira"].values
     shared = dict(
         latent_image={"samples": latent}, vae=vae, reward=PixelReward("brightness"), prompt="a fox",
-        preset=said.get("preset", "balanced"), iterations=4,
+        preset=said.get("preset", "balanced"), iterations=5,
     )  # fmt: skip
     with torch.inference_mode():
         if described["mira"].kind == "MiraOptimizeKSampler":
@@ -248,7 +248,7 @@ def test_an_example_runs_on_a_small_network_of_its_family(world, name):
             )  # fmt: skip
     optimized, plain, trace = done.args[:3]
     rows = trace.of(0)
-    assert optimized["samples"].shape == plain["samples"].shape and len(rows) > 4
+    assert optimized["samples"].shape == plain["samples"].shape and rows[-1]["round"] == 2
     assert rows[trace.kept[0]]["reward"] > rows[0]["reward"]
 
 
