@@ -323,16 +323,13 @@ class MiraRewardFromHTTP(io.ComfyNode):
     def validate_inputs(
         cls, url: str | None = None, typical_low: float | None = None, typical_high: float | None = None
     ) -> bool | str:
-        if url is not None:
-            try:
+        try:
+            if url is not None:
                 host_of(url, allowed_hosts())
-            except ValueError as problem:
-                return str(problem)
-        if None not in (typical_low, typical_high):
-            try:
+            if None not in (typical_low, typical_high):
                 check_typical(typical_low, typical_high)
-            except ValueError as problem:
-                return str(problem)
+        except ValueError as problem:
+            return str(problem)
         return True
 
     @classmethod

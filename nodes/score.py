@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..rewards.base import Reward
 from .editor.live import text_output
-from .shared.checks import check_links, check_reward, check_values, spoken
+from .shared.checks import check_links, check_places, check_reward, check_values, spoken
 from .shared.images import to_core
 from .shared.scores import score_images
 from .shared.types import MiraReward, aliases
@@ -171,13 +171,8 @@ def sorted_latents(latents: list, order: list[int], count: int) -> dict:
     for latent in latents:
         size, mask = len(latent["samples"]), latent.get("noise_mask")
         masks += [] if mask is None else [mask.expand(size, *mask.shape[1:]) if len(mask) == 1 else mask]
-        numbers = latent.get("batch_index", range(size))
-        if len(numbers) < size:
-            raise ValueError(
-                f"{MiraRankImages.NAME}: latents has {size} images, but its batch_index tells the place of "
-                f"{len(numbers)} only"
-            )
-        places += list(numbers)[:size]
+        check_places(MiraRankImages.NAME, "latents", latent)
+        places += list(latent.get("batch_index", range(size)))[:size]
     if masks:
         out["noise_mask"] = of_all(masks, count, "the latents' noise_mask")[order]
     if any("batch_index" in latent for latent in latents):

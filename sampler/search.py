@@ -245,13 +245,8 @@ def search(
     if cut and run.kept.latent is None:
         raise cut.problem
     particles, log_weights = found or (None, None)
-    reason = (
-        f"{cut} after row {run.trace.rows[-1]['iteration']}"
-        if cut
-        else "all particles done"
-        if settings.particles > 1
-        else "sampled"
-    )
+    ended = "all particles done" if settings.particles > 1 else "sampled"
+    reason = f"{cut} after row {run.trace.rows[-1]['iteration']}" if cut else ended
     trace = run.trace
     trace.kept, trace.reasons = run.kept.iteration.tolist(), [reason] * run.batch
     trace.settings |= {"evaluations": run.calls, "backwards": run.backwards}

@@ -82,6 +82,15 @@ def _kind(value: object) -> str:
     return "empty" if value is None else f"a {type(value).__name__}"
 
 
+def check_places(node: str, name: str, latent: dict) -> None:
+    """Raise ValueError for a LATENT whose `batch_index` does not tell the place of every image."""
+    images, places = len(latent["samples"]), latent.get("batch_index")
+    if places is not None and len(places) < images:
+        raise ValueError(
+            f"{node}: {name} has {images} images, but its batch_index tells the place of {len(places)} only"
+        )
+
+
 def wrong_sigmas(sigmas: torch.Tensor) -> str | None:
     if len(sigmas) < 2:
         return f"sigmas has {len(sigmas)} values, so nothing would be sampled; give 2 or more"
@@ -242,9 +251,7 @@ def check_latent(
     samples = latent["samples"]
     if not samples.is_floating_point():
         fail(f"latent_image is of {samples.dtype}: latents are floating-point numbers; look at the node that made it")
-    numbers = latent.get("batch_index")
-    if numbers is not None and len(numbers) < len(samples):
-        fail(f"latent_image has {len(samples)} images, but its batch_index tells the place of {len(numbers)} only")
+    check_places(node, "latent_image", latent)
     if samples.numel() == 0:
         fail(f"latent_image has shape {tuple(samples.shape)}: the batch is empty; ask for at least one image")
     fixed = samples_of(model, latent)
