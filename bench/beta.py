@@ -16,8 +16,8 @@ import time
 from bench.front import judge_module
 from bench.grid import Failure, Store
 from bench.paths import COLUMNS, against, path_of
-from bench.restart import Variant, file_run, gather, run
-from bench.tables import write
+from bench.restart import Variant, run
+from bench.rows import file_run, gather, write
 from testing.pack import ROOT, mira
 from testing.world import World, demo
 

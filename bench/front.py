@@ -1,15 +1,14 @@
 """What moves the front of reward against adherence: `python dev.py bench front [--only NAME ...] [--report]`.
 
 Every variant optimises the same 15 animals from the same noises for three rewards of different kinds; the held-out
-judge and CLIPScore look at every iterate. Every run is kept in output/front/ and not repeated; tables and plots go to
-docs/results/front*. docs/findings.md reads them.
+judge and CLIPScore look at every iterate. Every run is kept in output/front/ and not repeated; its rows are gathered in
+docs/results/front_rows.csv, from which the tables and plots beside it are made. docs/findings.md reads them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
+import csv
 import sys
 import time
 from collections.abc import Callable
@@ -18,10 +17,10 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
-from bench.front_tables import DRIFTS, report
+from bench.front_tables import COLUMNS, DRIFTS, report
 from bench.grid import Failure, Store
-from bench.methods import DEFAULT, GRADIENT_STEPS
 from bench.model import sheet
+from bench.rows import file_run
 from testing.pack import ROOT, mira
 from testing.world import World, demo, host
 
@@ -37,8 +36,7 @@ Score = mira("sampler.optimize").Score
 RAW, OUT = ROOT / "output" / "front", ROOT / "docs" / "results"
 COUNT = 15  # animals in a batch; --part 1 and 2 are the next ones
 STEPS, ITERATIONS, LR, SEED = 8, 10, 0.03, 0
-REWARDS = ("brightness", "darkness", "aesthetic", "JPEG")
-HELD = {name: getattr(DEFAULT, name) for name in ("hold", "drift_limit", "drift_metric", "seeds")}
+REWARDS = ("brightness", "darkness", "aesthetic")
 
 
 def rewards() -> dict[str, Reward]:
@@ -200,7 +198,6 @@ class Variant:
     settings: dict = field(default_factory=dict)
     reward: Callable = lambda reward, clip: reward
     work: Callable | None = None
-    steps: int = STEPS
     gradient_steps: int = 0
     seed: int = 0  # added to the study's
 
@@ -214,64 +211,36 @@ def scaled_clip(clip):
     return lambda images, prompts: clip.score(images, prompts) / 20
 
 
+HELD = {"drift_limit": 0.05, "drift_metric": "path_kl"}
 VARIANTS = {
     "dno": Variant(),
     "dno_again_1": Variant(seed=71),
     "dno_again_2": Variant(seed=72),
-    "clip_project": Variant(reward=lambda r, c: Held(r, scaled_clip(c), "project")),
-    "classifier_project": Variant(work=latent_held(denoising("classifier"), "project", 0)),
-    "sphere": Variant({"optimizer": "sphere"}),
-    "initial": Variant({"variables": "initial"}),
-    "injected": Variant({"variables": "injected"}),
-    "clip_penalty": Variant(reward=lambda r, c: Held(r, scaled_clip(c), "penalty", 1.0)),
-    "clip_penalty_.3": Variant(reward=lambda r, c: Held(r, scaled_clip(c), "penalty", 0.3)),
-    "clip_penalty_.1": Variant(reward=lambda r, c: Held(r, scaled_clip(c), "penalty", 0.1)),
-    "classifier_penalty": Variant(work=latent_held(denoising("classifier"), "penalty", 5.0)),
-    "projection_.05": Variant({"hold": "projection", "drift_limit": 0.05, "drift_metric": "path_kl"}),
-    "dual_.05": Variant({"hold": "dual_ascent", "drift_limit": 0.05, "drift_metric": "path_kl",
-                         "regularizer": "path_kl", "beta": 1.0}),
-    "two_sided_1": Variant({"regularizer": "mira_two_sided", "beta": 0.3}),
+    "last_3": Variant(gradient_steps=3),
+    "best_of_4": Variant(work=from_best_of(4)),
     "score_distance": Variant({"regularizer": "score_distance", "beta": 0.1}),
+    "two_sided": Variant({"regularizer": "mira_two_sided", "beta": 0.3}),
     "typicality": Variant(work=latent_held(denoising("typicality"), "penalty", 5.0)),
     "clip_features": Variant(reward=lambda r, c: FeatureDistance(r, clip_features(c), 1.0)),
-    "initial_lr_.1": Variant({"variables": "initial", "lr": 0.1}),
-    "best_of_4": Variant(work=from_best_of(4)),
-    "early": Variant({"variables": "early"}),
-    "early_projection_.05": Variant({"variables": "early", "hold": "projection", "drift_limit": 0.05,
-                                     "drift_metric": "path_kl"}),
-    "late": Variant({"variables": "late"}),
-    "mira_.2": Variant({"regularizer": "mira", "beta": 0.2}),
-    "path_kl_3": Variant({"regularizer": "path_kl", "beta": 3.0}),
-    "latent_distance": Variant({"regularizer": "latent_distance", "beta": 0.05}),
-    "last_1": Variant(gradient_steps=1),
-    "last_3": Variant(gradient_steps=3),
-    # The nodes' default, and the same with the whole gradient.
-    "default": Variant(HELD, gradient_steps=GRADIENT_STEPS),
-    "default_all_steps": Variant(HELD),
-    "sgd": Variant({"optimizer": "sgd", "lr": 3.0}),
+    "clip_project": Variant(reward=lambda r, c: Held(r, scaled_clip(c), "project")),
+    "clip_penalty": Variant(reward=lambda r, c: Held(r, scaled_clip(c), "penalty", 1.0)),
+    "clip_penalty_.3": Variant(reward=lambda r, c: Held(r, scaled_clip(c), "penalty", 0.3)),
+    "classifier_project": Variant(work=latent_held(denoising("classifier"), "project", 0)),
+    "sphere": Variant({"optimizer": "sphere"}),
     "normalized": Variant({"optimizer": "normalized"}),
-    "normalized_projection": Variant({"optimizer": "normalized", "hold": "projection", "drift_limit": 0.05,
-                                      "drift_metric": "path_kl"}),
-    "normalized_projection_.02": Variant({"optimizer": "normalized", "hold": "projection", "drift_limit": 0.02,
-                                          "drift_metric": "path_kl"}),
-    "normalized_initial": Variant({"optimizer": "normalized", "variables": "initial", "lr": 0.06}),
-    "normalized_injected": Variant({"optimizer": "normalized", "variables": "injected"}),
-    "adam": Variant({"optimizer": "adam"}),
-    "steps_4": Variant(steps=4),
-    "steps_16": Variant(steps=16),
-    "steps_16_last_3": Variant(steps=16, gradient_steps=3),
-    "lr_.01": Variant({"lr": 0.01}),
-    "lr_.06": Variant({"lr": 0.06}),
-}  # fmt: skip
-
-
-# DyMO's guidance, from the best of so many seeds at every scale.
-GUIDED = {"dymo": 1, "dymo_best_of_4": 4}
-SCALES = (0.0, 0.15, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+    "sgd": Variant({"optimizer": "sgd", "lr": 3.0}),
+    "initial": Variant({"variables": "initial"}),
+    "early": Variant({"variables": "early"}),
+    "late": Variant({"variables": "late"}),
+    "injected": Variant({"variables": "injected"}),
+    "projection": Variant(HELD | {"hold": "projection"}),
+    "dual_ascent": Variant(HELD | {"hold": "dual_ascent", "regularizer": "path_kl", "beta": 1.0}),
+}
+SCALES = (0.0, 0.15, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # of DyMO's guidance, the variant "dymo"
 
 
 def file_of(name: str, reward: str, part: int = 0):
-    return RAW / f"{reward}_{name}_{ITERATIONS}_seed{SEED + 1000 * part}.json"
+    return RAW / f"{name}-{reward}-{part}.csv"
 
 
 class Observer:
@@ -289,24 +258,25 @@ class Observer:
         clips = self.clip.score(images, self.prompts).tolist()
         kept = judge_module.adherence(self.judge, images, list(self.animals)).tolist()
         looked = zip(self.animals, values, kept, clips, strict=True)
-        return [{"reward": r, "animal": animal, "adherence": a, "clip_score": c} for animal, r, a, c in looked]
+        return [{"animal": animal, "reward": r, "adherence": a, "clip_score": c} for animal, r, a, c in looked]
 
     def __call__(self, k: int, new: list[dict], images: torch.Tensor) -> None:
-        self.rows += [row | seen for row, seen in zip(new, self.look(images), strict=True)]
+        drifts = [{c: row[c] for c in DRIFTS if c in row} for row in new]
+        seen = self.look(images)
+        self.rows += [{"iteration": k} | looked | drift for looked, drift in zip(seen, drifts, strict=True)]
         if k in (0, 3, 6, ITERATIONS):
             self.shown.append(images)
 
     def write(self, path) -> None:
         sheet(torch.cat(self.shown), len(self.animals), path.with_suffix(".jpg"))
-        path.with_suffix(".tmp").write_text(json.dumps(self.rows))
-        path.with_suffix(".tmp").replace(path)
+        file_run(path, self.rows)
 
 
 def run(world, judge, clip, name: str, reward: str, part: int) -> None:
     variant, observer = VARIANTS[name], Observer(judge, clip, reward, part)
     prompts = observer.prompts
     job = world.job(
-        positive=world.encode_batch(prompts), steps=variant.steps, batch=len(prompts), prompts=prompts,
+        positive=world.encode_batch(prompts), steps=STEPS, batch=len(prompts), prompts=prompts,
         reward=variant.reward(observer.real, clip), seed=SEED + 1000 * part + variant.seed,
         on_iteration=lambda k, new, score: observer(k, new, score.images), memory="none",
         gradient_steps=variant.gradient_steps,
@@ -318,38 +288,30 @@ def run(world, judge, clip, name: str, reward: str, part: int) -> None:
     observer.write(file_of(name, reward, part))
 
 
-def run_guided(world, judge, clip, name: str, reward: str, part: int) -> None:
-    """DyMO's guidance from scale 0 on: one scale is one "iteration" of the files."""
-    count, observer = GUIDED[name], Observer(judge, clip, reward, part)
-    prompts, positive = observer.prompts, world.encode_batch(observer.prompts)
-    latent = torch.zeros(len(prompts), 4, 16, 16)
-    unknown = dict.fromkeys(DRIFTS, math.nan)
+def run_guided(world, judge, clip, reward: str, part: int) -> None:
+    """DyMO's guidance from scale 0 on: one scale is one "iteration" of the rows."""
+    observer = Observer(judge, clip, reward, part)
+    positive = world.encode_batch(observer.prompts)
+    latent = torch.zeros(len(observer.prompts), 4, 16, 16)
     for k, scale in enumerate(SCALES):
-        best, reached = None, None
-        for n in range(count):
-            seed = SEED + 1000 * part + 71 * n
-            with torch.inference_mode():
-                guider = guidance.MiraDyMOGuider.execute(
-                    world.model, positive, world.negative, world.vae, observer.real, 5.0, scale, 0.2, 1.0
-                ).args[0]
-                noise = comfy.sample.prepare_noise(latent, seed)
-                sampler = comfy.samplers.sampler_object("euler_ancestral")
-                sigmas = world.sigmas(steps=STEPS)
-                x0 = guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=seed + world.apart)
-                images = host.decode(world.vae, x0).clone()
-            values = observer.real.score(images, prompts)
-            if best is None:
-                best, reached = images, values
-            better = values > reached
-            best, reached = torch.where(better.view(-1, 1, 1, 1), images, best), torch.maximum(values, reached)
-        observer(k, [{"iteration": k, "image": b, "scale": scale} | unknown for b in range(len(prompts))], best)
-    observer.write(file_of(name, reward, part))
+        seed = SEED + 1000 * part
+        with torch.inference_mode():
+            guider = guidance.MiraDyMOGuider.execute(
+                world.model, positive, world.negative, world.vae, observer.real, 5.0, scale, 0.2, 1.0
+            ).args[0]
+            noise = comfy.sample.prepare_noise(latent, seed)
+            sampler = comfy.samplers.sampler_object("euler_ancestral")
+            sigmas = world.sigmas(steps=STEPS)
+            x0 = guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=seed + world.apart)
+            images = host.decode(world.vae, x0).clone()
+        observer(k, [{} for _ in observer.prompts], images)
+    observer.write(file_of("dymo", reward, part))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=[*VARIANTS, *GUIDED], choices=[*VARIANTS, *GUIDED])
-    parser.add_argument("--rewards", nargs="*", default=list(REWARDS), choices=list(REWARDS))
+    parser.add_argument("--only", nargs="*", default=[*VARIANTS, "dymo"], choices=[*VARIANTS, "dymo"])
+    parser.add_argument("--rewards", nargs="*", default=list(REWARDS), choices=list(rewards()))
     parser.add_argument("--part", type=int, default=0, choices=range(3), help="which 15 animals")
     parser.add_argument("--report", action="store_true", help="only make tables and plots of what is there")
     args = parser.parse_args()
@@ -359,16 +321,20 @@ def main() -> None:
     world, judge, clip = World(), judge_module.load_judge(), demo.demo_clip_score()
     for name in args.only:
         for reward in args.rewards:
-            if not file_of(name, reward, args.part).is_file():
-                start = time.perf_counter()
-                (run_guided if name in GUIDED else run)(world, judge, clip, name, reward, args.part)
-                rows = json.loads(file_of(name, reward, args.part).read_text())
-                for k in (0, 5, max(r["iteration"] for r in rows)):
-                    at = [r for r in rows if r["iteration"] == k]
-                    mean = {c: round(sum(r[c] for r in at) / len(at), 3)
-                            for c in ("reward", "adherence", "clip_score", "path_kl", "score_distance")}  # fmt: skip
-                    print(name, reward, k, mean)
-                print(f"{time.perf_counter() - start:.0f} s", flush=True)
+            path = file_of(name, reward, args.part)
+            if path.is_file():
+                continue
+            start = time.perf_counter()
+            if name == "dymo":
+                run_guided(world, judge, clip, reward, args.part)
+            else:
+                run(world, judge, clip, name, reward, args.part)
+            rows = list(csv.DictReader(path.open()))
+            for k in ("0", "5", rows[-1]["iteration"]):
+                at = [r for r in rows if r["iteration"] == k]
+                mean = {c: round(sum(float(r[c]) for r in at) / len(at), 3) for c in COLUMNS}
+                print(path.stem, k, mean)
+            print(f"{time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

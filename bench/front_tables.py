@@ -1,30 +1,32 @@
-"""Tables and plots of the front study, from its files: `python dev.py bench front --report`."""
+"""Tables and plots of the front study, from its rows: `python dev.py bench front --report`."""
 
 from __future__ import annotations
 
-import json
+import csv
 import math
 from pathlib import Path
 
 import torch
 
 from bench.grid import Failure
-from bench.tables import at, write
+from bench.rows import gather, write
+from bench.tables import at
 
 GRID = 12  # levels of the area between two curves
 REACH = 0.8  # of plain optimisation's gain: where the area ends
 RESAMPLES = 400
+COLUMNS = ("reward", "adherence", "clip_score")
 DRIFTS = ("path_kl", "score_distance", "mira", "mira_two_sided", "latent_distance")
 
 
-def load(folder: Path) -> dict[tuple[str, str], list[dict]]:
-    """(reward, variant) -> rows of all parts, `animal` telling the image."""
+def load(folder: Path, path: Path) -> dict[tuple[str, str], list[dict]]:
+    """(reward, variant) -> rows of all parts, `animal` telling the image. The runs in `folder` are added to `path`."""
+    gather(folder, path, ("variant", "optimised", "part"))
     found: dict[tuple[str, str], list[dict]] = {}
-    for file in sorted(folder.glob("*_seed*.json")):
-        reward, rest = file.stem.split("_", 1)
-        name, _, seed = rest.rsplit("_", 2)
-        for row in json.loads(file.read_text()):
-            found.setdefault((reward, name), []).append(row | {"part": int(seed.removeprefix("seed")) // 1000})
+    for row in csv.DictReader(path.open()) if path.is_file() else ():
+        numbers = {c: float(row[c] or math.nan) for c in (*COLUMNS, *DRIFTS)}
+        of = {"iteration": int(row["iteration"]), "part": int(row["part"]), "animal": row["animal"]}
+        found.setdefault((row["optimised"], row["variant"]), []).append(of | numbers)
     return found
 
 
@@ -83,8 +85,7 @@ def draws(runs: dict, reward: str) -> torch.Tensor | None:
     members = [(reward, n) for n in ("dno", "dno_again_1", "dno_again_2") if (reward, n) in runs]
     if len(members) < 3:
         return None
-    columns = ("reward", "adherence", "clip_score")
-    return torch.stack([curves([r for r in runs[m] if r["part"] == 0], columns)[1] for m in members])
+    return torch.stack([curves([r for r in runs[m] if r["part"] == 0], COLUMNS)[1] for m in members])
 
 
 def several(paths: torch.Tensor, count: int) -> torch.Tensor:
@@ -106,15 +107,14 @@ def seeds(paths: torch.Tensor, reward: str) -> list[dict]:
     for count in range(1, len(paths) + 1):
         for k, values in enumerate(several(paths, count).mean(2).T.tolist()):
             row = {"optimised": reward, "seeds": count, "iterations": k, "cost": count * (3 * k + 1)}
-            out.append(row | dict(zip(("reward", "adherence", "clip_score"), values, strict=True)))
+            out.append(row | dict(zip(COLUMNS, values, strict=True)))
     return out
 
 
 def report(folder: Path, out: Path) -> None:
-    runs = load(folder)
+    runs = load(folder, out / "front_rows.csv")
     if not runs:
-        raise Failure(f"{folder} holds no runs: run `python dev.py bench front` first")
-    out.mkdir(parents=True, exist_ok=True)
+        raise Failure(f"neither {folder} nor {out} holds runs: run `python dev.py bench front` first")
     rows = []
     for (reward, name), mine in runs.items():
         if name == "dno" or (reward, "dno") not in runs:
@@ -131,7 +131,7 @@ def report(folder: Path, out: Path) -> None:
     rows.sort(key=lambda r: (r["column"], r["reward"], -(r["area"] if r["area"] == r["area"] else -9)))
     write(out / "front.csv", rows)
     means = []
-    columns = ("reward", "adherence", "clip_score", *DRIFTS)
+    columns = (*COLUMNS, *DRIFTS)
     for (reward, name), mine in runs.items():
         images, values = curves(mine, columns)
         for k, of in enumerate(values.mean(2).T.tolist()):
@@ -160,7 +160,7 @@ def plot(runs: dict, path: Path) -> None:
         mine = {name: rows for (r, name), rows in runs.items() if r == reward}
         for n, (name, rows) in enumerate(mine.items()):
             # Of all parts there are: only the first is in every variant, so that curves begin together.
-            _, values = curves([r for r in rows if r["part"] == 0] or rows, ("reward", "adherence", "clip_score"))
+            _, values = curves([r for r in rows if r["part"] == 0] or rows, COLUMNS)
             x, *ys = values.mean(2)
             style = dict(color="black", linewidth=2.5, zorder=5) if name == "dno" else dict(color=f"C{n % 10}")
             for axis, y in zip(axes[:, column], ys, strict=True):

@@ -2,22 +2,24 @@
 
 JPEG size and brightness as black boxes on the demo model: every method judges the same number of images (41), and the
 network passes that each needed are counted (a backward pass as two forward ones). Best of 2 stands beside them: it is
-where Algorithm 2 begins. The best of N images in the judge's
-eyes comes back (keep = incumbent). Every run is kept in output/preference/ and not repeated; the means go to
-docs/results/preference.csv, the images to docs/results/preference_<reward>.jpg. --clicks: instead, what ten choices are
-worth to a person who is shown several images at a time (preference_clicks.csv).
+where Algorithm 2 begins. The best of N images in the judge's eyes comes back (keep = incumbent). --clicks: instead,
+what ten choices are worth to a person who is shown several images at a time. Every run is kept in output/preference/
+and not repeated; its rows are gathered in docs/results/preference_rows.csv, from which --report makes preference.csv
+and preference_clicks.csv. The images go to preference_<reward>.jpg and preference_clicks_<reward>.jpg.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
+import sys
 from dataclasses import replace
 
 import torch
 
+from bench.grid import Failure, Store
 from bench.model import sheet
+from bench.rows import file_run, gather, write
 from testing.pack import ROOT, mira
 from testing.world import World, host
 
@@ -42,7 +44,7 @@ METHODS = {
     "dpo, lr 0.05, reversed": Settings(**DPO, lr=0.05, energy="mira_reversed"),
     "dpo, lr 0.05, both sides": Settings(**DPO, lr=0.05, energy="mira_two_sided"),
 }
-CLICKS = {
+CHOICES = {
     f"{method}, {n} at a time": Settings(method=method, iterations=10, candidates=n, explore=0.6, keep="incumbent")
     for method in ("dueling", "best_of_n")
     for n in (2, 4, 9)
@@ -52,7 +54,7 @@ REWARDS = {"JPEG": JPEG, "brightness": lambda: PixelReward("brightness")}
 
 def run(world: World, judge, reward: str, name: str, animals: list[str]) -> tuple[list[dict], torch.Tensor]:
     prompts = [vocabulary.caption(a, prefix=True) for a in animals]
-    settings = (METHODS | CLICKS)[name]
+    settings = (METHODS | CHOICES)[name]
     job = world.job(
         positive=world.encode_batch(prompts), steps=STEPS, batch=len(animals), reward=REWARDS[reward](),
         prompts=prompts, seed=SEED, memory="none",
@@ -87,44 +89,62 @@ def run(world: World, judge, reward: str, name: str, animals: list[str]) -> tupl
 
 
 def summary(rows: list[dict]) -> dict:
-    def mean(column):
-        return torch.tensor([r[column] for r in rows], dtype=torch.float64)
+    def column(name):
+        return torch.tensor([float(r[name]) for r in rows], dtype=torch.float64)
 
-    out = {}
-    for column in ("before", "after", "gain", "adherence_before", "adherence_after", "path_kl", "passes"):
-        out[column] = mean(column).mean().item()
-    out["gain_se"] = (mean("gain").std() / len(rows) ** 0.5).item()
-    return out
+    names = ("before", "after", "gain", "adherence_before", "adherence_after", "path_kl", "passes")
+    out = {name: column(name).mean().item() for name in names}
+    return out | {"gain_se": (column("gain").std() / len(rows) ** 0.5).item()}
+
+
+def report() -> None:
+    """From the rows that stand in docs/results."""
+    path = OUT / "preference_rows.csv"
+    gather(RAW, path, ("reward", "method"))
+    if not path.is_file():
+        raise Failure(f"neither {RAW} nor {OUT} holds runs: run `python dev.py bench preference` first")
+    rows = list(csv.DictReader(path.open()))
+    for methods, name in ((METHODS, "preference"), (CHOICES, "preference_clicks")):
+        table = [
+            {"reward": reward, "method": method} | summary(of)
+            for reward in REWARDS
+            for method in methods
+            if (of := [r for r in rows if (r["reward"], r["method"]) == (reward, method)])
+        ]
+        for row in table:
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
+        if table:
+            write(OUT / f"{name}.csv", table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--animals", type=int, default=10)
     parser.add_argument("--clicks", action="store_true")
+    parser.add_argument("--report", action="store_true", help="only make tables of what is there")
     args = parser.parse_args()
-    methods, stemmed = (CLICKS, "preference_clicks") if args.clicks else (METHODS, "preference")
+    if args.report:
+        return report()
+    Store(RAW, {"animals": args.animals, "steps": STEPS, "seed": SEED})
+    methods, stem = (CHOICES, "preference_clicks") if args.clicks else (METHODS, "preference")
     world, judge = World(), judge_module.load_judge()
     animals = list(vocabulary.ANIMALS[: args.animals])
-    RAW.mkdir(parents=True, exist_ok=True)
-    table = []
     for reward in REWARDS:
         pictures = []
         for name in methods:
-            stem = f"{reward}_{name}_{args.animals}x{STEPS}_seed{SEED}".replace(" ", "").replace(",", "_")
-            file, image = RAW / f"{stem}.json", RAW / f"{stem}.pt"
+            file = RAW / f"{reward}-{name}.csv"
             if not file.is_file():
                 rows, images = run(world, judge, reward, name, animals)
-                torch.save(images, image)
-                file.write_text(json.dumps(rows))
-            table.append({"reward": reward, "method": name} | summary(json.loads(file.read_text())))
-            pictures.append(torch.load(image, weights_only=True))
-            print({k: round(v, 3) if isinstance(v, float) else v for k, v in table[-1].items()}, flush=True)
-        sheet(torch.cat(pictures), len(animals), OUT / f"{stemmed}_{reward}.jpg")
-    with open(OUT / f"{stemmed}.csv", "w", newline="") as out:
-        writer = csv.DictWriter(out, list(table[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in table)
+                torch.save(images, file.with_suffix(".pt"))
+                file_run(file, rows)
+                print(file.stem, flush=True)
+            pictures.append(torch.load(file.with_suffix(".pt"), weights_only=True))
+        sheet(torch.cat(pictures), len(animals), OUT / f"{stem}_{reward}.jpg")
+    report()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failure as failure:
+        sys.exit(f"bench preference: {failure}")

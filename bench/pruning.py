@@ -16,8 +16,7 @@ import torch
 
 from bench.front import rewards
 from bench.grid import Store
-from bench.restart import file_run, gather
-from bench.tables import write
+from bench.rows import file_run, gather, write
 from testing.pack import ROOT, mira
 from testing.world import World
 

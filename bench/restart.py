@@ -25,8 +25,8 @@ from bench.likeness import against as likeness_against
 from bench.methods import DEFAULT, GRADIENT_STEPS, STRENGTH
 from bench.model import sheet
 from bench.paths import COLUMNS, against, in_figures, path_of, pooled
+from bench.rows import file_run, gather, write
 from bench.spectral import register
-from bench.tables import write
 from testing.pack import ROOT, mira
 from testing.world import World, demo
 
@@ -306,34 +306,6 @@ LEVELS = {
 
 LIKENESS = ("reward", "steps", "variant")  # of a row, which stays until as many images are measured anew
 NAMES = ("variant", "optimised", "steps", "part", "seed")  # of a run, as its file has them
-
-
-def file_run(path: Path, rows: list[dict]) -> None:
-    """Whole or not at all."""
-    write(path.with_suffix(".tmp"), rows)
-    path.with_suffix(".tmp").replace(path)
-
-
-def short(value: str) -> str:
-    try:
-        return f"{float(value):.5g}"
-    except ValueError:  # a name
-        return value
-
-
-def gather(raw: Path, path: Path, names: tuple[str, ...]) -> None:
-    """The rows of all runs in `raw`, whose files are called by `names`, in place of the same ones of `path`."""
-    kept, new = [], []
-    for file in sorted(raw.glob("*.csv")):
-        of = dict(zip(names, file.stem.split("-"), strict=True))
-        for row in csv.DictReader(file.open()):
-            new.append(of | {k: short(v) for k, v in row.items() if v != ""})
-    here = {tuple(r[k] for k in names) for r in new}
-    if path.is_file():
-        known = csv.DictReader(path.open())
-        kept = [r for r in known if tuple(r[k] for k in names) not in here]
-    if new:
-        write(path, kept + new)
 
 
 def likenesses(runs: dict[tuple, list[dict]]) -> list[dict]:

@@ -17,8 +17,7 @@ import torch
 
 from bench.grid import Failure, Store
 from bench.model import sheet
-from bench.restart import file_run, gather
-from bench.tables import write
+from bench.rows import file_run, gather, write
 from testing.pack import ROOT, mira
 from testing.world import PixelReward, World, demo
 

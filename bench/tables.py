@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.grid import Failure, Store
+from bench.rows import write
 from testing.pack import mira
 
 cmmd, spectral_distance = mira("sampler.statistics").cmmd, mira("sampler.statistics").spectral_distance
@@ -295,14 +296,6 @@ def wins(results: Results, target: str, method: str, other: str) -> dict | None:
         if all(a is not None and b is not None for a, b in pairs):
             row[column] = sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
     return row
-
-
-def write(path_: Path, rows: list[dict]) -> None:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path_.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
 def markdown(rows: list[dict], columns: dict[str, str], title: str) -> str:

@@ -237,7 +237,9 @@ def test_the_slider_shows_the_chosen_image_of_a_batch(quickstart):
     first = editor.page.get_attribute(small, "src")
     editor.page.locator(".mira-head select").select_option("1")
     wait_for(editor, lambda: editor.page.get_attribute(small, "src") != first, "the other image")
-    assert editor.page.is_visible(small) and editor.js(f"() => document.querySelector('{small}').naturalWidth") > 0
+    drawn = f"() => document.querySelector('{small}').naturalWidth > 0"
+    wait_for(editor, lambda: editor.js(drawn), "the other image, loaded")  # its new address comes first
+    assert editor.page.is_visible(small)
     editor.shot("second-image")
 
 
