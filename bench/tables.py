@@ -79,11 +79,10 @@ class Results:
         self.store = store
         rows = store.rows()
         self.base = [r for r in rows if r["method"] == "base"]
+        self.rows = [r for r in rows if r["method"] != "base"]
         self.finals: dict[tuple[str, str], dict[tuple, dict]] = {}
         self.paths: dict[tuple[str, str], dict[tuple, dict[int, dict]]] = {}
-        for r in rows:
-            if r["method"] == "base":
-                continue
+        for r in self.rows:
             key, image = (r["target"], r["method"]), (int(r["seed"]), r["animal"])
             if r["k"] == -1:
                 self.finals.setdefault(key, {})[image] = r
@@ -348,6 +347,7 @@ def report(folder: Path, out: Path) -> None:
                     matched(results, t, m, "passes"), matched_reward(results, t, m))
         if row
     ]  # fmt: skip
+    write(out / "paper_rows.csv", results.rows)
     write(out / "paper.csv", [r for rows in tables.values() for r in rows])
     write(out / "paper_matched.csv", rivals)
     pooled = [row for m in results.methods if (row := together(results, m))]

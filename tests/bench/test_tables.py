@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 
 import pytest
@@ -87,6 +88,8 @@ def test_a_report_of_a_small_store(tmp_path):
     # Of two rewards, one of which DNO does not reach: the gain is of both, the adherence of the other.
     assert "| mira_beta_0.2 | 2 | 2 | 1.000 | 0.000 | 1 | -0.125 ±0.000 |" in text
     assert '"steps": 8' in text
+    rows = list(csv.DictReader((tmp_path / "out" / "paper_rows.csv").open()))
+    assert len(rows) == 7 * len(rows_of("dno", 0.1, 0)) and "base" not in {r["method"] for r in rows}
     lines = (tmp_path / "out" / "paper_wins.csv").read_text().splitlines()
     assert lines[0].startswith("target,method,other,images,reward,adherence,clip_score")
     # More reward than DNO, whose last image it is by adherence and CLIPScore; the plain sample has more adherence.
