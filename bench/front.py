@@ -96,7 +96,7 @@ def predictor(process, noise) -> Callable:
     import comfy.model_patcher
 
     options = comfy.model_patcher.create_model_options_clone(extra["model_options"])
-    options.setdefault("transformer_options", {})["optimized_attention_override"] = host.sdpa
+    options.setdefault("transformer_options", {})["optimized_attention_override"] = process.attention
     found = []
 
     def capture(args):
@@ -292,7 +292,7 @@ def run_guided(world, judge, clip, reward: str, part: int) -> None:
     """DyMO's guidance from scale 0 on: one scale is one "iteration" of the rows."""
     observer = Observer(judge, clip, reward, part)
     positive = world.encode_batch(observer.prompts)
-    latent = torch.zeros(len(observer.prompts), 4, 16, 16)
+    latent = torch.zeros(len(observer.prompts), 4, world.side, world.side)
     for k, scale in enumerate(SCALES):
         seed = SEED + 1000 * part
         with torch.inference_mode():

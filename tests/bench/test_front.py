@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 
+from bench import front
 from bench.front_tables import compare, compare_curves, curves, draws, report, seeds, several
 from bench.grid import Failure
+from testing.world import World, demo
 
 
 def rows(slope, reach=10, images=6, lift=0.0):
@@ -62,3 +66,17 @@ def test_of_several_seeds_the_best_reward_is_kept():
     # Two draws reach a reward 2 / 3 earlier, when adherence is higher by .05 times as much.
     compared = compare_curves(several(paths, 2)[:2], several(paths, 1)[:2])
     assert compared["three_quarters"] == pytest.approx(0.05 * 2 / 3, abs=1e-4) and compared["images"] == 2
+
+
+def test_variants_of_their_own_making_begin_where_plain_optimisation_does(tmp_path, monkeypatch):
+    for name, value in {"COUNT": 2, "STEPS": 2, "ITERATIONS": 1, "SCALES": (0.0, 1.0), "RAW": tmp_path}.items():
+        monkeypatch.setattr(front, name, value)
+    world, judge, clip = World(side=8), front.judge_module.load_judge(), demo.demo_clip_score()
+    names = ("dno", "typicality", "clip_features")
+    for name in names:
+        front.run(world, judge, clip, name, "brightness", 0)
+    front.run_guided(world, judge, clip, "brightness", 0)
+    of = {name: list(csv.DictReader(front.file_of(name, "brightness").open())) for name in (*names, "dymo")}
+    begun = {name: [row["reward"] for row in rows[:2]] for name, rows in of.items()}
+    assert begun == dict.fromkeys(of, begun["dno"])
+    assert all(len(rows) == 4 and rows[2]["reward"] != rows[0]["reward"] for rows in of.values())
