@@ -38,7 +38,7 @@ from .host.grad import (
     written_over,
 )
 from .host.patches import only_in, why_no_gradient
-from .shared.checks import check_links, check_reward, check_values, needs, needs_gradient, prompts_of
+from .shared.checks import check_links, check_reward, check_vae, check_values, needs, needs_gradient, prompts_of
 from .shared.inputs import conditioned_inputs, prompt_input, vae_input
 from .shared.types import aliases, reward_input
 
@@ -445,12 +445,7 @@ class MiraDyMOGuider(io.ComfyNode):
             raise ValueError(
                 f"{cls.NAME}: start_percent {start_percent} lies after end_percent {end_percent}: swap them"
             )
-        channels = model.get_model_object("latent_format").latent_channels
-        if vae.latent_channels != channels:
-            raise ValueError(
-                f"{cls.NAME}: vae decodes {vae.latent_channels} latent channels, but model has {channels}: use its own "
-                "VAE"
-            )
+        check_vae(cls.NAME, model, vae)
         guider = DyMOGuider(model, vae, reward, prompt, scale, start_percent, end_percent)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)

@@ -38,7 +38,7 @@ from .host.grad import (
     written_over,
 )
 from .shared import memo
-from .shared.checks import check_links, check_values
+from .shared.checks import check_links, check_places, check_values
 from .shared.inputs import seed_input
 from .shared.job import ksampler_noise
 from .shared.types import aliases
@@ -359,7 +359,9 @@ class MiraInitNONoise(io.ComfyNode):
         conflict: float,
     ) -> io.NodeOutput:
         check_links(cls.NAME, model=model, clip=clip, latent_image=latent_image, sigmas=sigmas)
-        check_values(cls.NAME, cls.define_schema().inputs, dict(response=response, conflict=conflict))
+        numbers = dict(seed=seed, rounds=rounds, iterations=iterations, response=response, conflict=conflict)
+        check_values(cls.NAME, cls.define_schema().inputs, dict(prompt=prompt, words=words) | numbers)
+        check_places(cls.NAME, "latent_image", latent_image)
         names = [w.strip() for w in words.split(",") if w.strip()]
         if not names:
             raise ValueError(f"{cls.NAME}: words is empty: name the subjects of the prompt, such as: cat, red car")
@@ -378,7 +380,7 @@ class MiraInitNONoise(io.ComfyNode):
         where = locate(clip, prompt, names)
         settings = Settings(rounds, iterations, response, conflict)
         noise = ksampler_noise(samples, latent_image)(seed)
-        numbers = latent_image.get("batch_index", range(len(noise)))
+        places = latent_image.get("batch_index", range(len(noise)))
         evaluations = settings.evaluations
         bar = comfy.utils.ProgressBar(len(noise) * evaluations)
         made, lines = [], []
@@ -391,7 +393,7 @@ class MiraInitNONoise(io.ComfyNode):
             def report(*_: Any, done: Iterator[int] = done) -> None:
                 bar.update_absolute(next(done, bar.current))
 
-            attending = _Attending(where, settings, stream(seed, int(numbers[b])), report)
+            attending = _Attending(where, settings, stream(seed, int(places[b])), report)
             guider.sample(noise[b : b + 1], samples[b : b + 1], attending, sigmas, disable_pbar=True, seed=seed)
             found = attending.found
             made.append(found.noise.cpu())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..rewards import files as weight_files
 from ..rewards import known
-from ..rewards.aesthetic import Aesthetic, head_of
+from ..rewards.aesthetic import Aesthetic, LinearHead, head_of
 from ..rewards.clip import Encoder, clip_score, hps, pick_score
 from ..rewards.image_reward import image_reward_of
 from ..rewards.networks import ENCODERS, NAMES, clip_image_half, clip_of, name_of, open_clip_layout
@@ -24,6 +24,7 @@ from ..sampler.memory import out_of_memory
 from .host.dynamic import static
 from .host.grad import OutOfPlace
 from .shared import files
+from .shared.checks import check_values
 from .shared.types import aliases, reward_output
 
 CONNECTED = "the connected clip_vision"
@@ -146,6 +147,7 @@ class MiraLoadAestheticReward(io.ComfyNode):
 
     @classmethod
     def execute(cls, head: str, clip: Any, precision: str, clip_vision: Any = None) -> io.NodeOutput:
+        check_values(cls.NAME, cls.define_schema().inputs, {"precision": precision})
         path = path_of(cls.NAME, head, known.AESTHETIC_HEAD)
         with opening(cls.NAME, path):
             linear = head_of(weight_files.read(path), path.name)
@@ -162,7 +164,7 @@ class MiraLoadAestheticReward(io.ComfyNode):
         return io.NodeOutput(Aesthetic(linear, network, network, preprocessing))
 
     @classmethod
-    def check_width(cls, head: Any, width: int, what: str) -> None:
+    def check_width(cls, head: LinearHead, width: int, what: str) -> None:
         if width != head.width:
             raise ValueError(
                 f"{cls.NAME}: {what} makes embeddings of {width} numbers, but this head reads {head.width}: use CLIP "
@@ -170,7 +172,7 @@ class MiraLoadAestheticReward(io.ComfyNode):
             )
 
     @classmethod
-    def connected(cls, head: str | None, clip_vision: Any) -> Aesthetic:
+    def connected(cls, head: LinearHead, clip_vision: Any) -> Aesthetic:
         if clip_vision is None:
             raise ValueError(
                 f"{cls.NAME}: clip says {CONNECTED}, but none is: connect Load CLIP Vision, or choose a file"
@@ -226,6 +228,7 @@ class MiraLoadHPSReward(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, version: str, precision: str) -> io.NodeOutput:
+        check_values(cls.NAME, cls.define_schema().inputs, {"version": version, "precision": precision})
         path = path_of(cls.NAME, file, known.HPS_21)
         if version == cls.VERSIONS[0]:
             found = [v for sign, v in (("v2.1", "v2.1"), ("v21", "v2.1"), ("v2", "v2")) if sign in file.lower()]
@@ -263,6 +266,7 @@ class MiraLoadPickScoreReward(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, precision: str) -> io.NodeOutput:
+        check_values(cls.NAME, cls.define_schema().inputs, {"precision": precision})
         path = path_of(cls.NAME, file, known.PICKSCORE)
         return io.NodeOutput(pick_score(*whole_clip(cls.NAME, path, precision, "ViT-H/14", crop_transformers)))
 
@@ -295,6 +299,7 @@ class MiraLoadImageReward(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, precision: str) -> io.NodeOutput:
+        check_values(cls.NAME, cls.define_schema().inputs, {"precision": precision})
         path = path_of(cls.NAME, file, known.IMAGE_REWARD)
         with opening(cls.NAME, path):
             state = weight_files.read(path)
@@ -351,6 +356,7 @@ class MiraLoadCLIPScore(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, text_file: str, activation: str, precision: str) -> io.NodeOutput:
+        check_values(cls.NAME, cls.define_schema().inputs, {"activation": activation, "precision": precision})
         path = path_of(cls.NAME, file, known.CLIP_L, *CLIP_FOLDERS)
         with opening(cls.NAME, path):
             state = weight_files.read(path)

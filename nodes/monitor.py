@@ -25,7 +25,7 @@ from ..sampler.trace import Trace
 from .editor.live import text_output
 from .editor.plot import COLOURS, Line, Panel, draw
 from .host import patcher_of
-from .shared.checks import spoken
+from .shared.checks import check_values, spoken
 from .shared.images import to_core
 from .shared.scores import score_images
 from .shared.types import MiraReward, MiraTrace, aliases
@@ -318,6 +318,8 @@ class MiraDriftMonitor(io.ComfyNode):
         prompt: str = "",
         **inputs: Any,
     ) -> io.NodeOutput:
+        values = {"drift_metric": drift_metric, "filename_prefix": filename_prefix}
+        check_values(cls.NAME, cls.define_schema().inputs, values)
         numbers = [i for i in range(1, SLOTS + 1) if inputs.get(f"trace_{i}") is not None]
         stray = [i for i in range(1, SLOTS + 1) if inputs.get(f"images_{i}") is not None and i not in numbers]
         if stray:

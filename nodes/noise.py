@@ -198,7 +198,7 @@ class MiraGoldenNoise(io.ComfyNode):
         check_links(cls.NAME, positive=positive)
         if not positive:
             raise ValueError(f"{cls.NAME}: positive is empty: connect a CLIP Text Encode")
-        check_values(cls.NAME, cls.define_schema().inputs[2:], {"seed": seed})
+        check_values(cls.NAME, cls.define_schema().inputs, {"seed": seed})
         if message := files.missing(file, known.GOLDEN_NOISE, files.NPNETS, into=files.NPNETS):
             raise ValueError(f"{cls.NAME}: {message}")
         try:

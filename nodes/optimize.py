@@ -21,7 +21,7 @@ from .editor.live import LiveRun
 from .host.probe import begins_anew
 from .shared import memo
 from .shared.checks import check, check_links, check_reach, check_values, complain, fill_in, prompts_of, wrong_sigmas
-from .shared.finish import finish
+from .shared.finish import finish, tell
 from .shared.inputs import (
     HIDDEN,
     advanced,
@@ -141,9 +141,7 @@ def run_optimization(
     done = host.run(job)
     trace = done.result.trace
     trace.notices += notices
-    for notice in reward.notices(job.prompts):
-        log.warning("%s: %s", node, notice)
-        trace.notices.append(notice)
+    tell(node, trace, reward.notices(job.prompts))
     trace.settings |= record
     return done, live
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,7 @@ from .editor.judges import ON_TIMEOUT, PersonJudge, RecordedJudge, Resuming, Rew
 from .editor.live import LiveRun
 from .shared import memo
 from .shared.checks import check_latent, check_links, check_reward, check_values, complain, fill_in, needs
-from .shared.finish import finish
+from .shared.finish import finish, tell
 from .shared.inputs import (
     HIDDEN,
     advanced,
@@ -50,7 +49,6 @@ from .shared.inputs import (
 from .shared.job import KSamplerInputs, describe, ksampler_job, restart_at_end
 from .shared.types import MiraReward, aliases, shown_again
 
-log = logging.getLogger("mira")
 JUDGES = ("reward", "person", "recorded choices")
 # What the measurement in docs/preference.md chose; Algorithm 2 itself is method dpo, keep last_winner, lr 0.01.
 DEFAULT = PreferenceSettings(method="dueling", explore=0.6, keep="incumbent", lr=0.05)
@@ -249,7 +247,7 @@ class MiraDPOPreference(io.ComfyNode):
     ) -> io.NodeOutput:
         given = KSamplerInputs(model, positive, negative, latent_image, vae, seed, cfg, prompt)
         values, hidden = fill_in(cls.define_schema().inputs, values), cls.hidden
-        check_values(cls.NAME, [final_restart_input()], {"final_restart": final_restart})
+        check_values(cls.NAME, cls.define_schema().inputs, {"final_restart": final_restart})
         identity = values | vars(given) | {"reward": reward, "choices": choices}
         done, live = memo.of(
             hidden,
@@ -280,25 +278,17 @@ def run_preference(
     before: host.Optimized | None = None,
 ) -> tuple[host.Optimized, LiveRun]:
     """One run: (what came out, what the editor was told). before: the run of which a person's choices are repeated."""
-    told = values | {"cfg": given.cfg}
-    check_values(MiraDPOPreference.NAME, MiraDPOPreference.define_schema().inputs, told)
-    check_links(MiraDPOPreference.NAME, positive=given.positive, negative=given.negative)
+    node, told = MiraDPOPreference.NAME, values | {"cfg": given.cfg}
+    check_values(node, MiraDPOPreference.define_schema().inputs, told)
+    check_links(node, positive=given.positive, negative=given.negative)
     sampler = comfy.samplers.sampler_object(values["sampler_name"])
     if message := wrong_judge(values):
-        raise ValueError(f"{MiraDPOPreference.NAME}: {message}")
-    check_latent(
-        MiraDPOPreference.NAME,
-        given.model,
-        given.latent,
-        given.vae,
-        sampler,
-        values,
-        METHODS[values["method"]].gradient,
-    )
+        raise ValueError(f"{node}: {message}")
+    check_latent(node, given.model, given.latent, given.vae, sampler, values, METHODS[values["method"]].gradient)
     judge, context = values["judge"], get_executing_context()
     if judge == "reward":
-        check_reward(MiraDPOPreference.NAME, reward)
-        needs(MiraDPOPreference.NAME, reward, given.prompt, len(given.latent["samples"]))
+        check_reward(node, reward)
+        needs(node, reward, given.prompt, len(given.latent["samples"]))
     left = before.result.left if before else None
     somebody = None
     if judge == "person":
@@ -308,12 +298,12 @@ def run_preference(
         "person": lambda: lambda process: somebody,
         "recorded choices": lambda: recorded(choices),
     }[judge]()
-    settings = read_settings(MiraDPOPreference.NAME, values, PreferenceSettings)
+    settings = read_settings(node, values, PreferenceSettings)
     by = reward.facts.name if judge == "reward" else judge
-    record = describe(MiraDPOPreference.NAME, told, given.seed, given.prompt, by)
+    record = describe(node, told, given.seed, given.prompt, by)
     live = LiveRun(hidden, settings.iterations - 1 + settings.ends_with_update, {"drift_metric": "path_kl"}, record)
     job = ksampler_job(
-        given, values, node=MiraDPOPreference.NAME, reward=reward if judge == "reward" else None, settings=settings,
+        given, values, node=node, reward=reward if judge == "reward" else None, settings=settings,
         gradient=METHODS[settings.method].gradient, on_iteration=live,
     )  # fmt: skip
     done = host.run(job, preferring(made, given.seed, TAKE_BACK if judge == "person" else 0))
@@ -326,7 +316,7 @@ def run_preference(
                 f"choices of the run before were repeated, {repeated} of them: another seed begins without"
             )
     if judge == "reward":
-        trace.notices += reward.notices(job.prompts)
+        tell(node, trace, reward.notices(job.prompts))
     return done, live
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, ClassVar
 
 import comfy.samplers
@@ -27,7 +26,7 @@ from .shared.checks import (
     needs,
     needs_gradient,
 )
-from .shared.finish import finish
+from .shared.finish import finish, tell
 from .shared.inputs import (
     HIDDEN,
     advanced,
@@ -49,7 +48,6 @@ from .shared.inputs import (
 from .shared.job import KSamplerInputs, describe, ksampler_job, restart_at_end
 from .shared.types import MiraReward, aliases, shown_again
 
-log = logging.getLogger("mira")
 DEFAULT = SearchSettings(particles=8)
 
 
@@ -181,7 +179,7 @@ class Searching(io.ComfyNode):
     ) -> io.NodeOutput:
         given = KSamplerInputs(model, positive, negative, latent_image, vae, seed, cfg, prompt)
         values, hidden = fill_in(cls.define_schema().inputs, values), cls.hidden
-        check_values(cls.NAME, [final_restart_input()], {"final_restart": final_restart})
+        check_values(cls.NAME, cls.define_schema().inputs, {"final_restart": final_restart})
         identity = values | vars(given) | {"reward": reward}
         run = memo.of(
             hidden, identity, (iterate, final_restart), lambda: run_search(cls, hidden, given, reward, values)
@@ -373,9 +371,7 @@ def run_search(
     )
     done = host.run(job, host.searching)
     trace = done.result.trace
-    for notice in reward.notices(job.prompts):
-        log.warning("%s: %s", node, notice)
-        trace.notices.append(notice)
+    tell(node, trace, reward.notices(job.prompts))
     if method.steers and not done.result.cut_short and plain_won(trace, method.copies):
         dial = cls.DIALS.get(settings.method, "particles")
         remedy = "raise strength or particles" if method.copies else f"it came back; raise {dial}"

@@ -239,6 +239,50 @@ def check_links(node: str, **given: Any) -> None:
         )
 
 
+def check_vae(node: str, model: ModelPatcher, vae: VAE) -> None:
+    """Raise ValueError for a VAE of other latents than the model's, or of anything but red, green and blue."""
+    form = model.get_model_object("latent_format")
+    channels, dimensions = form.latent_channels, getattr(form, "latent_dimensions", 2)
+    if vae.latent_channels != channels:
+        raise ValueError(
+            f"{node}: vae decodes latents of {vae.latent_channels} channels, but model makes {channels}: use its own "
+            "VAE (if it is that, MIRA does not know the model)"
+        )
+    decoded = getattr(vae, "latent_dim", dimensions)  # of a VAE of another pack's making it is not known
+    if getattr(vae, "extra_1d_channel", None) is not None or not dimensions >= decoded > 1:
+        made = {1: "sound", 2: "images", 3: "video"}.get(decoded, "something else")
+        raise ValueError(
+            f"{node}: vae is one of {made}, whose latents have another shape than model's: use the model's own VAE"
+        )
+    if (colours := getattr(vae, "conv_out_channels", 3)) != 3:
+        raise ValueError(
+            f"{node}: vae decodes to {colours} channels, but rewards look at red, green and blue: use a VAE without "
+            "alpha"
+        )
+
+
+def check_mask(node: str, mask: Any, latent: torch.Tensor) -> None:
+    """Raise ValueError for a noise_mask that is none, or under which a latent (B, C, ..., h, w) cannot change."""
+
+    def fail(message: str) -> None:
+        raise ValueError(f"{node}: latent_image has {message}")
+
+    if not isinstance(mask, torch.Tensor) or not mask.is_floating_point() or mask.ndim < 2:
+        what = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        fail(f"a noise_mask that is no MASK but {what}: make it with Set Latent Noise Mask")
+    if mask.numel() == 0:
+        fail("an empty noise_mask")
+    if not torch.isfinite(mask).all():
+        fail("a noise_mask with NaN or infinite values: look at the node that made it")
+    if not (mask > 0).any():
+        fail("a noise_mask that is black everywhere, so nothing would change: paint where it may")
+    if not (prepare_mask(mask, latent.shape, mask.device) > 0).any():
+        fail(
+            f"a noise_mask of which nothing is left at {latent.shape[-1]} x {latent.shape[-2]}, the latent's size: "
+            "paint a larger spot"
+        )
+
+
 def check_latent(
     node: str, model: ModelPatcher, latent: dict, vae: VAE, sampler: Any, values: dict, gradient: bool = True
 ) -> None:
@@ -264,39 +308,15 @@ def check_latent(
         )
     if not torch.isfinite(samples).all():
         fail("latent_image holds NaN or infinite values: look at the node that made it")
-    mask = latent.get("noise_mask")
-    if mask is not None:
-        if not isinstance(mask, torch.Tensor) or not mask.is_floating_point() or mask.ndim < 2:
-            what = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-            fail(f"latent_image has a noise_mask that is no MASK but {what}: make it with Set Latent Noise Mask")
-        if mask.numel() == 0:
-            fail("latent_image has an empty noise_mask")
-        if not torch.isfinite(mask).all():
-            fail("latent_image has a noise_mask with NaN or infinite values: look at the node that made it")
-        if not (mask > 0).any():
-            fail("latent_image has a noise_mask that is black everywhere, so nothing would change: paint where it may")
-        if not (prepare_mask(mask, fixed.shape, mask.device) > 0).any():
-            fail(
-                f"latent_image has a noise_mask of which nothing is left at {fixed.shape[-1]} x {fixed.shape[-2]}, the "
-                "latent's size: paint a larger spot"
-            )
+    if latent.get("noise_mask") is not None:
+        check_mask(node, latent["noise_mask"], fixed)
     channels = model.get_model_object("latent_format").latent_channels
     if fixed.shape[1] != channels:
         fail(
             f"latent_image has {fixed.shape[1]} channels, but model works in {channels}: "
             "encode the image with the model's own VAE"
         )
-    if vae.latent_channels != channels:
-        fail(
-            f"vae decodes latents of {vae.latent_channels} channels, but model makes {channels}: use its own VAE (if "
-            "it is that, MIRA does not know the model)"
-        )
-    dimensions = getattr(vae, "latent_dim", sides - 2)  # of a VAE of another pack's making it is not known
-    if getattr(vae, "extra_1d_channel", None) is not None or not sides - 2 >= dimensions > 1:
-        made = {1: "sound", 2: "images", 3: "video"}.get(dimensions, "something else")
-        fail(f"vae is one of {made}, whose latents have another shape than model's: use the model's own VAE")
-    if (colours := getattr(vae, "conv_out_channels", 3)) != 3:
-        fail(f"vae decodes to {colours} channels, but rewards look at red, green and blue: use a VAE without alpha")
+    check_vae(node, model, vae)
     if not gradient:
         return
     why = why_not_differentiable(sampler, model.get_model_object("model_sampling"))

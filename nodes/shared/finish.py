@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 
+from ...sampler.trace import Trace
 from .. import host
 from ..editor.live import LiveRun
 from ..editor.on_disk import travel
 from . import memo
+
+log = logging.getLogger("mira")
+
+
+def tell(node: str, trace: Trace, notices: Iterable[str]) -> None:
+    """To the log, and into the record that the node shows."""
+    for notice in notices:
+        log.warning("%s: %s", node, notice)
+        trace.notices.append(notice)
 
 
 def finish(

@@ -223,3 +223,9 @@ def test_every_image_is_guided_by_its_own_prompt(world):
 def test_bad_input(world, changes, message):
     with pytest.raises(ValueError, match=message):
         guider(world, **changes)
+
+
+def test_a_vae_with_alpha_is_refused(world, monkeypatch):
+    monkeypatch.setattr(world.vae, "conv_out_channels", 4, raising=False)
+    with pytest.raises(ValueError, match="MIRA DyMO Guider: vae decodes to 4 channels"):
+        guider(world)

@@ -182,11 +182,13 @@ def test_a_cancelled_one_hands_back_the_best_so_far(make, monkeypatch):
         ({"latent_image": {"samples": torch.zeros(0, 4, 16, 16)}}, r"shape \(0, 4, 16, 16\): give"),
         ({"latent_image": {"samples": torch.zeros(1, 4, 16, 16), "noise_mask": torch.ones(1, 1, 128, 128)}}, "a mask"),
         ({"clip": None}, "clip is empty"),
-        ({"rounds": 0}, "rounds is 0"),
+        ({"latent_image": {"samples": torch.zeros(2, 4, 16, 16), "batch_index": [0]}}, "place of 1 only"),
+        ({"rounds": 0}, "rounds is 0: "),
+        ({"words": None}, "words is empty: give it a value"),
     ],
 )
 def test_bad_input_is_said(make, values, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"MIRA InitNO Noise: .*{message}"):
         make(**values)
 
 

@@ -254,6 +254,24 @@ def test_wrong_and_missing_files(models, node, inputs, message):
         execute(getattr(nodes, node), **inputs, precision="fp32")
 
 
+@pytest.mark.parametrize(
+    ("node", "values", "wrong"),
+    [
+        ("MiraLoadAestheticReward", {"head": "", "clip": "", "precision": "fp64"}, "precision"),
+        ("MiraLoadHPSReward", {"file": "", "version": "v2", "precision": "fp64"}, "precision"),
+        ("MiraLoadHPSReward", {"file": "", "version": "v3", "precision": "auto"}, "version"),
+        ("MiraLoadPickScoreReward", {"file": "", "precision": "fp64"}, "precision"),
+        ("MiraLoadImageReward", {"file": "", "precision": "fp64"}, "precision"),
+        ("MiraLoadCLIPScore", {"file": "", "text_file": "", "activation": "auto", "precision": None}, "precision"),
+        ("MiraLoadCLIPScore", {"file": "", "text_file": "", "activation": "relu", "precision": "auto"}, "activation"),
+    ],
+)
+def test_a_linked_choice_that_there_is_not_is_refused_by_name(node, values, wrong):
+    loader = getattr(nodes, node)
+    with pytest.raises(ValueError, match=f"{loader.NAME}: {wrong} is "):
+        loader.execute(**values)
+
+
 @pytest.mark.parametrize("name", LOADERS)
 def test_mangled_files_are_refused_by_the_loader_that_opened_them(models, name):
     """A tensor missing, of another shape, of no element, or sparse: the loader says so, whichever tensor it is."""
