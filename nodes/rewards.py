@@ -61,15 +61,15 @@ class MiraPixelReward(io.ComfyNode):
             return io.NodeOutput(PixelReward(measure))
         if reference is None:
             raise ValueError(
-                "MIRA Pixel Reward: measure is match reference, but reference is not connected; connect an image"
+                f"{cls.NAME}: measure is match reference, but reference is not connected; connect an image"
             )
-        return io.NodeOutput(MatchReference(to_core(reference, "MIRA Pixel Reward: reference")))
+        return io.NodeOutput(MatchReference(to_core(reference, f"{cls.NAME}: reference")))
 
 
 class MiraJPEGReward(io.ComfyNode):
     NAME = "MIRA JPEG Reward"
 
-    GRADIENT = {"black box": JPEG, "differentiable estimate": JPEGSurrogate}
+    KINDS = {"black box": JPEG, "differentiable estimate": JPEGSurrogate}
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -82,7 +82,7 @@ class MiraJPEGReward(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "kind",
-                    options=list(cls.GRADIENT),
+                    options=list(cls.KINDS),
                     tooltip=(
                         "black box: the real file's size, without a gradient. differentiable estimate: a smooth "
                         "stand-in for it, which a gradient can follow."
@@ -96,7 +96,7 @@ class MiraJPEGReward(io.ComfyNode):
     @classmethod
     def execute(cls, kind: str, quality: int) -> io.NodeOutput:
         check_values(cls.NAME, cls.define_schema().inputs, {"kind": kind, "quality": quality})
-        return io.NodeOutput(cls.GRADIENT[kind](quality))
+        return io.NodeOutput(cls.KINDS[kind](quality))
 
 
 class MiraCombineRewards(io.ComfyNode):
@@ -148,14 +148,14 @@ class MiraCombineRewards(io.ComfyNode):
         used = [i for i in range(1, SLOTS + 1) if inputs.get(f"reward_{i}") is not None]
         weights = [inputs.get(f"weight_{i}", 1.0) for i in used]
         if not any(weights):
-            raise ValueError("MIRA Combine Rewards: every weight is 0, so there is nothing to optimise; set one")
+            raise ValueError(f"{cls.NAME}: every weight is 0, so there is nothing to optimise; set one")
         for i in used:
             check_reward(cls.NAME, inputs[f"reward_{i}"], f"reward_{i}")
         rewards = [inputs[f"reward_{i}"] for i in used]
         try:
             factors = scaled(rewards, weights, scaling)
         except ValueError as problem:
-            raise ValueError(f"MIRA Combine Rewards: {problem}") from problem
+            raise ValueError(f"{cls.NAME}: {problem}") from problem
         return io.NodeOutput(WeightedSum(rewards, factors))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .gradients import LossScale, finite
-from .rollout import Path, Rollout, per_image
+from .rollout import Path, Rollout
 from .seeds import fresh
 from .surrogates import SURROGATES, Surrogate
 from .variables import Variables
@@ -104,14 +104,6 @@ def towards(noises: Sequence[Tensor], direction: Sequence[Tensor], share: float)
     """A step from `noises` along independent noise that stays where noise of this size lives: the variance is kept."""
     keep = math.sqrt(1 - share**2)
     return [keep * z + share * d for z, d in zip(noises, direction, strict=True)]
-
-
-def clipped(gradients: list[Tensor], norm: float) -> tuple[list[Tensor], Tensor]:
-    size = torch.stack([g.float().flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
-    if not norm:
-        return gradients, size
-    scale = (norm / size.clamp(min=1e-12)).clamp(max=1)
-    return [g * per_image(scale.to(g), g) for g in gradients], size
 
 
 def picked(tensors: Sequence[Tensor], index: Tensor) -> Tensor:

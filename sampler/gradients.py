@@ -49,6 +49,22 @@ def finite(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.isfinite(t).flatten(1).all(1) for t in tensors]).all(0)
 
 
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """(B,): the norm over all tensors (B, ...) of each image, in float32 at least."""
+    sizes = [(t if t.dtype == torch.float64 else t.float()).flatten(1).norm(dim=1) for t in tensors]
+    return torch.stack(sizes).norm(dim=0)
+
+
+def scaled(tensors: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
+    """Every image's part of the tensors (B, ...) times its own of the factors (B,)."""
+    return [t * per_image(factors.to(t), t) for t in tensors]
+
+
+def clipping(norms: Tensor, most: float) -> Tensor:
+    """(B,): what gradients of such norms are scaled by, so that none is larger; most 0 does not clip."""
+    return (most / norms.clamp(min=1e-12)).clamp(max=1) if most else torch.ones_like(norms)
+
+
 @torch.no_grad()
 def step(
     optimizer: torch.optim.Optimizer, leaves: Sequence[Tensor], gradients: Sequence[Tensor], where: Tensor

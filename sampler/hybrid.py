@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .candidates import towards
+from .candidates import picked, towards
 from .ending import Interrupts, attempt
 from .keep import Kept, comparable
 from .optimize import NoGradient, Result, Score, Settings, optimize
@@ -99,8 +99,8 @@ class _Hybrid:
         objectives = torch.tensor([list(map(objective, end.rows)) for end in ends])
         index = comparable(objectives).argmax(0)
         rows = [ends[p].rows[b] for b, p in enumerate(index.tolist())]
-        noises = [_picked(z, index) for z in zip(*(end.noises for end in ends), strict=True)]
-        latent, images = (_picked([getattr(end, name) for end in ends], index) for name in ("latent", "images"))
+        noises = [picked(z, index) for z in zip(*(end.noises for end in ends), strict=True)]
+        latent, images = (picked([getattr(end, name) for end in ends], index) for name in ("latent", "images"))
         return End(rows, images, latent, noises), index
 
     def round(self, k: int) -> str | None:
@@ -123,7 +123,7 @@ class _Hybrid:
             return ended
         if self.reference is None and k < self.settings.rounds:
             with torch.no_grad():
-                begun = [_picked(z, index) for z in zip(*self.trajectories, strict=True)]
+                begun = [picked(z, index) for z in zip(*self.trajectories, strict=True)]
                 self.reference = self.rollout(begun).detach()
             self.runs += 1
         around = [fresh(best.noises, self.generator) for _ in range(self.settings.particles - 1)]
@@ -179,8 +179,3 @@ def hybrid(
         run.iterates,
         ended is not None,
     )
-
-
-def _picked(values: Sequence[Tensor], index: Tensor) -> Tensor:
-    """Of each image b, values[index[b]][b]."""
-    return torch.stack([values[p][b] for b, p in enumerate(index.tolist())])

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .candidates import Candidate, Run, clipped, pick, pick_path, picked, towards
-from .gradients import step
+from .candidates import Candidate, Run, pick, pick_path, picked, towards
+from .gradients import clipping, norm, scaled, step
 from .keep import chosen
 from .optimize import OPTIMIZERS
 from .rollout import Path, mean_square, per_image, total
@@ -81,9 +81,11 @@ class Dpo(Method):
         for i, (candidate, of_it, optimizer) in enumerate(zip(found, self.variables, self.optimizers, strict=True)):
             factor = torch.where(best == i, push, torch.where(worst == i, -push, torch.zeros_like(push)))
             factor = torch.where(moves, factor, torch.zeros_like(factor))
-            gradients, norm = clipped([g * per_image(factor.to(g), g) for g in candidate.gradients], s.clip_norm)
-            size = torch.maximum(size, norm.nan_to_num())
-            step(optimizer, of_it.leaves, gradients, (factor != 0) & torch.isfinite(norm))
+            gradients = scaled(candidate.gradients, factor)
+            own = norm(gradients)
+            size = torch.maximum(size, own.nan_to_num())
+            gradients = scaled(gradients, clipping(own, s.clip_norm))
+            step(optimizer, of_it.leaves, gradients, (factor != 0) & torch.isfinite(own))
         if s.kick:
             self._kick(found, best, worst)
         return size
@@ -235,7 +237,8 @@ class Hybrid2(Method):
             return -(along.to(images) * images).flatten(1).sum(1)
 
         _, _, gradients = self.run.slope(self.variables, towards_it)
-        gradients, size = clipped(gradients, self.run.settings.clip_norm)
+        size = norm(gradients)
+        gradients = scaled(gradients, clipping(size, self.run.settings.clip_norm))
         step(self.optimizer, self.variables.leaves, gradients, torch.isfinite(size))
         return size
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .ending import Interrupts, attempt
-from .gradients import LossScale, step
+from .gradients import LossScale, clipping, norm, scaled, step
 from .keep import Keeper
 from .replay import Segment
 from .resume import Left
@@ -32,8 +32,8 @@ class SphericalAdam(torch.optim.Adam):
         leaves = [z for group in self.param_groups for z in group["params"]]
         norms = [z.flatten(1).norm(dim=1) for z in leaves]
         super().step()
-        for z, norm in zip(leaves, norms, strict=True):
-            z.mul_(per_image(norm / z.flatten(1).norm(dim=1).clamp(min=1e-12), z))
+        for z, radius in zip(leaves, norms, strict=True):
+            z.mul_(per_image(radius / z.flatten(1).norm(dim=1).clamp(min=1e-12), z))
 
 
 OPTIMIZERS: dict[str, Callable] = {
@@ -393,12 +393,12 @@ def _evaluate_once(rollout: Rollout, score: Callable, state: _State, settings: S
             return _Evaluation(path, result, surrogates, drift, loss)
         grads = state.scale.gradients(loss, state.z)
     result = replace(result, total=result.total.detach())
-    return _Evaluation(path.detach(), result, surrogates, drift, loss.detach(), grads, _norm(grads))
+    return _Evaluation(path.detach(), result, surrogates, drift, loss.detach(), grads, norm(grads))
 
 
 def _make_absolute(reward: Tensor, penalty: Tensor, state: _State, settings: Settings) -> None:
     """beta, so far in units of |grad r| / |grad R| with respect to the noises, as the loss takes it."""
-    norms = [_norm(state.scale.gradients(values, state.z, retain_graph=True)).cpu() for values in (reward, penalty)]
+    norms = [norm(state.scale.gradients(values, state.z, retain_graph=True)).cpu() for values in (reward, penalty)]
     ratio, known = norms[0] / norms[1], torch.isfinite(reward.detach()).cpu()
     if images := torch.nonzero(known & (norms[1] == 0)).flatten().tolist():
         raise NoGradient(
@@ -447,20 +447,13 @@ def _flat(reward: Tensor, x0: Tensor, scale: LossScale) -> Tensor:
             "the reward has no gradient with respect to the image: use a differentiable reward, "
             "or a method that only ranks images"
         )
-    flat = _norm(scale.gradients(reward, [x0], retain_graph=True)).cpu() == 0
+    flat = norm(scale.gradients(reward, [x0], retain_graph=True)).cpu() == 0
     if flat.all():
         raise NoGradient(
             "the gradient of the reward is zero for every image: it cannot be optimised from here; "
             "check that the reward is differentiable and not saturated"
         )
     return flat
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """(B,): the norm over all tensors of each image, in float32 at least."""
-    return torch.stack([(t if t.dtype == torch.float64 else t.float()).flatten(1).norm(dim=1) for t in tensors]).norm(
-        dim=0
-    )
 
 
 def _rows(
@@ -471,7 +464,7 @@ def _rows(
         columns |= {f"reward.{name}": part for name, part in evaluation.score.parts.items()}
     columns |= evaluation.surrogates
     noises = evaluation.path.noises
-    columns["noise_norm"] = _norm(noises) / sum(z[0].numel() for z in noises) ** 0.5
+    columns["noise_norm"] = norm(noises) / sum(z[0].numel() for z in noises) ** 0.5
     if settings.hold == "dual_ascent" or settings.relative_beta:
         columns["beta"] = state.beta
     if evaluation.norms is not None:
@@ -506,12 +499,9 @@ def _step(state: _State, evaluation: _Evaluation, settings: Settings) -> None:
     stepping, halving = finite & state.active, bad & state.active
     if settings.optimizer in NORMALIZED:
         scale = state.variables.count.cpu() ** 0.5 / norms.clamp(min=1e-20)
-    elif settings.clip_norm:
-        scale = (settings.clip_norm / norms.clamp(min=1e-12)).clamp(max=1)
     else:
-        scale = torch.ones_like(norms)
-    clipped = [g * per_image(scale.to(g), g) for g in evaluation.gradients]
-    before = step(state.optimizer, state.z, clipped, stepping)
+        scale = clipping(norms, settings.clip_norm)
+    before = step(state.optimizer, state.z, scaled(evaluation.gradients, scale), stepping)
     good = before if state.good is None else state.good
     with torch.no_grad():
         for z, b, g in zip(state.z, before, good, strict=True):

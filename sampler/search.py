@@ -110,11 +110,6 @@ class SearchResult(Result):
     log_weights: Tensor = None
 
 
-def best_of_n_kl(n: int) -> float:
-    """KL of the best of n draws from the base distribution: log n - (n - 1) / n, for a reward without ties."""
-    return math.log(n) - (n - 1) / n
-
-
 def best_of_n(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
     """Other seeds beside the plain sample's, a row for each."""
     latents = [run.kept.latent[None]]

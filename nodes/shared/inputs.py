@@ -1,4 +1,4 @@
-"""The inputs and outputs that both optimising samplers share."""
+"""The inputs and outputs that the sampling nodes share, and how settings are read from them."""
 
 from __future__ import annotations
 
