@@ -95,9 +95,7 @@ class Evaluator:
         scores = self.clip.score(images, prompts).tolist()
         if self.judge is None:
             return [{"clip_score": c} for c in scores], {"clip": embedding.half()}
-        images = images.cpu()
-        small = F.interpolate(images, size=(judge_module.SIZE,) * 2, mode="bilinear", antialias=True)
-        features = self.judge.mix(self.judge.body(small.clamp(0, 1) * 2 - 1))
+        features = self.judge.features(images.cpu())
         subjects = self.judge.subject(features).softmax(1)
         wanted = [judge_module.SUBJECTS.index(a) for a in animals]
         rows = [

@@ -44,9 +44,13 @@ class Judge(nn.Module):
         self.style = nn.Linear(128, len(STYLES))
         self.background = nn.Linear(128, len(BACKGROUNDS))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 128): what all three are read off."""
         small = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
-        features = self.mix(self.body(small.clamp(0, 1) * 2 - 1))
+        return self.mix(self.body(small.clamp(0, 1) * 2 - 1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = self.features(images)
         return self.subject(features), self.style(features), self.background(features)
 
 
