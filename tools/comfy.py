@@ -215,7 +215,7 @@ class Client:
 
     async def outputs(self, prompt_id: str) -> dict:
         """What the history keeps of a prompt that has ended; the server writes it just after the last event."""
-        for _ in range(100):
+        for _ in range(600):
             history = await self.get(f"/history/{prompt_id}")
             if prompt_id in history:
                 return history[prompt_id]["outputs"]

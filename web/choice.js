@@ -81,7 +81,7 @@ export function createChooser({ imageUrl, onAnswer }) {
   error.className = "mira-error";
   error.setAttribute("role", "alert");
   let choice = null;
-  let busy = false;
+  let busy = null; // the token of the choice that an answer is on its way to
   let since = 0; // when the choice was shown
 
   function button(answer, label, title) {
@@ -123,12 +123,12 @@ export function createChooser({ imageUrl, onAnswer }) {
 
   async function answered(answer) {
     // The second question takes the first one's place at once: no double click answers it.
-    if (!choice || busy || (choice.wanted === "worst" && performance.now() - since < SETTLES)) return;
-    busy = true;
+    if (!choice || busy === choice.token || (choice.wanted === "worst" && performance.now() - since < SETTLES)) return;
     error.textContent = "";
     const asked = choice;
+    busy = asked.token;
     const refused = await onAnswer(asked, answer);
-    busy = false;
+    if (busy === asked.token) busy = null;
     if (refused) error.textContent = refused;
     else hide(asked.token);
   }

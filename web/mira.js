@@ -453,7 +453,12 @@ const choosers = new Set(); // those with a choice
 function callFor(chooser) {
   if (chooser.choice()) choosers.add(chooser);
   else choosers.delete(chooser);
-  document.title = tabTitle(document.title, choosers.size > 0);
+  callInTitle();
+}
+
+function callInTitle() {
+  const title = tabTitle(document.title, choosers.size > 0);
+  if (title !== document.title) document.title = title;
 }
 
 function showChoice(data) {
@@ -599,6 +604,8 @@ app.registerExtension({
       known = api.clientId;
       restoreSoon();
     });
+    // ComfyUI writes the title when a run gets on, new editors only at the next frame: after the choice has come.
+    new MutationObserver(callInTitle).observe(document.head, { childList: true, subtree: true, characterData: true });
     document.addEventListener("drop", noteDrop, true);
     document.addEventListener("visibilitychange", () => document.hidden || restoreSoon());
     restoreSoon();

@@ -58,6 +58,7 @@ class Editor:
     def __init__(self, page, server, label):
         self.page, self.server, self.label = page, server, label
         self.errors: list[str] = []
+        page.set_default_navigation_timeout(120_000)
         page.on("pageerror", lambda problem: self.errors.append(str(problem)))
         self.open()
 
@@ -70,7 +71,7 @@ class Editor:
         self._ready()
 
     def _ready(self) -> None:
-        self.page.wait_for_function(READY, timeout=60_000)
+        self.page.wait_for_function(READY, timeout=180_000)
         self.settle(400)
 
     def settle(self, milliseconds: int = 250) -> None:

@@ -89,11 +89,15 @@ def test_points_arrive_and_the_kept_iterate_is_marked(editor, request):
     editor.look_at(OPTIMIZER)
     editor.shot("done")
     editor.look_at(OPTIMIZER, bottom=True)
-    plot = editor.page.locator(".u-over").first.bounding_box()
-    for share, iteration in ((0.99, 5), (0.41, 2)):  # what is pointed at, at any zoom
-        editor.page.mouse.move(plot["x"] + share * plot["width"], plot["y"] + plot["height"] / 2)
-        said = lambda k=iteration: f"iteration {k}" in editor.page.inner_text(".mira-values")  # noqa: E731
-        wait_for(editor, said, f"the numbers of iteration {iteration}", 10)
+    plot = editor.page.locator(".u-over").first
+
+    def pointed(share: float, iteration: int) -> bool:  # the chart follows its node at the canvas' next drawing
+        box = plot.bounding_box()
+        editor.page.mouse.move(box["x"] + share * box["width"], box["y"] + box["height"] / 2)
+        return f"iteration {iteration}" in editor.page.inner_text(".mira-values")
+
+    for share, k in ((0.99, 5), (0.41, 2)):  # what is pointed at, at any zoom
+        wait_for(editor, lambda at=(share, k): pointed(*at), f"the numbers of iteration {k}")
     editor.page.mouse.move(5, 5)
     editor.wait_idle()
     # The record travels in the image that ComfyUI's own Save Image wrote.
@@ -212,7 +216,7 @@ def test_cancel(quickstart):
 @ENDS
 def test_a_refresh_in_the_middle(quickstart):
     editor = quickstart
-    editor.set(OPTIMIZER, iterations=600)
+    editor.set(OPTIMIZER, iterations=1000)
     editor.queue()
     wait_for(editor, lambda: rows(editor) >= 3, "points")
     graph = editor.js("() => app.graph.serialize()")
@@ -313,6 +317,13 @@ def person(editor, candidates=2, method="dueling"):
     editor.look_at(PREFERENCE)
 
 
+def answered(editor, act):
+    """The answer that this gives, and its reply: until then another one is not heard."""
+    with editor.page.expect_response("**/mira/choice") as reply:
+        act()
+    reply.value.finished()
+
+
 def count(editor):
     return editor.page.inner_text(".mira-more span") if editor.page.is_visible(".mira-choice") else ""
 
@@ -327,7 +338,9 @@ def test_choosing_by_click_and_by_key(quickstart):
     editor.page.wait_for_timeout(500)
     editor.shot("choose")
     assert editor.page.locator(".mira-offers img").count() == 3
-    assert "Choose" in editor.page.title()
+    wait_for(editor, lambda: "Choose" in editor.page.title(), "the call in the tab's title")
+    editor.js("() => { document.title = '[10%] of the editor'; }")  # as it writes it when a run gets on
+    wait_for(editor, lambda: "Choose" in editor.page.title(), "the call in the tab's new title", 5)
     graph = editor.js("() => app.graph.serialize()")
     editor.load(
         graph | {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, "another"))}
@@ -337,17 +350,18 @@ def test_choosing_by_click_and_by_key(quickstart):
     editor.load(graph)
     wait_for(editor, lambda: "1 of 4" in count(editor), "the first three again")
     editor.look_at(PREFERENCE)
-    editor.page.click(".mira-offers button[data-answer='3']")
+    answered(editor, lambda: editor.page.click(".mira-offers button[data-answer='3']"))
     wait_for(editor, lambda: "2 of 4" in count(editor), "the second three")
-    editor.page.locator(".mira-choice").press("2")
+    answered(editor, lambda: editor.page.locator(".mira-choice").press("2"))
     wait_for(editor, lambda: "3 of 4" in count(editor), "the third three")
-    editor.page.locator(".mira-choice").press("Backspace")
+    answered(editor, lambda: editor.page.locator(".mira-choice").press("Backspace"))
     wait_for(editor, lambda: "2 of 4" in count(editor), "the second three again")
-    editor.page.locator(".mira-choice").press("0")
+    answered(editor, lambda: editor.page.locator(".mira-choice").press("0"))
     wait_for(editor, lambda: "3 of 4" in count(editor), "the third three")
-    editor.page.locator(".mira-choice").press("Escape")
+    answered(editor, lambda: editor.page.locator(".mira-choice").press("Escape"))
     wait_for(editor, lambda: "the judge had enough" in editor.page.inner_text(STATUS), "the end")
-    assert not editor.page.is_visible(".mira-choice") and "Choose" not in editor.page.title()
+    wait_for(editor, lambda: "Choose" not in editor.page.title(), "the end of the call")
+    assert not editor.page.is_visible(".mira-choice")
     assert editor.errors == []
 
 
@@ -359,20 +373,20 @@ def test_the_least_good_one_is_asked_for_where_it_counts(quickstart):
     editor.queue()
     wait_for(editor, lambda: "best? 1 of 4" in count(editor), "the first three")
     box = editor.page.locator(".mira-choice")
-    box.press("3")
+    answered(editor, lambda: box.press("3"))
     wait_for(editor, lambda: "least good? 1 of 4" in count(editor), "the other two")
     assert editor.page.locator(".mira-offers img").count() == 2
     editor.shot("least")
     editor.page.wait_for_timeout(500)
     box.press("3")  # there are two
-    box.press("2")
+    answered(editor, lambda: box.press("2"))
     wait_for(editor, lambda: "best? 2 of 4" in count(editor), "the second three")
-    box.press("1")
+    answered(editor, lambda: box.press("1"))
     wait_for(editor, lambda: "least good? 2 of 4" in count(editor), "the other two")
     editor.page.wait_for_timeout(500)
-    box.press("Backspace")
+    answered(editor, lambda: box.press("Backspace"))
     wait_for(editor, lambda: "best? 2 of 4" in count(editor), "the second three again")
-    box.press("Escape")
+    answered(editor, lambda: box.press("Escape"))
     wait_for(editor, lambda: "the judge had enough" in editor.page.inner_text(STATUS), "the end")
     assert editor.errors == []
 
@@ -416,12 +430,13 @@ def test_the_pair_comes_back_when_the_socket_is_slow(own_editor, request):
     graph = editor.js("() => app.graph.serialize()")
     editor.reload()
     editor.load(graph)
+    wait_for(editor, lambda: held, "the socket's first word")
     editor.page.wait_for_timeout(1500)
-    assert held and count(editor) == ""
+    assert count(editor) == ""
     open_.append(True)
     for socket, message in held:
         socket.send(message)
-    wait_for(editor, lambda: "1 of 4" in count(editor), "the pair once the socket has spoken", timeout=15)
+    wait_for(editor, lambda: "1 of 4" in count(editor), "the pair once the socket has spoken")
 
 
 @ENDS
@@ -467,9 +482,11 @@ def test_a_new_node_is_as_small_as_what_it_shows(editor):
     )
     editor.look_at(OPTIMIZER)
     editor.shot("new")
-    shown = editor.page.locator(STATUS).bounding_box()
+    assert height < 720
     # The first Vue renderer has no folding: it shows them all.
-    assert height < 720 and (shown["y"] < 650 or editor.label == "1.32.9_vue")
+    status, all_shown = editor.page.locator(STATUS), editor.label == "1.32.9_vue"
+    high = lambda: (box := status.bounding_box()) and (box["y"] < 650 or all_shown)  # noqa: E731
+    wait_for(editor, high, "the status, near the top")
     editor.js("() => { const n = app.graph.nodes[0]; n.toggleAdvanced?.() ?? (n.showAdvanced = true); }")
     editor.page.wait_for_timeout(700)
     editor.shot("new_advanced")
@@ -538,7 +555,7 @@ def shown(editor, kind, *names):
             const node = app.graph.nodes.find(n => n.comfyClass === kind);
             if (!LiteGraph.vueNodesMode)
                 return names.filter(name => node.isWidgetVisible(node.widgets.find(w => w.name === name)));
-            const drawn = document.querySelector(`[data-node-id="${node.id}"]`).innerText.split("\\n");
+            const drawn = document.querySelector(`[data-node-id="${node.id}"]`)?.innerText.split("\\n") ?? [];
             return names.filter(name => drawn.includes(name));
         }""",
         [kind, list(names)],
@@ -554,7 +571,7 @@ def test_what_a_method_does_not_read_is_not_shown(editor):
     editor.js("kind => { const n = LiteGraph.createNode(kind); app.graph.add(n); n.pos = [300, 150]; }", search)
     editor.look_at(search)
     heights = [editor.js("() => app.graph.nodes[0].size[1]")]
-    assert shown(editor, search, *names[:2]) == ["particles"]
+    wait_for(editor, lambda: shown(editor, search, *names[:2]) == ["particles"], "the folded node")
     editor.js("() => { const n = app.graph.nodes[0]; n.toggleAdvanced?.() ?? (n.showAdvanced = true); }")
     for method, read in {
         "zero_order": ["particles", "rounds", "radius"],
@@ -562,8 +579,7 @@ def test_what_a_method_does_not_read_is_not_shown(editor):
         "restarts": ["particles", "rounds", "restart_denoise"],
     }.items():
         widget(editor, search, "method", method)
-        editor.settle()
-        assert shown(editor, search, *names) == read, method
+        wait_for(editor, lambda wanted=read: shown(editor, search, *names) == wanted, f"the inputs of {method}")
         heights.append(editor.js("() => app.graph.nodes[0].size[1]"))
     if editor.label.endswith("classic"):  # a node is as tall as what it shows
         assert heights[0] < heights[2] < heights[1] == heights[3]
@@ -571,8 +587,8 @@ def test_what_a_method_does_not_read_is_not_shown(editor):
     saved = editor.js("() => app.graph.serialize()")
     editor.load(saved)
     assert widget(editor, search, "method") == "restarts" and widget(editor, search, "restart_denoise") == 0.8
-    assert "radius" not in shown(editor, search, *names)
-    assert "rounds" in shown(editor, search, *names)
+    again = ["particles", "rounds", "restart_denoise"]
+    wait_for(editor, lambda: shown(editor, search, *names) == again, "the inputs of restarts again")
     assert editor.errors == []
 
 

@@ -32,7 +32,7 @@ SHORT = dict(
 EXAMPLES = ("01 Quickstart", "08 Search - small JPEG", "03 Preferences - small JPEG", "05 Combine rewards")
 
 
-@pytest.mark.timeout(60 + 20 * RUNS)
+@pytest.mark.timeout(60 + 40 * RUNS)
 def test_nothing_grows(tmp_path):
     async def go(server):
         process, seen = psutil.Process(server.process.pid), []
