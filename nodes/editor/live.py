@@ -21,6 +21,7 @@ from server import PromptServer
 from ...rewards.preprocess import picture
 from ...sampler.optimize import Score
 from ...sampler.trace import Trace, json_row
+from .graph import inputs_before
 from .on_disk import Unfinished
 
 log = logging.getLogger("mira")
@@ -31,7 +32,7 @@ MOST = 8  # runs that are remembered
 FILED = 32  # runs whose thumbnails stay
 UNTOLD = "the editor was not told of every iteration"
 
-_runs: OrderedDict[str, tuple[dict, dict]] = OrderedDict()  # (run, what it was `asked`) by node id, the newest last
+_runs: OrderedDict[str, tuple[dict, dict]] = OrderedDict()  # (run, its `inputs_before`) by node id, the newest last
 _previews: deque[dict[int, dict]] = deque()  # of the last runs, whatever their nodes, the newest last
 
 
@@ -79,20 +80,6 @@ def running(node: str) -> tuple[str | None, str | None]:
     return (_workflow_of(item), item[2].get(node, {}).get("class_type")) if item else (None, None)
 
 
-def asked(prompt: dict, node: str) -> dict[str, tuple]:
-    """What a node's result depends on in a prompt: {id: (class, inputs)} of itself and of all that it is made from."""
-    found: dict[str, tuple] = {}
-    ahead = [node]
-    while ahead:
-        id_ = ahead.pop()
-        if id_ in found or id_ not in prompt:
-            continue
-        inputs = prompt[id_].get("inputs", {})
-        found[id_] = prompt[id_].get("class_type"), inputs
-        ahead += [v[0] for v in inputs.values() if isinstance(v, list) and len(v) == 2 and isinstance(v[0], str)]
-    return found
-
-
 def text_output(text: str, **more: Any) -> dict:
     """A `ui` output that a node shows in words, of the node that is being executed."""
     context = get_executing_context()
@@ -134,7 +121,7 @@ class LiveRun:
         while len(_previews) > FILED:
             for shown in _previews.popleft().values():
                 forget(shown)
-        _runs[node] = self.run, asked(item[2], node) if item else {}
+        _runs[node] = self.run, inputs_before(item[2], node) if item else {}
         _runs.move_to_end(node)
         while len(_runs) > MOST:
             _runs.popitem(last=False)
@@ -211,14 +198,14 @@ class LiveRun:
 async def list_runs(request: web.Request) -> web.Response:
     """The runs of this client, and those of the nodes that it names: a cached node tells nothing by itself. And which
     workflow the prompt that it names is of: what is cached may be of another one, of which this is a copy. And what
-    the run that it names was `asked`.
+    the run that it names was asked (`inputs_before`).
     """
     client, nodes = request.query.get("client_id"), request.query.get("nodes", "").split(",")
     item = _queued(request.query.get("prompt_id", ""))
     workflow = _workflow_of(item) if item else None
     known = list(_runs.items())  # another thread adds to it
     for node, (run, before) in known:
-        if item and workflow and node in nodes and before and before == asked(item[2], node):
+        if item and workflow and node in nodes and before and before == inputs_before(item[2], node):
             run["also"] = sorted({*run["also"], workflow})
     runs = [run for node, (run, _) in known if run["client"] in (None, client) or node in nodes]
     of = request.query.get("asked")

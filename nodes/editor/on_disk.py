@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import os
 import re
-import sys
 import time
 from collections import OrderedDict
 from datetime import datetime
@@ -16,13 +14,13 @@ from pathlib import Path
 
 import folder_paths
 import torch
-from comfy_execution.utils import get_executing_context
 from PIL.PngImagePlugin import PngInfo
 
 from ...rewards.preprocess import picture
 from ...sampler.keep import Keeper
 from ...sampler.optimize import KEEP, Score
 from ...sampler.trace import Trace
+from .graph import digest_of, place_in_list, run_by
 
 PNG_KEY = "mira_traces"
 FOLDER = "mira_unfinished"  # in ComfyUI's output folder
@@ -68,7 +66,7 @@ def travel(extra_pnginfo: dict | None, node: str, trace: Trace, prompt: dict | N
             del traces[name]
     traces[f"{node}#{place}" if place else node] = trace.to_dict()
     if prompt and node in prompt:
-        asked = what_is_asked(prompt, node)
+        asked = digest_of(prompt, node)
         _records[asked] = of_node(traces, node)
         _records.move_to_end(asked)
         while len(_records) > MOST_RECORDS:
@@ -80,61 +78,6 @@ def of_node(traces: dict[str, dict], node: str) -> dict[str, dict]:
     return {name: traces[name] for name in traces if name.split("#")[0] == node}
 
 
-def place_in_list() -> int:
-    """Which element of a list ComfyUI runs the node on, 0 where there is none."""
-    context = get_executing_context()
-    return (context.list_index if context else None) or 0
-
-
-def what_is_asked(prompt: dict, node: str) -> str:
-    """A digest of the node and of everything that comes before it, which ComfyUI's cache goes by."""
-    digests: dict[str, str] = {}
-
-    def digest(key: str) -> str:
-        if key not in digests:
-            digests[key] = ""  # a circle, which ComfyUI refuses
-            inputs = {
-                name: digest(value[0]) + str(value[1:]) if is_link(value, prompt) else value
-                for name, value in prompt[key].get("inputs", {}).items()
-            }
-            said = json.dumps([prompt[key].get("class_type"), inputs], sort_keys=True, default=str)
-            digests[key] = hashlib.sha256(said.encode()).hexdigest()
-        return digests[key]
-
-    return node + digest(node)
-
-
-def is_link(value: object, prompt: dict) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and isinstance(value[0], str)
-        and isinstance(prompt.get(value[0]), dict)
-    )
-
-
-def run_by(prompt: dict) -> list[str]:
-    """The nodes that ComfyUI runs of a prompt: those with an output of their own, and what comes before them."""
-    known = sys.modules["nodes"].NODE_CLASS_MAPPINGS  # ComfyUI's
-    ends = [
-        node
-        for node, of in prompt.items()
-        if isinstance(of, dict) and getattr(known.get(of.get("class_type")), "OUTPUT_NODE", False)
-    ]
-    found = with_all_before(prompt, ends)
-    return [node for node in prompt if node in found]
-
-
-def with_all_before(prompt: dict, nodes: list[str]) -> set[str]:
-    """These nodes of a prompt, and what comes before them."""
-    found, left = set(), list(nodes)
-    while left:
-        if (node := left.pop()) not in found and isinstance(prompt.get(node), dict):
-            found.add(node)
-            left += [v[0] for v in (prompt[node].get("inputs") or {}).values() if is_link(v, prompt)]
-    return found
-
-
 def remembered(request: dict) -> dict:
     """A handler of prompts that are queued: the records of nodes that were asked for just this before. One that runs
     after all writes its own.
@@ -143,7 +86,7 @@ def remembered(request: dict) -> dict:
     if isinstance(prompt, dict) and isinstance(extra, dict) and _records:
         for node in run_by(prompt):
             if str(prompt[node].get("class_type")).startswith("Mira"):
-                extra.setdefault(PNG_KEY, Records()).update(_records.get(what_is_asked(prompt, node), {}))
+                extra.setdefault(PNG_KEY, Records()).update(_records.get(digest_of(prompt, node), {}))
         if not extra.get(PNG_KEY):
             extra.pop(PNG_KEY, None)
     return request

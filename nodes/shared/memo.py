@@ -13,7 +13,7 @@ from comfy.cli_args import args
 from torch import Tensor
 
 from ...sampler.resume import Left
-from ..editor.on_disk import is_link, place_in_list, what_is_asked, with_all_before
+from ..editor.graph import digest_of, is_link, place_in_list, with_all_before
 from ..host import Optimized
 
 PLAIN = (int, float, str, bool, type(None))
@@ -87,7 +87,7 @@ def graph_before(hidden: Any) -> dict[str, str] | None:
         before = with_all_before(prompt, [link[0] for link in links.values()])
         if any(_looks_beyond(kinds[prompt[node]["class_type"]]) for node in before):
             return None
-        return {k: f"{what_is_asked(prompt, link[0])}:{link[1]}" for k, link in links.items()}
+        return {k: f"{digest_of(prompt, link[0])}:{link[1]}" for k, link in links.items()}
     except Exception:  # a graph of another's making; what cannot be told costs a run, and no more
         return None
 

@@ -771,7 +771,7 @@ def test_an_editor_that_cannot_be_told_costs_no_image(world, no_room, caplog):
 
 def test_a_node_that_is_not_run_has_no_record_in_a_picture(prompt_server):
     """It may lie in the graph, without a link to what is saved."""
-    on_disk = mira("nodes.editor.on_disk")
+    graph = mira("nodes.editor.graph")
     prompt = {
         "1": {"class_type": "EmptyImage", "inputs": {"width": 64}},
         "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0]}},
@@ -779,9 +779,9 @@ def test_a_node_that_is_not_run_has_no_record_in_a_picture(prompt_server):
         "4": {"class_type": "MiraDemoModel", "inputs": {}},
         "5": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0]}},
     }
-    assert on_disk.run_by(prompt) == ["1", "2"]
+    assert graph.run_by(prompt) == ["1", "2"]
     prompt["2"]["inputs"]["images"] = ["5", 0]
-    assert on_disk.run_by(prompt) == ["2", "3", "4", "5"]
+    assert graph.run_by(prompt) == ["2", "3", "4", "5"]
 
 
 def test_nor_does_a_socket_that_fails(world, monkeypatch, prompt_server):
