@@ -5,7 +5,7 @@ network passes that each needed are counted (a backward pass as two forward ones
 where Algorithm 2 begins. The best of N images in the judge's eyes comes back (keep = incumbent). --clicks: instead,
 what ten choices are worth to a person who is shown several images at a time. Every run is kept in output/preference/
 and not repeated; its rows are gathered in docs/results/preference_rows.csv, from which --report makes preference.csv
-and preference_clicks.csv. The images go to preference_<reward>.jpg and preference_clicks_<reward>.jpg.
+and preference_clicks.csv. The images go to preference_<reward>.jpg.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def main() -> None:
     if args.report:
         return report()
     Store(RAW, {"animals": args.animals, "steps": STEPS, "seed": SEED})
-    methods, stem = (CHOICES, "preference_clicks") if args.clicks else (METHODS, "preference")
+    methods, shown = (CHOICES, RAW / "clicks") if args.clicks else (METHODS, OUT / "preference")
     world, judge = World(), judge_module.load_judge()
     animals = list(vocabulary.ANIMALS[: args.animals])
     for reward in REWARDS:
@@ -139,7 +139,7 @@ def main() -> None:
                 file_run(file, rows)
                 print(file.stem, flush=True)
             pictures.append(torch.load(file.with_suffix(".pt"), weights_only=True))
-        sheet(torch.cat(pictures), len(animals), OUT / f"{stem}_{reward}.jpg")
+        sheet(torch.cat(pictures), len(animals), shown.with_name(f"{shown.name}_{reward}.jpg"))
     report()
 
 
