@@ -11,7 +11,7 @@ const INK = { dark: ["#5b9cf5", "#f0a03c"], light: ["#1d5fbf", "#a04a00"] };
 const PART_DASHES = [[4, 3], [1, 3], [8, 4], [2, 2]];
 const HEIGHT = 150;
 
-const CSS = `
+export const CSS = `
 .mira-box { display: flex; flex-direction: column; gap: 4px; width: 100%; box-sizing: border-box;
   font: 12px/1.35 var(--mira-font, Inter, Arial, sans-serif); color: var(--fg-color, #ddd); }
 .mira-head { display: flex; gap: 6px; align-items: center; min-height: 22px; }
@@ -33,17 +33,6 @@ const CSS = `
 .mira-notices { color: var(--descrip-text, #999); white-space: pre-line; max-height: 96px; overflow-y: auto; }
 .mira-box [hidden] { display: none !important; }
 `;
-
-/** Styles for charts and choosers, once per page. */
-export function addStyles(document, href) {
-  if (document.getElementById("mira-styles")) return;
-  const link = document.createElement("link");
-  Object.assign(link, { rel: "stylesheet", href, id: "mira-uplot" });
-  const style = document.createElement("style");
-  style.id = "mira-styles";
-  style.textContent = CSS;
-  document.head.append(link, style);
-}
 
 function element(tag, className, attributes = {}) {
   const made = document.createElement(tag);

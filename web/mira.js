@@ -2,7 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { differences, whyNotTaken } from "./asked.js";
-import { addStyles, createChart } from "./chart.js";
+import { CSS as CHART_CSS, createChart } from "./chart.js";
 import { CSS as CHOICE_CSS, createChooser, heightOf, tabTitle, validChoice } from "./choice.js";
 import { migrated, presetAfter, presetValues, readBySome, unread } from "./layout.js";
 import { recordsOf } from "./png.js";
@@ -255,19 +255,23 @@ function untake(node) {
   delete node.properties[USUAL];
 }
 
+/** Styles for charts, texts and choosers, once per page. */
+function addStyles() {
+  if (document.getElementById("mira-styles")) return;
+  const link = document.createElement("link");
+  Object.assign(link, { rel: "stylesheet", href: new URL("./vendor/uPlot.min.css", import.meta.url).href });
+  const style = document.createElement("style");
+  Object.assign(style, { id: "mira-styles", textContent: CHART_CSS + CHOICE_CSS });
+  document.head.append(link, style);
+}
+
 function addCharted(node) {
-  addStyles(document, new URL("./vendor/uPlot.min.css", import.meta.url).href);
+  addStyles();
   const onTake = node.comfyClass === MONITOR ? null : (k, anew) => take(node, chart, k, anew).catch(warn);
   const onLook = (stored) => preview(node, stored).catch((problem) => console.warn("MIRA: no preview:", problem));
   const chart = createChart({ imageUrl, saveAs, onTake, onLook });
   const view = { ...node[VIEW], chart };
   if (node.comfyClass === PREFERENCE) {
-    if (!document.getElementById("mira-choice-styles")) {
-      const style = document.createElement("style");
-      style.id = "mira-choice-styles";
-      style.textContent = CHOICE_CSS;
-      document.head.append(style);
-    }
     view.chooser = createChooser({ imageUrl, onAnswer: answer });
     chart.inner.prepend(view.chooser.element);
     new MutationObserver(() => {
@@ -408,7 +412,7 @@ function showRun(node, chart, run) {
 }
 
 function addText(node) {
-  addStyles(document, new URL("./vendor/uPlot.min.css", import.meta.url).href);
+  addStyles();
   const { outer, inner } = textElement(document, TEXTS.get(node.comfyClass));
   addDom(node, "mira_text", outer, () => Math.min(Math.max(inner.scrollHeight + 8, 48), 248));
   const show = (output) => {

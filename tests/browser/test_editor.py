@@ -6,6 +6,8 @@ import base64
 import copy
 import io
 import json
+import math
+import time
 import uuid
 import zlib
 
@@ -874,8 +876,17 @@ def test_the_first_minute(own_editor):
         "() => { Object.assign(app.canvas.ds, { scale: 0.6, offset: [900, 900] }); app.canvas.setDirty(true, true); }"
     )
     editor.settle()
-    page.mouse.dblclick(420, 300)  # where nothing is
-    page.wait_for_function("() => document.activeElement?.tagName === 'INPUT'")  # the search has opened
+    clicked = [-math.inf]
+
+    def search_open() -> bool:  # a busy page may take a double click for two clicks: another one, after a while
+        if editor.js("() => document.activeElement?.tagName === 'INPUT'"):
+            return True
+        if time.monotonic() - clicked[0] > 5:
+            page.mouse.dblclick(420, 300)  # where nothing is
+            clicked[0] = time.monotonic()
+        return False
+
+    wait_for(editor, search_open, "the search")
     page.keyboard.type("MIRA Optimize KSampler")
     page.get_by_text("MIRA Optimize KSampler").first.wait_for()
     page.wait_for_timeout(700)
