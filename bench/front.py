@@ -32,7 +32,6 @@ Reward = mira("rewards.base").Reward
 JPEGSurrogate, PixelReward = mira("rewards.jpeg").JPEGSurrogate, mira("rewards.pixel").PixelReward
 guidance = mira("nodes.guidance")
 Settings = mira("sampler.optimize").Settings
-Score = mira("sampler.optimize").Score
 RAW, OUT = ROOT / "output" / "front", ROOT / "docs" / "results"
 COUNT = 15  # animals in a batch; --part 1 and 2 are the next ones
 STEPS, ITERATIONS, LR, SEED = 8, 10, 0.03, 0
@@ -292,16 +291,14 @@ def run_guided(world, judge, clip, reward: str, part: int) -> None:
     """DyMO's guidance from scale 0 on: one scale is one "iteration" of the rows."""
     observer = Observer(judge, clip, reward, part)
     positive = world.encode_batch(observer.prompts)
-    latent = torch.zeros(len(observer.prompts), 4, world.side, world.side)
+    latent, seed = torch.zeros(len(observer.prompts), 4, world.side, world.side), SEED + 1000 * part
+    noise, sigmas = comfy.sample.prepare_noise(latent, seed), world.sigmas(steps=STEPS)
+    sampler = comfy.samplers.sampler_object("euler_ancestral")
     for k, scale in enumerate(SCALES):
-        seed = SEED + 1000 * part
         with torch.inference_mode():
             guider = guidance.MiraDyMOGuider.execute(
                 world.model, positive, world.negative, world.vae, observer.real, 5.0, scale, 0.2, 1.0
             ).args[0]
-            noise = comfy.sample.prepare_noise(latent, seed)
-            sampler = comfy.samplers.sampler_object("euler_ancestral")
-            sigmas = world.sigmas(steps=STEPS)
             x0 = guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=seed + world.apart)
             images = host.decode(world.vae, x0).clone()
         observer(k, [{} for _ in observer.prompts], images)
