@@ -30,6 +30,8 @@ from .host.grad import (
     attention_of,
     block_place,
     blocks_checkpointed,
+    gaps_of,
+    leave_inference_mode_with,
     loaded,
     normal,
     pytorch_kernels,
@@ -265,7 +267,8 @@ class DyMOGuider(comfy.samplers.CFGGuider):
         patchers = [self.model_patcher, *self.loaded_models, *self.networks]
         options, wanted = self.model_options, torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         with loaded(patchers, 3 * need), training(), torch.set_grad_enabled(wanted):
-            self.conds, self.model_options = normal(self.conds), normal(options)
+            leave_inference_mode_with(self, options)
+            self.model_options = normal(options)
             try:
                 return super().inner_sample(
                     normal(noise), normal(latent_image), device, sampler, normal(sigmas), normal(denoise_mask),
@@ -317,7 +320,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
 
         def look():
             """(the prediction, the gradient of its reward, its length (B,))."""
-            with torch.enable_grad(), pytorch_kernels(), PLACES[self.place]():
+            with torch.enable_grad(), pytorch_kernels(), gaps_of(self)(), PLACES[self.place]():
                 state = x if x.requires_grad else x.detach().requires_grad_()
                 with self._thrifty():
                     denoised = super(DyMOGuider, self).predict_noise(state, timestep, options, seed)

@@ -30,6 +30,7 @@ from .host.grad import (
     Repeating,
     blocks_checkpointed,
     has_no_repeatable_way,
+    leave_inference_mode_with,
     loaded,
     normal,
     pytorch_kernels,
@@ -189,7 +190,7 @@ class _Attending(comfy.samplers.Sampler):
         patchers = [model_wrap.model_patcher, *model_wrap.loaded_models]
         need = 3 * inner.memory_required([2, *noise.shape[1:]])
         with loaded(patchers, need), training(), pytorch_kernels():
-            model_wrap.conds = normal(model_wrap.conds)
+            leave_inference_mode_with(model_wrap, extra_args["model_options"])
             try:
                 self.found = self._improve(
                     model_wrap, normal(sigmas), normal(extra_args), normal(noise), normal(latent_image)

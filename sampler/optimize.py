@@ -55,6 +55,7 @@ HELD_GAIN = 0.02  # of its gain so far: what an image that stands at its limit g
 AT_LIMIT = 0.98  # the share of its limit from which a drift stands at it
 INSIDE = 1 - 1e-4  # the share that a projection goes to: within the limit after rounding too
 MAX_HALVINGS = 3
+NOT_FINITE = "reward or gradient not finite"
 FLAT = "the gradient of its reward is zero, so that it cannot be optimised from here"
 
 
@@ -419,7 +420,7 @@ def _overflowed(evaluation: _Evaluation) -> Tensor:
 def _not_finite(k: int, evaluation: _Evaluation, active: Tensor) -> list[str]:
     """What the user should know of it, if anything."""
     images = torch.nonzero(~evaluation.finite & active).flatten().tolist()
-    return [f"image {b}: reward or gradient not finite at iteration {k}" for b in images]
+    return [f"image {b}: {NOT_FINITE} at iteration {k}" for b in images]
 
 
 def _check_noises(noises: Sequence[Tensor], settings: Settings) -> None:
@@ -493,9 +494,9 @@ def _step(state: _State, evaluation: _Evaluation, settings: Settings) -> None:
     finite, norms = evaluation.finite, evaluation.norms.cpu()
     bad = ~finite & state.active
     state.halvings = torch.where(finite, 0, state.halvings + bad)
-    state.end(bad & (state.halvings > MAX_HALVINGS), f"reward or gradient not finite {MAX_HALVINGS + 1} times in a row")
+    state.end(bad & (state.halvings > MAX_HALVINGS), f"{NOT_FINITE} {MAX_HALVINGS + 1} times in a row")
     if state.good is None:
-        state.end(bad, "reward or gradient of the plain sample not finite")
+        state.end(bad, f"{NOT_FINITE} on the plain sample")
     stepping, halving = finite & state.active, bad & state.active
     if settings.optimizer in NORMALIZED:
         scale = state.variables.count.cpu() ** 0.5 / norms.clamp(min=1e-20)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import logging
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import CellType
 from typing import Any, TypeVar
 
 import comfy.conds
@@ -26,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...sampler.memory import NO_ENGINE, offloaded, out_of_memory
 from .dynamic import is_dynamic
+from .patches import controls, things_in
 
 log = logging.getLogger("mira")
 T = TypeVar("T")
@@ -81,8 +84,14 @@ def leave_inference_mode(module: nn.Module) -> None:
             replace_tensors(getattr(module, part))
 
 
-def replace_tensors(thing: object) -> None:
-    """Plain tensors that an object holds, alone or in lists, tuples and dicts: means of a format, cached positions."""
+def replace_tensors(thing: Any) -> None:
+    """Plain tensors that an object or the cell of a closure holds, alone or in lists, tuples and dicts: means of a
+    format, cached positions.
+    """
+    if isinstance(thing, CellType):
+        if _holds_one(thing.cell_contents):
+            thing.cell_contents = normal(thing.cell_contents)
+        return
     for name, value in vars(thing).items():
         if name not in ("_parameters", "_buffers", "_modules") and _holds_one(value):
             vars(thing)[name] = normal(value)
@@ -94,6 +103,25 @@ def _holds_one(value: Any, depth: int = 2) -> bool:
     if depth and type(value) in (list, tuple, dict):
         return any(_holds_one(v, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
     return False
+
+
+def leave_inference_mode_with(guider: Any, model_options: dict) -> None:
+    """The same of conditioning, and of what patches bring along but the model itself. guider: the run's own copy."""
+    if hasattr(guider, "conds"):
+        guider.conds = normal(guider.conds)
+        for control in controls(guider.conds):
+            replace_tensors(control)  # the hint that it holds
+            if isinstance(network := getattr(control, "control_model", None), nn.Module):
+                leave_inference_mode(network)  # a ControlLora's is made for every sample
+    patcher = guider.model_patcher
+    known = {id(m) for m in patcher.model.modules()}
+    injected = [i for group in patcher.injections.values() for i in group]  # adapters beside the weights
+    for thing in itertools.chain.from_iterable(map(things_in, [model_options, *injected])):
+        if not isinstance(thing, nn.Module):
+            replace_tensors(thing)
+        elif id(thing) not in known:
+            leave_inference_mode(thing)
+            thing.requires_grad_(False)
 
 
 @contextmanager
@@ -319,6 +347,7 @@ OUT_OF_PLACE: dict[Callable, Callable] = {
     Tensor.mul_: torch.mul,
     Tensor.div_: torch.div,
 }
+LEAST_COVER = 1e-20  # the sum of the prompts' strengths at a pixel: a mask has none between this and 0
 NORMS = (nn.functional.layer_norm, nn.functional.rms_norm)
 
 
@@ -356,6 +385,25 @@ class NormsApart(OutOfPlace):
         elif func in OUT_OF_PLACE and args[0]._is_view():
             return func(*args, **kwargs or {})
         return super().__torch_function__(func, types, args, kwargs)
+
+
+class Uncovered(TorchFunctionMode):
+    """Where no prompt covers the image, ComfyUI divides nothing by 1e-37, and backward would overflow: by more than
+    that, which gives nothing all the same.
+    """
+
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        divides = func in (Tensor.div_, Tensor.__itruediv__)
+        if divides and torch.is_grad_enabled() and _called_by("comfy.samplers"):
+            args = (args[0], args[1].clamp(min=LEAST_COVER))
+        return func(*args, **(kwargs or {}))
+
+
+def gaps_of(guider: Any) -> Callable:
+    """The context in which a guider's prediction has a gradient where its prompts leave gaps."""
+    conds = [c for cs in getattr(guider, "conds", {}).values() for c in cs]
+    regional = any(c.get(part) is not None for c in conds for part in ("area", "mask", "strength"))
+    return Uncovered if regional else nullcontext
 
 
 # From one to the next where backward finds that something was overwritten, or that a gradient changes the prediction.

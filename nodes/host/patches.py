@@ -57,8 +57,10 @@ def patches_of(model_options: dict) -> list:
     return [*found, model_options.get("model_function_wrapper")]
 
 
-def networks_in(value: object, seen: set | None = None, depth: int = 6) -> Iterator[nn.Module]:
-    """Networks that patches bring along (hypernetworks, adapters): in containers, objects and closures."""
+def things_in(value: object, seen: set | None = None, depth: int = 6) -> Iterator[Any]:
+    """What patches bring along and may hold tensors in (hypernetworks, adapters, embeddings): networks, objects with
+    attributes, and cells of closures.
+    """
     seen = set() if seen is None else seen
     if depth < 0 or id(value) in seen or isinstance(value, (str, int, float, type, type(None), torch.Tensor)):
         return
@@ -73,10 +75,14 @@ def networks_in(value: object, seen: set | None = None, depth: int = 6) -> Itera
     elif isinstance(value, (list, tuple, set)):
         inner = list(value)
     elif callable(value) or type(value).__module__.split(".")[0] not in ("torch", "builtins"):
-        inner = [getattr(value, "__self__", None), *vars(value).values()] if hasattr(value, "__dict__") else []
-        inner += [c.cell_contents for c in getattr(value, "__closure__", None) or () if _filled(c)]
+        if hasattr(value, "__dict__"):
+            yield value
+            inner = [getattr(value, "__self__", None), *vars(value).values()]
+        cells = [c for c in getattr(value, "__closure__", None) or () if _filled(c)]
+        yield from cells
+        inner += [c.cell_contents for c in cells]
     for v in inner:
-        yield from networks_in(v, seen, depth - 1)
+        yield from things_in(v, seen, depth - 1)
 
 
 def _filled(cell: Any) -> bool:
@@ -85,6 +91,16 @@ def _filled(cell: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+def controls(conds: dict) -> list:
+    """The ControlNets and adapters in prepared conditioning, with those before them."""
+    found = []
+    for control in (c.get("control") for cs in conds.values() for c in cs):
+        while control is not None and control not in found:
+            found.append(control)
+            control = getattr(control, "previous_controlnet", None)
+    return found
 
 
 def keeping(model_options: dict) -> list:

@@ -43,12 +43,12 @@ from .grad import (
     Around,
     attention_of,
     blocks_checkpointed,
-    leave_inference_mode,
+    gaps_of,
+    leave_inference_mode_with,
     loaded,
     normal,
-    replace_tensors,
 )
-from .patches import keeping, named, networks_in
+from .patches import keeping, named
 from .samplers import StandIn, twin_of
 from .scoring import Scoring
 
@@ -209,19 +209,7 @@ class Process:
         process = copy.copy(self)
         process.sigmas, process.mask = normal(self.sigmas), normal(self.mask)
         process.latent_image, process.extra_args = normal(self.latent_image), normal(self.extra_args)
-        wrap = process.model_wrap  # the run's own copy of the guider
-        if hasattr(wrap, "conds"):
-            wrap.conds = normal(wrap.conds)
-            for control in controls(wrap.conds):
-                replace_tensors(control)  # the hint that it holds
-                if isinstance(network := getattr(control, "control_model", None), torch.nn.Module):
-                    leave_inference_mode(network)  # a ControlLora's is made for every sample
-        # Networks that patches bring along, but for the model itself, whose weights `loaded` has seen to.
-        known = {id(m) for m in self.inner.modules()}
-        for network in networks_in(self.extra_args["model_options"]):
-            if id(network) not in known:
-                leave_inference_mode(network)
-                network.requires_grad_(False)
+        leave_inference_mode_with(process.model_wrap, self.extra_args["model_options"])
         return process
 
     def signal(self, sigma: Tensor) -> Tensor:
@@ -530,6 +518,7 @@ class Process:
             options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", ()), capture]
 
         own = len(options.get("sampler_post_cfg_function", ()))
+        gaps = gaps_of(self.model_wrap)
 
         def escapes(kwargs: dict) -> bool:
             # CFG++ samplers add a function of theirs, and take the unconditional prediction out of it.
@@ -537,7 +526,7 @@ class Process:
 
         def call(x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            with self.place():
+            with gaps(), self.place():
                 out = model_k(x, sigma, **kwargs)
             if self.job.measured != "conditional":
                 return out
@@ -599,16 +588,6 @@ def remembers(predict: Callable[[Tensor], Tensor], one: Tensor, other: Tensor, h
 def in_brief(problem: BaseException) -> str:
     """What kind of error it is, and the first line of what it says."""
     return f"{type(problem).__name__}: {problem}".splitlines()[0]
-
-
-def controls(conds: dict) -> list:
-    """The ControlNets and adapters in prepared conditioning, with those before them."""
-    found = []
-    for control in (c.get("control") for cs in conds.values() for c in cs):
-        while control is not None and control not in found:
-            found.append(control)
-            control = getattr(control, "previous_controlnet", None)
-    return found
 
 
 class Chain:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...sampler.ending import within_memory
 from ...sampler.hybrid import hybrid
 from ...sampler.memory import DIFFERS, differs, out_of_memory, unlock
-from ...sampler.optimize import NoGradient, Result, Score
+from ...sampler.optimize import NOT_FINITE, NoGradient, Result, Score
 from ...sampler.replay import Segment
 from ...sampler.restart import Stretch, in_rounds, lengths, search_by_restarts
 from ...sampler.resume import Left, frozen, thawed
@@ -307,6 +307,12 @@ class _WorkingSampler(comfy.samplers.Sampler):
                 f"{named(extra_args['model_options'])}, and would change the optimised one again. Bypass it; of "
                 "Context Windows, turn freenoise off."
             )
+        conds = [c for cs in getattr(model_wrap, "conds", {}).values() for c in cs]
+        if conds and all("timestep_end" in c and sigmas[-2] < c["timestep_end"] for c in conds):
+            raise ValueError(
+                f"{job.node}: every conditioning ends before the last step, and ComfyUI predicts an empty image there: "
+                "let one last to the end (ConditioningSetTimestepRange: end 1)"
+            )
         process = Process(job, model_wrap, sigmas, extra_args, latent_image, denoise_mask)
         try:
             found = self._through(process, noise)
@@ -345,6 +351,9 @@ class _WorkingSampler(comfy.samplers.Sampler):
                 "the graph's own attention does not call the one that it is given, and may have no gradient: PyTorch's "
                 "is in its place but for the plain sample"
             )
+        patches = named(process.extra_args["model_options"])
+        if patches and any(NOT_FINITE in notice for notice in result.trace.notices):
+            process.tell(f"what is not finite may come from a patch of the model{patches}")
         for notice in process.notices:
             log.warning("%s: %s", job.node, notice)
         result.trace.notices += process.notices

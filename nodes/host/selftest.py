@@ -18,8 +18,8 @@ from ...sampler.ending import within_memory
 from ...sampler.memory import offloaded, out_of_memory
 from ...sampler.selftest import Checked, check
 from .grad import PLACES, both, has_no_repeatable_way, written_over
-from .patches import named
-from .process import Process, controls, in_brief, remembers
+from .patches import controls, named
+from .process import Process, in_brief, remembers
 
 log = logging.getLogger("mira")
 # How far off, relative, something may be where nothing is wrong: in full precision, in half precision.
@@ -55,15 +55,16 @@ def check_gradient(process: Process, noise: Tensor) -> None:
                 raise
             if "inference tensor" in said.lower():
                 raise RuntimeError(
-                    f"{job.node}: something in the graph remembers what it saw in the plain sample{patches}. "
-                    f"Bypass it. ({said})"
+                    f"{job.node}: something in the graph holds tensors of inference mode, which no gradient goes "
+                    f"through{patches}. Bypass it. ({said})"
                 ) from problem
             overwritten = written_over(problem)
             if not overwritten or process.place is PLACES[-1]:
                 raise RuntimeError(f"{job.node}: {name} has no gradient: {said}. {remedy}") from problem
         except (TypeError, AttributeError, KeyError) as problem:
+            why = ": perhaps something in the graph remembers earlier steps" if patches else ""
             raise RuntimeError(
-                f"{job.node}: {name} fails where a gradient is wanted ({in_brief(problem)}). {remedy}"
+                f"{job.node}: {name} fails where a gradient is wanted ({in_brief(problem)}){why}. {remedy}"
             ) from problem
         # One of the places loses what a model writes into a slice.
         lost = not overwritten and cut is None and checked.moved > apart

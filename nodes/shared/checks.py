@@ -230,7 +230,13 @@ def check_links(node: str, **given: Any) -> None:
         fits, source = LINKS[name]
         if not fits(value):
             raise ValueError(f"{node}: {name} is {_kind(value)}: connect {source}")
-    if "latent_image" in given and not torch.is_tensor(given["latent_image"].get("samples")):
+    samples = given.get("latent_image", {}).get("samples")
+    if getattr(samples, "is_nested", False):  # several latents of one sample, as ComfyUI has them for some models
+        raise ValueError(
+            f"{node}: latent_image holds several latents of one sample (video with audio), which no reward here sees: "
+            "connect an image's or a video's alone"
+        )
+    if "latent_image" in given and not torch.is_tensor(samples):
         raise ValueError(f"{node}: latent_image holds no latents: connect an Empty Latent Image, or a VAE Encode")
     vae = given.get("vae")
     if vae is not None and vae.first_stage_model is None:

@@ -167,10 +167,16 @@ def test_checkpointed_runs_equal_the_unchecked_one(world, memory):
     torch.testing.assert_close(checked.latent, unchecked.latent, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["euler_ancestral", "euler_ancestral_cfg_pp"])
-def test_gradient_of_every_noise_against_finite_differences(world, sampler, monkeypatch):
-    """Through CFG, UNet, VAE and reward: d reward / d z_t along its own gradient."""
+@pytest.mark.parametrize(
+    ("sampler", "prompted"), [("euler_ancestral", 1.0), ("euler_ancestral_cfg_pp", 1.0), ("euler_ancestral", 0.5)]
+)
+def test_gradient_of_every_noise_against_finite_differences(world, sampler, prompted, monkeypatch):
+    """Through CFG, UNet, VAE and reward: d reward / d z_t along its own gradient. prompted: the part of the picture
+    that the mask of its prompt covers; the rest has none, which ComfyUI divides by almost nothing.
+    """
     checked = []
+    mask = (torch.arange(64) < prompted * 64).float().expand(1, 64, 64)
+    positive = [[world.positive[0][0], {**world.positive[0][1], "mask": mask, "mask_strength": 1.0}]]
     original = runs.check_gradient
 
     def check(process, noise):
@@ -196,7 +202,7 @@ def test_gradient_of_every_noise_against_finite_differences(world, sampler, monk
         checked.append(len(gradients))
 
     monkeypatch.setattr(runs, "check_gradient", check)
-    world.optimize(steps=4, iterations=1, sampler=sampler)
+    world.optimize(steps=4, iterations=1, sampler=sampler, cfg=12.0, positive=positive)
     assert checked == [4]
 
 

@@ -417,6 +417,13 @@ def test_bad_input_is_named_before_any_sampling(world, monkeypatch, changes, mes
         optimize(world, **changes)
 
 
+def test_latents_of_several_kinds_are_refused(world):
+    """As ComfyUI has them for video with audio."""
+    nested = pytest.importorskip("comfy.nested_tensor").NestedTensor([torch.zeros(1, 4, 8, 8), torch.zeros(1, 8, 9)])
+    with pytest.raises(ValueError, match="MIRA Optimize KSampler: latent_image holds several latents of one sample"):
+        optimize(world, latent_image={"samples": nested})
+
+
 def test_a_reward_without_gradient_and_one_without_its_prompt_are_refused(world):
     class BlackBox(PixelReward):
         def __init__(self):

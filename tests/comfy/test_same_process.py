@@ -375,6 +375,28 @@ def test_a_patch_in_a_part_of_the_schedule_is_seen(world, part):
         assert rows(done)[1] > rows(done)[0]
 
 
+def test_a_patch_whose_gradient_is_not_finite_where_none_looked_is_named(world):
+    def no_slope(args):
+        x = args["denoised"]
+        return x + 0 * (0 * x).abs().sqrt() if 2 < args["sigma"].max() < 6 else x
+
+    model = world.model.clone()
+    model.set_model_sampler_post_cfg_function(no_slope)
+    notices = run(world, model=model, sampler="euler", steps=9, iterations=1, beta=0).result.trace.notices
+    assert any("not finite at iteration 0" in n for n in notices)
+    assert any(n.startswith("what is not finite may come from a patch") and "test_same_process" in n for n in notices)
+
+
+def test_a_schedule_that_outlasts_every_conditioning_is_refused(world, monkeypatch):
+    def until(percent, conditioning):
+        return [[tokens, {**more, "start_percent": 0.0, "end_percent": percent}] for tokens, more in conditioning]
+
+    early, negative = until(0.5, world.positive), until(0.5, world.negative)
+    with pytest.raises(ValueError, match=r"every conditioning ends before the last step.*let one last to the end"):
+        run(world, positive=early, negative=negative, steps=4)
+    assert run(world, positive=early, steps=4).result.trace.rows
+
+
 @pytest.mark.parametrize("sampler", ["uni_pc", "uni_pc_bh2"])
 def test_a_sampler_that_writes_into_the_sigmas_leaves_them_alone(world, sampler):
     """Else they would end above 0, where nothing can restart, and in the graph for whoever comes after."""
@@ -992,13 +1014,43 @@ class Hypernetwork:
         return self
 
 
-def test_patches_may_bring_networks(world):
-    """Hypernetworks: made in inference mode like everything else."""
+class Scaled:
+    """A patch that holds a plain tensor."""
+
+    def __init__(self):
+        self.by = torch.linspace(0.5, 1.5, 32)
+
+    def __call__(self, q, k, v, extra_options):
+        return q * self.by, k, v
+
+
+def scaled():
+    by = torch.linspace(0.5, 1.5, 32)
+    return lambda q, k, v, extra_options: (q * by, k, v)
+
+
+@pytest.mark.parametrize("patch", [Hypernetwork, Scaled, scaled])
+def test_patches_may_bring_networks_and_tensors(world, patch):
+    """Made in inference mode like everything else."""
     with torch.inference_mode():
         model = world.model.clone()
-        model.set_model_attn2_patch(Hypernetwork())
+        model.set_model_attn2_patch(patch())
     done = run(world, Settings(iterations=2, lr=0.02), model=model, steps=3, sampler="euler")
-    assert torch.equal(done.plain, world.ksampler(model=model, steps=3, sampler="euler"))
+    stock = world.ksampler(model=model, steps=3, sampler="euler")
+    assert torch.equal(done.plain, stock) and not torch.equal(stock, world.ksampler(steps=3, sampler="euler"))
+    assert rows(done)[-1] > rows(done)[0]
+
+
+@pytest.mark.every_host
+@pytest.mark.skipif(not hasattr(comfy.sd, "load_bypass_lora_for_models"), reason="this ComfyUI has no such LoRAs")
+def test_adapters_beside_the_weights(world):
+    """Load LoRA (Bypass), from a file in half precision."""
+    with torch.inference_mode():
+        lora = {k: v.half() for k, v in random_lora(world.model, 0.3, ("to_q", "to_out.0")).items()}
+        model = comfy.sd.load_bypass_lora_for_models(world.model, None, lora, 1.0, 0)[0]
+    done = run(world, Settings(iterations=2, lr=0.02), model=model, steps=3, sampler="euler")
+    stock = world.ksampler(model=model, steps=3, sampler="euler")
+    assert torch.equal(done.plain, stock) and not torch.equal(stock, world.ksampler(steps=3, sampler="euler"))
     assert rows(done)[-1] > rows(done)[0]
 
 

@@ -177,7 +177,7 @@ def test_an_image_whose_gradient_never_fits_leaves_the_others_their_loss_scale()
     rewards = [row["reward"] for row in result.trace.of(0)]
     assert all(b > a for a, b in itertools.pairwise(rewards)) and len(rewards) == 7
     assert result.trace.kept == [6, 0]
-    assert result.trace.reasons[1].startswith("reward or gradient of the plain sample not finite")
+    assert result.trace.reasons[1].startswith("reward or gradient not finite on the plain sample")
 
 
 def test_an_image_whose_reward_is_flat_does_not_stop_the_others():
@@ -373,7 +373,7 @@ def test_not_finite_for_good_gives_up_with_the_best():
 
 def test_a_plain_sample_that_is_not_finite_ends_at_once():
     result = run(Settings(iterations=5), lambda x0: Score(x0.flatten(1).mean(1) * math.nan, {}, x0.detach()))
-    assert result.reason == "reward or gradient of the plain sample not finite"
+    assert result.reason == "reward or gradient not finite on the plain sample"
     assert len(result.trace.of(0)) == 1
 
 
