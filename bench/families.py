@@ -25,7 +25,7 @@ from testing.families import FAMILIES, known, make
 from testing.pack import ROOT, mira
 from testing.world import World, host
 
-grad, selftest = mira("nodes.host.grad"), mira("nodes.host.selftest")
+kernels, selftest = mira("nodes.host.kernels"), mira("nodes.host.selftest")
 check = mira("sampler.selftest").check
 
 POLICIES = ("none", "per_step", "per_block")
@@ -71,7 +71,7 @@ def rises(done) -> bool:
 
 def exactness(world: World, name: str) -> float:
     """The relative error of a step's gradient in float64, which ComfyUI's fused kernels do not know."""
-    with self_tests(in_float64) as found, grad.training(gradient=False), grad.pytorch_kernels():
+    with self_tests(in_float64) as found, kernels.training(gradient=False), kernels.pytorch_kernels():
         optimize(world, make(name, "float64"), memory="none")
     return max(max(c.wrong, c.lacks) for c in found)
 

@@ -90,7 +90,7 @@ def predictor(process, noise) -> Callable:
         held[:] = [model_k, extra_args]
         return x
 
-    process._run(noise, function, {})
+    process.through_sampler(noise, function, {})
     model_k, extra = held
     import comfy.model_patcher
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from testing.pack import mira, with_comfyui
 
 with_comfyui(sdpa=True)
-grad, memory = mira("nodes.host.grad"), mira("sampler.memory")
+blocks, memory = mira("nodes.host.blocks"), mira("sampler.memory")
 aesthetic, clip, networks = mira("rewards.aesthetic"), mira("rewards.clip"), mira("rewards.networks")
 files, image_reward, jpeg, pixel = (mira(f"rewards.{m}") for m in ("files", "image_reward", "jpeg", "pixel"))
 
@@ -119,7 +119,7 @@ def measure(reward, device: torch.device) -> dict:
     image = torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(0)).to(device)
     for module in reward.modules:
         module.to(device)
-    checkpointed = [within for m in reward.modules if (within := grad.blocks_checkpointed(m, nullcontext))]
+    checkpointed = [within for m in reward.modules if (within := blocks.blocks_checkpointed(m, nullcontext))]
 
     def score(x):
         return reward.score(x, PROMPT).sum()

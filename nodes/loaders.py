@@ -22,7 +22,7 @@ from ..rewards.networks import ENCODERS, NAMES, clip_image_half, clip_of, name_o
 from ..rewards.preprocess import Preprocessing, crop_torchvision, crop_transformers, pad_longest
 from ..sampler.memory import out_of_memory
 from .host.dynamic import static
-from .host.grad import OutOfPlace
+from .host.places import OutOfPlace
 from .shared import files
 from .shared.checks import check_values
 from .shared.types import aliases, reward_output

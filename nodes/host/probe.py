@@ -14,7 +14,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from .grad import leave_inference_mode
+from .inference_mode import leave_inference_mode
 from .replay import ReplaySampler
 from .samplers import StandIn, Twins
 

@@ -1,4 +1,4 @@
-"""The adapter to ComfyUI: its guiders, samplers, memory and inference mode, seen from the core.
+"""ComfyUI's sampling as a differentiable process: its guiders and samplers, seen from the core.
 
 The optimisation runs inside one `guider.sample(...)`, as a Sampler of our own, so that conditioning, ControlNets,
 hooks and LoRAs are prepared by ComfyUI exactly as for a plain sample.
@@ -8,53 +8,39 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
-import comfy.sample
 import comfy.samplers
-import comfy.utils
-import psutil
 import torch
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...rewards.base import Reward
 from ...sampler.ending import within_memory
-from ...sampler.optimize import Result, Settings
-from ...sampler.preference import PreferenceSettings
 from ...sampler.restart import Stretch, tail
-from ...sampler.resume import Left
-from ...sampler.rollout import USABLE, NoiseSource, Rollout, difference, draw
-from ...sampler.search import METHODS, SearchSettings
+from ...sampler.rollout import NoiseSource, Rollout, difference, draw
 from ...sampler.seeds import Start, another, fresh, stream
+from .blocks import blocks_checkpointed
 from .dynamic import static
 from .generators import RandomState, random_state, same_state
-from .grad import (
-    Around,
-    attention_of,
-    blocks_checkpointed,
-    gaps_of,
-    leave_inference_mode_with,
-    loaded,
-    normal,
-)
+from .inference_mode import leave_inference_mode_with, normal
+from .job import Job, why_no_restart
+from .kernels import Around, attention_of
+from .loading import EVERYTHING, free_bytes, loaded, patcher_of
 from .patches import keeping, named
+from .places import Place, gaps_of
 from .samplers import StandIn, twin_of
 from .scoring import Scoring
 
 log = logging.getLogger("mira")
-CPU_BATCH = 16  # images
-KEPT_FOR_BACKWARD = 8  # times the memory of a forward pass, about
 APART = (0.002, 0.02)  # a prediction, from the same a moment before; in half precision
 SEEN_IMAGE = "what unCLIP shows is noised by the given seed, for other seeds too: KSampler's pictures of those differ"
 RESTART = 2**20  # the number of the first restart's seed, beyond all candidates'
@@ -64,87 +50,6 @@ IMAGE_APART = (0.1, 0.25)
 KEEPING_APART = (0.01, 0.25)  # where a patch keeps something from step to step, and might have begun with it
 KEEPING_SAME = (1e-4, 1e-2)  # and of a step that is computed again, which is the same bits where nothing is kept
 LOSS_SCALE = 2.0**10  # in float16: gradients of a mean over pixels are near its smallest numbers
-EVERYTHING = 1e30  # bytes, more than any device has
-INTERRUPTS = (comfy.model_management.InterruptProcessingException,)
-
-
-SCALES = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of an empty latent that was made for another model
-
-
-def samples_of(model: ModelPatcher, latent: dict) -> Tensor:
-    """The latents as the model works on them, as KSampler finds them: an empty one has no channels of its own."""
-    known = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters
-    scales = {name: latent.get(name) for name in SCALES if name in known}
-    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **scales)
-
-
-class WholePatcher(ModelPatcher):
-    """Of a network that is on the device whole or not at all: a part that ComfyUI leaves behind comes when it is used
-    in ComfyUI's own layers, and nowhere else.
-    """
-
-    def partially_load(self, device_to: torch.device, extra_memory: float = 0, *args: Any, **kwargs: Any) -> int:
-        return super().partially_load(device_to, EVERYTHING, *args, **kwargs)
-
-    def partially_unload(self, *args: Any, **kwargs: Any) -> int:
-        return 0  # ComfyUI then takes it away whole
-
-
-def patcher_of(module: nn.Module) -> ModelPatcher:
-    """One ModelPatcher per reward network, kept on it, so that ComfyUI's memory management knows it."""
-    if not hasattr(module, "mira_patcher"):
-        management = comfy.model_management
-        module.mira_patcher = WholePatcher(
-            module, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
-        )
-    return module.mira_patcher
-
-
-@dataclass
-class Job:
-    """What to optimise, in ComfyUI's own types. prompts: one per image, for rewards that need them.
-
-    node: the node's title, for messages. notices: what the user should know of the inputs. initial: seed -> the initial
-    noise that the graph gives for it; without one, any. repeatable: the same bits every time, on a GPU too.
-    restart_sigmas: share of the schedule -> the sigmas of a restart; without one, the tail of `sigmas`. resume: what a
-    run of the same job left, to go on from.
-    """
-
-    guider: Any
-    sampler: Any
-    sigmas: Tensor
-    noise: Tensor
-    latent: Tensor
-    vae: Any
-    reward: Reward | None
-    settings: Settings | PreferenceSettings | SearchSettings
-    node: str = "MIRA"
-    seed: int = 0
-    initial: Callable[[int], Tensor] | None = None
-    restart_sigmas: Callable[[float], Tensor] | None = None
-    mask: Tensor | None = None
-    prompts: Sequence[str] = ()
-    notices: Sequence[str] = ()
-    weighting: str = "marginal"
-    measured: str = "guided"
-    gradient_steps: int = 0
-    memory: str = "auto"
-    repeatable: bool = True
-    gradient: bool = True  # whether the work needs one through the model
-    resume: Left | None = None
-    on_iteration: Callable = lambda k, rows, score: None
-    on_seed: Callable = lambda count: None
-
-
-def why_no_restart(sigmas: Tensor, initial: Tensor) -> str | None:
-    """Why a restart would mean nothing in such a run, in words; None where it does. initial: z_T."""
-    if len(sigmas) < 3:
-        return "a schedule of one step has no level in between"
-    if sigmas[-1] > 0:
-        return "the sigmas end above 0, and what comes out is no image yet"
-    if not initial.any():
-        return "the graph adds no noise of its own (leftover noise in the latent)"
-    return None
 
 
 class Process:
@@ -162,7 +67,7 @@ class Process:
         self.extra_args = extra_args
         self.inner = model_wrap.inner_model
         self.flow = isinstance(self.inner.model_sampling, comfy.model_sampling.CONST)
-        self.place: Callable = nullcontext  # the self-test may change it
+        self.place = Place()  # the self-test may change it
         self.rollout: Rollout | None = None
         self.rolling: list[Process] = []  # which have a rollout: this one, and the stretches of it
         self.scoring = Scoring(job.node, self.vae, job.reward, job.prompts, self.inner.process_latent_out)
@@ -376,7 +281,7 @@ class Process:
         with loaded(self.patchers, 2 * need, self.job.gradient):
             yield
 
-    def _run(self, noise: Tensor, function: Callable, options: dict) -> Tensor:
+    def through_sampler(self, noise: Tensor, function: Callable, options: dict) -> Tensor:
         """ComfyUI's own sampler object, with `function` and `options` in place of its own. Without a callback, and
         without a progress bar: the options that `function` is called with say so.
         """
@@ -393,7 +298,7 @@ class Process:
                 extra_args, call = denoiser(model_k, extra_args)
                 return twin(StandIn(model_k, call), x, sigmas, extra_args=extra_args, **options)
 
-            return self._run(noise, function, options)
+            return self.through_sampler(noise, function, options)
 
     def plain(self, noise: Tensor, source: NoiseSource, wrap: Callable) -> Tensor:
         """ComfyUI's own sample, bit for bit, with its noises and random states seen on their way."""
@@ -415,7 +320,7 @@ class Process:
 
     def differentiable(self, noise: Tensor, source: NoiseSource, wrap: Callable) -> Tensor:
         def denoiser(model_k: Any, extra_args: dict) -> tuple[dict, Callable]:
-            extra_args, call = self._network(model_k, extra_args)
+            extra_args, call = self.network(model_k, extra_args)
             return extra_args, wrap(call)
 
         self.begin()
@@ -504,7 +409,7 @@ class Process:
                 f"{self.remembered}"
             )
 
-    def _network(self, model_k: Any, extra_args: dict) -> tuple[dict, Callable]:
+    def network(self, model_k: Any, extra_args: dict) -> tuple[dict, Callable]:
         """The denoiser with everything in it that has a backward; (guided, conditional) where both are wanted."""
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
         options.setdefault("transformer_options", {})["optimized_attention_override"] = self.attention
@@ -539,29 +444,6 @@ class Process:
         call.escapes = escapes  # type: ignore[attr-defined]
         return {**extra_args, "model_options": options}, call
 
-    def within_chain(self, noise: Tensor, work: Callable[[Chain], Result]) -> Result:
-        """`work` inside ComfyUI's sampler call, where a run can be stopped and continued at any noise level."""
-        found: list[Result] = []
-
-        def function(model_k: Any, x: Tensor, sigmas: Tensor, extra_args: dict, **options: Any) -> Tensor:
-            found.append(work(Chain(self, model_k, extra_args)))
-            return x
-
-        self._run(noise, function, {})
-        return found[0]
-
-    def most_particles(self, settings: SearchSettings) -> int:
-        """How many particles of the whole batch probably fit at once."""
-        shape = list(self.job.latent.shape)
-        each = self.inner.memory_required([2 * shape[0], *shape[1:]])
-        each += self.vae.memory_used_decode(shape, self.vae.vae_dtype)
-        if METHODS[settings.method].gradient:
-            each *= KEPT_FOR_BACKWARD
-        fit = int(USABLE * self.free_bytes() / each)  # running out of memory halves what runs at once
-        if comfy.model_management.get_torch_device().type == "cpu":
-            fit = min(fit, CPU_BATCH // shape[0])  # larger batches only cost memory there, and time to get it
-        return max(1, min(settings.particles, fit))
-
     def free_bytes(self) -> float:
         """What is free, and what models in dynamic VRAM would give back, where there are such."""
         patcher = self.model_wrap.model_patcher
@@ -575,7 +457,7 @@ class Process:
     def blocks(self) -> Callable | None:
         if not self.has_blocks:
             return None
-        return blocks_checkpointed(self.inner.diffusion_model, lambda: self.place(), random=self.draws)
+        return blocks_checkpointed(self.inner.diffusion_model, self.place, random=self.draws)
 
 
 def remembers(predict: Callable[[Tensor], Tensor], one: Tensor, other: Tensor, half: bool) -> bool:
@@ -588,101 +470,3 @@ def remembers(predict: Callable[[Tensor], Tensor], one: Tensor, other: Tensor, h
 def in_brief(problem: BaseException) -> str:
     """What kind of error it is, and the first line of what it says."""
     return f"{type(problem).__name__}: {problem}".splitlines()[0]
-
-
-class Chain:
-    """ComfyUI's own sampler function in pieces, on particles of the whole batch: `particles.Chain`."""
-
-    def __init__(self, process: Process, model_k: Any, extra_args: dict) -> None:
-        self.process, self.model_k, self.extra_args = process, model_k, extra_args
-
-    def of(self, z_T: Tensor) -> Chain:
-        """What a mask leaves out is noised with a particle's own noise, unless the sampler draws one for it."""
-        if self.process.mask is None or getattr(self.process.job.sampler, "inpaint_options", {}).get("random"):
-            return self
-        model_k = copy.copy(self.model_k)
-        model_k.noise = z_T.to(model_k.noise)
-        return Chain(self.process, model_k, self.extra_args)
-
-    def _on(self, count: int) -> tuple[object, dict, Callable]:
-        """(model, extra_args, denoiser) for `count` latents: what belongs to the batch, once for every particle."""
-        process, model_k, extra_args = self.process, copy.copy(self.model_k), dict(self.extra_args)
-        rounds = count // len(process.job.latent)
-
-        def tiled(t: Tensor) -> Tensor:
-            return t.repeat(rounds, *[1] * (t.ndim - 1)) if t is not None and 1 < len(t) < count else t
-
-        model_k.latent_image, model_k.noise = tiled(model_k.latent_image), tiled(model_k.noise)
-        extra_args["denoise_mask"] = tiled(extra_args.get("denoise_mask"))
-        extra_args, call = process._network(model_k, extra_args)
-        return model_k, extra_args, call
-
-    def remembers(self, z_T: Tensor) -> bool:
-        """Whether what a model predicts for one particle depends on the one before it. Guidance may keep its last step:
-        asked in the middle, since where sigma rises that begins anew.
-        """
-        process = self.process
-        step = min(len(process.sigmas) // 2, len(process.sigmas) - 2)
-        sigma, first = process.sigmas[step], process.sigmas[0]
-        scale = ((sigma**2 + 1) / (first**2 + 1)).sqrt()
-        one, other = (self.start(z.to(z_T)) * scale for z in (z_T, fresh([z_T], stream(process.job.seed, 1))[0]))
-
-        def predict(x: Tensor) -> Tensor:
-            _, extra_args, call = self._on(len(x))
-            with process.random(step):
-                out = call(x, sigma.expand(len(x)), **extra_args)
-            return out[0] if isinstance(out, tuple) else out
-
-        process.begin()
-        return remembers(predict, one, other, process.half)
-
-    def start(self, z_T: Tensor) -> Tensor:
-        process = self.process
-        full = process.job.sampler.max_denoise(process.model_wrap, process.sigmas)
-        sampling = process.inner.model_sampling
-        return sampling.noise_scaling(process.sigmas[0], z_T, process.latent_image, full)
-
-    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
-        self.process.begin()
-        _, extra_args, call = self._on(len(x))
-        out = self.process.rollout.predict(call, x, sigma, extra_args)
-        return out[0] if isinstance(out, tuple) else out
-
-    def segment(self, x: Tensor, i: int, j: int, source: NoiseSource, wrap: Callable) -> Tensor:
-        process = self.process
-        process.begin()  # particles take turns, so what follows the steps finds its place anew
-        model_k, extra_args, call = self._on(len(x))
-        numbers = itertools.count(i)
-
-        def drawing(x: Tensor, sigma: Tensor, **kwargs: Any) -> Any:
-            with process.random(next(numbers)):  # exact where a step is one call
-                return call(x, sigma, **kwargs)
-
-        drawing.escapes = call.escapes  # type: ignore[attr-defined]
-        sigmas = process.sigmas[i : j + 1]
-        model = StandIn(model_k, wrap(drawing))
-        with twin_of(process.job.sampler, source) as (twin, options):
-            return twin(model, x, sigmas, extra_args=extra_args, callback=None, disable=True, **options)
-
-
-def free_bytes() -> float:
-    device = comfy.model_management.get_torch_device()
-    return comfy.model_management.get_free_memory(device)
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def used_bytes() -> float:
-    """Peak memory of the GPU, or this process's resident memory on a CPU."""
-    device = comfy.model_management.get_torch_device()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss

@@ -16,7 +16,8 @@ from torch import Tensor
 from ...sampler.keep import chosen
 from ...sampler.replay import Segment
 from ...sampler.restart import tail
-from .grad import attention_of, repeatable
+from .kernels import attention_of
+from .repeating import repeatable
 from .samplers import twin_of
 
 

@@ -15,7 +15,8 @@ from ...sampler.ending import attempt
 from ...sampler.restart import tail
 from ...sampler.rollout import per_image
 from ...sampler.seeds import another, fresh, stream
-from .process import INTERRUPTS, RESTART, why_no_restart
+from .job import INTERRUPTS, why_no_restart
+from .process import RESTART
 
 NUMBER = RESTART - 1  # of its seed: those from RESTART on are a run's own restarts
 

@@ -27,30 +27,16 @@ from ...sampler.search import METHODS, SearchSettings, search
 from ...sampler.seeds import Start, best_of
 from ...sampler.statistics import expected, noise_statistics
 from ...sampler.trace import Trace
+from .chain import Chain, most_particles, within_chain
 from .dynamic import on_one_device, static_guider
-from .grad import (
-    give_up_repeating,
-    has_no_engine,
-    has_no_repeatable_way,
-    normal,
-    pytorch_kernels,
-    repeatable,
-    training,
-    written_over,
-)
+from .inference_mode import normal
+from .job import INTERRUPTS, Job
+from .kernels import pytorch_kernels, training
+from .loading import free_bytes, reset_peak, synchronize, used_bytes
 from .patches import named, names_of_keeping, why_no_gradient, why_not_two
-from .process import (
-    INTERRUPTS,
-    RESTART,
-    Chain,
-    Job,
-    Process,
-    free_bytes,
-    in_brief,
-    reset_peak,
-    synchronize,
-    used_bytes,
-)
+from .places import written_over
+from .process import RESTART, Process, in_brief
+from .repeating import give_up_repeating, has_no_engine, has_no_repeatable_way, repeatable
 from .replay import ReplayNoise, ReplaySampler, described
 from .selftest import check_backward, check_gradient
 
@@ -261,7 +247,7 @@ def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
         return search_by_restarts(sample, process.scoring.score, settings, steps=len(process.sigmas) - 1, **options)
 
     def found(chain: Chain) -> Result:
-        most, patches = process.most_particles(settings), named(process.extra_args["model_options"])
+        most, patches = most_particles(process, settings), named(process.extra_args["model_options"])
         if patches and METHODS[settings.method].steers and chain.remembers(noises[0]):
             raise RuntimeError(
                 f"{process.job.node}: something in the graph remembers earlier steps{patches}, and the method "
@@ -275,7 +261,7 @@ def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
                 on_plain=process.compare, **options,
             )  # fmt: skip
 
-    return process.within_chain(noises[0], found)
+    return within_chain(process, noises[0], found)
 
 
 class _WorkingSampler(comfy.samplers.Sampler):

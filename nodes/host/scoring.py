@@ -20,7 +20,8 @@ from ...sampler.ending import within_memory
 from ...sampler.memory import offloaded, saved_bytes
 from ...sampler.optimize import Score
 from ...sampler.rollout import Rollout
-from .grad import block_place, blocks_checkpointed, without_tf32
+from .blocks import block_place, blocks_checkpointed
+from .kernels import without_tf32
 
 log = logging.getLogger("mira")
 T = TypeVar("T")

@@ -17,9 +17,11 @@ from torch import Tensor
 from ...sampler.ending import within_memory
 from ...sampler.memory import offloaded, out_of_memory
 from ...sampler.selftest import Checked, check
-from .grad import PLACES, both, has_no_repeatable_way, written_over
+from .blocks import both
 from .patches import controls, named
+from .places import written_over
 from .process import Process, in_brief, remembers
+from .repeating import has_no_repeatable_way
 
 log = logging.getLogger("mira")
 # How far off, relative, something may be where nothing is wrong: in full precision, in half precision.
@@ -59,7 +61,7 @@ def check_gradient(process: Process, noise: Tensor) -> None:
                     f"through{patches}. Bypass it. ({said})"
                 ) from problem
             overwritten = written_over(problem)
-            if not overwritten or process.place is PLACES[-1]:
+            if not overwritten or process.place.is_last:
                 raise RuntimeError(f"{job.node}: {name} has no gradient: {said}. {remedy}") from problem
         except (TypeError, AttributeError, KeyError) as problem:
             why = ": perhaps something in the graph remembers earlier steps" if patches else ""
@@ -68,8 +70,8 @@ def check_gradient(process: Process, noise: Tensor) -> None:
             ) from problem
         # One of the places loses what a model writes into a slice.
         lost = not overwritten and cut is None and checked.moved > apart
-        if overwritten or (lost and process.place is not PLACES[-1]):
-            process.place = PLACES[PLACES.index(process.place) + 1]
+        if overwritten or (lost and not process.place.is_last):
+            process.place.go_on()
             return check_gradient(process, noise)  # from the start: what was found in a place says nothing of the next
         if cut is None:
             found.append(checked)
@@ -164,7 +166,7 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
     in_parts = not known and (patched or controls(getattr(process.model_wrap, "conds", {})))
 
     def function(model_k: Any, x: Tensor, sigmas: Tensor, extra_args: dict, **options: Any) -> Tensor:
-        extra_args, call = process._network(model_k.inner_model, extra_args)
+        extra_args, call = process.network(model_k.inner_model, extra_args)
         extra_args.pop("denoise_mask", None)  # a mask is no business of the network's
         last, looked = len(sigmas) - 2, dict[int, Checked]()
         begins = max(0, last + 1 - process.job.gradient_steps) if process.job.gradient_steps else 0
@@ -227,5 +229,5 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
 
     # Some guiders add what counts as a constant here, and not in a finite difference.
     with getattr(process.model_wrap, "without_constants", nullcontext)():
-        process._run(noise, function, {})
+        process.through_sampler(noise, function, {})
     return found[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...rewards.base import Reward, of_whole_images
 from ..host import patcher_of
-from ..host.grad import without_tf32
+from ..host.kernels import without_tf32
 from .images import to_core
 
 CHUNK = 8  # images that a scorer sees at once

@@ -16,7 +16,7 @@ import torch
 from mira.nodes import host
 from mira.nodes.guidance import MiraRLGuidance
 from mira.nodes.host import dynamic as vram
-from mira.nodes.host import grad
+from mira.nodes.host import inference_mode, loading
 from mira.sampler.search import SearchSettings
 
 from testing.networks import SMALL, random_lora, random_unet, thin_vae, with_control
@@ -51,7 +51,7 @@ def vae():
 
 
 def weights(patcher):
-    return {k: (id(p), grad.made_in_inference_mode(p)) for k, p in patcher.model.named_parameters()}
+    return {k: (id(p), inference_mode.made_in_inference_mode(p)) for k, p in patcher.model.named_parameters()}
 
 
 def test_the_fake_does_what_dynamic_vram_does(world, model):
@@ -266,7 +266,7 @@ def test_another_network_that_cannot_be_made_to_stay_is_refused_before_sampling(
 
 def test_a_model_that_cannot_be_made_to_stay_is_refused_by_name(world, model):
     refused = pytest.raises(RuntimeError, match=r"BaseModel.*in dynamic VRAM.*--disable-dynamic-vram")
-    with refused, grad.loaded([world.model, model], 0):
+    with refused, loading.loaded([world.model, model], 0):
         pass
 
 

@@ -15,7 +15,7 @@ import comfy.sd
 import pytest
 import torch
 from mira.nodes import demo, host
-from mira.nodes.host import grad, probe, runs
+from mira.nodes.host import inference_mode, probe, runs
 from mira.nodes.shared.inputs import schedule
 from mira.rewards.combine import WeightedSum
 from mira.rewards.pixel import PixelReward
@@ -209,9 +209,9 @@ def test_gradient_of_every_noise_against_finite_differences(world, sampler, prom
 def test_weights_made_in_inference_mode_are_replaced_once(world):
     with torch.inference_mode():
         model = demo.load_model()
-        assert grad.made_in_inference_mode(next(model.model.parameters()))
+        assert inference_mode.made_in_inference_mode(next(model.model.parameters()))
     world.optimize(model=model, iterations=1)
-    assert not any(grad.made_in_inference_mode(p) for p in model.model.parameters())
+    assert not any(inference_mode.made_in_inference_mode(p) for p in model.model.parameters())
 
 
 def test_weights_that_ask_for_gradients_get_none_and_ask_again(world):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from mira.nodes import demo, host
 from mira.nodes.guidance import MiraDyMOGuider, MiraRLGuidance
-from mira.nodes.host import grad
+from mira.nodes.host import inference_mode
 from mira.nodes.host.dynamic import is_dynamic
 from mira.nodes.host.restart import FinalRestart
 from mira.nodes.initno import MiraInitNONoise
@@ -44,7 +44,7 @@ def test_a_network_without_a_latent_format_leaves_inference_mode():
     with torch.inference_mode():
         network = torch.nn.Linear(2, 2)
         network.latent_format = None
-    grad.leave_inference_mode(network)
+    inference_mode.leave_inference_mode(network)
     assert not any(p.is_inference() for p in network.parameters())
 
 
@@ -193,9 +193,9 @@ def test_a_weight_that_a_stock_node_moved_is_replaced(world):
     module = torch.nn.Linear(2, 2)
     with torch.inference_mode():
         module.weight.data = module.weight.data.clone()
-    assert grad.made_in_inference_mode(module.weight)
-    grad.leave_inference_mode(module)
-    assert not grad.made_in_inference_mode(module.weight)
+    assert inference_mode.made_in_inference_mode(module.weight)
+    inference_mode.leave_inference_mode(module)
+    assert not inference_mode.made_in_inference_mode(module.weight)
     x = torch.ones(1, 2, requires_grad=True)
     (module(x).square()).sum().backward()
 

@@ -12,7 +12,7 @@ from comfy_extras.nodes_freelunch import FreeU_V2
 
 from testing.pack import mira
 
-node = mira("nodes.initno")
+node, attention = mira("nodes.initno"), mira("nodes.host.attention")
 demo = mira("nodes.demo")
 PROMPT = "a 3d fox on a blue background"
 
@@ -47,7 +47,7 @@ def listened(world, clip, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The scores of z, read off a plain forward pass of the UNet."""
     with torch.inference_mode():
         words = node.locate(clip, PROMPT, ["blue"])
-        listener = node._Listener(words.tokens)
+        listener = attention.Listener(words.tokens)
         listener.positions = 64
         sigma = world.sigmas(steps=6)[:1]
         x = (z.to(sigma) * (1 + sigma**2).sqrt()).to(world.model.load_device)
@@ -137,7 +137,7 @@ def test_words_of_several_tokens_and_of_long_prompts_are_found(clip):
 
 
 def test_what_a_recompute_hears_is_not_kept():
-    listener = node._Listener(77)
+    listener = attention.Listener(77)
     listener.positions = 4
     q, k = torch.ones(1, 4, 8), torch.ones(1, 77, 8)
     listener._key([q], 2, None, (), k)
@@ -199,9 +199,9 @@ def test_a_latent_of_another_shape_is_refused(make):
 
 @pytest.mark.parametrize(("sides", "positions", "expected"), [((64, 64), 256, (16, 16)), ((45, 80), 920, (23, 40))])
 def test_levels_of_a_unet(sides, positions, expected):
-    assert node.grid(positions, *sides) == expected
+    assert attention.grid(positions, *sides) == expected
     with pytest.raises(ValueError, match="no level"):
-        node.grid(positions + 1, *sides)
+        attention.grid(positions + 1, *sides)
 
 
 def test_half_precision(make, half_model):

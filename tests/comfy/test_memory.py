@@ -15,7 +15,8 @@ import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from mira.nodes import demo, host
 from mira.nodes.guidance import MiraDyMOGuider, MiraRLGuidance
-from mira.nodes.host import grad
+from mira.nodes.host import blocks, kernels, loading
+from mira.nodes.host.repeating import Repeating
 from mira.nodes.initno import MiraInitNONoise
 from mira.nodes.preference import preferring
 from mira.nodes.score import MiraScoreImages
@@ -394,12 +395,12 @@ def test_weights_that_are_left_behind_are_told_before_a_gradient_is_taken(monkey
     """As with --novram."""
     network, patcher = network_and_patcher(monkeypatch)
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda *_, **__: None)
-    with grad.loaded([patcher], 0):  # another pack's way, which brings them when they are used
+    with loading.loaded([patcher], 0):  # another pack's way, which brings them when they are used
         assert where(network) == {"cpu"}
     monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM)
-    with pytest.raises(RuntimeError, match=r"Sequential: .* without --novram"), grad.loaded([patcher], 0):
+    with pytest.raises(RuntimeError, match=r"Sequential: .* without --novram"), loading.loaded([patcher], 0):
         pass
-    with grad.loaded([patcher], 0, gradient=False):
+    with loading.loaded([patcher], 0, gradient=False):
         assert where(network) == {"cpu"}
 
 
@@ -497,7 +498,7 @@ def test_comfyuis_switches_of_training_are_as_a_gradient_needs_them(monkeypatch)
     management = comfy.model_management
     for name, value in (("in_training", False), ("training_fp8_bwd", True)):
         monkeypatch.setattr(management, name, value, raising=False)
-    with grad.training():
+    with kernels.training():
         assert management.in_training and not management.training_fp8_bwd
     assert not management.in_training and management.training_fp8_bwd
 
@@ -592,14 +593,14 @@ def test_guidance_for_which_no_engine_repeats_goes_on_without(world, caplog):
             raise RuntimeError("GET was unable to find an engine to execute this computation")
         return 7
 
-    repeating = grad.Repeating("a node")
+    repeating = Repeating("a node")
     assert [repeating(torch.device("cuda"), work) for _ in range(2)] == [7, 7]
 
     def another():
         raise RuntimeError("another")
 
     with pytest.raises(RuntimeError, match="another"):
-        grad.Repeating("a node")(torch.device("cuda"), another)
+        Repeating("a node")(torch.device("cuda"), another)
 
 
 def test_a_run_says_what_it_would_take(world):
@@ -632,7 +633,7 @@ def test_a_remedy_is_one_that_is_left(world, memory, gradient_steps, remedies):
 
 def test_layers_are_found_by_their_structure(world, kl_vae):
     def kinds(module):
-        return {type(b).__name__ for b in grad.blocks_of(module)}
+        return {type(b).__name__ for b in blocks.blocks_of(module)}
 
     assert kinds(world.model.model.diffusion_model) == {"ResBlock", "BasicTransformerBlock"}
     assert kinds(kl_vae.first_stage_model) == {"ResnetBlock", "AttnBlock"}
@@ -642,8 +643,8 @@ def test_layers_are_found_by_their_structure(world, kl_vae):
 
 def test_a_forward_of_another_pack_is_left_where_it_was(world):
     network = demo.load_model().model.diffusion_model
-    block = grad.blocks_of(network)[0]
+    block = blocks.blocks_of(network)[0]
     block.forward = theirs = block.forward
-    with grad.blocks_checkpointed(network, torch.no_grad)():
+    with blocks.blocks_checkpointed(network, torch.no_grad)():
         assert block.forward is not theirs
     assert block.forward is theirs

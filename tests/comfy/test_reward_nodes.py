@@ -138,9 +138,8 @@ def test_layers_of_the_scorer_are_checkpointed(models):
     memory = mira("sampler.memory")
     node, inputs = LOADERS["clipscore"]
     reward = reward_of(getattr(nodes, node), **inputs)
-    grad = mira("nodes.host.grad")
-    grad.leave_inference_mode(reward.modules[0])
-    blocks = grad.blocks_checkpointed(reward.modules[0], grad.OutOfPlace)
+    mira("nodes.host.inference_mode").leave_inference_mode(reward.modules[0])
+    blocks = mira("nodes.host.blocks").blocks_checkpointed(reward.modules[0], mira("nodes.host.places").OutOfPlace)
 
     def kept(within):
         with within:

@@ -24,7 +24,7 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
 from mira.nodes import demo, host
 from mira.nodes.guidance import MiraDyMOGuider
-from mira.nodes.host import grad, patches, probe
+from mira.nodes.host import blocks, kernels, patches, places, probe
 from mira.nodes.initno import MadeNoise
 from mira.nodes.shared.checks import prompts_of
 from mira.nodes.shared.job import cfg_guider
@@ -495,7 +495,7 @@ def test_a_kernel_of_the_graphs_own_gives_way_to_pytorchs_and_it_is_said(world, 
     def kernel(func, *args, **kwargs):
         if fails and torch.is_grad_enabled():
             raise RuntimeError("this kernel has no backward")
-        return grad.sdpa(None, *args, **kwargs).detach()
+        return kernels.sdpa(None, *args, **kwargs).detach()
 
     done = run(world, model=attended(world, kernel), sampler="euler", beta=0)
     assert any("graph's own attention" in n for n in done.result.trace.notices) and rows(done)[-1] > rows(done)[0]
@@ -505,7 +505,7 @@ def test_a_kernel_of_the_graphs_own_gives_way_to_pytorchs_and_it_is_said(world, 
 def test_a_kernel_for_some_of_the_steps_gives_way_in_these_alone(world):
     def sparse_at_the_end(func, *args, **kwargs):
         if kwargs["transformer_options"]["sigmas"].max() < 2:
-            return grad.sdpa(None, *args, **kwargs).detach()
+            return kernels.sdpa(None, *args, **kwargs).detach()
         return func(1.3 * args[0], *args[1:], **kwargs)
 
     how = dict(model=attended(world, sparse_at_the_end), sampler="euler", beta=0)
@@ -628,7 +628,7 @@ def test_random_choices_inside_a_block_are_drawn_once():
         torch.manual_seed(4)  # what is drawn between
         return torch.autograd.grad(out.square().sum(), leaf)[0]
 
-    again = grad.blocks_checkpointed(network, nullcontext, random=True)
+    again = blocks.blocks_checkpointed(network, nullcontext, random=True)
     torch.testing.assert_close(gradient(again()), gradient(nullcontext()))
 
 
@@ -745,7 +745,7 @@ def test_attention_without_a_backward_is_not_used(world, monkeypatch):
 
     pytorch = comfy.ldm.modules.attention.attention_pytorch
     monkeypatch.setattr(comfy.ldm.modules.attention, "optimized_attention", sage)
-    with grad.pytorch_kernels():
+    with kernels.pytorch_kernels():
         assert comfy.ldm.modules.attention.optimized_attention is pytorch
     assert comfy.ldm.modules.attention.optimized_attention is sage
 
@@ -1157,7 +1157,7 @@ def test_fused_positions_give_way(monkeypatch):
     kitchen.rms_rope_split_half = kitchen.rms_rope_split_half_ = kitchen.quantize = fused
     host_math = sys.modules["comfy.ldm.flux.math"]
     monkeypatch.setattr(host_math, "apply_rope1", fused)
-    with grad.pytorch_kernels():
+    with kernels.pytorch_kernels():
         assert host_math.apply_rope1(None, None) == kitchen.rms_rope_split_half(None, None) == "differentiable"
         assert kitchen.rms_rope_split_half_ is kitchen.quantize is fused  # another one's business
     assert host_math.apply_rope1 is kitchen.rms_rope_split_half is fused
@@ -1190,7 +1190,7 @@ def test_regions_are_kept_under_every_way_of_writing_nothing_over():
         out += 1
 
     of_the_host = FunctionType(add.__code__, {"__name__": "comfy.samplers"})
-    for place in grad.PLACES[1:]:
+    for place in places.PLACES[1:]:
         base = torch.zeros(4, requires_grad=True) * 1
         with place():
             of_the_host(base)
@@ -1239,7 +1239,7 @@ def test_blocks_that_write_into_a_list_begin_as_they_were():
     for p in network.parameters():
         p.requires_grad_(False)
     expected = gradient(nullcontext())
-    assert torch.equal(gradient(grad.blocks_checkpointed(network, nullcontext)()), expected)
+    assert torch.equal(gradient(blocks.blocks_checkpointed(network, nullcontext)()), expected)
 
 
 class Steered(torch.nn.Module):
@@ -1267,7 +1267,7 @@ def test_a_gradient_that_comes_by_another_way_is_not_lost():
         return torch.autograd.grad((out * more).square().sum(), leaves)
 
     expected = gradients(nullcontext())
-    for a, b in zip(gradients(grad.blocks_checkpointed(network, nullcontext)()), expected, strict=True):
+    for a, b in zip(gradients(blocks.blocks_checkpointed(network, nullcontext)()), expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -1280,9 +1280,9 @@ class WritesOverItsInput(Steered):
 def test_a_block_that_writes_over_its_input_is_noticed():
     network = torch.nn.Sequential(WritesOverItsInput(), WritesOverItsInput()).requires_grad_(False)
     x = torch.randn(1, 3, 4, 4, requires_grad=True)
-    with pytest.raises(RuntimeError, match="inplace operation"), grad.blocks_checkpointed(network, nullcontext)():
+    with pytest.raises(RuntimeError, match="inplace operation"), blocks.blocks_checkpointed(network, nullcontext)():
         network(x * 1)
-    with grad.blocks_checkpointed(network, grad.OutOfPlace)():
+    with blocks.blocks_checkpointed(network, places.OutOfPlace)():
         out = network(x * 1)
     (found,) = torch.autograd.grad(out.sum(), x)
     reference = x.detach().clone().requires_grad_()

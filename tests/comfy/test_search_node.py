@@ -9,6 +9,7 @@ import torch
 from testing.pack import as_node, mira
 
 host = mira("nodes.host")
+within_chain = mira("nodes.host.chain").within_chain
 decode = host.decode
 Node = mira("nodes").MiraSearchKSampler
 PixelReward, JPEG = mira("rewards.pixel").PixelReward, mira("rewards.jpeg").JPEG
@@ -93,7 +94,7 @@ def test_the_plain_path_in_pieces_is_the_plain_sample(world):
                 found["x"], found["whole"] = x, process.rollout(noises).x0
             return mira("sampler.search").search(chain, process.rollout, process.scoring.score, noises, job.settings)
 
-        return process.within_chain(noises[0], pieces)
+        return within_chain(process, noises[0], pieces)
 
     with torch.inference_mode():
         host.run(job, work)
