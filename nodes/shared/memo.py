@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 from comfy.cli_args import args
@@ -23,8 +24,20 @@ USED = "used "  # before the name of a setting: its value, whatever the widget s
 LONGER = {"iterations", "preset"}  # the settings of which a run that goes on has others
 ROOM_LEFT = 2**30  # bytes for what runs can be gone on with: an optimiser's state is several times the noises
 
-# By node and element of a list: inputs, the graph before it, the run, what was taken of it last.
-_runs: OrderedDict[str, tuple[dict, dict | None, tuple, Any]] = OrderedDict()
+
+@dataclass
+class _Run:
+    """inputs: held, see `_hold`. graph: what came before the node, where that tells. done: the run, and what the editor
+    was told of it. taken: what was taken of it last.
+    """
+
+    inputs: dict
+    graph: dict | None
+    done: tuple[Optimized, Any]
+    taken: tuple[int, float]
+
+
+_runs: OrderedDict[str, _Run] = OrderedDict()  # by node and element of a list
 _cuts: list[tuple[int, dict]] = []  # the widgets of runs that were cut short, numbered
 _numbers = itertools.count(1)
 
@@ -111,15 +124,15 @@ def of(
     node, graph = _place(hidden), _graph(hidden)
     before = _runs.get(node)
     if before:
-        known, its_graph, done, last = before
-        same = _same(known, inputs) or (taken != last and _of_one_graph(known, its_graph, inputs, graph))
-        if same and not (done[0].result.cut_short and taken == last):
-            _runs[node] = known, graph, done, taken
-            if done[0].result.cut_short and not 0 <= taken[0] < len(done[0].iterates):
+        optimized, last = before.done[0], before.taken
+        same = _same(before.inputs, inputs) or (taken != last and _of_one_graph(before, inputs, graph))
+        if same and not (optimized.result.cut_short and taken == last):
+            before.graph, before.taken = graph, taken
+            if optimized.result.cut_short and not 0 <= taken[0] < len(optimized.iterates):
                 ask_again(inputs)  # its best so far once more: next time, its end
-            return done
+            return before.done
     done = run()
-    _runs[node] = {k: _hold(v) for k, v in inputs.items()}, graph, done, taken
+    _runs[node] = _Run({k: _hold(v) for k, v in inputs.items()}, graph, done, taken)
     _runs.move_to_end(node)
     _make_room(node)
     if done[0].result.cut_short:
@@ -137,12 +150,12 @@ def _make_room(new: str) -> None:
     if len(_runs) > MOST_RUNS:
         del _runs[new]
     room = ROOM_LEFT
-    for place, (_, _, (done, _), _) in reversed(_runs.items()):
-        left = done.result.left
-        if left and isinstance(left.value, bytes):
-            room -= len(left.value)
+    for place, run in reversed(_runs.items()):
+        result = run.done[0].result
+        if result.left and isinstance(result.left.value, bytes):
+            room -= len(result.left.value)
             if room < 0 and place != new:
-                done.result.left = Left(None, left.done)
+                result.left = Left(None, result.left.done)
 
 
 def _place(hidden: Any) -> str:
@@ -162,10 +175,12 @@ def left_of(hidden: Any, inputs: dict, used: dict) -> tuple[tuple[Left, Any] | N
     before = _runs.get(_place(hidden))
     if before is None:
         return None, ""
-    (optimized, live), left = before[2], before[2][0].result.left
-    last = {k.removeprefix(USED): there() for k, there in before[0].items() if k.startswith(USED)}
+    (optimized, live), left = before.done, before.done[0].result.left
+    last = {k.removeprefix(USED): there() for k, there in before.inputs.items() if k.startswith(USED)}
     same = last.keys() == used.keys() and all(last[k] == used[k] for k in used.keys() - LONGER)
-    others = [{k: v for k, v in of.items() if k not in used and not k.startswith(USED)} for of in (before[0], inputs)]
+    others = [
+        {k: v for k, v in of.items() if k not in used and not k.startswith(USED)} for of in (before.inputs, inputs)
+    ]
     if left is None or not same or not _same(*others):
         return None, ""
     more = used["iterations"] - last["iterations"]
@@ -180,14 +195,14 @@ def last_run(hidden: Any, inputs: dict, free: Collection[str]) -> Optimized | No
     """The node's last run, where it was of these inputs but for the `free` ones."""
     if (before := _runs.get(_place(hidden))) is None:
         return None
-    known, asked = ({k: v for k, v in of.items() if k not in free} for of in (before[0], inputs))
-    same = _same(known, asked) or _of_one_graph(known, before[1], asked, _graph(hidden))
-    return before[2][0] if same else None
+    known, asked = ({k: v for k, v in of.items() if k not in free} for of in (before.inputs, inputs))
+    same = _same(known, asked) or _of_one_graph(replace(before, inputs=known), asked, _graph(hidden))
+    return before.done[0] if same else None
 
 
-def _of_one_graph(known: dict, its_graph: dict | None, inputs: dict, graph: dict | None) -> bool:
-    """Whether inputs, though made anew, are the known ones."""
-    return graph is not None and graph == its_graph and _made_alike(known, inputs)
+def _of_one_graph(run: _Run, inputs: dict, graph: dict | None) -> bool:
+    """Whether inputs, though made anew, are the run's."""
+    return graph is not None and graph == run.graph and _made_alike(run.inputs, inputs)
 
 
 def _graph(hidden: Any) -> dict | None:
