@@ -34,29 +34,29 @@ presets, settings_of = mira("nodes.shared.presets"), mira("nodes.shared.inputs")
 vocabulary, Settings = mira("demo.vocabulary"), mira("sampler.optimize").Settings
 SearchSettings = mira("sampler.search").SearchSettings
 Relative, Reward = mira("rewards.combine").Relative, mira("rewards.base").Reward
+JPEG = mira("rewards.jpeg").JPEG
 RAW, OUT = ROOT / "output" / "restart", ROOT / "docs" / "results"
 COUNT = 15  # animals in a batch
 BOUNDS = 41  # of the drift, at which every image's best is taken
 HELD = {"hold": "projection", "drift_metric": "path_kl", "drift_limit": 0.05, "keep": "best_within_drift"}
 SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # of an injected noise, that the reward chooses
-FAR = SHARES[-4:]
 MANY = (1, 4, 8, 16, 26)  # up to the passes of three rounds
 PARTICLES = (3, 6, 12)
+CANDIDATES, AGAIN = 4, 0.8  # of a search by restarts
 BEST_OF_DRAWS = ("best_of_two", "best_of_three")  # of plain optimisation, at every iterate; made of what is there
 RIVALS = ("best_of_4", "best_of_two")
 OWN = 4  # plain samples of every animal, which the likeness is to
-ROUNDS = {"iterations": 16, "restart_every": 4, "lr": 0.04}
 
 
 @dataclass(frozen=True)
 class Variant:
     """settings: over those of plain optimisation. then: every iterate restarted once from this share of the schedule.
     seed: added to the study's. weighting, gradient_steps: the job's. shares: a "path" of single trajectories instead,
-    each with so much of its noise chosen by the reward, anew at every `interval` steps, and the best of so many
-    `particles`, each noised again to `again` of the schedule and sampled anew in further `rounds`. every_round: what
-    there is after each of them is an iterate. best_of: a "path" of plain samples instead, the best of so many; fk: of
-    FK steering, with so many particles. first: not the plain sample is optimised, but the way back of its restart from
-    this share."""
+    each with so much of its noise chosen by the reward, anew at every `interval` steps, noised again to `again` of the
+    schedule and sampled anew in further `rounds`. every_round: what there is after each of them is an iterate. best_of:
+    a "path" of plain samples instead, the best of so many; fk: of FK steering, with so many particles; searched: of the
+    search by restarts, so many rounds of `CANDIDATES` each. first: not the plain sample is optimised, but the way back
+    of its restart from this share."""
 
     settings: dict = field(default_factory=dict)
     then: float = 0.0
@@ -64,13 +64,13 @@ class Variant:
     weighting: str = "marginal"
     gradient_steps: int = GRADIENT_STEPS
     shares: tuple[float, ...] = ()
-    particles: int = 1
     rounds: int = 1
     again: float = 0.6
     every_round: bool = False
     interval: int = 1
     best_of: tuple[int, ...] = ()
     fk: tuple[int, ...] = ()
+    searched: int = 0
     first: float = 0.0
 
 
@@ -92,12 +92,8 @@ VARIANTS = {
     "dno_slow": Variant({"iterations": 24, "lr": LR / 2}),  # half the step, twice as often
     "best_of_4": Variant({"seeds": 4}),
     "held": Variant(HELD | {"seeds": 4}),  # the default before there were restarts
-    "once_.5": Variant(then=0.5),
     "once_.65": Variant(then=0.65),
-    "once_.8": Variant(then=0.8),
-    "rounds_.8": Variant(ROUNDS),
-    "rounds_.6": Variant(ROUNDS | {"restart_denoise": 0.6}),
-    "rounds_.4": Variant(ROUNDS | {"restart_denoise": 0.4}),
+    "rounds_.4": Variant({"iterations": 16, "restart_every": 4, "restart_denoise": 0.4, "lr": 0.04}),
     "default": default(),
     "three_rounds": default(iterations=12),
     "default_.6": default(restart_denoise=0.6),
@@ -108,7 +104,6 @@ VARIANTS = {
     "normalized": Variant({"optimizer": "normalized"}),
     "whitened": Variant({"optimizer": "whitened"}),
     "ntrk": Variant(shares=SHARES),
-    "ntrk_4": Variant(shares=FAR, particles=4),
     "ntrk_twice": Variant(shares=(0.4, 0.6), rounds=2),
     "ntrk_second": Variant(shares=(0.4, 0.6), rounds=3, again=0.8, every_round=True, interval=2),
     "ntrk_fourth": Variant(shares=(0.4,), rounds=3, again=0.8, every_round=True, interval=4),
@@ -119,6 +114,7 @@ VARIANTS = {
     "best_of_n_.65": Variant(best_of=MANY, then=0.65),
     "fk": Variant(fk=PARTICLES),
     "fk_.65": Variant(fk=PARTICLES, then=0.65),
+    "search_by_restarts": Variant(searched=8),
     "restarted_first": Variant(first=0.8),
 }
 
@@ -161,11 +157,12 @@ def optimised() -> dict[str, Reward]:
 def run(
     world, judge, clip, variant: Variant, reward: str, part: int, steps: int, seed: int, count: int = COUNT
 ) -> tuple[list[dict], Observer]:
-    real, animals = optimised()[reward], vocabulary.ANIMALS[part * count : (part + 1) * count]
+    followed, animals = optimised()[reward], vocabulary.ANIMALS[part * count : (part + 1) * count]
+    counted = JPEG() if reward == "JPEG" else followed  # what is optimised there is an estimate of what counts
     prompts = [vocabulary.caption(a, prefix=True) for a in animals]
     positive = world.encode_batch(prompts)
     through = min(variant.gradient_steps or steps, steps)
-    observer = Observer(judge, clip, real, animals, prompts, through / steps)
+    observer = Observer(judge, clip, counted, animals, prompts, through / steps)
     seed = seed + 1000 * part + variant.seed
     settings = Settings(**{"iterations": 12, "lr": LR, "keep": "last"} | variant.settings)
     observer.passes = settings.seeds - 1.0 + bool(variant.first)
@@ -173,7 +170,7 @@ def run(
     if variant.first:
         latent = world.ksampler(positive=positive, steps=steps, batch=len(prompts), seed=seed + 7)
     job = world.job(
-        positive=positive, steps=steps, batch=len(prompts), prompts=prompts, reward=real, seed=seed,
+        positive=positive, steps=steps, batch=len(prompts), prompts=prompts, reward=followed, seed=seed,
         latent=latent, denoise=variant.first or 1.0,
         memory="none" if through == GRADIENT_STEPS else "per_step", gradient_steps=variant.gradient_steps,
         weighting=variant.weighting, on_iteration=observer,
@@ -185,6 +182,8 @@ def run(
         return best_of(world, job.latent, positive, observer, variant, steps, seed), observer
     if variant.fk:
         return fk(world, job, positive, observer, variant, steps, STRENGTH.get(reward, 1.0)), observer
+    if variant.searched:
+        return searched(job, observer, variant), observer
     job.settings = settings
     with torch.inference_mode():
         done = host.run(job)
@@ -204,7 +203,7 @@ def steered(job, observer: Observer, variant: Variant) -> list[dict]:
     none, ends = {a: {} for a in observer.animals}, []
 
     def passes(rounds: int) -> float:
-        return 2 + (1 + 2 / variant.interval) * variant.particles * (1 + variant.again * (rounds - 1))
+        return 2 + (1 + 2 / variant.interval) * (1 + variant.again * (rounds - 1))
 
     def on_iteration(k: int, rows: list[dict], score) -> None:
         if not k or math.isfinite(rows[0]["noise_norm"]):  # an image, not a prediction
@@ -214,7 +213,7 @@ def steered(job, observer: Observer, variant: Variant) -> list[dict]:
     for k, share in enumerate(variant.shares):
         ends.clear()
         job.settings = SearchSettings(
-            method="ntrk", particles=variant.particles, radius=share or 1e-6, rounds=variant.rounds,
+            method="ntrk", particles=1, radius=share or 1e-6, rounds=variant.rounds,
             restart_denoise=variant.again, interval=variant.interval,
         )  # fmt: skip
         with torch.inference_mode():
@@ -261,6 +260,22 @@ def fk(world, job, positive, observer: Observer, variant: Variant, steps: int, s
         with torch.inference_mode():
             path.append((n + 2.0, host.run(job, host.searching).latent))
     look_at(world, positive, observer, steps, path, variant.then)
+    return with_the_last_kept(observer.rows)
+
+
+def searched(job, observer: Observer, variant: Variant) -> list[dict]:
+    """Rows of the plain sample, twice as for `steered`, of the best seed and of the best after every round."""
+
+    def on_iteration(k: int, rows: list[dict], score) -> None:
+        passes = 2 if k == 0 else 1 + CANDIDATES * (1 + AGAIN * (k - 1))
+        observer.look(k, score.images, passes, {a: {} for a in observer.animals})
+
+    job.on_iteration, job.reward = on_iteration, observer.reward
+    job.settings = SearchSettings(
+        method="restarts", particles=CANDIDATES, rounds=variant.searched, restart_denoise=AGAIN
+    )
+    with torch.inference_mode():
+        host.run(job, host.searching)
     return with_the_last_kept(observer.rows)
 
 

@@ -68,8 +68,9 @@ def test_the_best_of_more_samples_has_more_of_the_reward():
         (Variant(fk=(2, 3)), [4, 5]),
         (Variant({"iterations": 2}, first=0.8), [3, 6, 9]),
         (Variant(fk=(2,), then=0.5), [5]),
+        (Variant(searched=2), [2, 5, 8.2, 11.4]),
     ],
-    ids=["fk", "restarted first", "fk restarted"],
+    ids=["fk", "restarted first", "fk restarted", "searched"],
 )
 def test_what_a_path_costs_and_how_its_images_are_remembered(variant, passes):
     world, judge, clip = World(side=8), judge_module.load_judge(), demo.demo_clip_score()
@@ -77,6 +78,14 @@ def test_what_a_path_costs_and_how_its_images_are_remembered(variant, passes):
     assert [r["passes"] for r in rows[::2]] == passes[: len(rows) // 2]
     found = stacked(observer.embeddings)
     assert {name: e.shape[:2] for name, e in found.items()} == dict.fromkeys(("clip", "judge"), (len(rows) // 2, 2))
+
+
+def test_a_files_size_is_counted_where_an_estimate_of_it_is_optimised():
+    """Sizes are whole bytes, in kilobytes."""
+    world, judge, clip = World(side=8), judge_module.load_judge(), demo.demo_clip_score()
+    rows, _ = run(world, judge, clip, Variant({"iterations": 1}), "JPEG", part=0, steps=2, seed=0, count=2)
+    sizes = [-1000 * r["reward"] for r in rows]
+    assert len(sizes) == 4 and all(size > 500 and abs(size - round(size)) < 1e-2 for size in sizes)
 
 
 def test_the_best_of_several_draws_is_chosen_at_every_iterate_and_costs_all_of_them():
