@@ -32,6 +32,17 @@ def at_last_passage(path: torch.Tensor, level: float) -> torch.Tensor | None:
     return path[:, k] * (1 - share) + path[:, k + 1] * share
 
 
+def at_passes(path: torch.Tensor, passes: float) -> torch.Tensor:
+    """(columns, iterates), means -> (columns,) after so much work; its end where it has not so much, and its beginning
+    where it has more."""
+    work = path[0]
+    k = int(torch.searchsorted(work, passes, right=True)) - 1
+    if k < 0 or k + 1 == len(work):
+        return path[:, max(k, 0)]
+    share = (passes - work[k]) / (work[k + 1] - work[k])
+    return path[:, k] * (1 - share) + path[:, k + 1] * share
+
+
 def resampled(animals: list[str], times: int) -> Iterator[list[int]]:
     """Indices of the images of as many animals, drawn with replacement; all draws of an animal together."""
     names = sorted(set(animals))
@@ -74,6 +85,22 @@ def against(mine: torch.Tensor, plain: torch.Tensor, animals: list[str], level: 
         "passes": passes, "plain_passes": plain_passes, "plain_adherence": plain_adherence,
         "adherence_above": more, "se": spread[3].item(), "clip_above": clip, "clip_se": spread[4].item(),
         "resamples_reached": every[:, 5].mean().item(), "resamples": every[:, 3], "there": every[:, 5] > 0,
+    }  # fmt: skip
+
+
+def at_equal_passes(mine: torch.Tensor, plain: torch.Tensor, animals: list[str], passes: float) -> dict:
+    """Of what came back, (columns, images), reward and adherence less plain optimisation's after as many passes, with a
+    bootstrap over animals.
+    """
+
+    def once(chosen: list[int]) -> torch.Tensor:
+        return (mine[:, chosen].mean(1) - at_passes(plain[:, :, chosen].mean(2), passes))[1:3]
+
+    reward, adherence = once(list(range(mine.shape[1]))).tolist()
+    reward_se, adherence_se = torch.stack([once(some) for some in resampled(animals, RESAMPLES)]).std(0).tolist()
+    return {
+        "reward_at_equal_passes": reward, "reward_at_equal_passes_se": reward_se,
+        "adherence_at_equal_passes": adherence, "adherence_at_equal_passes_se": adherence_se,
     }  # fmt: skip
 
 

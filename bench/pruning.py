@@ -92,6 +92,15 @@ def best_of(finals: torch.Tensor, n: float) -> torch.Tensor:
     return (ordered * torch.tensor(odds, dtype=ordered.dtype)).sum(-1)
 
 
+def seeds_for(finals: torch.Tensor, reward: float) -> float:
+    """How many seeds it takes until the best of them has so much, a mean over animals; infinite where all have less."""
+    known = [best_of(finals, n).mean().item() for n in range(1, finals.shape[1] + 1)]
+    above = next((k for k, v in enumerate(known) if v >= reward), None)
+    if not above:
+        return 1.0 if above == 0 else math.inf
+    return above + (reward - known[above - 1]) / (known[above] - known[above - 1])
+
+
 def looks(n: int) -> list[int]:
     return SearchSettings("halving", particles=n).looks(STEPS)
 
@@ -165,6 +174,7 @@ def report() -> None:
                     "reward": reward, "method": name, "seeds": n, "passes": passes, "got": got.mean().item(),
                     "best_of_n_there": best_of(finals, passes).mean().item(), "more": more.mean().item(),
                     "se": (more.std() / len(more) ** 0.5).item(), "best_of_n": best_of(finals, n).mean().item(),
+                    "seeds_for_as_much": seeds_for(finals, got.mean().item()),
                 })  # fmt: skip
                 print(*(f"{v:.3f}" if isinstance(v, float) else v for v in rows[-1].values()))
     write(OUT / "pruning.csv", rows)

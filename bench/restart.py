@@ -24,7 +24,7 @@ from bench.likeness import Likeness, base_of, beside, evaluator, load, save, sta
 from bench.likeness import against as likeness_against
 from bench.methods import DEFAULT, GRADIENT_STEPS, STRENGTH
 from bench.model import sheet
-from bench.paths import COLUMNS, against, in_figures, path_of, pooled
+from bench.paths import COLUMNS, against, at_equal_passes, in_figures, path_of, pooled
 from bench.rows import file_run, gather, write
 from bench.spectral import register
 from testing.pack import ROOT, mira
@@ -508,6 +508,8 @@ def report() -> None:
             names = ("plain_adherence", "plain_passes", "adherence_above", "se", "clip_above", "clip_se")
             end |= {k: found[k] for k in (*names, "resamples_reached")}
             together.setdefault((steps, name, tuple(sorted(set(animals)))), {})[reward] = found
+        if name != "dno":
+            end |= at_equal_passes(chosen, b, animals, end["passes"])
         ends.append(end)
         steps_of_tilt = [
             (share, n + 1)

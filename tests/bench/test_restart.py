@@ -8,7 +8,7 @@ import torch
 from bench.front import judge_module
 from bench.likeness import Likeness, beside, stacked
 from bench.likeness import against as likeness_against
-from bench.paths import COLUMNS, against, at_last_passage, path_of, pooled
+from bench.paths import COLUMNS, against, at_equal_passes, at_last_passage, path_of, pooled
 from bench.restart import Variant, best_of_draws, chosen_within, first_rounds, run, together_with
 from testing.world import World, demo
 
@@ -48,6 +48,18 @@ def test_what_plain_optimisation_never_reaches_is_compared_with_its_best():
     assert against(path([0.0, 3.0], [0.8, 0.8]), plain, animals, 2.5) is None
     together = pooled({"a": within, "b": beyond})
     assert together["adherence_above"] == pytest.approx(0.25) and together["p"] == 0 == together["resamples_reached"]
+
+
+def test_at_equal_passes():
+    """Beside a path of two, four and six passes: after five, half-way between its last two; after nine, at its end."""
+    plain, animals = path([0.0, 1.0, 2.0], [0.9, 0.7, 0.5]), ["fox", "cat", "dog", "owl"]
+    plain = plain.clone()
+    plain[0] = torch.tensor([2.0, 4.0, 6.0])[:, None]
+    mine = path([1.0], [0.8])[:, 0]
+    after = {passes: at_equal_passes(mine, plain, animals, passes) for passes in (1.0, 5.0, 9.0)}
+    assert [a["reward_at_equal_passes"] for a in after.values()] == pytest.approx([1.0, -0.5, -1.0])
+    assert [a["adherence_at_equal_passes"] for a in after.values()] == pytest.approx([-0.1, 0.2, 0.3])
+    assert after[5.0]["adherence_at_equal_passes_se"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_best_of_more_samples_has_more_of_the_reward():
