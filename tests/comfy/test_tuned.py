@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
 import comfy.model_detection
@@ -58,12 +60,17 @@ def named(model, layout: tuple[str, str]) -> tuple[str, dict[str, torch.Tensor]]
 
 @torch.inference_mode()
 def with_lora(model, tensors):
-    return comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0)[0]
+    """As Load LoRA gives it, from a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "lora.safetensors")
+        save_file(tensors, file)
+        read = comfy.utils.load_torch_file(str(file), safe_load=True)
+        return comfy.sd.load_lora_for_models(model, None, {k: t.clone() for k, t in read.items()}, 1.0, 0)[0]
 
 
-def blend(model, tuned):
+def blend(model, tuned, weight=1.5):
     with torch.inference_mode():
-        return nodes.MiraRLGuidance.execute(model, tuned, 1.5, "constant", 1.0).args[0]
+        return nodes.MiraRLGuidance.execute(model, tuned, weight, "constant", 1.0).args[0]
 
 
 @pytest.mark.parametrize("layout", FIT.values(), ids=list(FIT))
@@ -152,6 +159,36 @@ def test_peft_names_fit_sd3(prefix):
     weight = model.model.state_dict()[names[f"{module}.weight"]]
     tensors = lora(weight, *(f"{prefix}{module}.{n}" for n in PEFT))
     assert list(with_lora(model, tensors).patches) == [names[f"{module}.weight"]]
+
+
+def weights(name: str, shape: torch.Size, g: torch.Generator) -> torch.Tensor:
+    if len(shape) > 1:
+        return torch.randn(shape, generator=g) / shape[1:].numel() ** 0.5
+    return torch.full(shape, float(name.endswith("weight")))
+
+
+@pytest.mark.every_host
+def test_a_whole_checkpoint_is_blended(world, tmp_path):
+    """A base and a tuned one, as Load Checkpoint reads them: SD1.5's names and widths, of two levels."""
+    config = SD15 | dict(
+        channel_mult=[1, 1], num_res_blocks=[1, 1], transformer_depth=[0, 1], transformer_depth_output=[0, 0, 0, 1]
+    )
+    with torch.device("meta"), weights_at_once():
+        shapes = openaimodel.UNetModel(**config, operations=comfy.ops.manual_cast).state_dict()
+    models = []
+    for seed in range(2):
+        g = torch.Generator().manual_seed(seed)
+        state = {f"model.diffusion_model.{name}": weights(name, v.shape, g).half() for name, v in shapes.items()}
+        save_file(state, tmp_path / f"{seed}.safetensors")
+        with torch.inference_mode():
+            file = str(tmp_path / f"{seed}.safetensors")
+            models.append(comfy.sd.load_checkpoint_guess_config(file, output_vae=False, output_clip=False)[0])
+    assert isinstance(models[0].model.model_config, comfy.supported_models.SD15)
+    text = [[torch.randn(1, 77, 768), {}]]
+    options = dict(positive=text, negative=text, latent=torch.zeros(1, 4, 8, 8), steps=2, seed=5)
+    base, one = (world.ksampler(model=m, **options) for m in models)
+    whole = blend(*models, weight=1.0)
+    assert (one - base).abs().max() > 0.1 and torch.allclose(world.ksampler(model=whole, **options), one, atol=1e-2)
 
 
 def test_a_unet_as_diffusers_saves_it_is_recognised_to_its_last_tensor():
