@@ -33,7 +33,9 @@ JPEG, JPEGSurrogate = mira("rewards.jpeg").JPEG, mira("rewards.jpeg").JPEGSurrog
 statistics = mira("sampler.statistics")
 OUT = ROOT / "output" / "paper"
 REWARDS = ("aesthetic", "brightness", "darkness", "JPEG")
-SCORERS = ("hps", "pickscore")  # rewards and columns, where their files are given
+SCORERS = ("hps", "pickscore", "image_reward")  # rewards and columns, where their files are given
+FILES = ("aesthetic_head", "clip", *SCORERS)
+COMPOSED = ("clip", *SCORERS)  # of ReNO's composite
 BLOCK = {"demo": 5}  # animals that are sampled in one batch; 1 for larger models
 BASE = 20  # images of the frozen model per prompt, which CMMD compares with
 
@@ -42,9 +44,12 @@ def rewards_of(name: str, rig: Rig) -> tuple:
     """(what is measured, what is optimised where a gradient is needed)."""
     if name == "JPEG":
         return JPEG(), JPEGSurrogate()
-    if name in SCORERS:
-        return rig.others[name], rig.others[name]
-    reward = rig.aesthetic if name == "aesthetic" else PixelReward(name)
+    if name == "composite":
+        reward = rig.composite()
+    elif name in SCORERS:
+        reward = rig.others[name]
+    else:
+        reward = rig.aesthetic if name == "aesthetic" else PixelReward(name)
     return reward, reward
 
 
@@ -161,7 +166,7 @@ def worker(options: dict) -> Callable[[str], None]:
         if here != (wanted := options["config"][name]):
             raise Failure(f"this worker's {name} is {here}, not {wanted}: make all workers the same")
     rig = load(options["model"], options["checkpoint"], options["text_encoder"], options["vae"])
-    rig.use_scorers(options["aesthetic_head"], options["clip"], options["hps"], options["pickscore"])
+    rig.use_scorers(**{name: options[name] for name in FILES})
     evaluator = Evaluator(rig, options["prompts"] is None)
 
     def run(unit: str) -> None:
@@ -282,7 +287,7 @@ def kept_columns(row: dict) -> dict:
 
 def about(args: argparse.Namespace, prompts: list[str] | None) -> dict:
     """What else a result depends on, as the configuration has it."""
-    files = [args.aesthetic_head, args.clip, args.text_encoder, args.vae, args.hps, args.pickscore]
+    files = [args.text_encoder, args.vae, *(getattr(args, name) for name in FILES)]
     if prompts is None:
         return {"scorers": files}
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
@@ -295,7 +300,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="these, one a line, in place of the animals")
     parser.add_argument("--set", metavar="NAME", help="of a JSON file of prompts in named sets")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rewards", nargs="*", default=list(REWARDS), choices=(*REWARDS, *SCORERS))
+    parser.add_argument("--rewards", nargs="*", default=list(REWARDS), choices=(*REWARDS, *SCORERS, "composite"))
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(ALL))
     parser.add_argument("--model", default="demo", choices=list(PAPER))
     parser.add_argument("--checkpoint", help='a file, or "random" for weights of full size that mean nothing')
@@ -305,6 +310,9 @@ def main() -> int:
     parser.add_argument("--clip", metavar="NAME", help="CLIP ViT-L/14 for it and for CLIPScore, in the same folder")
     parser.add_argument("--hps", metavar="NAME", help="HPS v2 or v2.1, in the same folder: a column, and a reward")
     parser.add_argument("--pickscore", metavar="NAME", help="PickScore, likewise")
+    parser.add_argument(
+        "--image-reward", metavar="NAME", help="ImageReward, likewise; composite: ReNO's, of these and CLIP"
+    )
     parser.add_argument("--pixels", type=int, help="the image's side (default: the paper's)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the paper's; the demo's are 8)")
     parser.add_argument("--iterations", type=int, help="of noise optimisation; sets the budget of all methods")
@@ -332,7 +340,9 @@ def main() -> int:
     if args.aesthetic_head and not args.clip:
         raise Failure("--aesthetic-head needs --clip, a CLIP ViT-L/14 in models/mira_rewards")
     if missing := [name for name in SCORERS if name in rewards and not getattr(args, name)]:
-        raise Failure(f"--rewards {missing[0]} needs --{missing[0]}, a file in models/mira_rewards")
+        raise Failure(f"--rewards {missing[0]} needs --{missing[0].replace('_', '-')}, a file in models/mira_rewards")
+    if "composite" in rewards and (missing := [name for name in COMPOSED if not getattr(args, name)]):
+        raise Failure(f"--rewards composite needs --{missing[0].replace('_', '-')} too, a file in models/mira_rewards")
     if args.model != "demo" and not args.aesthetic_head and "aesthetic" in rewards:
         print("aesthetic is left out: it needs --aesthetic-head and --clip, files in models/mira_rewards", flush=True)
         rewards = [r for r in rewards if r != "aesthetic"]
@@ -351,10 +361,7 @@ def main() -> int:
         "checkpoint": args.checkpoint,
         "text_encoder": args.text_encoder,
         "vae": args.vae,
-        "aesthetic_head": args.aesthetic_head,
-        "clip": args.clip,
-        "hps": args.hps,
-        "pickscore": args.pickscore,
+        **{name: getattr(args, name) for name in FILES},
         "prompts": prompts,
         "animals": count,
         "block": block,

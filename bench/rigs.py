@@ -5,6 +5,7 @@ Weights that nobody can download here are no reason not to run the code: "random
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,12 +15,16 @@ from bench.grid import Failure
 from testing.pack import mira, weights_at_once
 from testing.world import World, demo
 
+combine, Reward = mira("rewards.combine"), mira("rewards.base").Reward
 RANDOM = "random"
 
 
 @dataclass(frozen=True)
 class Paper:
-    """The paper's settings of a model: sampling steps, CFG, iterations and learning rate, and the image's side."""
+    """The paper's settings of a model: sampling steps, CFG, iterations and learning rate, and the image's side.
+
+    begins_at: the timestep from which it was distilled into one step; the others' schedules are whole.
+    """
 
     steps: int
     cfg: float
@@ -27,6 +32,7 @@ class Paper:
     lr: float
     pixels: int
     sampler: str = "euler_ancestral"
+    begins_at: int | None = None
 
 
 PAPER = {
@@ -35,7 +41,9 @@ PAPER = {
     "sdxl": Paper(100, 5.0, 50, 0.01, 1024),
     "sdxl-turbo": Paper(1, 1.0, 50, 0.01, 512),
     "pixart": Paper(100, 5.0, 50, 0.01, 512),
+    "pixart-dmd": Paper(1, 1.0, 50, 0.01, 512, begins_at=400),  # PixArt-alpha-DMD, as ReNO samples it
 }
+KINDS = {"sd15": "SD15", "sdxl": "SDXL", "sdxl-turbo": "SDXL", "pixart": "PixArt", "pixart-dmd": "PixArtAlpha"}
 
 
 @dataclass
@@ -53,12 +61,15 @@ class Rig:
     judge: object = None
     others: dict = field(default_factory=dict)  # rewards by name
 
-    def use_scorers(self, head: str | None, clip: str | None, hps: str | None, pickscore: str | None) -> None:
+    def use_scorers(
+        self, *, aesthetic_head: str | None, clip: str | None, hps: str | None, pickscore: str | None,
+        image_reward: str | None,
+    ) -> None:  # fmt: skip
         """The published scorers, by their files' names in models/mira_rewards. Raises ValueError for a wrong one."""
         loaders = mira("nodes.loaders")
         mira("nodes.shared.files").register()
-        if head:
-            self.aesthetic = loaders.MiraLoadAestheticReward.execute(head, clip, "auto").args[0]
+        if aesthetic_head:
+            self.aesthetic = loaders.MiraLoadAestheticReward.execute(aesthetic_head, clip, "auto").args[0]
         if clip:
             self.clip_score = loaders.MiraLoadCLIPScore.execute(clip, loaders.SAME_FILE, "auto", "auto").args[0]
         if hps:
@@ -66,6 +77,13 @@ class Rig:
             self.others["hps"] = loaders.MiraLoadHPSReward.execute(hps, version, "auto").args[0]
         if pickscore:
             self.others["pickscore"] = loaders.MiraLoadPickScoreReward.execute(pickscore, "auto").args[0]
+        if image_reward:
+            self.others["image_reward"] = loaders.MiraLoadImageReward.execute(image_reward, "auto").args[0]
+
+    def composite(self) -> Reward:
+        """ReNO's, of all four scorers. Raises ValueError for an HPS that is not v2.1."""
+        parts = [*(self.others[name] for name in ("hps", "image_reward", "pickscore")), self.clip_score]
+        return combine.WeightedSum(parts, combine.scaled(parts, [1.0] * len(parts), "ReNO"))
 
     def inputs(self, prompts: list[str], pixels: int) -> dict:
         """Keyword arguments of `World.job`."""
@@ -93,8 +111,23 @@ def load(name: str, checkpoint: str | None, text_encoder: str | None = None, vae
         raise Failure(f"--model {name} needs --checkpoint FILE (or --checkpoint {RANDOM}, to see that it runs)")
     with torch.inference_mode():
         if checkpoint == RANDOM:
-            return random_rig(name, world, paper)
-        return real_rig(name, world, paper, checkpoint, text_encoder, vae)
+            rig = random_rig(name, world, paper)
+        else:
+            rig = real_rig(name, world, paper, checkpoint, text_encoder, vae)
+        if paper.begins_at is not None:
+            rig.model = begun_at(rig.model, paper.begins_at)
+    return rig
+
+
+def begun_at(model, timestep: int):
+    """A clone whose noise schedule ends at a timestep. What was distilled from there takes plain noise for its input:
+    in the middle of a whole schedule ComfyUI would hand it less, noise of the deviation sigma / sqrt(1 + sigma^2).
+    """
+    sampling = copy.deepcopy(model.get_model_object("model_sampling"))
+    sampling.set_sigmas(sampling.sigmas[: timestep + 1])
+    patched = model.clone()
+    patched.add_object_patch("model_sampling", sampling)
+    return patched
 
 
 def real_rig(name: str, world: World, paper: Paper, checkpoint: str, text_encoder, vae) -> Rig:
@@ -104,15 +137,15 @@ def real_rig(name: str, world: World, paper: Paper, checkpoint: str, text_encode
     for path, option in ((checkpoint, "--checkpoint"), (text_encoder, "--text-encoder"), (vae, "--vae")):
         if path and not Path(path).is_file():
             raise Failure(f"{option} {path}: there is no such file")
-    if name == "pixart":
+    if name.startswith("pixart"):
         if not text_encoder or not vae:
-            raise Failure("--model pixart needs --text-encoder FILE (T5-XXL) and --vae FILE beside --checkpoint")
+            raise Failure(f"--model {name} needs --text-encoder FILE (T5-XXL) and --vae FILE beside --checkpoint")
         model = comfy.sd.load_diffusion_model(checkpoint)
         clip = comfy.sd.load_clip([text_encoder], clip_type=comfy.sd.CLIPType.PIXART)
         decoder = comfy.sd.VAE(sd=comfy.utils.load_torch_file(vae))
     else:
         model, clip, decoder, _ = comfy.sd.load_checkpoint_guess_config(checkpoint)
-    wanted = {"sd15": "SD15", "sdxl": "SDXL", "sdxl-turbo": "SDXL", "pixart": "PixArt"}[name]
+    wanted = KINDS[name]
     found = type(model.model.model_config).__name__
     if not found.startswith(wanted):
         raise Failure(f"--checkpoint {checkpoint} is a {found}, not what --model {name} says")
@@ -141,7 +174,8 @@ def random_rig(name: str, world: World, paper: Paper) -> Rig:
         use_temporal_attention=False, legacy=False,
     )  # fmt: skip
     pixart = dict(
-        image_model="pixart_sigma", num_heads=16, hidden_size=1152, depth=28, input_size=64, pe_interpolation=1,
+        image_model="pixart_alpha" if name == "pixart-dmd" else "pixart_sigma",
+        num_heads=16, hidden_size=1152, depth=28, input_size=64, pe_interpolation=1,
         patch_size=2, in_channels=4, micro_condition=False,
     )  # fmt: skip
     kind, options, width = {
@@ -149,6 +183,7 @@ def random_rig(name: str, world: World, paper: Paper) -> Rig:
         "sdxl": (models.SDXL, sdxl, 2048),
         "sdxl-turbo": (models.SDXL, sdxl, 2048),
         "pixart": (models.PixArtSigma, pixart, 4096),
+        "pixart-dmd": (models.PixArtAlpha, pixart, 4096),
     }[name]
     device = management.get_torch_device()
     config = kind(options)
