@@ -45,6 +45,7 @@ PARTICLES = (3, 6, 12)
 CANDIDATES, AGAIN = 4, 0.8  # of a search by restarts
 BEST_OF_DRAWS = ("best_of_two", "best_of_three")  # of plain optimisation, at every iterate; made of what is there
 RIVALS = ("best_of_4", "best_of_two")
+LIMITS = (0.01, 0.02, 0.1, 0.2)
 OWN = 4  # plain samples of every animal, which the likeness is to
 
 
@@ -98,7 +99,7 @@ VARIANTS = {
     "three_rounds": default(iterations=12),
     "default_.6": default(restart_denoise=0.6),
     "default_.4": default(restart_denoise=0.4),
-    **{f"three_rounds_{limit:g}": default(iterations=12, drift_limit=limit) for limit in (0.01, 0.02, 0.1, 0.2)},
+    **{f"three_rounds_{limit:g}": default(iterations=12, drift_limit=limit) for limit in LIMITS},
     # Three of three, nothing held.
     "short_rounds": default(iterations=9, restart_every=3, hold="no", drift_limit=0.0, stop="never"),
     "normalized": Variant({"optimizer": "normalized"}),
@@ -117,6 +118,9 @@ VARIANTS = {
     "search_by_restarts": Variant(searched=8),
     "restarted_first": Variant(first=0.8),
 }
+
+# What a run of two rounds would have come to, read off the first two of one of three.
+CUT = {"three_rounds": "default"} | {f"three_rounds_{limit:g}": f"default_{limit:g}" for limit in LIMITS}
 
 
 class Observer:
@@ -473,11 +477,11 @@ def report() -> None:
         numbers = {k: float(row[k] or math.nan) for k in ("iterate", "kept", "path_kl", *COLUMNS)}
         runs.setdefault(of, []).append(numbers | {"animal": row["animal"], "part": (row["part"], row["seed"])})
     for reward, steps, name in list(runs):
-        if name == "three_rounds":
-            mine = runs.get((reward, steps, "default"), [])
+        if name in CUT:
+            mine = runs.get((reward, steps, CUT[name]), [])
             there = {row["part"] for row in mine}
             others = [row for row in runs[reward, steps, name] if row["part"] not in there]
-            runs[reward, steps, "default"] = mine + first_rounds(others, 2)
+            runs[reward, steps, CUT[name]] = mine + first_rounds(others, 2)
         if name == "dno":
             again = runs.get((reward, steps, "dno_again"), [])
             three = ((runs[reward, steps, name], "0"), (runs[reward, steps, name], "1"), (again, "0"))
