@@ -310,6 +310,8 @@ def run_preference(
     trace = done.result.trace
     trace.settings |= record
     if somebody:
+        if (missed := somebody.judge.missed) and values["on_timeout"] == "tie":
+            trace.notices.append(f"nobody chose in time, {missed} times: those count as ties")
         done.result.left = Left([*trace.settings["choices"], *somebody.unused()], len(trace.settings["choices"]))
         if repeated := somebody.before.used:
             trace.notices.append(

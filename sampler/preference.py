@@ -88,16 +88,20 @@ class PreferenceSettings:
             raise ValueError(f"kick must lie in [0, 1] and clip_norm be 0 or more (got {self.kick}, {self.clip_norm})")
 
 
+ENOUGH = "the judge had enough"
+
+
 @dataclass
 class Verdict:
-    """best, worst: (B,) indices of candidates. tie: (B,). scores: (B, n) where the judge has numbers. stop: enough;
-    back: the last choice again (neither says anything of these candidates)."""
+    """best, worst: (B,) indices of candidates. tie: (B,). scores: (B, n) where the judge has numbers. stop: why no more
+    is asked, `ENOUGH` or what kept the judge from it; back: the last choice again (neither says anything of these
+    candidates)."""
 
     best: Tensor
     worst: Tensor
     tie: Tensor
     scores: Tensor | None = None
-    stop: bool = False
+    stop: str = ""
     back: bool = False
 
 
@@ -168,7 +172,7 @@ def prefer(
     def ask(images: Sequence[Tensor]) -> Verdict:
         verdict = judge(book.k, images)
         if verdict.stop or verdict.back:
-            raise _Stop if verdict.stop else _Back
+            raise _Stop(verdict.stop) if verdict.stop else _Back
         note(zip(verdict.best.tolist(), verdict.worst.tolist(), verdict.tie.tolist(), strict=True))
         return verdict
 
@@ -211,14 +215,15 @@ def prefer(
         except _Back:
             book.restore(1)
             continue
-        except _Stop:
+        except _Stop as stop:
             if book.kept.latent is None:  # nothing was chosen, so the plain sample it is
                 nobody = torch.zeros(len(found[0].images), dtype=torch.long)
                 undecided = Verdict(nobody, nobody, torch.ones_like(nobody, dtype=torch.bool))
                 book.kept.update(0, nobody == 0, found[0], None)
                 book.iterates = [found[0].path.x0.cpu()]
                 trace.rows += _rows(0, run, found, undecided, [c.path for c in found], None, 0.0, memory())
-            reason = "the judge had enough"
+            reason = str(stop)
+            cut_short = reason != ENOUGH
             break
         finally:
             rollout.let_go()
@@ -254,7 +259,7 @@ def prefer(
 
 
 class _Stop(BaseException):
-    """The judge had enough: no error, of which `attempt` would make an end."""
+    """No more is asked, and why: no error, of which `attempt` would make an end."""
 
 
 class _Back(BaseException):

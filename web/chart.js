@@ -1,19 +1,20 @@
 // The live chart of one run as an element: no side effects beyond it, nothing of ComfyUI.
 import uPlot from "./vendor/uPlot.esm.js";
 import {
-  brief, csv, curves, follow, images, isLight, label, limit, newRun, previewOf, spread, status, table, ticks, uprights,
+  brief, csv, curves, follow, images, isLight, label, lastOf, limit, newRun, previewOf, spread, status, table, ticks, uprights,
 } from "./series.js";
 
 // On a dark and on a light ground; both have a contrast of 4.5 to 1 and more there.
 const REWARD = "var(--mira-reward)";
 const DRIFT = "var(--mira-drift)";
-const INK = { dark: ["#5b9cf5", "#f0a03c"], light: ["#1d5fbf", "#a04a00"] };
+const INK = { dark: ["#5b9cf5", "#f0a03c"], light: ["#154da0", "#843c00"] };
 const PART_DASHES = [[4, 3], [1, 3], [8, 4], [2, 2]];
 const HEIGHT = 150;
+const AXIS = 46; // pixels of the plot's width, or more for long numbers
 
 export const CSS = `
 .mira-box { display: flex; flex-direction: column; gap: 4px; width: 100%; box-sizing: border-box;
-  font: 12px/1.35 var(--mira-font, Inter, Arial, sans-serif); color: var(--fg-color, #ddd); }
+  font: 12px/1.35 var(--mira-font, Inter, Arial, sans-serif); color: var(--fg-color, #ddd); overflow-wrap: anywhere; }
 .mira-head { display: flex; gap: 6px; align-items: center; min-height: 22px; }
 .mira-status { flex: 1; overflow: hidden; text-overflow: ellipsis; }
 .mira-box button, .mira-box select { font: inherit; color: var(--input-text, var(--fg-color, #ddd));
@@ -24,13 +25,15 @@ export const CSS = `
 .mira-box :focus-visible { outline: 2px solid ${REWARD}; outline-offset: 1px; }
 .mira-plot { position: relative; width: 100%; height: ${HEIGHT}px; border-radius: 4px; overflow: hidden;
   background: var(--comfy-input-bg, #222); }
-.mira-values { display: flex; flex-wrap: wrap; gap: 0 10px; min-height: 17px; font-variant-numeric: tabular-nums; }
+.mira-values { display: flex; flex-wrap: wrap; gap: 0 10px; min-height: 17px; font-variant-numeric: tabular-nums;
+  padding: 0 4px; border-radius: 4px; color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); }
 .mira-values b { font-weight: 600; }
 .mira-scrub { display: flex; gap: 8px; align-items: center; }
 .mira-scrub input { flex: 1; min-width: 40px; accent-color: ${REWARD}; }
-.mira-scrub img { width: 72px; height: 72px; object-fit: contain; border-radius: 4px;
+.mira-scrub img, .mira-none { width: 72px; height: 72px; object-fit: contain; border-radius: 4px;
   background: var(--comfy-input-bg, #222); }
-.mira-notices { color: var(--descrip-text, #999); white-space: pre-line; max-height: 96px; overflow-y: auto; }
+.mira-none { display: grid; place-items: center; font-size: 10px; text-align: center; }
+.mira-notices { white-space: pre-line; max-height: 96px; overflow-y: auto; }
 .mira-box [hidden] { display: none !important; }
 `;
 
@@ -53,13 +56,32 @@ function unscaled() {
   };
 }
 
+/** How wide an axis is: as its longest tick, from the second look on as before. */
+function widthOf(u, values, index, cycle) {
+  const axis = u.axes[index];
+  if (cycle > 1) return axis._size;
+  u.ctx.font = axis.font[0];
+  const widest = Math.max(0, ...(values ?? []).map((text) => u.ctx.measureText(text).width));
+  return Math.max(AXIS, Math.ceil(axis.ticks.size + axis.gap + widest / devicePixelRatio) + 2);
+}
+
+/** The canvas neither drags a node by what is pressed here, nor zooms where something scrolls; all else is its own. */
+function keepEvents(element) {
+  element.addEventListener("pointerdown", (event) => event.button === 0 && event.stopPropagation());
+  element.addEventListener("wheel", (event) => {
+    const list = event.target.closest(".mira-notices");
+    if (!event.ctrlKey && list && list.scrollHeight > list.clientHeight) event.stopPropagation();
+  });
+}
+
 /**
  * onTake(iteration, anew): the user wants this iterate, anew: painted anew; null leaves the buttons out.
  * onLook(preview): of a run that is done, this iterate is looked at: the kept one first, then where the slider goes.
- * imageUrl(preview): the address of a stored preview.
- * Returns { element, inner, set(run), run(), destroy() }: `element` is for the host, `inner` may be measured.
+ * imageUrl(preview): the address of a stored preview. first: what is said before there is a run.
+ * Returns { element, inner, set(run), run(), restyle(), destroy() }: `element` is for the host, `inner` may be measured,
+ * `restyle` is for when the page's colours have changed. What was destroyed draws again once it is set.
  */
-export function createChart({ onTake = null, onLook = () => {}, imageUrl = () => "", saveAs = () => {} } = {}) {
+export function createChart({ onTake = null, onLook = () => {}, imageUrl = () => "", saveAs = () => {}, first } = {}) {
   const outer = element("div");
   const inner = element("div", "mira-box", { role: "group", "aria-label": "MIRA record" });
   const head = element("div", "mira-head");
@@ -71,6 +93,8 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
   const values = element("div", "mira-values");
   const scrub = element("div", "mira-scrub");
   const shown = element("img", "", { alt: "The image at the chosen iteration" });
+  const none = element("div", "mira-none");
+  none.textContent = "no picture is kept of it";
   const slider = element("input", "", { type: "range", min: "0", step: "1", "aria-label": "Iteration to look at" });
   const take = element("button", "", { type: "button", title: "Return this iterate: set `iterate` and queue again" });
   take.textContent = "Take";
@@ -81,12 +105,13 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
   anew.textContent = "Repaint";
   const notices = element("div", "mira-notices");
   head.append(line, which, save);
-  scrub.append(shown, slider, ...(onTake ? [take, anew] : []));
+  scrub.append(shown, none, slider, ...(onTake ? [take, anew] : []));
   inner.append(head, plot, values, scrub, notices);
   outer.append(inner);
-  for (const type of ["wheel", "pointerdown"]) inner.addEventListener(type, (e) => e.stopPropagation());
+  keepEvents(inner);
 
-  let run = newRun();
+  let run = { ...newRun(), waiting: first };
+  let isFresh = false; // a run that has ended, since the last drawing
   let image = 0;
   let chart = null;
   let shape = "";
@@ -136,7 +161,7 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
     // Functions, so that a change of theme is seen at the next drawing.
     const grid = { stroke: () => colour("--border-color") || "#444", width: 0.5 };
     const values = (_, splits) => ticks(splits);
-    const axis = { stroke: () => colour("--fg-color") || "#ddd", grid, ticks: grid, values, font: "11px Inter, Arial, sans-serif", size: 46 };
+    const axis = { stroke: () => colour("--fg-color") || "#ddd", grid, ticks: grid, values, font: "11px Inter, Arial, sans-serif", size: widthOf };
     const series = rewards.map((name, i) => ({
       label: name, scale: "reward", stroke: reward, width: name === "reward" ? 2 : 1,
       dash: name === "reward" ? undefined : PART_DASHES[(i - 1) % PART_DASHES.length], points: { size: 4 },
@@ -162,6 +187,7 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
       table(run, image, list),
       plot,
     );
+    resized.observe(plot);
   }
 
   function showValues(index) {
@@ -184,6 +210,7 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
     const at = Number(slider.value);
     const preview = previewOf(run, at, image);
     shown.hidden = !preview;
+    none.hidden = Boolean(preview) || Object.keys(run.previews).length === 0;
     if (preview) shown.src = imageUrl(preview);
     slider.setAttribute("aria-valuetext", `iteration ${at}`);
     take.disabled = anew.disabled = !run.done;
@@ -200,7 +227,7 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
     frame = 0;
     ink();
     const all = images(run);
-    if (!all.includes(image)) image = all[0] ?? 0;
+    if (all.length && !all.includes(image)) image = all[0];
     which.hidden = all.length < 2;
     which.replaceChildren(
       ...all.map((b) => Object.assign(element("option"), { value: b, textContent: `image ${b}`, selected: b === image })),
@@ -208,11 +235,11 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
     line.textContent = line.title = status(run, image);
     save.disabled = run.rows.length === 0;
     notices.textContent = [...(run.refused ? [run.refused] : []), ...run.notices].join("\n");
-    const finished = run.done && run.fresh;
+    const finished = isFresh;
+    isFresh = false;
     const at = follow(run, image, Number(slider.value), Number(slider.max), finished);
-    slider.max = String(Math.max(0, ...run.rows.map((r) => r.iteration)));
+    slider.max = String(lastOf(run));
     slider.value = String(at);
-    run.fresh = false;
     if (finished && !run.settings.final_restart) look(); // else what was painted anew stays on the node
     scrub.hidden = run.rows.length === 0;
     const wanted = curves(run);
@@ -237,13 +264,6 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
   const resized = new ResizeObserver(() => {
     if (chart && plot.clientWidth > 0) chart.setSize({ width: plot.clientWidth, height: HEIGHT });
   });
-  resized.observe(plot);
-  // A theme is a set of variables on the page's root.
-  const themed = new MutationObserver(() => {
-    ink();
-    chart?.redraw(false);
-  });
-  themed.observe(document.documentElement, { attributeFilter: ["style", "class"] });
   slider.addEventListener("input", () => {
     showIterate();
     look();
@@ -263,14 +283,20 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
     inner,
     run: () => run,
     set(next) {
-      run = { ...next, fresh: next.done && !run.done };
+      isFresh = next.done && (isFresh || !run.done || next.id !== run.id);
+      run = next;
       redraw();
+    },
+    restyle() {
+      ink();
+      chart?.redraw(false);
     },
     destroy() {
       resized.disconnect();
-      themed.disconnect();
       cancelAnimationFrame(frame);
       chart?.destroy();
+      chart = null;
+      frame = 0;
     },
   };
 }

@@ -2,15 +2,17 @@
 
 export const CSS = `
 .mira-choice { display: flex; flex-direction: column; gap: 6px; padding: 6px; border-radius: 6px;
-  border: 2px solid #5b9cf5; background: var(--comfy-menu-bg, #353535); }
+  border: 2px solid var(--mira-reward, #5b9cf5); background: var(--comfy-menu-bg, #353535); }
 .mira-offers { display: grid; gap: 6px; }
 .mira-offers button { padding: 4px; display: flex; flex-direction: column; gap: 3px; align-items: center; }
 .mira-offers img { width: 100%; max-height: 420px; object-fit: contain; }
 .mira-more { display: flex; gap: 6px; flex-wrap: wrap; }
 .mira-more span { flex: 1; align-self: center; }
-.mira-error { color: var(--error-text, #ff4444); }
+.mira-error { font-weight: 600; border-left: 4px solid var(--error-text, #ff4444); padding-left: 6px; }
+.mira-error:empty { display: none; }
 `;
-const SETTLES = 400; // milliseconds
+// Milliseconds in which a key was meant for what had the focus before; of one that ends the choice or takes one back.
+const [SETTLES, ENDS] = [400, 1000];
 const KEYS = { 0: "tie", t: "tie", Backspace: "back", Escape: "stop" };
 
 function isRef(ref) {
@@ -37,13 +39,14 @@ export function heightOf(count) {
 /** What is asked, in words, of a choice as the server asks for it. */
 export function questionOf({ images, wanted, iteration, iterations, image, batch }) {
   const asked = wanted === "worst" ? "And which is the least good?" : `Which is ${images.length > 2 ? "best" : "better"}?`;
-  return `${asked} ${iteration + 1} of ${iterations}${batch > 1 ? `, image ${image + 1} of ${batch}` : ""}`;
+  return `${asked} ${iteration + 1} of ${iterations}${batch > 1 ? `, image ${image}` : ""}`;
 }
 
 const CALL = "\u25CF Choose \u00B7 ";
 
 /** The title of the browser's tab, which says so while a choice is waited for. */
 export function tabTitle(title, waits) {
+  if (waits && title.includes(CALL)) return title; // though another pack has put something before it
   const bare = title.replaceAll(CALL, "");
   return waits ? CALL + bare : bare;
 }
@@ -64,14 +67,14 @@ export function answerOf(event, count) {
 
 /**
  * onAnswer(choice, answer) -> Promise of null, or of why it was not taken; answer: an image's place from 1, or a word.
- * Returns { element, show(choice), hide(token), choice(), answer(answer) }.
+ * Returns { element, show(choice), hide(token), choice() }.
  */
 export function createChooser({ imageUrl, onAnswer }) {
   const box = document.createElement("div");
   box.className = "mira-choice";
   box.tabIndex = 0;
   box.setAttribute("role", "group");
-  box.setAttribute("aria-label", "Which image is best? Keys 1, 2, ...: that one, 0: tie, Escape: enough");
+  box.setAttribute("aria-label", "Choose an image. Keys 1, 2, ...: that one, 0: tie, Backspace: the last one again, Escape: enough");
   box.hidden = true;
   const grid = document.createElement("div");
   grid.className = "mira-offers";
@@ -83,6 +86,7 @@ export function createChooser({ imageUrl, onAnswer }) {
   let choice = null;
   let busy = null; // the token of the choice that an answer is on its way to
   let since = 0; // when the choice was shown
+  let seized = false; // whether it took the focus then
 
   function button(answer, label, title) {
     const made = document.createElement("button");
@@ -105,6 +109,7 @@ export function createChooser({ imageUrl, onAnswer }) {
   }
 
   const count = document.createElement("span");
+  count.setAttribute("aria-live", "polite");
   more.append(
     count,
     button("back", "Back (\u232B)", "Take the last choice back (Backspace)"),
@@ -112,13 +117,13 @@ export function createChooser({ imageUrl, onAnswer }) {
     button("stop", "Good enough (Esc)", "Keep the best so far (Escape)"),
   );
   box.append(grid, more, error);
-  for (const type of ["wheel", "pointerdown"]) box.addEventListener(type, (e) => e.stopPropagation());
   box.addEventListener("keydown", (event) => {
     const answer = choice && answerOf(event, choice.images.length);
     if (!answer) return;
     event.preventDefault();
     event.stopPropagation();
-    if (!event.repeat) answered(answer);
+    const passed = performance.now() - since;
+    if (!event.repeat && !(seized && passed < (answer === "back" || answer === "stop" ? ENDS : SETTLES))) answered(answer);
   });
 
   async function answered(answer) {
@@ -143,7 +148,6 @@ export function createChooser({ imageUrl, onAnswer }) {
     element: box,
     hide,
     choice: () => choice,
-    answer: answered,
     show(next) {
       if (choice?.token === next.token) return;
       choice = next;
@@ -154,7 +158,9 @@ export function createChooser({ imageUrl, onAnswer }) {
       count.textContent = questionOf(next);
       box.hidden = false;
       // Keys choose at once, but never those of somebody who does something else with them.
-      if (!isTaken(document.activeElement)) box.focus({ preventScroll: true });
+      const active = document.activeElement;
+      seized = !isTaken(active) && !box.contains(active);
+      if (!isTaken(active)) box.focus({ preventScroll: true });
     },
   };
 }

@@ -68,3 +68,19 @@ export function unread(told, values) {
   }
   return found;
 }
+
+/** Today's widgets of a node as its class tells them: [{ name, value }]. */
+export function widgetsOf({ input, input_order: order }) {
+  const found = [];
+  for (const part of ["required", "optional"]) {
+    for (const name of order?.[part] ?? Object.keys(input?.[part] ?? {})) {
+      const [kind, options = {}] = input[part][name];
+      const combo = Array.isArray(kind) || kind === "COMBO";
+      if (options.forceInput || !(combo || ["INT", "FLOAT", "STRING", "BOOLEAN"].includes(kind))) continue;
+      const first = Array.isArray(kind) ? kind[0] : options.options?.[0];
+      found.push({ name, value: options.default ?? first });
+      if (options.control_after_generate) found.push({ name: "control_after_generate", value: "randomize" });
+    }
+  }
+  return found;
+}

@@ -4,9 +4,10 @@ import { api } from "../../scripts/api.js";
 import { differences, whyNotTaken } from "./asked.js";
 import { CSS as CHART_CSS, createChart } from "./chart.js";
 import { CSS as CHOICE_CSS, createChooser, heightOf, tabTitle, validChoice } from "./choice.js";
-import { migrated, presetAfter, presetValues, readBySome, unread } from "./layout.js";
+import { giverOf, nodeAt, nodesOf, pathTo, promoted, signature } from "./graph.js";
+import { migrated, presetAfter, presetValues, readBySome, unread, widgetsOf } from "./layout.js";
 import { recordsOf } from "./png.js";
-import { addStep, csv, escaped, fromOutput, newRun, status } from "./series.js";
+import { addStep, csv, escaped, fromOutput, isNews, newRun, status } from "./series.js";
 import { textElement, textOf } from "./text.js";
 
 // In pixels, of the chart with its status, and of the slider and its buttons.
@@ -25,32 +26,18 @@ const CHARTED = new Set([
 ]);
 const PRESETS = new Map(); // by a node's class: { presets, dials }
 const READ_BY = new Map(); // by a node's class: { combo: { input: [values of the combo that read it] } }
-const VIEW = Symbol("MIRA view"); // on a node, and seen through the proxies that Vue hands out: { chart, chooser, text }
+/**
+ * On a node, and seen through the proxies that Vue hands out: { chart, chooser, text, shows: what its outputs go to, ran:
+ * the id that it last ran by, looked: the preview that is looked at, values: of its widgets at the last run, takes }.
+ */
+const VIEW = Symbol("MIRA view");
 
-/** The node of an execution id, "12" or "12:5" within subgraphs, or null. */
-function nodeOf(id) {
-  let graph = app.rootGraph ?? app.graph;
-  let node = null;
-  for (const part of String(id).split(":")) {
-    node = graph?.getNodeById?.(part) ?? graph?.getNodeById?.(Number(part)) ?? null;
-    graph = node?.subgraph;
-  }
-  return node;
-}
-
-/** The execution id of a node: [...the subgraph nodes around it, its own], or null for one that is in no graph. */
-function pathOf(node, graph = app.rootGraph ?? app.graph) {
-  for (const other of graph?.nodes ?? []) {
-    if (other === node || (other.id === node.id && other.graph === node.graph)) return [other.id];
-    const inner = other.subgraph && pathOf(node, other.subgraph);
-    if (inner) return [other.id, ...inner];
-  }
-  return null;
-}
+const rootGraph = () => app.rootGraph ?? app.graph;
+const nodeOf = (id) => nodeAt(rootGraph(), id);
 
 /** Where a run of this node was: the id of its execution, or what its place in the graph gives. */
 function ranAt(node) {
-  return node[VIEW]?.ran?.split(":") ?? pathOf(node);
+  return node[VIEW]?.ran?.split(":") ?? pathTo(rootGraph(), node);
 }
 
 /** ComfyUI's own preview on the node shows this iterate, as it showed each one while the run went on. */
@@ -66,17 +53,16 @@ async function preview(node, stored) {
   api.dispatchEvent(new CustomEvent("b_preview_with_metadata", { detail: { blob, ...ids } }));
 }
 
-/** What the status of a node inside a subgraph says, on the node outside, which the frontend seeks in the open graph. */
-function tellOutside(node, run) {
-  const path = run.rows.length ? ranAt(node) : null;
+/** What a node inside a subgraph says, on the node outside, which the frontend seeks in the open graph. */
+function tellOutside(node, text) {
+  const path = ranAt(node);
   const open = app.canvas?.graph;
-  if (!path || path.length < 2 || (open && open !== (app.rootGraph ?? app.graph))) return;
+  if (!path || path.length < 2 || (open && open !== rootGraph())) return;
   // Older frontends take it for HTML, and a record may be a stranger's.
-  const text = escaped(status(run, 0));
-  api.dispatchEvent(new CustomEvent("progress_text", { detail: { nodeId: String(path[0]), text } }));
+  api.dispatchEvent(new CustomEvent("progress_text", { detail: { nodeId: String(path[0]), text: escaped(text) } }));
 }
 
-const openWorkflow = () => (app.rootGraph ?? app.graph)?.id;
+const openWorkflow = () => rootGraph()?.id;
 
 /** Whether a run is of a node of this kind. What the server does not know fits. */
 const isKind = (node, { kind }) => Boolean(node) && (!kind || kind === node.comfyClass);
@@ -203,56 +189,74 @@ function hideUnread(node, opened = false) {
   node.setDirtyCanvas?.(true, true);
 }
 
-const ANEW = 0.65; // the share of the noise that an iterate is painted anew from, where none is set
+const PAINTED = 0.65; // the share of the noise that an iterate is painted anew from, where none is set
 const USUAL = "mira_final_restart"; // a node's property: what `final_restart` was before an iterate was taken
-
+const TAKEN = "mira_taken"; // a node's property: the signature of what an iterate was taken of
+const [ITERATE, RESTART] = ["iterate", "final_restart"];
 const SEEDS = ["seed", "noise_seed", "value"]; // the widgets that a seed is in
 const SEEDED = ["seed", "noise"]; // the inputs that it may come by
 
-/** The node whose widget is the seed: another one's where that, or the noise, comes by a link. */
-function seededBy(node) {
-  const slot = node.inputs?.findIndex((i) => SEEDED.includes(i.name) && i.link !== null && i.link !== undefined) ?? -1;
-  return (slot >= 0 && node.getInputNode?.(slot)) || node;
-}
-
-/** What has changed in the graph since a run of this node, but for what `take` sets itself; null: nothing that is known. */
-async function changedSince(node, seeded, run) {
-  const { asked } = await get("/mira/live", { asked: run.id ?? "" }).catch(() => ({}));
-  if (!asked) return null;
-  const path = ranAt(node).join(":");
-  const its = (pathOf(seeded) ?? []).join(":");
-  const free = new Set([`${path} iterate`, `${path} final_restart`, ...SEEDS.flatMap((name) => [`${path} ${name}`, `${its} ${name}`])]);
-  const { output } = await app.graphToPrompt();
-  return whyNotTaken(differences(asked, output, free), (id) => nodeOf(id)?.title ?? asked[id][0]);
+/** The widget that gives an input its value, wherever it is, or undefined. names: what it is called on a node that is linked. */
+function giver(path, inputs, names = inputs) {
+  const { node, name } = giverOf(rootGraph(), path, inputs);
+  return { node, widget: node?.widgets?.find((w) => (name ? w.name === name : names.includes(w.name))) };
 }
 
 /** Return iterate k, or that painted anew: the run's own seed again, fixed, and `iterate`; all else is as it was. */
 async function take(node, chart, iterate, anew) {
+  const view = node[VIEW];
   const run = chart.run();
-  if (!run.done) return;
-  const { seed } = run.settings;
-  const seeded = seededBy(node); // whose value is in the node's own widget too, once it was queued
-  const refused = await changedSince(node, seeded, run);
-  if (chart.run().id !== run.id) return; // another one has begun meanwhile
-  if (refused || run.refused) chart.set({ ...run, refused });
-  if (refused) return;
-  for (const one of new Set([node, seeded])) {
-    if (Number.isSafeInteger(seed)) for (const name of SEEDS) setWidget(one, name, seed);
-    setWidget(one, "control_after_generate", "fixed");
+  if (!run.done || view.takes) return;
+  view.takes = true;
+  try {
+    const refused = await set(node, run, iterate, anew, () => chart.run().id !== run.id);
+    if (refused || run.refused) chart.set({ ...run, refused });
+    if (refused === null) app.queuePrompt(0);
+  } catch (problem) {
+    chart.set({ ...run, refused: `Not taken: ${problem.message}` });
+  } finally {
+    view.takes = false;
   }
-  setWidget(node, "iterate", iterate);
-  node.properties[USUAL] ??= node.widgets?.find((w) => w.name === "final_restart")?.value ?? 0;
-  setWidget(node, "final_restart", anew ? node.properties[USUAL] || ANEW : 0);
+}
+
+/** Writes it into the widgets; null: done, else why not. The widgets are as they were then. isOver: another run has begun. */
+async function set(node, run, iterate, anew, isOver) {
+  const { asked } = await get("/mira/live", { asked: run.id ?? "" }).catch(() => ({}));
+  if (isOver()) return "";
+  const path = ranAt(node);
+  const seed = giver(path, SEEDED, SEEDS);
+  const restart = giver(path, [RESTART]);
+  const usual = node.properties[USUAL] ?? restart.widget?.value ?? 0;
+  // A linked seed is in the node's own widget too, once it was queued.
+  const seeded = [seed.widget, ...SEEDS.map((name) => node.widgets?.find((w) => w.name === name))];
+  const fixed = [seed.node, node].map((one) => one?.widgets?.find((w) => w.name === "control_after_generate"));
+  const changes = [
+    ...(Number.isSafeInteger(run.settings.seed) ? seeded.map((widget) => [widget, run.settings.seed]) : []),
+    ...fixed.map((widget) => [widget, "fixed"]),
+    [giver(path, [ITERATE]).widget, iterate],
+    [restart.widget, anew ? usual || PAINTED : 0],
+  ].filter(([widget]) => widget);
+  const before = changes.map(([widget]) => [widget, widget.value]);
+  for (const [widget, value] of changes) widget.value = value;
+  const found = asked ? differences(asked, (await app.graphToPrompt()).output, new Set([ITERATE, RESTART].map((name) => `${path.join(":")} ${name}`))) : [];
+  if (found.length || isOver()) {
+    for (const [widget, value] of before) widget.value = value;
+    return whyNotTaken(found, (id) => nodeOf(id)?.title ?? asked[id][0]) ?? "";
+  }
+  Object.assign(node.properties, { [USUAL]: usual, [TAKEN]: signature(rootGraph(), path, [ITERATE, RESTART]) });
   remember(node);
   node.setDirtyCanvas?.(true, true);
-  app.queuePrompt(0);
+  return null;
 }
 
 /** No iterate is taken any more. */
 function untake(node) {
-  setWidget(node, "iterate", -1);
-  if (node.properties[USUAL] !== undefined) setWidget(node, "final_restart", node.properties[USUAL]);
+  const path = ranAt(node) ?? pathTo(rootGraph(), node);
+  const write = (name, value) => path && Object.assign(giver(path, [name]).widget ?? {}, { value });
+  write(ITERATE, -1);
+  if (node.properties[USUAL] !== undefined) write(RESTART, node.properties[USUAL]);
   delete node.properties[USUAL];
+  delete node.properties[TAKEN];
 }
 
 /** Styles for charts, texts and choosers, once per page. */
@@ -267,9 +271,10 @@ function addStyles() {
 
 function addCharted(node) {
   addStyles();
-  const onTake = node.comfyClass === MONITOR ? null : (k, anew) => take(node, chart, k, anew).catch(warn);
+  const onTake = node.comfyClass === MONITOR ? null : (k, anew) => take(node, chart, k, anew);
   const onLook = (stored) => preview(node, stored).catch((problem) => console.warn("MIRA: no preview:", problem));
-  const chart = createChart({ imageUrl, saveAs, onTake, onLook });
+  const first = node.comfyClass === MONITOR ? "The first trace's reward and drift appear here." : null;
+  const chart = createChart({ imageUrl, saveAs, onTake, onLook, first });
   const view = { ...node[VIEW], chart };
   if (node.comfyClass === PREFERENCE) {
     view.chooser = createChooser({ imageUrl, onAnswer: answer });
@@ -290,7 +295,7 @@ function addCharted(node) {
   new ResizeObserver(() => fit(node, 0)).observe(chart.inner);
   node[VIEW] = view;
   onOutput(node, (output) => {
-    const run = fromOutput(output, chart.run());
+    const run = fromOutput(output);
     if (run) showRun(node, chart, run);
     view.chooser?.hide();
   });
@@ -327,24 +332,15 @@ function addPresets(node) {
 
 const LINKED = Symbol("a value that no preset has");
 
-const SUBGRAPH_INPUT = "-10"; // the id of a subgraph's inputs, where a link begins
-const outer = new WeakSet(); // widgets of subgraph nodes that were seen
-
-/** The widget on a subgraph's node that gives its value to one inside, or undefined. */
-function promoted(holder, node, name) {
-  const input = node.inputs?.find((i) => i.widget?.name === name);
-  const link = input?.link == null ? null : holder.subgraph.getLink?.(input.link);
-  const slot = String(link?.origin_id) === SUBGRAPH_INPUT ? holder.subgraph.inputs[link.origin_slot] : null;
-  return slot && holder.widgets?.find((w) => w.name === slot.name);
-}
+const outside = new WeakSet(); // widgets of subgraph nodes that were seen
 
 /** A preset that is chosen outside of a subgraph sets the dials that are outside with it. */
 function addPromotedPresets(holder) {
   for (const node of holder.subgraph?.nodes ?? []) {
     const told = PRESETS.get(node.comfyClass);
     const preset = told && promoted(holder, node, "preset");
-    if (!preset || outer.has(preset)) continue;
-    outer.add(preset);
+    if (!preset || outside.has(preset)) continue;
+    outside.add(preset);
     chain(preset, "callback", (value) => {
       for (const [name, wanted] of Object.entries(presetValues(told, value))) {
         const widget = promoted(holder, node, name);
@@ -355,17 +351,28 @@ function addPromotedPresets(holder) {
   }
 }
 
-/** Another seed or setting is another run: of that, the iterate that was taken from the last one means nothing. */
+/**
+ * Another seed or setting is another run: of that, the iterate that was taken from the last one means nothing. At once
+ * where it is the node's own, else when it is queued.
+ */
 function forgetTaken(node) {
   const view = node[VIEW];
+  const iterate = node.widgets?.find((w) => w.name === ITERATE);
+  if (iterate) {
+    chain(iterate, "beforeQueued", () => {
+      const taken = node.properties?.[TAKEN];
+      const path = taken && pathTo(rootGraph(), node);
+      if (path && signature(rootGraph(), path, [ITERATE, RESTART]) !== taken) untake(node);
+    });
+  }
   for (const widget of node.widgets ?? []) {
     const { name } = widget;
     if (name === "mira_chart") continue;
     chain(widget, "callback", (value) => {
       if (view.values?.get(name) === value) return; // some frontends call after every run
       remember(node);
-      if (name === "final_restart") delete node.properties[USUAL]; // set by hand
-      else if (name !== "iterate" || value === -1) untake(node);
+      if (name === RESTART) delete node.properties[USUAL]; // set by hand
+      else if (name !== ITERATE || value === -1) untake(node);
     });
   }
   chain(node, "onConfigure", () => remember(node));
@@ -388,26 +395,10 @@ function migrate(graph) {
   for (const inner of graph?.definitions?.subgraphs ?? []) migrate(inner);
 }
 
-/** Today's widgets of a node as its class tells them: [{ name, value }]. */
-function widgetsOf({ input, input_order: order }) {
-  const found = [];
-  for (const part of ["required", "optional"]) {
-    for (const name of order?.[part] ?? Object.keys(input?.[part] ?? {})) {
-      const [kind, options = {}] = input[part][name];
-      const combo = Array.isArray(kind) || kind === "COMBO";
-      if (options.forceInput || !(combo || ["INT", "FLOAT", "STRING", "BOOLEAN"].includes(kind))) continue;
-      const first = Array.isArray(kind) ? kind[0] : options.options?.[0];
-      found.push({ name, value: options.default ?? first });
-      if (options.control_after_generate) found.push({ name: "control_after_generate", value: "randomize" });
-    }
-  }
-  return found;
-}
-
 function showRun(node, chart, run) {
   const empty = chart.run().rows.length === 0;
   chart.set(run);
-  tellOutside(node, run);
+  if (run.rows.length) tellOutside(node, status(run, 0));
   if (empty && run.rows.length) fit(node);
 }
 
@@ -472,6 +463,7 @@ function showChoice(data) {
   if (!chooser) return;
   chooser.show(choice);
   if (chart.run().rows.length === 0) chart.set({ ...chart.run(), waiting: "Waiting for your choice" });
+  tellOutside(node, "Waiting for your choice: open the subgraph");
 }
 
 async function get(path, more = {}) {
@@ -500,24 +492,22 @@ async function restore(cached = [], missed = false, promptId = "") {
   // One that has told of no image may be over: nothing is known of it.
   const runs = (live.runs ?? []).filter((known) => known.rows.length && isOf(nodeOf(known.node), known));
   const running = new Set(runs.filter((known) => !known.output).map((known) => String(known.node)));
-  const graph = app.rootGraph ?? app.graph;
-  for (const node of graph?.nodes ?? []) {
+  const asking = new Set((waiting.pending ?? []).map((choice) => String(choice.node)));
+  for (const { node, output: name } of nodesOf(rootGraph())) {
     const view = node[VIEW];
-    const output = app.nodeOutputs?.[node.id];
+    const output = app.nodeOutputs?.[name];
     if (!view || !output || !isOf(node, sourceOf(output))) continue;
     view.text?.(output);
     const run = view.chart && fromOutput(output);
-    const empty = view.chart?.run().rows.length === 0 && !view.chart.run().waiting;
-    if (run && empty && !running.has(String(node.id))) showRun(node, view.chart, run);
+    const empty = view.chart?.run().rows.length === 0 && !view.chart.run().id;
+    const path = pathTo(rootGraph(), node)?.join(":");
+    if (run && empty && !running.has(path) && !asking.has(path)) showRun(node, view.chart, run);
   }
   for (const known of runs) {
     const node = nodeOf(known.node);
     const chart = node[VIEW]?.chart;
     if (!chart) continue;
-    const mine = chart.run();
-    const same = mine.id !== null && mine.id === known.run;
-    if (same && (mine.done || (!known.output && mine.rows.length >= known.rows.length))) continue;
-    if (!same && mine.done && known.output && !missed) continue; // the chart may well have another run's record
+    if (!isNews(chart.run(), known, missed)) continue;
     showRun(node, chart, fromOutput(known.output) ?? { ...newRun(), ...known, id: known.run, done: false });
   }
   for (const choice of waiting.pending ?? []) showChoice(choice);
@@ -529,7 +519,7 @@ const DROP_LASTS = 20_000; // milliseconds until its workflow is open
 
 function noteDrop(event) {
   const file = event.dataTransfer?.files?.[0];
-  if (file?.type === "image/png") dropped = { at: Date.now(), found: file.arrayBuffer().then(recordsOf) };
+  if (file?.type === "image/png") dropped = { at: Date.now(), found: file.arrayBuffer().then(recordsOf).catch(() => null) };
 }
 
 async function showDropped() {
@@ -551,13 +541,28 @@ function restoreSoon(cached, missed = false, promptId = "") {
 
 /** Links and slots of the pack's own types, in either renderer. A palette that is loaded forgets them. */
 function colourTypes() {
+  const page = document.documentElement.style;
   for (const [type, colour] of Object.entries(TYPE_COLOURS)) {
     const known = window.LGraphCanvas?.link_type_colors;
     if (known) known[type] = colour;
     const slots = app.canvas?.default_connection_color_byType;
     if (slots) slots[type] = colour;
-    document.documentElement.style.setProperty(`--color-datatype-${type}`, colour);
+    const name = `--color-datatype-${type}`;
+    if (page.getPropertyValue(name) !== colour) page.setProperty(name, colour); // a write is seen by who looks for a palette
   }
+}
+
+/** A palette is a set of variables on the page's root. */
+function watchColours() {
+  let frame = 0;
+  const look = () => {
+    frame = 0;
+    colourTypes();
+    for (const { node } of nodesOf(rootGraph())) node[VIEW]?.chart?.restyle();
+  };
+  new MutationObserver(() => {
+    frame ||= requestAnimationFrame(look);
+  }).observe(document.documentElement, { attributeFilter: ["style", "class"] });
 }
 
 app.registerExtension({
@@ -581,8 +586,8 @@ app.registerExtension({
     api.addEventListener("mira.begin", ({ detail }) => {
       const node = chartedBy(detail);
       if (!node) return;
-      const seeds = node.widgets?.find((w) => w.name === "seeds")?.value ?? 1;
-      node[VIEW].chart.set({ ...newRun(), id: detail.run, waiting: seeds > 1 ? `Trying ${seeds} seeds ...` : "Sampling the first image ..." });
+      const waiting = detail.seeds > 1 ? `Trying ${detail.seeds} seeds ...` : "Sampling the first image ...";
+      node[VIEW].chart.set({ ...newRun(), id: detail.run, waiting });
     });
     api.addEventListener("mira.seed", ({ detail }) => {
       const chart = chartedBy(detail)?.[VIEW].chart;
@@ -598,18 +603,21 @@ app.registerExtension({
     api.addEventListener("mira.choice", ({ detail }) => showChoice(detail));
     api.addEventListener("mira.chosen", ({ detail }) => nodeOf(detail?.node)?.[VIEW]?.chooser?.hide(detail.token));
     // A node that is not run again says nothing: its last run is asked for.
-    api.addEventListener("execution_cached", ({ detail }) => restoreSoon(detail?.nodes, false, detail?.prompt_id));
+    api.addEventListener("execution_cached", ({ detail }) => {
+      restoreSoon(detail?.nodes?.filter((id) => nodeOf(id)?.[VIEW]), false, detail?.prompt_id);
+    });
     api.addEventListener("executed", ({ detail }) => adopt(detail ?? {}).catch(warn));
     api.addEventListener("reconnected", () => restoreSoon([], true));
     // A page that was loaded again learns who it is from the socket's first word: until then no choice is shown to it.
-    let known = api.clientId;
+    let client = api.clientId;
     api.addEventListener("status", () => {
-      if (api.clientId === known) return;
-      known = api.clientId;
+      if (api.clientId === client) return;
+      client = api.clientId;
       restoreSoon();
     });
     // ComfyUI writes the title when a run gets on, new editors only at the next frame: after the choice has come.
     new MutationObserver(callInTitle).observe(document.head, { childList: true, subtree: true, characterData: true });
+    watchColours();
     document.addEventListener("drop", noteDrop, true);
     document.addEventListener("visibilitychange", () => document.hidden || restoreSoon());
     restoreSoon();
@@ -628,7 +636,7 @@ app.registerExtension({
   },
   afterConfigureGraph() {
     colourTypes();
-    for (const node of (app.rootGraph ?? app.graph)?.nodes ?? []) addPromotedPresets(node);
+    for (const node of rootGraph()?.nodes ?? []) addPromotedPresets(node);
     restoreSoon().then(showDropped).catch(warn);
   },
   getNodeMenuItems(node) {

@@ -1,11 +1,29 @@
 // Pure: from a run's record to what is drawn. No side effects, nothing of ComfyUI, nothing of the page.
 import { BOOKKEEPING } from "./columns.js";
 
-const MOST_ROWS = 20000;
-
-/** A run as the events and the history tell it: settings, rows, kept iterations. Bad input gives an empty run. */
+/**
+ * A run as the events and the history tell it: settings, rows, kept iterations. Bad input gives an empty run.
+ *
+ * waiting: what is said while there is no row. refused: why an iterate of it was not taken.
+ */
 export function newRun() {
-  return { id: null, settings: {}, rows: [], kept: [], reasons: [], notices: [], iterations: 0, previews: {}, done: false };
+  return {
+    id: null, settings: {}, rows: [], kept: [], reasons: [], notices: [], iterations: 0, previews: {}, done: false,
+    waiting: null, refused: null,
+  };
+}
+
+/** The last iteration that there is a row of; 0 without any. */
+export function lastOf(run) {
+  return run.rows.reduce((last, row) => Math.max(last, row.iteration), 0);
+}
+
+/** Whether a run that the server knows of is to be shown in the place of what a chart has. missed: whether a whole run
+ * may have come and gone meanwhile.
+ */
+export function isNews(mine, known, missed) {
+  if (mine.id !== null && mine.id === known.run) return !mine.done && (Boolean(known.output) || mine.rows.length < known.rows.length);
+  return !mine.done || !known.output || missed; // else the chart may well have another run's record
 }
 
 /** Number, or null for what is none. */
@@ -21,7 +39,7 @@ function isRow(row) {
 export function addStep(run, event) {
   if (!Array.isArray(event?.rows)) return run;
   const rows = event.rows.filter(isRow);
-  const first = Math.min(event.iteration, ...rows.map((r) => r.iteration)); // of a run that goes on, all are told again
+  const first = rows.reduce((least, row) => Math.min(least, row.iteration), event.iteration); // of a run that goes on, all are told again
   if (event.run && event.run !== run.id) run = { ...newRun(), id: event.run }; // nothing of another run stays
   const known = run.rows.filter((r) => r.iteration < first);
   const previews = { ...(event.iteration === 0 ? {} : run.previews), ...event.previews };
@@ -29,7 +47,7 @@ export function addStep(run, event) {
   return {
     ...newRun(),
     id: run.id,
-    rows: [...known, ...rows].slice(-MOST_ROWS),
+    rows: [...known, ...rows],
     iterations: finite(event.iterations) ?? run.iterations,
     settings: event.settings ?? (event.iteration === 0 ? {} : run.settings),
     previews,
@@ -37,20 +55,21 @@ export function addStep(run, event) {
 }
 
 /** The run of a finished node's output, `ui.mira` (a list of traces), or null where there is none. */
-export function fromOutput(output, before = newRun()) {
+export function fromOutput(output) {
   const trace = Array.isArray(output?.mira) ? output.mira[0] : null;
   if (!trace || !Array.isArray(trace.rows)) return null;
-  const rows = trace.rows.filter(isRow).slice(-MOST_ROWS);
+  const rows = trace.rows.filter(isRow);
   const list = (value) => (Array.isArray(value) ? value : []);
   return {
+    ...newRun(),
     id: trace.run ?? null,
     rows,
     settings: trace.settings ?? {},
     kept: list(trace.kept),
     reasons: list(trace.reasons),
     notices: list(trace.notices),
-    previews: trace.previews ?? before.previews,
-    iterations: Math.max(0, ...rows.map((r) => r.iteration)),
+    previews: trace.previews ?? {},
+    iterations: lastOf({ rows }),
     done: true,
   };
 }
@@ -107,7 +126,7 @@ export function uprights(run, image, chosen) {
  * one while one goes on, but for those who look at an earlier one. ended: just now.
  */
 export function follow(run, image, at, end, ended) {
-  const last = Math.max(0, ...run.rows.map((r) => r.iteration));
+  const last = lastOf(run);
   if (ended) return run.kept[image] ?? last;
   return run.done || at < end ? Math.min(at, last) : last;
 }
@@ -137,8 +156,7 @@ export function secondsLeft(run) {
   const seconds = run.rows.filter((r) => r.image === first).map((r) => finite(r.seconds)).filter((s) => s !== null);
   if (seconds.length === 0) return null;
   const recent = seconds.slice(-5).sort((a, b) => a - b);
-  const last = Math.max(...run.rows.map((r) => r.iteration));
-  return Math.max(0, run.iterations - last) * recent[Math.floor(recent.length / 2)];
+  return Math.max(0, run.iterations - lastOf(run)) * recent[Math.floor(recent.length / 2)];
 }
 
 export function clock(seconds) {
@@ -216,8 +234,8 @@ export function csv(run) {
   const names = [...new Set(run.rows.flatMap((r) => Object.keys(r)))];
   const cell = (value) => {
     if (value === null || value === undefined) return "";
-    const text = String(value);
-    return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+    const text = typeof value === "string" && /^[=+@-]/.test(value) ? `'${value}` : String(value); // no formula
+    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
   const quoted = (list) => list.map(cell).join(",");
   return [quoted(names), ...run.rows.map((r) => quoted(names.map((n) => r[n])))].join("\n") + "\n";

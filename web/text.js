@@ -20,7 +20,7 @@ export function textElement(document, first) {
   });
   inner.textContent = first;
   // The list scrolls; the canvas must not zoom.
-  inner.addEventListener("wheel", (event) => event.stopPropagation(), { passive: true });
+  inner.addEventListener("wheel", (event) => !event.ctrlKey && inner.scrollHeight > inner.clientHeight && event.stopPropagation(), { passive: true });
   outer.append(inner);
   return { outer, inner };
 }

@@ -17,7 +17,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ...rewards.preprocess import picture
-from ...sampler.preference import Verdict, by_score
+from ...sampler.preference import ENOUGH, Verdict, by_score
 from ...sampler.seeds import stream
 from .live import forget, running, store
 
@@ -48,7 +48,7 @@ class RecordedJudge:
         now = self.choices[self.used : self.used + batch]
         self.used += len(now)
         if not now:
-            return Verdict(None, None, None, stop=True)
+            return Verdict(None, None, None, stop=ENOUGH)
         fits = [c[:2] for c in now] == [[k, b] for b in range(batch)]
         if not fits or max(max(c[2], c[3]) for c in now) >= len(candidates):
             raise ValueError(
@@ -87,6 +87,8 @@ class Resuming:
 
 def read_choices(text: str) -> list[list]:
     """The `choices` output of a run, or a whole trace as JSON. Raises ValueError for anything else."""
+    if not text.strip():
+        raise ValueError("choices is empty: connect the choices output of an earlier run")
     try:
         data = json.loads(text)
         if isinstance(data, dict):
@@ -187,20 +189,28 @@ class PersonJudge:
         self.node, self.prompt, self.client, self.total = node, prompt, client, total
         self.timeout, self.on_timeout, self.worst = timeout, on_timeout, worst
         self.order = stream(seed, -1)
-        self.enough = False  # said after a choice that counts
+        self.missed = 0  # choices that nobody made in time
+        self.late = False  # the last one
+        self.stop = ""  # said after a choice that counts
 
     def __call__(self, k: int, candidates: Sequence[Tensor]) -> Verdict:
         verdicts, batch = [], len(candidates[0])
-        if self.enough:
-            return Verdict(None, None, None, stop=True)
+        if self.stop:
+            return Verdict(None, None, None, stop=self.stop)
         for b in range(batch):
             told = {"iteration": k, "iterations": self.total, "image": b, "batch": batch}
             answer = self.compare([c[b] for c in candidates], told)
             if isinstance(answer, str):
-                return Verdict(None, None, None, stop=answer == "stop", back=answer == "back")
+                return Verdict(None, None, None, stop=self.why(answer), back=answer == "back")
             verdicts.append(answer)
         best, worst, tie = (torch.tensor(of) for of in zip(*verdicts, strict=True))
         return Verdict(best, worst, tie)
+
+    def why(self, answer: int | str) -> str:
+        """Why no more is asked after an answer; empty: it is."""
+        if answer != "stop":
+            return ""
+        return f"a choice that nobody made within {self.timeout:g} s" if self.late else ENOUGH
 
     def compare(self, images: Sequence[Tensor], told: dict) -> tuple[int, int, bool] | str:
         """(best, worst, tie), or "stop" or "back"."""
@@ -215,7 +225,7 @@ class PersonJudge:
             worst = self.ask(others, images, told | {"wanted": "worst"})
             if worst == "back":
                 continue
-            self.enough = worst == "stop"
+            self.stop = self.why(worst)
             return best, worst if isinstance(worst, int) else others[0], False  # of equally bad ones, any
 
     def _listener(self) -> str | None:
@@ -246,7 +256,9 @@ class PersonJudge:
             server.send_sync("mira.choice", shown, self._listener())
             while not pending.answered.wait(0.1):
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                if self.timeout and time.monotonic() > end:
+                self.late = bool(self.timeout) and time.monotonic() > end
+                if self.late:
+                    self.missed += 1
                     return self.on_timeout
         finally:
             with _lock:

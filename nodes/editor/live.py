@@ -126,7 +126,7 @@ class LiveRun:
         while len(_runs) > MOST:
             _runs.popitem(last=False)
         with self._noted("the editor was not told that the run begins"):
-            self._send("mira.begin")
+            self._send("mira.begin", seeds=seeds)
 
     def go_on(self, before: LiveRun, done: int) -> None:
         """Begin with the first `done` iterations of an earlier run, and tell of them."""

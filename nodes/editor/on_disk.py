@@ -58,16 +58,16 @@ def travel(extra_pnginfo: dict | None, node: str, trace: Trace, prompt: dict | N
     prompt: of the graph; ComfyUI may take the node's result from its cache next time, and then `remembered` adds the
     record to the PNGs.
     """
-    if extra_pnginfo is None:
-        return
-    traces, place = extra_pnginfo.setdefault(PNG_KEY, Records()), place_in_list()
-    if not place:  # what an earlier run of the node has left
-        for name in of_node(traces, node):
+    place = place_in_list()
+    record = {f"{node}#{place}" if place else node: trace.to_dict()}
+    if extra_pnginfo is not None:
+        traces = extra_pnginfo.setdefault(PNG_KEY, Records())
+        for name in () if place else of_node(traces, node):  # what an earlier run of the node has left
             del traces[name]
-    traces[f"{node}#{place}" if place else node] = trace.to_dict()
+        traces |= record
     if prompt and node in prompt:
         asked = digest_of(prompt, node)
-        _records[asked] = of_node(traces, node)
+        _records[asked] = (_records.get(asked, {}) if place else {}) | record
         _records.move_to_end(asked)
         while len(_records) > MOST_RECORDS:
             _records.popitem(last=False)

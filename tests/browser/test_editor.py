@@ -296,6 +296,15 @@ def test_another_iterate_is_taken(quickstart):
     }"""
     wait_for(editor, lambda: editor.js(below) < 2, "the notices within the chart's place")
     editor.shot("anew")
+    # Of another prompt's run the iterate means nothing: it is the node's own choice again.
+    editor.wait_idle()
+    taken = lambda: editor.js(f"{node}.widgets.find(w => w.name === 'iterate').value")  # noqa: E731
+    assert taken() == 2
+    editor.set("PrimitiveStringMultiline", value="generate an image of a dog")
+    editor.queue()
+    wait_for(editor, lambda: taken() == -1, "the iterate that is forgotten")
+    assert editor.js(f"{share}.value") == 0
+    editor.stop()
     seed = f"{node}.widgets.find(w => w.name === 'seed')"
     editor.js(f"() => {{ const seed = ({seed})(); seed.value = 77; seed.callback(77); }}")  # another run
     assert editor.js(f"{node}.widgets.find(w => w.name === 'iterate').value") == -1
@@ -326,6 +335,12 @@ def answered(editor, act):
     reply.value.finished()
 
 
+def press(editor, key):
+    """As a person does, who has seen the images first."""
+    editor.page.wait_for_timeout(1050)
+    answered(editor, lambda: editor.page.locator(".mira-choice").press(key))
+
+
 def count(editor):
     return editor.page.inner_text(".mira-more span") if editor.page.is_visible(".mira-choice") else ""
 
@@ -354,13 +369,15 @@ def test_choosing_by_click_and_by_key(quickstart):
     editor.look_at(PREFERENCE)
     answered(editor, lambda: editor.page.click(".mira-offers button[data-answer='3']"))
     wait_for(editor, lambda: "2 of 4" in count(editor), "the second three")
-    answered(editor, lambda: editor.page.locator(".mira-choice").press("2"))
+    # A key in the first moments was meant for what had the focus before.
+    editor.page.locator(".mira-choice").press("Escape")
+    press(editor, "2")
     wait_for(editor, lambda: "3 of 4" in count(editor), "the third three")
-    answered(editor, lambda: editor.page.locator(".mira-choice").press("Backspace"))
+    press(editor, "Backspace")
     wait_for(editor, lambda: "2 of 4" in count(editor), "the second three again")
-    answered(editor, lambda: editor.page.locator(".mira-choice").press("0"))
+    press(editor, "0")
     wait_for(editor, lambda: "3 of 4" in count(editor), "the third three")
-    answered(editor, lambda: editor.page.locator(".mira-choice").press("Escape"))
+    press(editor, "Escape")
     wait_for(editor, lambda: "the judge had enough" in editor.page.inner_text(STATUS), "the end")
     wait_for(editor, lambda: "Choose" not in editor.page.title(), "the end of the call")
     assert not editor.page.is_visible(".mira-choice")
@@ -375,7 +392,7 @@ def test_the_least_good_one_is_asked_for_where_it_counts(quickstart):
     editor.queue()
     wait_for(editor, lambda: "best? 1 of 4" in count(editor), "the first three")
     box = editor.page.locator(".mira-choice")
-    answered(editor, lambda: box.press("3"))
+    press(editor, "3")
     wait_for(editor, lambda: "least good? 1 of 4" in count(editor), "the other two")
     assert editor.page.locator(".mira-offers img").count() == 2
     editor.shot("least")
@@ -383,12 +400,11 @@ def test_the_least_good_one_is_asked_for_where_it_counts(quickstart):
     box.press("3")  # there are two
     answered(editor, lambda: box.press("2"))
     wait_for(editor, lambda: "best? 2 of 4" in count(editor), "the second three")
-    answered(editor, lambda: box.press("1"))
+    press(editor, "1")
     wait_for(editor, lambda: "least good? 2 of 4" in count(editor), "the other two")
-    editor.page.wait_for_timeout(500)
-    answered(editor, lambda: box.press("Backspace"))
+    press(editor, "Backspace")
     wait_for(editor, lambda: "best? 2 of 4" in count(editor), "the second three again")
-    answered(editor, lambda: box.press("Escape"))
+    press(editor, "Escape")
     wait_for(editor, lambda: "the judge had enough" in editor.page.inner_text(STATUS), "the end")
     assert editor.errors == []
 
@@ -504,6 +520,35 @@ def test_links_of_the_packs_own_types_have_a_colour(editor):
         ], [[], []])"""
     )
     assert classic == [vue[0], vue[0], vue[1], vue[1]] and len({*vue, "", None}) == 4
+    for palette in ("light", "dark"):
+        editor.js(f"() => app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
+        colours = """() => [LGraphCanvas.link_type_colors.MIRA_REWARD,
+            document.documentElement.style.getPropertyValue('--color-datatype-MIRA_REWARD')]"""
+        wait_for(editor, lambda: editor.js(colours) == [vue[0]] * 2, f"the colour in the {palette} palette")  # noqa: B023
+
+
+def test_a_copy_that_is_never_added_leaves_nothing(editor):
+    """Ctrl+C makes one. What listens to the page would hold its chart for ever."""
+    editor.load(QUICKSTART)
+    made = editor.js(
+        f"""() => {{
+            const node = app.graph.nodes.find(n => n.comfyClass === '{OPTIMIZER}');
+            window.copies = Array.from({{ length: 5 }}, () => {{
+                const copy = node.clone();
+                return new WeakRef(copy.widgets.find(w => w.name === 'mira_chart').element);
+            }});
+            return window.copies.length;
+        }}"""
+    )
+    assert made == 5
+    session = editor.page.context.new_cdp_session(editor.page)
+    alive = "() => window.copies.filter(c => c.deref()).length"
+
+    def gone():
+        session.send("HeapProfiler.collectGarbage")
+        return editor.js(alive) == 0
+
+    wait_for(editor, gone, "the copies that are collected")
 
 
 @ENDS
@@ -693,6 +738,7 @@ def test_inside_a_subgraph(quickstart):
     editor.js(
         f"""() => {{
             const node = app.graph.nodes.find(n => n.comfyClass === '{OPTIMIZER}');
+            node.widgets.find(w => w.name === 'control_after_generate').value = 'randomize';
             app.graph.convertToSubgraph(new Set([node]));
         }}"""
     )
@@ -729,6 +775,11 @@ def test_inside_a_subgraph(quickstart):
     editor.page.click(".mira-scrub button:first-of-type")
     wait_for(editor, lambda: "kept iteration 1" in editor.js(inner), "the iterate that was taken inside")
     editor.wait_idle()
+    history = json.loads(editor.page.request.get(f"{editor.server.url}/history?max_items=2").text())
+    seeds = [
+        n["inputs"]["seed"] for run in history.values() for n in run["prompt"][2].values() if "seed" in n["inputs"]
+    ]
+    assert len(seeds) == 2 and seeds[0] == seeds[1]  # wherever the widget is that it came from
     editor.shot("subgraph-inside")
 
     # Bypassed, muted, and back: inside, and the whole.

@@ -251,10 +251,20 @@ def test_good_enough_and_a_step_back(world):
     assert len(json.loads(out.args[3])) == 2 and out.args[2].reasons == ["the judge had enough"]
 
 
-@pytest.mark.parametrize(("policy", "reason"), [("stop", "the judge had enough"), ("tie", "all comparisons done")])
-def test_a_timeout_has_its_policy(world, policy, reason):
+@pytest.mark.parametrize(
+    ("policy", "reason", "notice"),
+    [
+        (
+            "stop",
+            "a choice that nobody made within 0.2 s",
+            "ended by a choice that nobody made within 0.2 s: this is the",
+        ),
+        ("tie", "all comparisons done", "nobody chose in time, 2 times: those count as ties"),
+    ],
+)
+def test_a_timeout_has_its_policy_and_is_no_answer(world, policy, reason, notice):
     out = prefer(world, judge="person", reward=None, iterations=2, timeout=0.2, on_timeout=policy)
-    assert out.args[2].reasons == [reason]
+    assert out.args[2].reasons == [reason] and any(n.startswith(notice) for n in out.args[2].notices)
     assert not judges._pending
 
 
@@ -405,7 +415,7 @@ def test_a_page_that_was_loaded_again_sees_the_pair(world):
     [
         ({"reward": None}, "reward is empty: connect a MIRA reward node"),
         ({"judge": "person", "method": "hybrid2"}, "method is hybrid2, which needs a reward's numbers"),
-        ({"judge": "recorded choices"}, "choices is not a record of choices"),
+        ({"judge": "recorded choices"}, "choices is empty: connect"),
         ({"judge": "recorded choices", "choices": "[]"}, "choices is empty"),
         ({"judge": "recorded choices", "choices": "[[0, 1, 0, 1, false]]"}, "the recorded choices do not fit"),
         ({"iterations": 0}, "iterations is 0"),
@@ -424,7 +434,7 @@ def test_nobody_there_to_choose(world, prompt_server):
         with pytest.raises(ValueError, match="nobody is connected to choose"):
             prefer(world, judge="person", reward=None)
         out = prefer(world, judge="person", reward=None, timeout=0.2, iterations=2)
-        assert out.args[2].reasons == ["the judge had enough"]
+        assert out.args[2].reasons == ["a choice that nobody made within 0.2 s"]
     finally:
         prompt_server.client_id = "me"
 

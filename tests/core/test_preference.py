@@ -11,7 +11,7 @@ import torch
 from mira.sampler import methods
 from mira.sampler.candidates import Run, towards
 from mira.sampler.methods import METHODS, OPTIMIZERS, Dpo
-from mira.sampler.preference import PreferenceSettings, Verdict, by_score, prefer
+from mira.sampler.preference import ENOUGH, PreferenceSettings, Verdict, by_score, prefer
 from mira.sampler.surrogates import SURROGATES
 from mira.sampler.variables import Variables
 
@@ -339,12 +339,14 @@ def test_an_interrupt_keeps_the_best_so_far():
 def test_enough_is_enough():
     def judge(k, candidates):
         verdict = judged()(k, candidates)
-        verdict.stop = k == 2
+        verdict.stop = ENOUGH if k == 2 else ""
         return verdict
 
     result = run(PreferenceSettings(iterations=9, lr=0.1), judge)
     assert result.reason == "the judge had enough" and len(result.trace.of(0)) == 2 and result.trace.kept == [1, 1]
-    first = run(PreferenceSettings(iterations=9), lambda k, c: Verdict(None, None, None, stop=True))
+    assert not result.cut_short
+    first = run(PreferenceSettings(iterations=9), lambda k, c: Verdict(None, None, None, stop="nobody was there"))
+    assert first.reason == "nobody was there" and first.cut_short  # asked again, it asks again
     assert first.trace.kept == [0, 0] and len(first.trace.of(0)) == 1
     assert all(torch.equal(a, b) for a, b in zip(first.best_noises, pair()[0], strict=True))
 

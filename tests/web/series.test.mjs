@@ -1,11 +1,7 @@
-// What the chart draws, from what the server tells: `node --test tests/web`, or with all tests by dev.py.
+// What the chart draws, from what the server tells.
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import * as series from "../../web/series.js";
-import * as asked from "../../web/asked.js";
-import * as choice from "../../web/choice.js";
-import * as layout from "../../web/layout.js";
-import { textOf } from "../../web/text.js";
 
 const row = (iteration, image = 0, more = {}) => ({ iteration, image, reward: iteration / 10, path_kl: 0.1, seconds: 2, ...more });
 const step = (iteration, more = {}) => ({ iteration, iterations: 10, rows: [row(iteration), row(iteration, 1)], ...more });
@@ -15,7 +11,7 @@ test("steps are added in order, and an iteration that is told again replaces wha
   const run = after(step(0), step(1), step(2), step(1));
   assert.deepEqual(run.rows.map((r) => [r.iteration, r.image]), [[0, 0], [0, 1], [1, 0], [1, 1]]);
   assert.equal(run.iterations, 10);
-  assert.deepEqual(series.images(run), [0, 1]);
+  assert.deepEqual(series.images({ rows: [row(0, 10), row(0, 9), row(1, 10)] }), [9, 10]);
 });
 
 test("iteration 0 begins a new run, with previews and settings of its own", () => {
@@ -49,12 +45,11 @@ test("bad input is left out, and changes nothing", () => {
   for (const bad of [null, {}, { mira: [] }, { mira: [{ rows: 1 }] }]) assert.equal(series.fromOutput(bad), null);
 });
 
-test("a finished run keeps the previews that it saw, unless its record has its own", () => {
-  const before = after(step(0, { preview: { filename: "a" } }));
-  const trace = { rows: [row(0), row(3)], kept: [3], reasons: ["done"], notices: ["n"], settings: {} };
-  const run = series.fromOutput({ mira: [trace] }, before);
-  assert.deepEqual([run.previews, run.iterations, run.done], [before.previews, 3, true]);
-  assert.deepEqual(series.fromOutput({ mira: [{ ...trace, previews: {} }] }, before).previews, {});
+test("a finished run is its record's, whatever of it is missing", () => {
+  const trace = { rows: [row(0), row(3)], kept: [3], reasons: ["done"], notices: ["n"], settings: {}, previews: { 3: { filename: "a" } } };
+  const run = series.fromOutput({ mira: [trace] });
+  assert.deepEqual([run.previews, run.iterations, run.done, run.kept, run.notices], [trace.previews, 3, true, [3], ["n"]]);
+  assert.deepEqual(series.fromOutput({ mira: [{ rows: [] }] }), { ...series.newRun(), done: true });
   assert.deepEqual(series.fromOutput({ mira: [{ rows: [row(0)], kept: 7 }] }).kept, []);
 });
 
@@ -75,8 +70,8 @@ test("what is not finite is a gap", () => {
 
 test("time left is by the median of the last iterations of the first image", () => {
   assert.equal(series.secondsLeft(series.newRun()), null);
-  const run = after(...[9, 1, 1, 1, 1, 100].map((seconds, k) => step(k, { rows: [row(k, 0, { seconds })] })));
-  assert.equal(series.secondsLeft(run), 5);
+  const run = after(...[9, 9, 9, 1, 5, 2, 4, 3].map((seconds, k) => step(k, { rows: [row(k, 0, { seconds })] })));
+  assert.equal(series.secondsLeft(run), 3 * 3); // three iterations, of 1, 5, 2, 4, 3 the middle one
   assert.equal(series.secondsLeft({ ...run, done: true }), null);
 });
 
@@ -98,15 +93,26 @@ test("the CSV has every column that any row has, and quotes what needs it", () =
   assert.equal(lines[0], 'iteration,image,reward,path_kl,seconds,"reward.a,b"');
   assert.equal(lines[1], "0,0,0,0.1,2,");
   assert.equal(lines[2], '1,0,0.1,0.1,2,"x""y"');
+  const strange = series.csv({ ...run, rows: [row(-1, 0, { a: "=1+1", b: "x\ry" })] }).split("\n")[1];
+  assert.equal(strange, "-1,0,-0.1,0.1,2,'=1+1,\"x\ry\""); // a number is one, a text no formula
 });
 
-test("no more rows than a browser bears", () => {
-  const many = Array.from({ length: 20500 }, (_, k) => row(k));
-  assert.equal(series.fromOutput({ mira: [{ rows: many }] }).rows.length, 20000);
+test("every row of a long run stays", () => {
+  const many = Array.from({ length: 200_000 }, (_, k) => row(k));
+  const run = series.fromOutput({ mira: [{ rows: many }] });
+  assert.deepEqual([run.rows.length, run.iterations, series.lastOf(run)], [200_000, 199_999, 199_999]);
+  assert.equal(series.addStep(run, { iteration: 199_999, rows: many }).rows.length, 200_000);
 });
 
-test("a node's text is its first string, or nothing", () => {
-  assert.deepEqual([{ mira_text: ["a", "b"] }, { mira_text: "a" }, { mira_text: [3] }, null].map(textOf), ["a", null, null, null]);
+test("what the server knows is news to a chart that has less of it, or nothing that is over", () => {
+  const mine = { ...series.newRun(), id: "a", rows: [row(0)] };
+  const [done, known] = [{ ...mine, done: true }, { run: "a", rows: [row(0)] }];
+  assert.ok(!series.isNews(mine, known, false) && series.isNews(mine, { ...known, rows: [row(0), row(1)] }, false));
+  assert.ok(series.isNews(mine, { ...known, output: {} }, false) && !series.isNews(done, { ...known, output: {} }, true));
+  const other = { ...known, run: "b" };
+  assert.ok(series.isNews(mine, other, false) && series.isNews(done, other, false)); // that one still runs
+  assert.deepEqual([false, true].map((missed) => series.isNews(done, { ...other, output: {} }, missed)), [false, true]);
+  assert.ok(series.isNews(series.newRun(), { run: undefined, rows: [row(0)] }, false));
 });
 
 test("rounds are told, and where each but the first begins", () => {
@@ -114,6 +120,9 @@ test("rounds are told, and where each but the first begins", () => {
   const run = after({ iteration: 0, iterations: 4, rows: [of(0, 1)] }, { iteration: 1, iterations: 4, rows: [of(1, 1)] }, { iteration: 2, iterations: 4, rows: [of(2, 2)] });
   assert.deepEqual(series.restarts(run, 0), [2]);
   assert.deepEqual(series.restarts(after(step(0), step(1)), 0), []);
+  const soon = after({ iteration: 0, iterations: 4, rows: [of(0, 1)] }, { iteration: 1, iterations: 4, rows: [of(1, 2)] });
+  assert.deepEqual(series.restarts(soon, 0), [1]);
+  assert.doesNotMatch(series.status(after({ iteration: 0, iterations: 4, rows: [of(0, 1)] }), 0), /since/);
   assert.match(series.status(run, 0), /iteration 2 of 4 · round 2 · reward/);
   assert.match(series.status(run, 0), /drift [0-9.]+ since the round began/);
   assert.ok(!series.columns(run).includes("round"));
@@ -156,42 +165,6 @@ test("a run that has begun says what it does before its first image", () => {
   assert.equal(series.status({ ...series.newRun(), waiting: "Trying 4 seeds ..." }, 0), "Trying 4 seeds ...");
 });
 
-test("keys of somebody who writes or looks at a dialog choose nothing", () => {
-  for (const tagName of ["INPUT", "TEXTAREA", "SELECT"]) assert.ok(choice.isTaken({ tagName }));
-  assert.ok(choice.isTaken({ tagName: "DIV", isContentEditable: true }));
-  const within = (role) => ({ tagName: "BUTTON", closest: (selector) => (selector.includes(`[role=${role}]`) ? {} : null) });
-  assert.ok(choice.isTaken(within("dialog")) && !choice.isTaken(within("toolbar")));
-  for (const other of [null, undefined, { tagName: "BODY" }, { tagName: "CANVAS" }]) assert.ok(!choice.isTaken(other));
-});
-
-const told = { presets: { fast: { rounds: 2, seeds: 2 } }, dials: { fast: { iterations: 6 } } };
-
-test("a preset sets its inputs and dials, and a change of an input is the user's own", () => {
-  assert.deepEqual(layout.presetValues(told, "fast"), { rounds: 2, seeds: 2, iterations: 6 });
-  assert.deepEqual(layout.presetValues(told, "custom"), {});
-  assert.equal(layout.presetAfter(told, "fast", "rounds", 3), "custom");
-  assert.equal(layout.presetAfter(told, "fast", "rounds", 2), "fast");
-  assert.equal(layout.presetAfter(told, "fast", "iterations", 50), "fast");
-  assert.equal(layout.presetAfter(told, "custom", "rounds", 2), "custom");
-});
-
-test("what the chosen method does not read is left out, but not where a link chooses", () => {
-  const told = { method: { rounds: ["climb"], radius: ["climb", "tilt"] }, judge: { timeout: ["person"] } };
-  assert.deepEqual([...layout.unread(told, { method: "tilt", judge: "reward", rounds: 4 })], ["rounds", "timeout"]);
-  assert.deepEqual([...layout.unread(told, { method: "climb", judge: "person" })], []);
-  assert.deepEqual([...layout.unread(told, { judge: "reward" })], ["timeout"]);
-  assert.deepEqual([...layout.unread({}, { method: "tilt" })], []);
-});
-
-test("values from before presets go where they belong, and today's stay", () => {
-  const today = ["preset", "iterations", "drift_limit", "prompt", "restart_every", "learning_rate"].map((name) => ({ name, value: `its ${name}` }));
-  const old = [30, 0.01, "none", 1, "last", 0.1];
-  assert.deepEqual(layout.migrated("MiraOptimizeSamplerAdvanced", old, today), ["custom", 30, 0.1, "its prompt", 0, 0.01]);
-  assert.equal(layout.migrated("MiraOptimizeSamplerAdvanced", ["fast", 30], today), null);
-  for (const bad of [null, undefined, {}, []]) assert.equal(layout.migrated("MiraOptimizeSamplerAdvanced", bad, today), null);
-  assert.equal(layout.migrated("KSampler", [1, 2], today), null);
-});
-
 test("a chart draws the reward with its parts and one drift, and the limit of that drift alone", () => {
   const rows = [row(0, 0, { "reward.size": 1, path_kl: 0.1, mira: 2 })];
   const run = { ...series.newRun(), rows, settings: { drift_metric: "path_kl", drift_limit: 0.3 } };
@@ -221,7 +194,7 @@ test("the newest iterate is looked at while a run goes on, but an earlier one st
 });
 
 test("a ground is light or dark by what an eye sees of its colour", () => {
-  assert.deepEqual(["rgb(255, 255, 255)", "rgb(0, 200, 0)", "rgb(0, 0, 255)", "rgba(34, 34, 34, 0.5)", ""].map(series.isLight), [true, false, false, false, false]);
+  assert.deepEqual(["rgb(255, 255, 255)", "rgb(0, 200, 0)", "rgb(0, 0, 255)", "rgba(34, 34, 34, 0.5)", "rgb(141, 141, 141)", "rgb(139, 139, 139)", ""].map(series.isLight), [true, false, false, false, true, false, false]);
 });
 
 test("a run that goes on tells its earlier rows once more, and they stay once", () => {
@@ -240,48 +213,9 @@ test("of another run nothing stays, even where its first steps were missed", () 
   assert.equal(series.fromOutput({ mira: [{ rows: [row(0)], run: "b" }] }).id, "b");
 });
 
-test("a choice has at least two images, in a square of them, and a question", () => {
-  const images = [1, 2, 3, 4].map((n) => ({ filename: `${n}.png` }));
-  const asked = { token: "t", node: "3", images, wanted: "best", iteration: 0, iterations: 9, image: 0, batch: 1 };
-  assert.equal(choice.validChoice(asked), asked);
-  for (const bad of [null, {}, { ...asked, images: images.slice(0, 1) }, { ...asked, images: [1, 2] }, { ...asked, node: null }]) {
-    assert.equal(choice.validChoice(bad), null);
-  }
-  assert.deepEqual([2, 3, 6, 7, 16].map(choice.columnsOf), [2, 2, 2, 3, 3]);
-  assert.equal(choice.questionOf(asked), "Which is best? 1 of 9");
-  assert.equal(choice.questionOf({ ...asked, images: images.slice(2), batch: 3 }), "Which is better? 1 of 9, image 1 of 3");
-  assert.equal(choice.questionOf({ ...asked, wanted: "worst" }), "And which is the least good? 1 of 9");
-});
-
 test("what a stranger's record says is shown, and nothing else is done with it", () => {
   const record = { rows: [{ iteration: 0, image: 0 }], kept: [0], reasons: ["<img src=x onerror='alert(1)'> & \"more\""] };
   const said = series.status(series.fromOutput({ mira: [record] }), 0);
   const html = "&lt;img src=x onerror=&#39;alert(1)&#39;&gt; &amp; &quot;more&quot;";
   assert.ok(said.includes("<img") && series.escaped(said).endsWith(html) && !series.escaped(said).includes("<"));
-});
-
-test("the tab says that a choice is waited for, once, and stops saying so", () => {
-  const called = choice.tabTitle("[0%] ComfyUI", true);
-  assert.match(called, /Choose .* \[0%\] ComfyUI$/);
-  assert.equal(choice.tabTitle(called, true), called);
-  assert.equal(choice.tabTitle(called, false), "[0%] ComfyUI");
-});
-
-test("a key chooses among the images that are there, and one with a modifier is another's", () => {
-  const answers = ["1", "4", "5", "0", "t", "Backspace", "Escape", "x"].map((key) => choice.answerOf({ key }, 4));
-  assert.deepEqual(answers, [1, 4, null, "tie", "tie", "back", "stop", null]);
-  assert.equal(choice.answerOf({ key: "1", ctrlKey: true }, 4), null);
-});
-
-test("an iterate is not taken of a graph that has changed, and what has is named", () => {
-  const was = { 1: ["KSampler", { steps: 20, seed: 5, model: ["2", 0] }], 2: ["Loader", { name: "a" }], 3: ["Text", { text: "a fox" }] };
-  const now = {
-    1: { class_type: "KSampler", inputs: { steps: 20, seed: 9, model: ["2", 0], iterate: 4 } },
-    2: { class_type: "Loader", inputs: { name: "a" } }, 3: { class_type: "Text", inputs: { text: "a fox" } },
-  };
-  const free = new Set(["1 seed", "1 iterate"]);
-  const why = (prompt) => asked.whyNotTaken(asked.differences(was, prompt, free), (id) => ({ 1: "Sampler", 2: "Loader", 3: "Prompt" })[id]);
-  assert.equal(why(now), null);
-  assert.match(why({ ...now, 3: { class_type: "Text", inputs: { text: "a red fox" } } }), /Prompt: text was "a fox", is "a red fox"\)/);
-  assert.match(why({ 1: { class_type: "KSampler", inputs: { steps: 21, model: ["4", 0] } } }), /Sampler: steps was 20, is 21; Sampler: model is linked elsewhere; Loader is gone; and 1 more/);
 });

@@ -1,0 +1,42 @@
+// What a person chooses among, and by which keys.
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import * as choice from "../../web/choice.js";
+
+test("keys of somebody who writes or looks at a dialog choose nothing", () => {
+  for (const tagName of ["INPUT", "TEXTAREA", "SELECT"]) assert.ok(choice.isTaken({ tagName }));
+  assert.ok(choice.isTaken({ tagName: "DIV", isContentEditable: true }));
+  const within = (role) => ({ tagName: "BUTTON", closest: (selector) => (selector.includes(`[role=${role}]`) ? {} : null) });
+  assert.ok(choice.isTaken(within("dialog")) && !choice.isTaken(within("toolbar")));
+  for (const other of [null, undefined, { tagName: "BODY" }, { tagName: "CANVAS" }]) assert.ok(!choice.isTaken(other));
+});
+
+test("a choice has at least two images, in a square of them, and a question", () => {
+  const images = [1, 2, 3, 4].map((n) => ({ filename: `${n}.png` }));
+  const asked = { token: "t", node: "3", images, wanted: "best", iteration: 0, iterations: 9, image: 0, batch: 1 };
+  const pair = { ...asked, images: images.slice(2) };
+  assert.deepEqual([asked, pair].map(choice.validChoice), [asked, pair]);
+  assert.equal(choice.questionOf({ ...asked, images: images.slice(1), batch: 2, image: 1 }), "Which is best? 1 of 9, image 1");
+  assert.ok(choice.heightOf(2) < choice.heightOf(3) && choice.heightOf(3) === choice.heightOf(4) && choice.heightOf(9) < choice.heightOf(10));
+  for (const bad of [null, {}, { ...asked, images: images.slice(0, 1) }, { ...asked, images: [1, 2] }, { ...asked, node: null }]) {
+    assert.equal(choice.validChoice(bad), null);
+  }
+  assert.deepEqual([2, 3, 6, 7, 16].map(choice.columnsOf), [2, 2, 2, 3, 3]);
+  assert.equal(choice.questionOf(asked), "Which is best? 1 of 9");
+  assert.equal(choice.questionOf({ ...asked, images: images.slice(2), batch: 3 }), "Which is better? 1 of 9, image 0");
+  assert.equal(choice.questionOf({ ...asked, wanted: "worst" }), "And which is the least good? 1 of 9");
+});
+
+test("the tab says that a choice is waited for, once, and stops saying so", () => {
+  const called = choice.tabTitle("[0%] ComfyUI", true);
+  assert.match(called, /Choose .* \[0%\] ComfyUI$/);
+  assert.equal(choice.tabTitle(called, true), called);
+  assert.equal(choice.tabTitle(called, false), "[0%] ComfyUI");
+  assert.equal(choice.tabTitle(`(1) ${called}`, true), `(1) ${called}`); // another pack's word before it stays there
+});
+
+test("a key chooses among the images that are there, and one with a modifier is another's", () => {
+  const answers = ["1", "4", "5", "0", "t", "Backspace", "Escape", "x"].map((key) => choice.answerOf({ key }, 4));
+  assert.deepEqual(answers, [1, 4, null, "tie", "tie", "back", "stop", null]);
+  assert.equal(choice.answerOf({ key: "1", ctrlKey: true }, 4), null);
+});
