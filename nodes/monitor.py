@@ -336,23 +336,27 @@ class MiraDriftMonitor(io.ComfyNode):
             try:
                 base = base_of(to_core(base_images, f"{cls.NAME}: base_images"), clip, texts)
             except ValueError as problem:
-                raise ValueError(f"{cls.NAME}: {problem}") from problem
+                raise ValueError(f"{cls.NAME}: base_images: {problem}") from problem
         rows = [measure(run, drift_metric, clip, texts, base) for run in runs]
         says = [f"{run.label}: {verdict(row, base)}" for run, row in zip(runs, rows, strict=True)]
         try:
             files = f"written: {', '.join(write(runs, filename_prefix))}"
-        except OSError as problem:  # the plots and the verdict are worth more than their files
-            files = f"not written: {problem}"
+        except Exception as problem:  # the plots and the verdict are worth more than their files
+            files = f"not written: {' '.join(str(problem).split())}"
             log.warning("%s: %s", cls.NAME, files)
         notices = [f"{run.label}: {n}" for run in runs for n in run.trace.notices]
         table = text_of(rows, [*at_equal_drift(runs, drift_metric), *notices])
         said = "\n".join(says)
         shown = "\n\n".join([said, table, files])
 
+        drawn = runs[0].trace.to_dict()
+        if len(runs) > 1:
+            drawn["notices"] = [f"the chart is of {runs[0].label}", *drawn.get("notices", ())]
+
         def column(name: str) -> list[float]:
             return [row.get(name, math.nan) for row in rows]
 
         return io.NodeOutput(
             plots(runs, drift_metric), table, said, column("gain"), column("drift"), column("clip_score"),
-            column("cmmd"), ui=text_output(shown, mira=[runs[0].trace.to_dict()]),
+            column("cmmd"), ui=text_output(shown, mira=[drawn]),
         )  # fmt: skip

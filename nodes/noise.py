@@ -69,13 +69,16 @@ class MiraSaveNoise(io.ComfyNode):
             )
         if noise.segments is not sampler.segments:
             raise ValueError(f"{cls.NAME}: noise and sampler are of two runs: connect both outputs of one node")
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory()
-        )
-        path = Path(folder, f"{name}_{counter:05}_.safetensors")
-        half = path.with_suffix(".part")
-        replay.save(half, noise.segments, noise.facts | {"optimized": sampler.optimized})
-        os.replace(half, path)
+        try:
+            folder, name, counter, _, _ = folder_paths.get_save_image_path(
+                filename_prefix, folder_paths.get_output_directory()
+            )
+            path = Path(folder, f"{name}_{counter:05}_.safetensors")
+            half = path.with_suffix(".part")
+            replay.save(half, noise.segments, noise.facts | {"optimized": sampler.optimized})
+            os.replace(half, path)
+        except OSError as problem:
+            raise OSError(f"{cls.NAME}: filename_prefix {filename_prefix!r} cannot be written ({problem})") from problem
         shown = os.path.relpath(path, folder_paths.get_output_directory())
         return io.NodeOutput(ui=text_output(f"saved {shown} in the output folder"))
 

@@ -290,9 +290,10 @@ def run_preference(
         check_reward(node, reward)
         needs(node, reward, given.prompt, len(given.latent["samples"]))
     left = before.result.left if before else None
-    somebody = None
+    somebody = asked = None
     if judge == "person":
-        somebody = Resuming(left.value if left else [], person(hidden.unique_id, context, values, given.seed))
+        asked = person(hidden.unique_id, context, values, given.seed)
+        somebody = Resuming(left.value if left else [], asked)
     made = {
         "reward": lambda: lambda process: RewardJudge(lambda images: process.scoring.reward(images)[0]),
         "person": lambda: lambda process: somebody,
@@ -306,12 +307,16 @@ def run_preference(
         given, values, node=node, reward=reward if judge == "reward" else None, settings=settings,
         gradient=METHODS[settings.method].gradient, on_iteration=live,
     )  # fmt: skip
-    done = host.run(job, preferring(made, given.seed, TAKE_BACK if judge == "person" else 0))
+    try:
+        done = host.run(job, preferring(made, given.seed, TAKE_BACK if judge == "person" else 0))
+    except host.INTERRUPTS:  # of a run that hands nothing back nothing stays: what was chosen, was taken back
+        live.unfinished.done()
+        raise
     trace = done.result.trace
     trace.settings |= record
     if somebody:
-        if (missed := somebody.judge.missed) and values["on_timeout"] == "tie":
-            trace.notices.append(f"nobody chose in time, {missed} times: those count as ties")
+        if asked.missed and values["on_timeout"] == "tie":
+            trace.notices.append(f"nobody chose in time, {asked.missed} times: those count as ties")
         done.result.left = Left([*trace.settings["choices"], *somebody.unused()], len(trace.settings["choices"]))
         if repeated := somebody.before.used:
             trace.notices.append(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..rewards.base import Reward
 from ..rewards.combine import SCALINGS, Augmented, Relative, WeightedSum, scaled
 from ..rewards.http import NODE as HTTP
-from ..rewards.http import HTTPReward, check_typical, host_of
+from ..rewards.http import HTTPReward, host_of
 from ..rewards.jpeg import JPEG, QUALITY, JPEGSurrogate
 from ..rewards.pixel import MEASURES, REFERENCE, MatchReference, PixelReward
 from ..rewards.python_file import PythonReward
@@ -320,14 +320,10 @@ class MiraRewardFromHTTP(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, url: str | None = None, typical_low: float | None = None, typical_high: float | None = None
-    ) -> bool | str:
+    def validate_inputs(cls, url: str | None = None) -> bool | str:
         try:
             if url is not None:
                 host_of(url, allowed_hosts())
-            if None not in (typical_low, typical_high):
-                check_typical(typical_low, typical_high)
         except ValueError as problem:
             return str(problem)
         return True

@@ -51,26 +51,26 @@ from .shared.types import MiraReward, aliases, shown_again
 DEFAULT = SearchSettings(particles=8)
 
 
-def can_steer(node: str, method: str, other: str, sampler: Any, model_sampling: Any, values: dict) -> None:
+def can_steer(node: str, method: str, it: str, other: str, sampler: Any, model_sampling: Any, values: dict) -> None:
     """Raise ValueError where particles could not part, or would be sampled by another sampler than the plain one.
 
-    other: the methods that could be taken instead, as an error's last words; "" where there are none.
+    it: what the node calls it. other: the methods that could be taken instead, as an error's last words; "" where there
+    are none.
     """
     name = values["sampler_name"]
     if values["steps"] < 2:
         raise ValueError(
-            f"{node}: steps is {values['steps']}, but method {method} looks at particles between two steps: use 2 or "
-            f"more{other}"
+            f"{node}: steps is {values['steps']}, but {it} looks at the image between two steps: use 2 or more{other}"
         )
     if METHODS[method].injects and not injects_noise(sampler, model_sampling):
         use = "by which particles part" if METHODS[method].copies else "which is what it chooses"
         raise ValueError(
-            f"{node}: method {method} needs a sampler that injects noise, {use}, but {name} injects none: use "
+            f"{node}: {it} needs a sampler that injects noise, {use}, but {name} injects none: use "
             f"euler_ancestral{other or ', or another ancestral or SDE sampler'}"
         )
     if not goes_in_pieces(sampler, model_sampling):
         raise ValueError(
-            f"{node}: method {method} stops after every step to look, but {name} carries what it knows from one step "
+            f"{node}: {it} stops after every step to look, but {name} carries what it knows from one step "
             f"to the next, and would sample otherwise in pieces: use euler_ancestral{other}"
         )
 
@@ -146,11 +146,12 @@ def particulars() -> list[io.Input]:
 class Searching(io.ComfyNode):
     """What the two nodes share: one run of the settings that their values mean.
 
-    NAME; OTHER and BLACK_BOX: what to take instead where a method cannot run, and where it needs a gradient that the
-    reward has not; DIALS: which input reaches further, by method, if it is not `particles`. For messages.
+    NAME; IT: what does the work, as the node calls it; OTHER and BLACK_BOX: what to take instead where a method cannot
+    run, and where it needs a gradient that the reward has not; DIALS: which input reaches further, by method, if it is
+    not `particles`. For messages.
     """
 
-    NAME = OTHER = BLACK_BOX = ""
+    NAME = IT = OTHER = BLACK_BOX = ""
     DIALS: ClassVar[dict[str, str]] = {}
 
     @classmethod
@@ -197,7 +198,7 @@ class Searching(io.ComfyNode):
 
 
 class MiraSearchKSampler(Searching):
-    NAME, OTHER = "MIRA Search KSampler", ", or method best_of_n or zero_order"
+    NAME, IT, OTHER = "MIRA Search KSampler", "method {method}", ", or method best_of_n or zero_order"
     BLACK_BOX = "a method that needs none than {method}, such as fk_steering"
     DIALS: ClassVar[dict[str, str]] = {"ntrk": "radius"}
 
@@ -265,7 +266,8 @@ class MiraSearchKSampler(Searching):
 
 
 class MiraTiltKSampler(Searching):
-    NAME, BLACK_BOX = "MIRA Tilt KSampler", f"{MiraSearchKSampler.NAME}, of which most methods need none"
+    NAME, IT = "MIRA Tilt KSampler", "the tilt"
+    BLACK_BOX = f"{MiraSearchKSampler.NAME}, of which most methods need none"
     DIALS: ClassVar[dict[str, str]] = {"ntrk": "tilt"}
 
     @classmethod
@@ -355,13 +357,14 @@ def run_search(
     sampler = comfy.samplers.sampler_object(values["sampler_name"])
     check_latent(node, model, latent, given.vae, sampler, values, method.gradient)
     needs(node, reward, prompt, len(latent["samples"]))
+    it = cls.IT.format(method=settings.method)
     if method.restarts and values["steps"] < 2:
         raise ValueError(
-            f"{node}: steps is {values['steps']}, but method {settings.method} noises an image to a level in between: "
-            f"use 2 or more{cls.OTHER}"
+            f"{node}: steps is {values['steps']}, but {it} noises an image to a level in between: use 2 or "
+            f"more{cls.OTHER}"
         )
     if method.steers:
-        can_steer(node, settings.method, cls.OTHER, sampler, model.get_model_object("model_sampling"), values)
+        can_steer(node, settings.method, it, cls.OTHER, sampler, model.get_model_object("model_sampling"), values)
     record = describe(node, told | {"method": settings.method}, given.seed, prompt, reward.facts.name)
     # Another seed is far from the plain sample by every distance; its score energy need not be.
     record["drift_metric"] = "mira_two_sided"

@@ -107,6 +107,6 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 def spread(embeddings: Tensor) -> Tensor:
     """(N, D) of unit length -> (N,): the mean distance of each to the others."""
     if len(embeddings) < 3:
-        raise ValueError(f"the spread of {len(embeddings)} image(s) says nothing: give 3 or more of the base model")
+        raise ValueError(f"the spread of {len(embeddings)} image(s) says nothing: give 3 or more")
     distances = torch.cdist(embeddings.double(), embeddings.double())
     return distances.sum(1) / (len(embeddings) - 1)

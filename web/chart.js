@@ -27,6 +27,7 @@ export const CSS = `
   background: var(--comfy-input-bg, #222); }
 .mira-values { display: flex; flex-wrap: wrap; gap: 0 10px; min-height: 17px; font-variant-numeric: tabular-nums;
   padding: 0 4px; border-radius: 4px; color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); }
+.mira-values:empty { background: none; }
 .mira-values b { font-weight: 600; }
 .mira-scrub { display: flex; gap: 8px; align-items: center; }
 .mira-scrub input { flex: 1; min-width: 40px; accent-color: ${REWARD}; }

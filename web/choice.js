@@ -39,7 +39,7 @@ export function heightOf(count) {
 /** What is asked, in words, of a choice as the server asks for it. */
 export function questionOf({ images, wanted, iteration, iterations, image, batch }) {
   const asked = wanted === "worst" ? "And which is the least good?" : `Which is ${images.length > 2 ? "best" : "better"}?`;
-  return `${asked} ${iteration + 1} of ${iterations}${batch > 1 ? `, image ${image}` : ""}`;
+  return `${asked} Choice ${iteration + 1} of ${iterations}${batch > 1 ? `, image ${image}` : ""}`;
 }
 
 const CALL = "\u25CF Choose \u00B7 ";

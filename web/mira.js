@@ -12,6 +12,7 @@ import { textElement, textOf } from "./text.js";
 
 // In pixels, of the chart with its status, and of the slider and its buttons.
 const [CHART_HEIGHT, SCRUB_HEIGHT] = [206, 78];
+const CHOOSER_WIDTH = 520; // at least, of a node on which images are compared
 const MARGIN = 10; // that the canvas leaves around an element
 const TYPE_COLOURS = { MIRA_REWARD: "#e0a458", MIRA_TRACE: "#4db6ac" };
 const PREFERENCE = "MiraDPOPreference";
@@ -280,7 +281,7 @@ function addCharted(node) {
     view.chooser = createChooser({ imageUrl, onAnswer: answer });
     chart.inner.prepend(view.chooser.element);
     new MutationObserver(() => {
-      fit(node);
+      fit(node, view.chooser.choice() ? CHOOSER_WIDTH : undefined);
       callFor(view.chooser);
     }).observe(view.chooser.element, { attributeFilter: ["hidden"] });
     chain(node, "onRemoved", () => view.chooser.hide());

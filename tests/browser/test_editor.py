@@ -390,20 +390,20 @@ def test_the_least_good_one_is_asked_for_where_it_counts(quickstart):
     editor = quickstart
     person(editor, candidates=3, method="dpo")
     editor.queue()
-    wait_for(editor, lambda: "best? 1 of 4" in count(editor), "the first three")
+    wait_for(editor, lambda: "best? Choice 1 of 4" in count(editor), "the first three")
     box = editor.page.locator(".mira-choice")
     press(editor, "3")
-    wait_for(editor, lambda: "least good? 1 of 4" in count(editor), "the other two")
+    wait_for(editor, lambda: "least good? Choice 1 of 4" in count(editor), "the other two")
     assert editor.page.locator(".mira-offers img").count() == 2
     editor.shot("least")
     editor.page.wait_for_timeout(500)
     box.press("3")  # there are two
     answered(editor, lambda: box.press("2"))
-    wait_for(editor, lambda: "best? 2 of 4" in count(editor), "the second three")
+    wait_for(editor, lambda: "best? Choice 2 of 4" in count(editor), "the second three")
     press(editor, "1")
-    wait_for(editor, lambda: "least good? 2 of 4" in count(editor), "the other two")
+    wait_for(editor, lambda: "least good? Choice 2 of 4" in count(editor), "the other two")
     press(editor, "Backspace")
-    wait_for(editor, lambda: "best? 2 of 4" in count(editor), "the second three again")
+    wait_for(editor, lambda: "best? Choice 2 of 4" in count(editor), "the second three again")
     press(editor, "Escape")
     wait_for(editor, lambda: "the judge had enough" in editor.page.inner_text(STATUS), "the end")
     assert editor.errors == []

@@ -320,7 +320,7 @@ def test_missing_files_are_told_before_the_queue_runs(models):
     assert "zai-org/ImageReward" in validate(file="nothing.pt")
     assert "is not in models" in nodes.MiraRewardFromPython.validate_inputs(file="../evil.py")
     assert "another machine" in nodes.MiraRewardFromHTTP.validate_inputs(url="http://example.org/")
-    assert nodes.MiraRewardFromHTTP.validate_inputs(url="http://localhost:1/", typical_low=0, typical_high=1) is True
+    assert nodes.MiraRewardFromHTTP.validate_inputs(url="http://localhost:1/") is True
 
 
 def test_a_python_file_is_read_again_when_it_changes(models):

@@ -176,7 +176,7 @@ def test_tilt_under_a_mask_paints_with_noise_of_its_size(world):
             {"sampler_name": "euler"},
             "which is what it chooses, but euler injects none: use euler_ancestral, or another",
         ),
-        ({"steps": 1}, "MIRA Tilt KSampler: steps is 1, but method ntrk looks .* use 2 or more$"),
+        ({"steps": 1}, "MIRA Tilt KSampler: steps is 1, but the tilt looks at the image .* use 2 or more$"),
         (
             {"reward": JPEG()},
             "has no gradient: use a differentiable reward here, or MIRA Search KSampler, of which most",

@@ -16,15 +16,15 @@ test("a choice has at least two images, in a square of them, and a question", ()
   const asked = { token: "t", node: "3", images, wanted: "best", iteration: 0, iterations: 9, image: 0, batch: 1 };
   const pair = { ...asked, images: images.slice(2) };
   assert.deepEqual([asked, pair].map(choice.validChoice), [asked, pair]);
-  assert.equal(choice.questionOf({ ...asked, images: images.slice(1), batch: 2, image: 1 }), "Which is best? 1 of 9, image 1");
+  assert.equal(choice.questionOf({ ...asked, images: images.slice(1), batch: 2, image: 1 }), "Which is best? Choice 1 of 9, image 1");
   assert.ok(choice.heightOf(2) < choice.heightOf(3) && choice.heightOf(3) === choice.heightOf(4) && choice.heightOf(9) < choice.heightOf(10));
   for (const bad of [null, {}, { ...asked, images: images.slice(0, 1) }, { ...asked, images: [1, 2] }, { ...asked, node: null }]) {
     assert.equal(choice.validChoice(bad), null);
   }
   assert.deepEqual([2, 3, 6, 7, 16].map(choice.columnsOf), [2, 2, 2, 3, 3]);
-  assert.equal(choice.questionOf(asked), "Which is best? 1 of 9");
-  assert.equal(choice.questionOf({ ...asked, images: images.slice(2), batch: 3 }), "Which is better? 1 of 9, image 0");
-  assert.equal(choice.questionOf({ ...asked, wanted: "worst" }), "And which is the least good? 1 of 9");
+  assert.equal(choice.questionOf(asked), "Which is best? Choice 1 of 9");
+  assert.equal(choice.questionOf({ ...asked, images: images.slice(2), batch: 3 }), "Which is better? Choice 1 of 9, image 0");
+  assert.equal(choice.questionOf({ ...asked, wanted: "worst" }), "And which is the least good? Choice 1 of 9");
 });
 
 test("the tab says that a choice is waited for, once, and stops saying so", () => {
