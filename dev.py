@@ -223,7 +223,7 @@ def test_host(name: str, gpu: bool, extra: list[str]) -> int:
 
 
 def test_all_hosts(gpu: bool) -> int:
-    """Every known ComfyUI, and a table of what came out, written anew after each."""
+    """Every known ComfyUI, and a table of what came out, written anew after each, above the page's first heading."""
     worst = 0
     names = sorted([*HOST_ARCHIVES, COMFYUI_VERSION], key=lambda name: [-int(n) for n in name.split(".")])
     reports = {name: CACHE / f"report-{name}.xml" for name in names}
@@ -248,7 +248,9 @@ def test_all_hosts(gpu: bool) -> int:
             "|---|---|---|---|---|",
             *(f"| {' | '.join(map(str, row))} |" for row in rows),
         ]
-        (ROOT / "docs" / "compatibility.md").write_text("\n".join(lines) + "\n")
+        page = ROOT / "docs" / "compatibility.md"
+        _, heading, below = page.read_text().partition("\n## ")
+        page.write_text("\n".join(lines) + "\n" + heading + below)
     return worst
 
 

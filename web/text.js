@@ -1,4 +1,4 @@
-// Pure: elements for a node's text. No side effects, nothing of ComfyUI.
+// Elements for a node's text: no side effects beyond them, nothing of ComfyUI.
 
 /** An element to hand to `addDOMWidget`; its inner div is what may be measured. */
 export function textElement(document, first) {

@@ -1,6 +1,7 @@
 """The layers: only `nodes/` and the guarded root know ComfyUI; the core knows no reward, and rewards no core."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,18 @@ def test_the_rooms_of_nodes_stand_on_one_another(folder):
             room = name[2:].split(".")[0]
             assert room not in nodes, f"{folder}/{path.name} imports the node {room}"
             assert not room or room in FLOORS[folder], f"{folder}/{path.name} imports {room}"
+
+
+PAGE = re.compile(r"\b(document|window|app|api|performance|requestAnimationFrame)\b[.(]")
+
+
+def test_one_script_alone_knows_the_editor_and_pure_ones_no_page():
+    scripts = {p.name: p.read_text() for p in (ROOT / "web").glob("*.js")}
+    assert {name for name, text in scripts.items() if "/scripts/" in text} == {"mira.js"}
+    pure = {name: text for name, text in scripts.items() if text.startswith("// Pure")}
+    assert {"asked.js", "graph.js", "layout.js", "png.js", "series.js"} == pure.keys()
+    for name, text in pure.items():
+        assert not (found := PAGE.search(text)), f"{name} has {found}"
+        for other in re.findall(r'from "\./([\w.]+)"', text):
+            assert other in pure or other == "columns.js", f"{name} imports {other}"
+    assert PAGE.search(scripts["chart.js"])  # it can fail
