@@ -142,7 +142,14 @@ class MiraLoadNoise(io.ComfyNode):
             raise ValueError(f"{cls.NAME}: sampler is a {type(sampler).__name__}: connect one of ComfyUI's own kind")
         settings = facts.get("settings")
         repeatable = settings.get("repeatable", True) if isinstance(settings, dict) else True
-        replayed = ReplaySampler(sampler, segments, bool(facts.get("optimized", True)), bool(repeatable))
+        family = facts.get("family")
+        replayed = ReplaySampler(
+            sampler,
+            segments,
+            bool(facts.get("optimized", True)),
+            bool(repeatable),
+            family if isinstance(family, str) else "",
+        )
         return io.NodeOutput(ReplayNoise(segments, facts), replayed, json.dumps(facts, indent=1))
 
 

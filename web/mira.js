@@ -335,12 +335,22 @@ const LINKED = Symbol("a value that no preset has");
 
 const outside = new WeakSet(); // widgets of subgraph nodes that were seen
 
-/** A preset that is chosen outside of a subgraph sets the dials that are outside with it. */
+/** A preset that is chosen outside of a subgraph sets the dials that are outside with it; an input out there that departs
+ * from the preset makes it `custom`, wherever that is.
+ */
 function addPromotedPresets(holder) {
   for (const node of holder.subgraph?.nodes ?? []) {
     const told = PRESETS.get(node.comfyClass);
-    const preset = told && promoted(holder, node, "preset");
-    if (!preset || outside.has(preset)) continue;
+    const preset = told && (promoted(holder, node, "preset") ?? node.widgets?.find((w) => w.name === "preset"));
+    for (const name of preset ? node.inputs.map((input) => input.widget?.name) : []) {
+      const widget = promoted(holder, node, name);
+      if (!widget || widget === preset || outside.has(widget)) continue;
+      outside.add(widget);
+      chain(widget, "callback", (value) => {
+        preset.value = presetAfter(told, preset.value, name, value);
+      });
+    }
+    if (!preset || outside.has(preset) || !promoted(holder, node, "preset")) continue;
     outside.add(preset);
     chain(preset, "callback", (value) => {
       for (const [name, wanted] of Object.entries(presetValues(told, value))) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -19,6 +20,13 @@ from ...sampler.restart import tail
 from .kernels import attention_of
 from .repeating import repeatable
 from .samplers import twin_of
+
+log = logging.getLogger("mira")
+
+
+def family_of(model: Any) -> str:
+    """The kind of a diffusion model, by ComfyUI's name for it; others of a kind may be another's noises' too."""
+    return type(getattr(model, "model_config", model)).__name__
 
 
 class ReplayNoise:
@@ -42,14 +50,20 @@ class ReplaySampler(comfy.samplers.Sampler):
     """`sampler`, whose injected noises are those of `segments`, restarts included.
 
     optimized: as an optimisation samples, with PyTorch's attention, so that the same bits come out. repeatable: by
-    algorithms that repeat to the bit on a GPU, as that run did; where it could not, there may be none.
+    algorithms that repeat to the bit on a GPU, as that run did; where it could not, there may be none. family: of the
+    model that the noises were made for, as `family_of` has it; empty where that is not known.
     """
 
     def __init__(
-        self, sampler: Any, segments: Sequence[Segment], optimized: bool = True, repeatable: bool = True
+        self,
+        sampler: Any,
+        segments: Sequence[Segment],
+        optimized: bool = True,
+        repeatable: bool = True,
+        family: str = "",
     ) -> None:
         self.sampler, self.segments = sampler, segments
-        self.optimized, self.repeatable = optimized, repeatable
+        self.optimized, self.repeatable, self.family = optimized, repeatable, family
 
     def sample(
         self,
@@ -73,6 +87,9 @@ class ReplaySampler(comfy.samplers.Sampler):
                 f"MIRA noise: sampler has noises of shape {tuple(recorded)}, but the latent is "
                 f"{tuple(noise.shape[1:])}: use a latent of the same size, or the stock sampler for another"
             )
+        here = family_of(model_wrap.inner_model)
+        if self.family and self.family != here:
+            log.warning("MIRA noise: it was made for %s, and this model is %s: it may mean nothing", self.family, here)
         if self.optimized:
             options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
             options.setdefault("transformer_options", {})["optimized_attention_override"] = attention_of(options)

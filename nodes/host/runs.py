@@ -37,7 +37,7 @@ from .patches import named, names_of_keeping, why_no_gradient, why_not_two
 from .places import written_over
 from .process import RESTART, Process, in_brief
 from .repeating import give_up_repeating, has_no_engine, has_no_repeatable_way, repeatable
-from .replay import ReplayNoise, ReplaySampler, described
+from .replay import ReplayNoise, ReplaySampler, described, family_of
 from .selftest import check_backward, check_gradient
 
 log = logging.getLogger("mira")
@@ -108,6 +108,7 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
     if several:
         alone = guider.model_patcher.load_device
         result.trace.notices.append(f"the model is split over several GPUs, but gradients need one: it ran on {alone}")
+    family = family_of(job.guider.model_patcher.model)
     return Optimized(
         latent.to(device),
         sampler.plain.to(device),
@@ -116,9 +117,14 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
         # The nodes add to the settings, which are the same dict.
         ReplayNoise(
             sampler.segments,
-            {"seed": job.seed, "sampler": described(job.sampler), "settings": result.trace.settings},
+            {
+                "seed": job.seed,
+                "family": family,
+                "sampler": described(job.sampler),
+                "settings": result.trace.settings,
+            },
         ),
-        ReplaySampler(job.sampler, sampler.segments, sampler.optimized, result.trace.settings["repeatable"]),
+        ReplaySampler(job.sampler, sampler.segments, sampler.optimized, result.trace.settings["repeatable"], family),
     )
 
 

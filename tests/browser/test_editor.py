@@ -862,6 +862,26 @@ def test_the_blueprint_is_a_node_that_runs(editor):
     told = f"""() => {outer}.subgraph.nodes.find(n => n.comfyClass === '{OPTIMIZER}')
         .widgets.find(w => w.name === 'mira_chart').element.querySelector('.mira-status').textContent"""
     wait_for(editor, lambda: "kept iteration" in editor.js(told), "the end of the run inside")
+    editor.wait_idle()
+    # An advanced input that is brought outside departs from the preset there, too.
+    graph = editor.js(
+        f"""() => {{
+            const inside = {outer}.subgraph, node = inside.nodes.find(n => n.comfyClass === '{OPTIMIZER}');
+            const slot = node.inputs.find(i => i.name === 'seeds');
+            inside.addInput('seeds', slot.type).connect(slot, node);
+            return JSON.parse(JSON.stringify((app.rootGraph ?? app.graph).serialize()));
+        }}"""
+    )
+    editor.load(graph)
+    editor.settle()
+    editor.js(
+        f"""() => {{
+            const widget = {outer}.widgets.find(w => w.name === 'seeds');
+            widget.value = 2;
+            widget.callback(2, app.canvas, {outer});
+        }}"""
+    )
+    assert asked("seeds", "preset") == [2, "custom"]
     assert editor.errors == []
 
 

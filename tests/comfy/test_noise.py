@@ -87,7 +87,7 @@ def test_a_round_that_is_not_kept_is_left_out(world):
     assert torch.equal(sampled(world, noise, sampler), latent["samples"])
 
 
-def test_saved_and_loaded_it_is_the_same(world, output):
+def test_saved_and_loaded_it_is_the_same(world, output, caplog):
     latent, _, trace, noise, sampler = optimized(world, restart_every=2, iterations=4)
     ui = as_node(nodes.MiraSaveNoise).execute(noise, sampler, "mira_noise/fox").ui
     assert ui["mira_text"] == ["saved mira_noise/fox_00001_.safetensors in the output folder"]
@@ -101,6 +101,12 @@ def test_saved_and_loaded_it_is_the_same(world, output):
     named = dict(file=mira("nodes.noise").NO_FILE, path=file.removesuffix(" [output]"))
     assert nodes.MiraLoadNoise.validate_inputs(**named) is True and nodes.MiraLoadNoise.fingerprint_inputs(**named)
     assert json.loads(nodes.MiraLoadNoise.execute(**named).args[2]) == json.loads(settings)
+    assert not caplog.text
+    # The same shape is no proof of the same model.
+    assert json.loads(settings)["family"] == "DemoSD15"
+    with_noises.family = "SDXL"
+    sampled(world, again, with_noises)
+    assert "it was made for SDXL, and this model is DemoSD15" in caplog.text
     # Another sampler in its place, by the hand of whoever loads it.
     other = nodes.MiraLoadNoise.execute(file, comfy.samplers.sampler_object("euler_ancestral")).args[1]
     assert torch.equal(sampled(world, again, other), latent["samples"])
