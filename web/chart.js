@@ -14,7 +14,7 @@ const AXIS = 46; // pixels of the plot's width, or more for long numbers
 
 export const CSS = `
 .mira-box { display: flex; flex-direction: column; gap: 4px; width: 100%; box-sizing: border-box;
-  font: 12px/1.35 var(--mira-font, Inter, Arial, sans-serif); color: var(--fg-color, #ddd); overflow-wrap: anywhere; }
+  font: 12px/1.35 var(--mira-font, Inter, Arial, sans-serif); color: var(--fg-color, #ddd); }
 .mira-head { display: flex; gap: 6px; align-items: center; min-height: 22px; }
 .mira-status { flex: 1; overflow: hidden; text-overflow: ellipsis; }
 .mira-box button, .mira-box select { font: inherit; color: var(--input-text, var(--fg-color, #ddd));
@@ -27,6 +27,8 @@ export const CSS = `
   background: var(--comfy-input-bg, #222); }
 .mira-values { display: flex; flex-wrap: wrap; gap: 0 10px; min-height: 17px; font-variant-numeric: tabular-nums;
   padding: 0 4px; border-radius: 4px; color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); }
+/* Not of all: a node that is new has no width yet, and would be as high as its words are long. */
+.mira-values, .mira-notices { overflow-wrap: anywhere; }
 .mira-values:empty { background: none; }
 .mira-values b { font-weight: 600; }
 .mira-scrub { display: flex; gap: 8px; align-items: center; }

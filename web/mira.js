@@ -4,8 +4,9 @@ import { api } from "../../scripts/api.js";
 import { differences, whyNotTaken } from "./asked.js";
 import { CSS as CHART_CSS, createChart } from "./chart.js";
 import { CSS as CHOICE_CSS, createChooser, heightOf, tabTitle, validChoice } from "./choice.js";
-import { giverOf, nodeAt, nodesOf, pathTo, promoted, signature } from "./graph.js";
-import { migrated, presetAfter, presetValues, readBySome, unread, widgetsOf } from "./layout.js";
+import { giverOf, nodeAt, nodesOf, pathTo, signature } from "./graph.js";
+import { addPresets, addPromotedPresets, fold, learn, migrate } from "./inputs.js";
+import { addDom, chain, fit } from "./node.js";
 import { recordsOf } from "./png.js";
 import { addStep, csv, escaped, fromOutput, isNews, newRun, status } from "./series.js";
 import { textElement, textOf } from "./text.js";
@@ -25,8 +26,6 @@ const TEXTS = new Map([
 const CHARTED = new Set([
   "MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced", "MiraSearchKSampler", "MiraTiltKSampler", PREFERENCE,
 ]);
-const PRESETS = new Map(); // by a node's class: { presets, dials }
-const READ_BY = new Map(); // by a node's class: { combo: { input: [values of the combo that read it] } }
 /**
  * On a node, and seen through the proxies that Vue hands out: { chart, chooser, text, shows: what its outputs go to, ran:
  * the id that it last ran by, looked: the preview that is looked at, values: of its widgets at the last run, takes }.
@@ -119,77 +118,6 @@ function saveAs(name, text) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-function addDom(node, name, element, height) {
-  const widget = node.addDOMWidget(name, name.toUpperCase(), element, {
-    serialize: false,
-    hideOnZoom: false,
-    getMinHeight: height,
-  });
-  widget.serialize = false; // neither in the workflow file ...
-  widget.options.serialize = false; // ... nor in the prompt, whose cache key it would change
-  return widget;
-}
-
-/** least: of its width, which is left alone where nothing but the content's height has changed. */
-function fit(node, least = 380) {
-  // Vue lays a node out by what is in it; a height of ours, of widgets that it hides, would only stretch it.
-  if (window.LiteGraph?.vueNodesMode) return;
-  const wanted = node.computeSize();
-  node.setSize([least ? Math.max(node.size[0], wanted[0], least) : node.size[0], Math.max(node.size[1], wanted[1])]);
-  node.setDirtyCanvas?.(true, true);
-}
-
-/**
- * The canvas hides an advanced widget by a flag of its own, which the oldest frontends set for Vue only, and leaves its
- * place empty: it takes none while it is hidden. Nor does one that the chosen method does not read.
- */
-function fold(node) {
-  const told = READ_BY.get(node.comfyClass);
-  const some = readBySome(told);
-  for (const widget of node.widgets ?? []) {
-    if (widget.options?.advanced) widget.advanced = true;
-    if (!widget.advanced && !some.has(widget.name)) continue;
-    widget.computeSize = (width) => {
-      const shown = !widget.hidden && (node.showAdvanced || !widget.advanced);
-      return shown ? [width ?? 0, window.LiteGraph.NODE_WIDGET_HEIGHT] : [0, -4];
-    };
-  }
-  for (const widget of node.widgets ?? []) {
-    if (widget.name in told) chain(widget, "callback", () => hideUnread(node));
-  }
-  chain(node, "onConfigure", () => {
-    hideUnread(node, true);
-    if (node.size[1] === 0) fit(node);
-  });
-  chain(node, "onConnectionsChange", () => hideUnread(node));
-  hideUnread(node);
-  node.setSize([node.size[0], node.computeSize()[1]]);
-}
-
-/**
- * What the chosen method does not read is not shown. A widget with a link stays, and one that is chosen by a link hides
- * nothing. The first Vue renderers do not see a widget come back: they show all, as they do of the advanced ones.
- * opened: with a size that was saved, which is of what was shown then.
- */
-function hideUnread(node, opened = false) {
-  const widgets = node.widgets ?? [];
-  const linked = new Set(node.inputs?.filter((i) => i.widget && i.link != null).map((i) => i.widget.name));
-  const values = Object.fromEntries(widgets.filter((w) => !linked.has(w.name)).map((w) => [w.name, w.value]));
-  const told = READ_BY.get(node.comfyClass);
-  const hidden = unread(told, values);
-  const some = readBySome(told); // others may be hidden by somebody else
-  const seen = (widget) => !window.LiteGraph?.vueNodesMode || "hidden" in Object.getPrototypeOf(widget);
-  const turned = widgets.filter((w) => some.has(w.name) && Boolean(w.hidden) !== (hidden.has(w.name) && !linked.has(w.name) && seen(w)));
-  if (!turned.length) return;
-  const before = node.computeSize()[1];
-  for (const widget of turned) widget.hidden = widget.options.hidden = !widget.hidden; // the canvas' word for it, and Vue's
-  if (!window.LiteGraph?.vueNodesMode) {
-    const wanted = node.computeSize()[1];
-    node.setSize([node.size[0], Math.max(wanted, node.size[1] + (opened ? 0 : wanted - before))]);
-  }
-  node.setDirtyCanvas?.(true, true);
-}
-
 const PAINTED = 0.65; // the share of the noise that an iterate is painted anew from, where none is set
 const USUAL = "mira_final_restart"; // a node's property: what `final_restart` was before an iterate was taken
 const TAKEN = "mira_taken"; // a node's property: the signature of what an iterate was taken of
@@ -210,7 +138,7 @@ async function take(node, chart, iterate, anew) {
   if (!run.done || view.takes) return;
   view.takes = true;
   try {
-    const refused = await set(node, run, iterate, anew, () => chart.run().id !== run.id);
+    const refused = await setTaken(node, run, iterate, anew, () => chart.run().id !== run.id);
     if (refused || run.refused) chart.set({ ...run, refused });
     if (refused === null) app.queuePrompt(0);
   } catch (problem) {
@@ -221,7 +149,7 @@ async function take(node, chart, iterate, anew) {
 }
 
 /** Writes it into the widgets; null: done, else why not. The widgets are as they were then. isOver: another run has begun. */
-async function set(node, run, iterate, anew, isOver) {
+async function setTaken(node, run, iterate, anew, isOver) {
   const { asked } = await get("/mira/live", { asked: run.id ?? "" }).catch(() => ({}));
   if (isOver()) return "";
   const path = ranAt(node);
@@ -304,64 +232,6 @@ function addCharted(node) {
   fit(node);
 }
 
-function setWidget(node, name, value) {
-  const widget = node.widgets?.find((w) => w.name === name);
-  if (widget) widget.value = value;
-}
-
-/** A preset writes its values into the widgets, where they are seen; a change of one of them makes it `custom`. */
-function addPresets(node) {
-  const told = PRESETS.get(node.comfyClass);
-  const preset = node.widgets?.find((w) => w.name === "preset");
-  if (!told || !preset) return;
-  chain(preset, "callback", (value) => {
-    for (const [name, wanted] of Object.entries(presetValues(told, value))) setWidget(node, name, wanted);
-    node.setDirtyCanvas?.(true, true);
-  });
-  for (const widget of node.widgets) {
-    if (widget === preset) continue;
-    chain(widget, "callback", (value) => {
-      preset.value = presetAfter(told, preset.value, widget.name, value);
-    });
-  }
-  // What is linked to an input that the preset sets is somebody's own, too. A graph that is being opened stays as it is.
-  chain(node, "onConnectionsChange", (type, slot, connected) => {
-    const name = type === window.LiteGraph.INPUT && connected && node.inputs?.[slot]?.widget?.name;
-    if (name && !app.configuringGraph) preset.value = presetAfter(told, preset.value, name, LINKED);
-  });
-}
-
-const LINKED = Symbol("a value that no preset has");
-
-const outside = new WeakSet(); // widgets of subgraph nodes that were seen
-
-/** A preset that is chosen outside of a subgraph sets the dials that are outside with it; an input out there that departs
- * from the preset makes it `custom`, wherever that is.
- */
-function addPromotedPresets(holder) {
-  for (const node of holder.subgraph?.nodes ?? []) {
-    const told = PRESETS.get(node.comfyClass);
-    const preset = told && (promoted(holder, node, "preset") ?? node.widgets?.find((w) => w.name === "preset"));
-    for (const name of preset ? node.inputs.map((input) => input.widget?.name) : []) {
-      const widget = promoted(holder, node, name);
-      if (!widget || widget === preset || outside.has(widget)) continue;
-      outside.add(widget);
-      chain(widget, "callback", (value) => {
-        preset.value = presetAfter(told, preset.value, name, value);
-      });
-    }
-    if (!preset || outside.has(preset) || !promoted(holder, node, "preset")) continue;
-    outside.add(preset);
-    chain(preset, "callback", (value) => {
-      for (const [name, wanted] of Object.entries(presetValues(told, value))) {
-        const widget = promoted(holder, node, name);
-        if (widget) widget.value = wanted;
-      }
-      holder.setDirtyCanvas?.(true, true);
-    });
-  }
-}
-
 /**
  * Another seed or setting is another run: of that, the iterate that was taken from the last one means nothing. At once
  * where it is the node's own, else when it is queued.
@@ -394,18 +264,6 @@ function remember(node) {
   node[VIEW].values = new Map((node.widgets ?? []).map((w) => [w.name, w.value]));
 }
 
-/** Values of a workflow from before presets go where they belong today. */
-function migrate(graph) {
-  for (const node of graph?.nodes ?? []) {
-    const defaults = PRESETS.get(node.type)?.widgets;
-    const values = defaults && migrated(node.type, node.widgets_values, defaults);
-    if (!values) continue;
-    node.widgets_values = values;
-    if (node.size) node.size[1] = 0; // of widgets that are folded away now: as high as it needs to be
-  }
-  for (const inner of graph?.definitions?.subgraphs ?? []) migrate(inner);
-}
-
 function showRun(node, chart, run) {
   const empty = chart.run().rows.length === 0;
   chart.set(run);
@@ -425,15 +283,6 @@ function addText(node) {
   };
   node[VIEW] = { ...node[VIEW], text: show };
   onOutput(node, show);
-}
-
-function chain(node, name, after) {
-  const before = node[name];
-  node[name] = function (...given) {
-    const result = before?.apply(this, given);
-    after(...given);
-    return result;
-  };
 }
 
 /** Post an answer; null when it was taken, else why not. */
@@ -579,12 +428,7 @@ function watchColours() {
 app.registerExtension({
   name: "MIRA",
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (!CHARTED.has(nodeData.name)) return;
-    const [, told] = nodeData.input?.required?.preset ?? [];
-    PRESETS.set(nodeData.name, { presets: told?.mira_presets, dials: told?.mira_dials, widgets: widgetsOf(nodeData) });
-    const specs = Object.entries({ ...nodeData.input?.required, ...nodeData.input?.optional });
-    const choosing = specs.filter(([, spec]) => spec[1]?.mira_read_by);
-    READ_BY.set(nodeData.name, Object.fromEntries(choosing.map(([name, spec]) => [name, spec[1].mira_read_by])));
+    if (CHARTED.has(nodeData.name)) learn(nodeData);
   },
   beforeConfigureGraph: (graph) => migrate(graph),
   setup() {
@@ -639,7 +483,7 @@ app.registerExtension({
     if (CHARTED.has(node.comfyClass)) fold(node);
     if (CHARTED.has(node.comfyClass) || node.comfyClass === MONITOR) addCharted(node);
     if (CHARTED.has(node.comfyClass)) {
-      addPresets(node);
+      addPresets(node, () => app.configuringGraph);
       forgetTaken(node);
     }
     // A subgraph's node has its widgets once it is in the graph, or once its graph is open.
