@@ -166,11 +166,15 @@ async function setTaken(node, run, iterate, anew, isOver) {
     [restart.widget, anew ? usual || PAINTED : 0],
   ].filter(([widget]) => widget);
   const before = changes.map(([widget]) => [widget, widget.value]);
+  const free = new Set([ITERATE, RESTART].map((name) => `${path.join(":")} ${name}`));
   for (const [widget, value] of changes) widget.value = value;
-  const found = asked ? differences(asked, (await app.graphToPrompt()).output, new Set([ITERATE, RESTART].map((name) => `${path.join(":")} ${name}`))) : [];
-  if (found.length || isOver()) {
-    for (const [widget, value] of before) widget.value = value;
-    return whyNotTaken(found, (id) => nodeOf(id)?.title ?? asked[id][0]) ?? "";
+  let done = false;
+  try {
+    const found = asked ? differences(asked, (await app.graphToPrompt()).output, free) : [];
+    if (found.length || isOver()) return whyNotTaken(found, (id) => nodeOf(id)?.title ?? asked[id][0]) ?? "";
+    done = true;
+  } finally {
+    if (!done) for (const [widget, value] of before) widget.value = value;
   }
   Object.assign(node.properties, { [USUAL]: usual, [TAKEN]: signature(rootGraph(), path, [ITERATE, RESTART]) });
   remember(node);
