@@ -13,6 +13,7 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..rewards import known
@@ -77,7 +78,7 @@ class MiraSaveNoise(io.ComfyNode):
             half = path.with_suffix(".part")
             replay.save(half, noise.segments, noise.facts | {"optimized": sampler.optimized})
             os.replace(half, path)
-        except OSError as problem:
+        except (OSError, SafetensorError) as problem:
             raise OSError(f"{cls.NAME}: filename_prefix {filename_prefix!r} cannot be written ({problem})") from problem
         shown = os.path.relpath(path, folder_paths.get_output_directory())
         return io.NodeOutput(ui=text_output(f"saved {shown} in the output folder"))

@@ -315,7 +315,7 @@ def run_preference(
     trace = done.result.trace
     trace.settings |= record
     if somebody:
-        if asked.missed and values["on_timeout"] == "tie":
+        if asked.missed:
             trace.notices.append(f"nobody chose in time, {asked.missed} times: those count as ties")
         done.result.left = Left([*trace.settings["choices"], *somebody.unused()], len(trace.settings["choices"]))
         if repeated := somebody.before.used:

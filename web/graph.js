@@ -64,13 +64,18 @@ export function giverOf(root, path, names) {
   return further.node === nodeAt(root, holder.join(":")) ? { node: further.node, name: slot.name } : further;
 }
 
-/** A string that tells whether what a node gives could be another: its widgets, and all that stands before it. */
+/**
+ * A string that tells whether what a node gives could be another: its widgets, and all that stands before it. but: inputs
+ * of the node that do not count, wherever their values come from.
+ */
 export function signature(root, path, but = []) {
   const seen = new Set();
   const said = [];
-  const look = (node, holders, skip = []) => {
+  const givers = but.map((name) => ({ input: name, ...giverOf(root, path, [name]) }));
+  const look = (node, holders) => {
     if (!node || seen.has(node)) return;
     seen.add(node);
+    const skip = givers.filter((of) => of.node === node).flatMap((of) => (of.name ? [of.name] : [of.input, "value"]));
     said.push([node.id, node.comfyClass ?? node.type, node.mode, ...values(node, skip)]);
     for (const input of node.inputs ?? []) {
       const link = linkOf(node, input);
@@ -83,7 +88,7 @@ export function signature(root, path, but = []) {
     for (const inner of node.subgraph?.nodes ?? []) look(inner, [...holders, node]);
   };
   const holders = path.slice(0, -1).map((_, n) => nodeAt(root, path.slice(0, n + 1).join(":")));
-  look(nodeAt(root, path.join(":")), holders, but);
+  look(nodeAt(root, path.join(":")), holders);
   return digest(JSON.stringify(said));
 }
 

@@ -136,13 +136,14 @@ async function take(node, chart, iterate, anew) {
   const view = node[VIEW];
   const run = chart.run();
   if (!run.done || view.takes) return;
+  const tell = (refused) => chart.run().id === run.id && chart.set({ ...run, refused }); // else another has begun
   view.takes = true;
   try {
     const refused = await setTaken(node, run, iterate, anew, () => chart.run().id !== run.id);
-    if (refused || run.refused) chart.set({ ...run, refused });
+    if (refused || run.refused) tell(refused);
     if (refused === null) app.queuePrompt(0);
   } catch (problem) {
-    chart.set({ ...run, refused: `Not taken: ${problem.message}` });
+    tell(`Not taken: ${problem.message}`);
   } finally {
     view.takes = false;
   }
@@ -154,7 +155,7 @@ async function setTaken(node, run, iterate, anew, isOver) {
   if (isOver()) return "";
   const path = ranAt(node);
   const seed = giver(path, SEEDED, SEEDS);
-  const restart = giver(path, [RESTART]);
+  const restart = giver(path, [RESTART], [RESTART, "value"]);
   const usual = node.properties[USUAL] ?? restart.widget?.value ?? 0;
   // A linked seed is in the node's own widget too, once it was queued.
   const seeded = [seed.widget, ...SEEDS.map((name) => node.widgets?.find((w) => w.name === name))];
@@ -162,14 +163,14 @@ async function setTaken(node, run, iterate, anew, isOver) {
   const changes = [
     ...(Number.isSafeInteger(run.settings.seed) ? seeded.map((widget) => [widget, run.settings.seed]) : []),
     ...fixed.map((widget) => [widget, "fixed"]),
-    [giver(path, [ITERATE]).widget, iterate],
+    [giver(path, [ITERATE], [ITERATE, "value"]).widget, iterate],
     [restart.widget, anew ? usual || PAINTED : 0],
   ].filter(([widget]) => widget);
   const before = changes.map(([widget]) => [widget, widget.value]);
   const free = new Set([ITERATE, RESTART].map((name) => `${path.join(":")} ${name}`));
-  for (const [widget, value] of changes) widget.value = value;
   let done = false;
   try {
+    for (const [widget, value] of changes) widget.value = value;
     const found = asked ? differences(asked, (await app.graphToPrompt()).output, free) : [];
     if (found.length || isOver()) return whyNotTaken(found, (id) => nodeOf(id)?.title ?? asked[id][0]) ?? "";
     done = true;
@@ -184,8 +185,8 @@ async function setTaken(node, run, iterate, anew, isOver) {
 
 /** No iterate is taken any more. */
 function untake(node) {
-  const path = ranAt(node) ?? pathTo(rootGraph(), node);
-  const write = (name, value) => path && Object.assign(giver(path, [name]).widget ?? {}, { value });
+  const path = ranAt(node);
+  const write = (name, value) => path && Object.assign(giver(path, [name], [name, "value"]).widget ?? {}, { value });
   write(ITERATE, -1);
   if (node.properties[USUAL] !== undefined) write(RESTART, node.properties[USUAL]);
   delete node.properties[USUAL];
@@ -246,7 +247,7 @@ function forgetTaken(node) {
   if (iterate) {
     chain(iterate, "beforeQueued", () => {
       const taken = node.properties?.[TAKEN];
-      const path = taken && pathTo(rootGraph(), node);
+      const path = taken && ranAt(node);
       if (path && signature(rootGraph(), path, [ITERATE, RESTART]) !== taken) untake(node);
     });
   }
@@ -456,7 +457,7 @@ app.registerExtension({
     for (const ended of ["execution_error", "execution_interrupted"]) {
       api.addEventListener(ended, ({ detail }) => {
         const chart = nodeOf(detail?.node_id)?.[VIEW]?.chart;
-        if (chart?.run().waiting && chart.run().rows.length === 0) chart.set({ ...chart.run(), waiting: "It ended before its first image." });
+        if (chart?.run().waiting && chart.run().id && chart.run().rows.length === 0) chart.set({ ...chart.run(), waiting: "It ended before its first image." });
       });
     }
     api.addEventListener("mira.choice", ({ detail }) => showChoice(detail));

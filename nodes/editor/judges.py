@@ -87,7 +87,7 @@ class Resuming:
 
 def read_choices(text: str) -> list[list]:
     """The `choices` output of a run, or a whole trace as JSON. Raises ValueError for anything else."""
-    if not text.strip():
+    if isinstance(text, str) and not text.strip():
         raise ValueError("choices is empty: connect the choices output of an earlier run")
     try:
         data = json.loads(text)
@@ -189,7 +189,7 @@ class PersonJudge:
         self.node, self.prompt, self.client, self.total = node, prompt, client, total
         self.timeout, self.on_timeout, self.worst = timeout, on_timeout, worst
         self.order = stream(seed, -1)
-        self.missed = 0  # choices that nobody made in time
+        self.missed = 0  # ties that are none: nobody chose in time
         self.late = False  # the last one
         self.stop = ""  # said after a choice that counts
 
@@ -218,6 +218,7 @@ class PersonJudge:
         while True:
             best = self.ask(order, images, told | {"wanted": "best"})
             if isinstance(best, str):
+                self.missed += self.late and best == "tie"
                 return (0, 1, True) if best == "tie" else best
             others = [n for n in order if n != best]
             if len(others) == 1 or not self.worst:
@@ -234,7 +235,7 @@ class PersonJudge:
 
     def ask(self, order: list[int], images: Sequence[Tensor], told: dict) -> int | str:
         """Which of the images is chosen, or one of `WORDS`. order: of those that are shown."""
-        token = secrets.token_urlsafe(16)
+        token, self.late = secrets.token_urlsafe(16), False
         workflow, kind = running(self.node)
         shown: dict[str, Any] = told | {
             "prompt_id": self.prompt,
@@ -258,7 +259,6 @@ class PersonJudge:
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 self.late = bool(self.timeout) and time.monotonic() > end
                 if self.late:
-                    self.missed += 1
                     return self.on_timeout
         finally:
             with _lock:

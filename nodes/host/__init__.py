@@ -5,7 +5,6 @@ pieces (`chain`), from a latent to its reward (`scoring`), a look whether both h
 gradient (`loading`, `dynamic`, `inference_mode`, `kernels`, `places`, `blocks`, `repeating`).
 """
 
-from .chain import Chain
 from .job import INTERRUPTS, SCALES, Job, samples_of, why_no_restart
 from .loading import patcher_of, synchronize, used_bytes
 from .process import Process
@@ -14,7 +13,6 @@ from .runs import Optimized, optimizing, run, searching
 from .scoring import Scoring, decode
 
 __all__ = [
-    "INTERRUPTS", "SCALES", "Chain", "FinalRestart", "Job", "Optimized", "Process", "Scoring", "decode", "optimizing",
-    "patcher_of", "run", "samples_of", "searching", "synchronize", "used_bytes",
-    "why_no_restart",
+    "INTERRUPTS", "SCALES", "FinalRestart", "Job", "Optimized", "Process", "Scoring", "decode", "optimizing",
+    "patcher_of", "run", "samples_of", "searching", "synchronize", "used_bytes", "why_no_restart",
 ]  # fmt: skip

@@ -62,25 +62,39 @@ def leave_inference_mode(module: nn.Module) -> None:
             replace_tensors(getattr(module, part))
 
 
-def replace_tensors(thing: Any) -> None:
+def replace_tensors(thing: Any, copies: dict | None = None) -> None:
     """Plain tensors that an object or the cell of a closure holds, alone or in lists, tuples and dicts: means of a
-    format, cached positions.
+    format, cached positions. What others hold as well stays common: lists and dicts are the same afterwards, and copies,
+    {id: (tensor, its copy)}, is of what was replaced before.
     """
+    copies = {} if copies is None else copies
     if isinstance(thing, CellType):
-        if _holds_one(thing.cell_contents):
-            thing.cell_contents = normal(thing.cell_contents)
+        if (now := _outside(thing.cell_contents, copies)) is not thing.cell_contents:
+            thing.cell_contents = now
         return
-    for name, value in vars(thing).items():
-        if name not in ("_parameters", "_buffers", "_modules") and _holds_one(value):
-            vars(thing)[name] = normal(value)
+    for name, value in list(vars(thing).items()):
+        if name not in ("_parameters", "_buffers", "_modules") and (now := _outside(value, copies)) is not value:
+            vars(thing)[name] = now
 
 
-def _holds_one(value: Any, depth: int = 2) -> bool:
+def _outside(value: Any, copies: dict, depth: int = 2) -> Any:
+    """The same, with copies in the place of its tensors that were made in inference mode."""
     if isinstance(value, Tensor):
-        return made_in_inference_mode(value)
-    if depth and type(value) in (list, tuple, dict):
-        return any(_holds_one(v, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
-    return False
+        if not made_in_inference_mode(value):
+            return value
+        return copies.setdefault(id(value), (value, value.detach().clone()))[
+            1
+        ]  # the first, so that its id is no other's
+    if not depth:
+        return value
+    if type(value) is tuple:
+        found = tuple(_outside(v, copies, depth - 1) for v in value)
+        return value if all(a is b for a, b in zip(found, value, strict=True)) else found
+    if type(value) in (list, dict):
+        for k, v in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            if (now := _outside(v, copies, depth - 1)) is not v:
+                value[k] = now
+    return value
 
 
 def leave_inference_mode_with(guider: Any, model_options: dict) -> None:
@@ -93,10 +107,11 @@ def leave_inference_mode_with(guider: Any, model_options: dict) -> None:
                 leave_inference_mode(network)  # a ControlLora's is made for every sample
     patcher = guider.model_patcher
     known = {id(m) for m in patcher.model.modules()}
+    copies: dict = {}
     injected = [i for group in patcher.injections.values() for i in group]  # adapters beside the weights
     for thing in itertools.chain.from_iterable(map(things_in, [model_options, *injected])):
         if not isinstance(thing, nn.Module):
-            replace_tensors(thing)
+            replace_tensors(thing, copies)
         elif id(thing) not in known:
             leave_inference_mode(thing)
             thing.requires_grad_(False)

@@ -43,8 +43,6 @@ def training(gradient: bool = True) -> Iterator[None]:
 
 
 ATTENTION = ("optimized_attention", "optimized_attention_masked")
-
-
 # comfy-kitchen's fused rotary positions and norms, which have no backward; those that write over their input end in _.
 FUSED = re.compile(r"(apply_rope|rms_rope|rms_adaln|adaln)\w*(?<!_)")
 

@@ -65,7 +65,7 @@ class Uncovered(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         divides = func in (Tensor.div_, Tensor.__itruediv__)
-        if divides and torch.is_grad_enabled() and _called_by("comfy.samplers"):
+        if divides and torch.is_tensor(args[1]) and torch.is_grad_enabled() and _called_by("comfy.samplers"):
             args = (args[0], args[1].clamp(min=LEAST_COVER))
         return func(*args, **(kwargs or {}))
 

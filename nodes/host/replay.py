@@ -25,7 +25,7 @@ log = logging.getLogger("mira")
 
 
 def family_of(model: Any) -> str:
-    """The kind of a diffusion model, by ComfyUI's name for it; others of a kind may be another's noises' too."""
+    """The kind of a diffusion model, by ComfyUI's name for it: of another kind noises mean nothing."""
     return type(getattr(model, "model_config", model)).__name__
 
 

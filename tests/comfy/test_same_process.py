@@ -1041,6 +1041,29 @@ def test_patches_may_bring_networks_and_tensors(world, patch):
     assert rows(done)[-1] > rows(done)[0]
 
 
+def test_what_two_patches_hold_in_common_stays_common(world):
+    """One writes into a dict, the other reads it: a copy for each would part them, for ever."""
+
+    def bank():
+        held = {}
+
+        def write(q, k, v, extra_options):
+            held["keys"] = [q.mean((1, 2), keepdim=True)]
+            return q, k, v
+
+        return write, lambda q, k, v, extra_options: (q + 5 * held["keys"][0], k, v)
+
+    with torch.inference_mode():
+        model, (write, read) = world.model.clone(), bank()
+        model.set_model_attn1_patch(write)
+        model.set_model_attn2_patch(read)
+    how = dict(model=model, steps=3, sampler="euler")
+    before = world.ksampler(**how)
+    done = run(world, Settings(iterations=1), **how)
+    assert torch.allclose(done.iterates[0], done.plain, atol=1e-2)
+    assert torch.equal(world.ksampler(**how), before)
+
+
 @pytest.mark.every_host
 @pytest.mark.skipif(not hasattr(comfy.sd, "load_bypass_lora_for_models"), reason="this ComfyUI has no such LoRAs")
 def test_adapters_beside_the_weights(world):

@@ -27,12 +27,12 @@ function graphOf(nodes, id = "g", slots = []) {
 /** A sampler in a subgraph, whose seed is set outside and whose model and steps come from within; and one beside it. */
 function whole() {
   const inner = graphOf({
-    1: { widgets: { seed: 0, iterate: -1, steps: 20 }, inputs: { seed: [-10, 1], model: [2, 0], steps: [3, 0] } },
+    1: { widgets: { seed: 0, iterate: -1, again: 0, steps: 20 }, inputs: { seed: [-10, 1], again: [-10, 2], model: [2, 0], steps: [3, 0] } },
     2: { widgets: { name: "a" } },
     3: { widgets: { value: 30 } },
-  }, "inner", ["text", "seed"]);
+  }, "inner", ["text", "seed", "final"]);
   return graphOf({
-    5: { widgets: { text: "a fox", seed: 7 }, subgraph: inner },
+    5: { widgets: { text: "a fox", seed: 7, final: 0 }, subgraph: inner },
     6: { widgets: { seed: 1 }, inputs: { seed: [8, 0] } },
     7: { widgets: { filename: "x" }, inputs: { images: [5, 0] } },
     8: { widgets: { value: 4 } },
@@ -66,10 +66,10 @@ test("a signature changes with what a node is given, and with nothing else", () 
   const of = (change = () => {}) => {
     const root = whole();
     change((id, name, value) => (nodeAt(root, id).widgets.find((w) => w.name === name).value = value));
-    return signature(root, [5, 1], ["iterate"]);
+    return signature(root, [5, 1], ["iterate", "again"]);
   };
   const same = of();
-  for (const [id, name, value] of [["5:1", "iterate", 3], ["5:1", "seed", 99], ["7", "filename", "y"], ["8", "value", 5]]) {
+  for (const [id, name, value] of [["5:1", "iterate", 3], ["5", "final", 0.5], ["5:1", "seed", 99], ["7", "filename", "y"], ["8", "value", 5]]) {
     assert.equal(of((set) => set(id, name, value)), same, `${id} ${name}`);
   }
   for (const [id, name, value] of [["5", "seed", 8], ["5:2", "name", "b"], ["5:3", "value", 31], ["5", "text", "a cat"]]) {
