@@ -64,8 +64,8 @@ def leave_inference_mode(module: nn.Module) -> None:
 
 def replace_tensors(thing: Any, copies: dict | None = None) -> None:
     """Plain tensors that an object or the cell of a closure holds, alone or in lists, tuples and dicts: means of a
-    format, cached positions. What others hold as well stays common: lists and dicts are the same afterwards, and copies,
-    {id: (tensor, its copy)}, is of what was replaced before.
+    format, cached positions. What others hold as well stays common: lists and dicts are the same ones afterwards, and
+    copies, {id: (tensor, its copy)}, tells what was replaced before.
     """
     copies = {} if copies is None else copies
     if isinstance(thing, CellType):
@@ -82,9 +82,9 @@ def _outside(value: Any, copies: dict, depth: int = 2) -> Any:
     if isinstance(value, Tensor):
         if not made_in_inference_mode(value):
             return value
-        return copies.setdefault(id(value), (value, value.detach().clone()))[
-            1
-        ]  # the first, so that its id is no other's
+        if id(value) not in copies:
+            copies[id(value)] = value, value.detach().clone()  # both: an id may be another's once its own is gone
+        return copies[id(value)][1]
     if not depth:
         return value
     if type(value) is tuple:

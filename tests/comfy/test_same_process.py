@@ -1044,19 +1044,20 @@ def test_patches_may_bring_networks_and_tensors(world, patch):
 def test_what_two_patches_hold_in_common_stays_common(world):
     """One writes into a dict, the other reads it: a copy for each would part them, for ever."""
 
-    def bank():
-        held = {}
-
+    def writing(held):
         def write(q, k, v, extra_options):
             held["keys"] = [q.mean((1, 2), keepdim=True)]
             return q, k, v
 
-        return write, lambda q, k, v, extra_options: (q + 5 * held["keys"][0], k, v)
+        return write
+
+    def reading(held):
+        return lambda q, k, v, extra_options: (q + 5 * held["keys"][0], k, v)
 
     with torch.inference_mode():
-        model, (write, read) = world.model.clone(), bank()
-        model.set_model_attn1_patch(write)
-        model.set_model_attn2_patch(read)
+        model, held = world.model.clone(), {}
+        model.set_model_attn1_patch(writing(held))
+        model.set_model_attn2_patch(reading(held))
     how = dict(model=model, steps=3, sampler="euler")
     before = world.ksampler(**how)
     done = run(world, Settings(iterations=1), **how)
