@@ -3,6 +3,7 @@ import uPlot from "./vendor/uPlot.esm.js";
 import {
   brief, csv, curves, follow, images, isLight, label, lastOf, limit, newRun, previewOf, spread, status, table, ticks, uprights,
 } from "./series.js";
+import { keepScrolling } from "./text.js";
 
 // On a dark and on a light ground; both have a contrast of 4.5 to 1 and more there.
 const REWARD = "var(--mira-reward)";
@@ -68,15 +69,6 @@ function widthOf(u, values, index, cycle) {
   return Math.max(AXIS, Math.ceil(axis.ticks.size + axis.gap + widest / devicePixelRatio) + 2);
 }
 
-/** The canvas neither drags a node by what is pressed here, nor zooms where something scrolls; all else is its own. */
-function keepEvents(element) {
-  element.addEventListener("pointerdown", (event) => event.button === 0 && event.stopPropagation());
-  element.addEventListener("wheel", (event) => {
-    const list = event.target.closest(".mira-notices");
-    if (!event.ctrlKey && list && list.scrollHeight > list.clientHeight) event.stopPropagation();
-  });
-}
-
 /**
  * onTake(iteration, anew): the user wants this iterate, anew: painted anew; null leaves the buttons out.
  * onLook(preview): of a run that is done, this iterate is looked at: the kept one first, then where the slider goes.
@@ -111,7 +103,9 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
   scrub.append(shown, none, slider, ...(onTake ? [take, anew] : []));
   inner.append(head, plot, values, scrub, notices);
   outer.append(inner);
-  keepEvents(inner);
+  // The canvas drags no node by what is pressed here; all else is its own.
+  inner.addEventListener("pointerdown", (event) => event.button === 0 && event.stopPropagation());
+  keepScrolling(notices);
 
   let run = { ...newRun(), waiting: first };
   let isFresh = false; // a run that has ended, since the last drawing

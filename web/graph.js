@@ -23,11 +23,15 @@ export function pathTo(root, node) {
   return null;
 }
 
-/** Every node, with those within subgraphs: { node, output }, the latter by which name the frontend keeps its output. */
-export function* nodesOf(graph, isRoot = true) {
+/**
+ * Every node, with those within subgraphs: { node, path, output }, its execution id in parts, and by which name the
+ * frontend keeps its output. holders: the ids of the subgraph nodes around the graph.
+ */
+export function* nodesOf(graph, holders = []) {
   for (const node of graph?.nodes ?? []) {
-    yield { node, output: isRoot ? String(node.id) : `${graph.id}:${node.id}` };
-    if (node.subgraph) yield* nodesOf(node.subgraph, false);
+    const path = [...holders, node.id];
+    yield { node, path, output: holders.length ? `${graph.id}:${node.id}` : String(node.id) };
+    if (node.subgraph) yield* nodesOf(node.subgraph, path);
   }
 }
 

@@ -125,8 +125,8 @@ const [ITERATE, RESTART] = ["iterate", "final_restart"];
 const SEEDS = ["seed", "noise_seed", "value"]; // the widgets that a seed is in
 const SEEDED = ["seed", "noise"]; // the inputs that it may come by
 
-/** The widget that gives an input its value, wherever it is, or undefined. names: what it is called on a node that is linked. */
-function giver(path, inputs, names = inputs) {
+/** The widget that gives an input its value, wherever it is, or undefined. names: what it is called there. */
+function giver(path, inputs, names = [...inputs, "value"]) {
   const { node, name } = giverOf(rootGraph(), path, inputs);
   return { node, widget: node?.widgets?.find((w) => (name ? w.name === name : names.includes(w.name))) };
 }
@@ -155,7 +155,7 @@ async function setTaken(node, run, iterate, anew, isOver) {
   if (isOver()) return "";
   const path = ranAt(node);
   const seed = giver(path, SEEDED, SEEDS);
-  const restart = giver(path, [RESTART], [RESTART, "value"]);
+  const restart = giver(path, [RESTART]);
   const usual = node.properties[USUAL] ?? restart.widget?.value ?? 0;
   // A linked seed is in the node's own widget too, once it was queued.
   const seeded = [seed.widget, ...SEEDS.map((name) => node.widgets?.find((w) => w.name === name))];
@@ -163,7 +163,7 @@ async function setTaken(node, run, iterate, anew, isOver) {
   const changes = [
     ...(Number.isSafeInteger(run.settings.seed) ? seeded.map((widget) => [widget, run.settings.seed]) : []),
     ...fixed.map((widget) => [widget, "fixed"]),
-    [giver(path, [ITERATE], [ITERATE, "value"]).widget, iterate],
+    [giver(path, [ITERATE]).widget, iterate],
     [restart.widget, anew ? usual || PAINTED : 0],
   ].filter(([widget]) => widget);
   const before = changes.map(([widget]) => [widget, widget.value]);
@@ -186,9 +186,10 @@ async function setTaken(node, run, iterate, anew, isOver) {
 /** No iterate is taken any more. */
 function untake(node) {
   const path = ranAt(node);
-  const write = (name, value) => path && Object.assign(giver(path, [name], [name, "value"]).widget ?? {}, { value });
-  write(ITERATE, -1);
-  if (node.properties[USUAL] !== undefined) write(RESTART, node.properties[USUAL]);
+  for (const [name, value] of [[ITERATE, -1], [RESTART, node.properties[USUAL]]]) {
+    const widget = path && value !== undefined && giver(path, [name]).widget;
+    if (widget) widget.value = value;
+  }
   delete node.properties[USUAL];
   delete node.properties[TAKEN];
 }
@@ -358,15 +359,15 @@ async function restore(cached = [], missed = false, promptId = "") {
   const runs = (live.runs ?? []).filter((known) => known.rows.length && isOf(nodeOf(known.node), known));
   const running = new Set(runs.filter((known) => !known.output).map((known) => String(known.node)));
   const asking = new Set((waiting.pending ?? []).map((choice) => String(choice.node)));
-  for (const { node, output: name } of nodesOf(rootGraph())) {
+  for (const { node, path, output: name } of nodesOf(rootGraph())) {
     const view = node[VIEW];
     const output = app.nodeOutputs?.[name];
     if (!view || !output || !isOf(node, sourceOf(output))) continue;
     view.text?.(output);
     const run = view.chart && fromOutput(output);
     const empty = view.chart?.run().rows.length === 0 && !view.chart.run().id;
-    const path = pathTo(rootGraph(), node)?.join(":");
-    if (run && empty && !running.has(path) && !asking.has(path)) showRun(node, view.chart, run);
+    const id = path.join(":");
+    if (run && empty && !running.has(id) && !asking.has(id)) showRun(node, view.chart, run);
   }
   for (const known of runs) {
     const node = nodeOf(known.node);

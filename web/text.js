@@ -1,5 +1,12 @@
 // Elements for a node's text: no side effects beyond them, nothing of ComfyUI.
 
+/** The canvas does not zoom while this element scrolls. */
+export function keepScrolling(element) {
+  element.addEventListener("wheel", (event) => {
+    if (!event.ctrlKey && element.scrollHeight > element.clientHeight) event.stopPropagation();
+  }, { passive: true });
+}
+
 /** An element to hand to `addDOMWidget`; its inner div is what may be measured. */
 export function textElement(document, first) {
   const outer = document.createElement("div");
@@ -19,8 +26,7 @@ export function textElement(document, first) {
     border: "1px solid var(--border-color, #444)",
   });
   inner.textContent = first;
-  // The list scrolls; the canvas must not zoom.
-  inner.addEventListener("wheel", (event) => !event.ctrlKey && inner.scrollHeight > inner.clientHeight && event.stopPropagation(), { passive: true });
+  keepScrolling(inner);
   outer.append(inner);
   return { outer, inner };
 }

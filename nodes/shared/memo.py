@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from comfy.cli_args import args
@@ -125,7 +125,9 @@ def of(
     before = _runs.get(node)
     if before:
         optimized, last = before.done[0], before.taken
-        same = _same(before.inputs, inputs) or (taken != last and _of_one_graph(before, inputs, graph))
+        same = _same(before.inputs, inputs) or (
+            taken != last and _of_one_graph(before.inputs, before.graph, inputs, graph)
+        )
         if same and not (optimized.result.cut_short and taken == last):
             before.graph, before.taken = graph, taken
             if optimized.result.cut_short and not 0 <= taken[0] < len(optimized.iterates):
@@ -196,13 +198,13 @@ def last_run(hidden: Any, inputs: dict, free: Collection[str]) -> Optimized | No
     if (before := _runs.get(_place(hidden))) is None:
         return None
     known, asked = ({k: v for k, v in of.items() if k not in free} for of in (before.inputs, inputs))
-    same = _same(known, asked) or _of_one_graph(replace(before, inputs=known), asked, _graph(hidden))
+    same = _same(known, asked) or _of_one_graph(known, before.graph, asked, _graph(hidden))
     return before.done[0] if same else None
 
 
-def _of_one_graph(run: _Run, inputs: dict, graph: dict | None) -> bool:
-    """Whether inputs, though made anew, are the run's."""
-    return graph is not None and graph == run.graph and _made_alike(run.inputs, inputs)
+def _of_one_graph(known: dict, its_graph: dict | None, inputs: dict, graph: dict | None) -> bool:
+    """Whether inputs, though made anew, are the known ones."""
+    return graph is not None and graph == its_graph and _made_alike(known, inputs)
 
 
 def _graph(hidden: Any) -> dict | None:

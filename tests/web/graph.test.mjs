@@ -45,6 +45,7 @@ test("a node is found by its execution id, and the id by the node", () => {
   for (const none of ["9", "6:1", "5:9", ""]) assert.equal(nodeAt(root, none), null);
   assert.deepEqual(["5:1", "6"].map((id) => pathTo(root, nodeAt(root, id))), [[5, 1], [6]]);
   assert.equal(pathTo(root, { id: 1, graph: {} }), null);
+  for (const { node, path } of nodesOf(root)) assert.deepEqual(path, pathTo(root, node));
   assert.deepEqual([...nodesOf(root)].map(({ output }) => output), ["5", "inner:1", "inner:2", "inner:3", "6", "7", "8"]);
 });
 
