@@ -394,7 +394,10 @@ def test_a_schedule_that_outlasts_every_conditioning_is_refused(world, monkeypat
     early, negative = until(0.5, world.positive), until(0.5, world.negative)
     with pytest.raises(ValueError, match=r"every conditioning ends before the last step.*let one last to the end"):
         run(world, positive=early, negative=negative, steps=4)
+    with pytest.raises(ValueError, match="every conditioning but the negative one, unused at CFG 1, ends before"):
+        run(world, positive=early, steps=4, cfg=1.0)
     assert run(world, positive=early, steps=4).result.trace.rows
+    assert run(world, negative=negative, steps=4, cfg=1.0).result.trace.rows
 
 
 @pytest.mark.parametrize("sampler", ["uni_pc", "uni_pc_bh2"])
