@@ -314,7 +314,7 @@ class MiraTiltKSampler(Searching):
                         optional=True,
                         tooltip=(
                             "How often the picture is sampled: from the second time on it is noised again first, which "
-                            "gives back most of the prompt. The last one comes back, unless the plain sample is better."
+                            "gives back most of the prompt. The last that is better than the plain sample comes back."
                         ),
                     ),
                     restart_denoise_input("From the second round on: how", default=0.8),

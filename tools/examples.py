@@ -576,7 +576,9 @@ NOTES = {
         "The quick way: a KSampler with one more dial. At every step the reward chooses `tilt` of the noise; the "
         "picture is then noised again and sampled anew, twice."
     ),
-    "10 Guidance": "Two ways that optimise no reward: a noise that attends to every word, and a guider that leans.",
+    "10 Guidance": (
+        "Without optimising: a noise in which the model finds what you name, and a guider that leans towards a reward."
+    ),
     "11 More of this, less of that": (
         "More *3d* and less *flat*, by the demo's CLIP: what it likes in any picture is in both scores and cancels."
     ),

@@ -1,4 +1,4 @@
-"""A reward server for `Reward from HTTP`: standard library and Pillow only.
+"""A reward server for `MIRA Reward from HTTP`: standard library and Pillow only.
 
     python reward_server.py [port]
 

@@ -1,4 +1,4 @@
-"""A reward of one's own: copy this file into ComfyUI/models/mira_rewards and choose it in `Reward from Python File`.
+"""A reward of one's own: copy it into ComfyUI/models/mira_rewards and choose it in `MIRA Reward from Python File`.
 
 FACTS: name and typical (where ordinary images score) are needed; low, high, differentiable (True) and needs_prompt
 (False) have defaults. score: images (B, 3, H, W) in [0, 1], one prompt per image -> one number per image, higher is

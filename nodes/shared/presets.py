@@ -55,7 +55,7 @@ SUGGESTED: dict[str, dict] = {
 }
 WORDS = {
     "balanced": "the measured default",
-    "fast": "two seeds and 6 iterations, for two thirds of the work",
+    "fast": "two seeds and 6 iterations, for three quarters of the work",
     "strong": "24 iterations and twice the limit, for rewards of texture; of light and colour it goes too far",
     "exact_gradient": "balanced, through all sampling steps: slower",
     "mira": "the paper's Algorithm 1",
