@@ -154,7 +154,7 @@ def build_environment() -> tuple[Path, Path]:
         run(
             [venv_python(), "-m", "pip", "install", "--quiet", *TORCH, "requests", *arguments],
             "installing the requirements",
-            "Check the network and the free disk space (8 GB), then run this again.",
+            "Check the network and the free disk space (6 GB), then run this again.",
         )
         stamp.write_text(wanted)
     return venv_python(), comfyui

@@ -302,7 +302,8 @@ def run_preference(
     settings = read_settings(node, values, PreferenceSettings)
     by = reward.facts.name if judge == "reward" else judge
     record = describe(node, told, given.seed, given.prompt, by)
-    live = LiveRun(hidden, settings.iterations - 1 + settings.ends_with_update, {"drift_metric": "path_kl"}, record)
+    shown = {"drift_metric": "path_kl", "judge": judge, "iterations": settings.iterations}
+    live = LiveRun(hidden, settings.iterations - 1 + settings.ends_with_update, shown, record)
     job = ksampler_job(
         given, values, node=node, reward=reward if judge == "reward" else None, settings=settings,
         gradient=METHODS[settings.method].gradient, on_iteration=live,

@@ -1,14 +1,14 @@
 // The live chart of one run as an element: no side effects beyond it, nothing of ComfyUI.
 import uPlot from "./vendor/uPlot.esm.js";
 import {
-  brief, csv, curves, follow, images, isLight, label, lastOf, limit, newRun, previewOf, spread, status, table, ticks, uprights,
+  brief, csv, curves, driftSpread, follow, images, isLight, label, lastOf, limit, newRun, previewOf, spread, status, table, ticks, uprights,
 } from "./series.js";
 import { keepScrolling } from "./text.js";
 
 // On a dark and on a light ground; both have a contrast of 4.5 to 1 and more there.
 const REWARD = "var(--mira-reward)";
 const DRIFT = "var(--mira-drift)";
-const INK = { dark: ["#5b9cf5", "#f0a03c"], light: ["#154da0", "#843c00"] };
+const INK = { dark: ["#65a3f6", "#f0a03c"], light: ["#154da0", "#843c00"] };
 const PART_DASHES = [[4, 3], [1, 3], [8, 4], [2, 2]];
 const HEIGHT = 150;
 const AXIS = 46; // pixels of the plot's width, or more for long numbers
@@ -171,7 +171,7 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
         scales: {
           x: { time: false, range: (_, min, max) => [min ?? 0, Math.max(max ?? 1, (min ?? 0) + 1)] },
           reward: { range: (_, min, max) => spread(min, max) },
-          drift: { range: (_, min, max) => spread(min, max) },
+          drift: { range: (_, min, max) => driftSpread(run, min, max) },
         },
         axes: [
           { ...axis, size: 26, incrs: [1, 2, 5, 10, 20, 50, 100, 200] },

@@ -2,7 +2,7 @@
 
 export const CSS = `
 .mira-choice { display: flex; flex-direction: column; gap: 6px; padding: 6px; border-radius: 6px;
-  border: 2px solid var(--mira-reward, #5b9cf5); background: var(--comfy-menu-bg, #353535); }
+  border: 2px solid var(--mira-reward, #65a3f6); background: var(--comfy-menu-bg, #353535); }
 .mira-offers { display: grid; gap: 6px; }
 .mira-offers button { padding: 4px; display: flex; flex-direction: column; gap: 3px; align-items: center; }
 .mira-offers img { width: 100%; max-height: 420px; object-fit: contain; }

@@ -149,9 +149,9 @@ export function restarts(run, image) {
   return rows.filter((r, i) => i > 0 && r.round > rows[i - 1].round).map((r) => r.iteration);
 }
 
-/** Seconds left, by the median of the last iterations, or null while nothing is known. */
+/** Seconds left, by the median of the last iterations, or null while nothing is known: of how long a person takes. */
 export function secondsLeft(run) {
-  if (run.done || run.rows.length === 0) return null;
+  if (run.done || run.rows.length === 0 || run.settings.judge === "person") return null;
   const first = run.rows[0].image;
   const seconds = run.rows.filter((r) => r.image === first).map((r) => finite(r.seconds)).filter((s) => s !== null);
   if (seconds.length === 0) return null;
@@ -183,6 +183,15 @@ export function spread(min, max) {
 
 const DECIMALS = 5; // that an axis has room for
 
+const IN_SIGHT = 4; // times the drift so far: a limit that is nearer is shown with it
+
+/** The bounds of the drift's axis: its limit belongs to it, once it is in sight. */
+export function driftSpread(run, min, max) {
+  const most = limit(run);
+  const inSight = most !== null && max !== null && max > 0 && most <= IN_SIGHT * max;
+  return spread(min, inSight ? Math.max(max, most) : max);
+}
+
 /** What an axis says at its ticks: as many digits as tell them apart. */
 export function ticks(values) {
   const step = values.length > 1 ? Math.abs(values[1] - values[0]) : Math.abs(values[0] ?? 0);
@@ -203,6 +212,13 @@ export function label(run, name) {
   return name === driftColumn(run) ? `drift (${name})` : name;
 }
 
+/** How far a run is. Comparisons are counted as the chooser does, which has one open more. */
+function progress(run, iteration) {
+  const { judge, iterations: wanted } = run.settings;
+  if (!judge) return `iteration ${iteration} of ${run.iterations}`;
+  return `${Math.min(iteration + 1, wanted)} of ${wanted} ${judge === "person" ? "choices" : "comparisons"} made`;
+}
+
 /** One line of what has happened so far. */
 export function status(run, image) {
   const rows = run.rows.filter((r) => r.image === image);
@@ -211,7 +227,7 @@ export function status(run, image) {
   const kept = run.done ? rows.find((r) => r.iteration === run.kept[image]) : null;
   const row = kept ?? last;
   const drift = driftColumn(run);
-  const parts = [kept ? `kept iteration ${row.iteration}` : `iteration ${last.iteration} of ${run.iterations}`];
+  const parts = [kept ? `kept iteration ${row.iteration}` : progress(run, last.iteration)];
   if (finite(row.round) !== null) parts.push(`round ${row.round}`);
   if (finite(row.reward) !== null) {
     parts.push(`reward ${brief(row.reward)} (start ${brief(rows[0].reward)})`);

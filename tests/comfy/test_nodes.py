@@ -230,6 +230,7 @@ def test_every_widget_has_a_tooltip():
             assert i.tooltip or not hasattr(i, "default"), f"{node.__name__}.{i.id}"
 
 
+@pytest.mark.every_host
 def test_every_node_is_found_by_other_words():
     known = "search_aliases" in inspect.signature(io.Schema).parameters
     for node in nodes.NODES:

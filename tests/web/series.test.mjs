@@ -87,6 +87,26 @@ test("the status line says where it is, and at the end what was kept and why it 
   assert.equal(series.status(done, 0), "kept iteration 1 · reward 0.1 (start 0) · drift 0.1 · all iterations done");
 });
 
+test("comparisons are counted as the chooser counts them, and a person's time is nobody's guess", () => {
+  const settings = { judge: "person", iterations: 4 };
+  const run = after({ ...step(0), settings }, { ...step(1), settings });
+  assert.match(series.status(run, 0), /^2 of 4 choices made · /);
+  assert.doesNotMatch(series.status(run, 0), /left/);
+  const judged = { ...run, settings: { judge: "reward", iterations: 4 } };
+  assert.match(series.status(judged, 0), /^2 of 4 comparisons made · .* left$/);
+  const updated = after({ ...step(4), settings }); // Algorithm 2's last winner, after its update
+  assert.match(series.status(updated, 0), /^4 of 4 choices made/);
+});
+
+test("the drift's axis shows the limit once it is in sight", () => {
+  const run = { ...after(step(0)), settings: { drift_limit: 0.05, drift_metric: "path_kl" } };
+  assert.deepEqual(series.driftSpread(run, 0, 0.012), series.spread(0, 0.012));
+  assert.deepEqual(series.driftSpread(run, 0, 0.02), series.spread(0, 0.05));
+  assert.deepEqual(series.driftSpread(run, 0, 0.2), series.spread(0, 0.2));
+  assert.deepEqual(series.driftSpread({ ...run, settings: {} }, 0, 0.02), series.spread(0, 0.02));
+  assert.deepEqual(series.driftSpread(run, null, null), [0, 1]);
+});
+
 test("the CSV has every column that any row has, and quotes what needs it", () => {
   const run = { ...series.newRun(), rows: [row(0), row(1, 0, { "reward.a,b": 'x"y' })] };
   const lines = series.csv(run).split("\n");
