@@ -21,6 +21,7 @@ PLAIN = (int, float, str, bool, type(None))
 MOST, MOST_RUNS = 8, 64  # nodes whose iterates are held, and runs of them: a list is many
 MOST_CUTS = 64
 USED = "used "  # before the name of a setting: its value, whatever the widget says that a preset overrules
+TAKEN = {"iterate", "final_restart"}  # what a run is asked for when it is there
 LONGER = {"iterations", "preset"}  # the settings of which a run that goes on has others
 ROOM_LEFT = 2**30  # bytes for what runs can be gone on with: an optimiser's state is several times the noises
 
@@ -89,27 +90,37 @@ def _alike(x: Any, y: Any) -> bool:
 
 def graph_before(hidden: Any) -> dict[str, str] | None:
     """What a node's links come from, as ComfyUI's own cache tells one input from another: by the node's inputs, a
-    digest. None where that does not tell: a node before it looks at more than its inputs (at a file), gives something
-    else every time, or is not known.
+    digest, and what the nodes before it look at beyond theirs (at a file). None where that does not tell: one of them
+    gives something else every time, or is not known.
     """
     try:
         prompt, kinds = hidden.prompt, sys.modules["nodes"].NODE_CLASS_MAPPINGS
-        links = {k: v for k, v in prompt[str(hidden.unique_id)]["inputs"].items() if isinstance(v, list)}
+        inputs = prompt[str(hidden.unique_id)]["inputs"]
+        links = {k: v for k, v in inputs.items() if isinstance(v, list) and k not in TAKEN}
         if not all(is_link(link, prompt) for link in links.values()):
             return None
-        before = with_all_before(prompt, [link[0] for link in links.values()])
-        if any(_looks_beyond(kinds[prompt[node]["class_type"]]) for node in before):
-            return None
-        return {k: f"{digest_of(prompt, link[0])}:{link[1]}" for k, link in links.items()}
+        before = sorted(with_all_before(prompt, [link[0] for link in links.values()]))
+        looked = {node: _looked_at(kinds[prompt[node]["class_type"]], prompt[node]["inputs"]) for node in before}
+        digests = {k: f"{digest_of(prompt, link[0])}:{link[1]}" for k, link in links.items()}
+        return digests | {f"beyond {node}": repr(what) for node, what in looked.items() if what is not None}
     except Exception:  # a graph of another's making; what cannot be told costs a run, and no more
         return None
 
 
-def _looks_beyond(kind: type) -> bool:
-    """Whether a node's class says that its inputs do not tell what it gives."""
-    own = (vars(c) for c in kind.__mro__ if c.__module__.split(".")[0] != "comfy_api")
-    looks = any({"IS_CHANGED", "fingerprint_inputs"} & defined.keys() for defined in own)
-    return looks or getattr(kind, "NOT_IDEMPOTENT", False)
+def _looked_at(kind: type, inputs: dict) -> Any:
+    """What a node's class asks ComfyUI to compare beside its inputs, of those that are no links; None where nothing.
+    Raises ValueError where that does not tell one result from another.
+    """
+    own = [vars(c) for c in kind.__mro__ if c.__module__.split(".")[0] != "comfy_api"]
+    names = [name for name in ("fingerprint_inputs", "IS_CHANGED") if any(name in defined for defined in own)]
+    if getattr(kind, "NOT_IDEMPOTENT", False):
+        raise ValueError(f"{kind.__name__} gives something else every time")
+    if not names:
+        return None
+    found = getattr(kind, names[0])(**{k: v for k, v in inputs.items() if not isinstance(v, list)})
+    if not isinstance(found, PLAIN) or found != found:  # NaN is another one every time
+        raise ValueError(f"{kind.__name__} does not tell")
+    return found
 
 
 def of(

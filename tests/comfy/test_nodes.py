@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -708,12 +709,19 @@ def test_noises_that_the_gradient_does_not_reach_are_named(world, free):
     assert trace.of(0)[-1]["reward"] > trace.of(0)[0]["reward"]
 
 
-def test_a_graph_tells_its_inputs_apart_but_for_those_of_files():
+def test_a_graph_tells_its_inputs_apart_and_those_of_files(tmp_path, monkeypatch):
+    class Anything:
+        IS_CHANGED = classmethod(lambda cls, **inputs: float("nan"))
+
+    monkeypatch.setitem(sys.modules["nodes"].NODE_CLASS_MAPPINGS, "Anything", Anything)
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path))
+
     def before(**changes):
         prompt = {
             "1": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
             "2": {"class_type": "LatentUpscaleBy", "inputs": {"samples": ["1", 0], "scale_by": 2.0}},
             "3": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
+            "4": {"class_type": "Anything", "inputs": {}},
             "9": {"class_type": "MiraOptimizeKSampler", "inputs": {"latent_image": ["2", 0], "seed": 1} | changes},
         }
         return memo.graph_before(SimpleNamespace(unique_id="9", prompt=prompt))
@@ -721,7 +729,14 @@ def test_a_graph_tells_its_inputs_apart_but_for_those_of_files():
     memo = mira("nodes.shared.memo")
     assert before() == before(seed=2) and set(before()) == {"latent_image"}
     assert len({before(latent_image=link)["latent_image"] for link in (["1", 0], ["2", 0], ["2", 1])}) == 3
-    assert before(reference=["3", 0]) is None and before(latent_image=["7", 0]) is None
+    assert before() == before(iterate=["1", 0])  # what is taken of a run is none of its inputs
+    assert before(reference=["3", 0]) is None  # there is no such file
+    (tmp_path / "a.png").write_bytes(b"one")
+    one = before(reference=["3", 0])
+    assert one == before(reference=["3", 0]) and set(one) == {"latent_image", "reference", "beyond 3"}
+    (tmp_path / "a.png").write_bytes(b"other")
+    assert before(reference=["3", 0]) != one
+    assert before(reference=["4", 0]) is None and before(latent_image=["7", 0]) is None
     assert memo.graph_before(SimpleNamespace(unique_id="9", prompt=None)) is None
 
 
