@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 import comfy.model_patcher
 import comfy.samplers
 import torch
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
 from torch import Tensor
 
 from ...sampler.keep import chosen
@@ -27,6 +30,14 @@ log = logging.getLogger("mira")
 def family_of(model: Any) -> str:
     """The kind of a diffusion model, by ComfyUI's name for it: of another kind noises mean nothing."""
     return type(getattr(model, "model_config", model)).__name__
+
+
+def tell_node(text: str) -> None:
+    """Log it, and show it on the node that runs, which may be a stock one with no room for notices."""
+    log.warning("%s", text)
+    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
+    if context and server:  # older frontends take it for HTML, and a file may be a stranger's
+        server.send_progress_text(html.escape(text), context.node_id, server.client_id)
 
 
 class ReplayNoise:
@@ -89,7 +100,7 @@ class ReplaySampler(comfy.samplers.Sampler):
             )
         here = family_of(model_wrap.inner_model)
         if self.family and self.family != here:
-            log.warning("MIRA noise: it was made for %s, and this model is %s: it may mean nothing", self.family, here)
+            tell_node(f"MIRA noise: it was made for {self.family}, and this model is {here}: it may mean nothing")
         if self.optimized:
             options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
             options.setdefault("transformer_options", {})["optimized_attention_override"] = attention_of(options)

@@ -61,10 +61,13 @@ def _same(a: dict, b: dict) -> bool:
     """a: held, b: as they are. Plain values by value; models and the like by identity, as ComfyUI hands the same ones
     to an unchanged node.
     """
-    if a.keys() != b.keys():
-        return False
-    pairs = [(a[k](), b[k]) for k in a]
-    return all(x is y or (isinstance(x, PLAIN) and isinstance(y, PLAIN) and x == y) for x, y in pairs)
+    return a.keys() == b.keys() and not _changed(a, b)
+
+
+def _changed(a: dict, b: dict) -> list[str]:
+    """The names that both have whose values differ, as `_same` compares."""
+    pairs = [(k, a[k](), b[k]) for k in a if k in b]
+    return [k for k, x, y in pairs if not (x is y or (isinstance(x, PLAIN) and isinstance(y, PLAIN) and x == y))]
 
 
 def _made_alike(a: dict, b: dict) -> bool:
@@ -194,11 +197,14 @@ def left_of(hidden: Any, inputs: dict, used: dict) -> tuple[tuple[Left, Any] | N
     others = [
         {k: v for k, v in of.items() if k not in used and not k.startswith(USED)} for of in (before.inputs, inputs)
     ]
-    if left is None or not same or not _same(*others):
+    if left is None or not same or others[0].keys() != others[1].keys():
         return None, ""
     more = used["iterations"] - last["iterations"]
     if more < 0 or (more == 0 and not optimized.result.cut_short):
         return None, ""
+    if changed := _changed(*others):
+        linked = not any(isinstance(inputs[k], PLAIN) for k in changed)  # a setting of one's own one knows of
+        return None, f"begun anew: {', '.join(changed)} changed since the run before" if linked else ""
     if left.value is None:
         return None, "begun anew: there was no room to keep what it takes to go on from the run before"
     return (left, live), ""

@@ -246,10 +246,12 @@ def test_more_iterations_go_on_only_where_nothing_else_was_changed(world, change
     """What is linked counts as what it is, and a setting as the value that is used."""
     inputs = sampler_inputs(world, iterations=1, seed=101)
     execute(nodes.MiraOptimizeKSampler, **inputs)
-    if "model" in changed:
+    other_model = "model" in changed
+    if other_model:
         changed = {"model": world.model.clone()}
     again = execute(nodes.MiraOptimizeKSampler, **inputs | {"iterations": 2} | changed)
     assert any("went on from" in n for n in again.args[2].notices) == (not changed)
+    assert ("begun anew: model changed since the run before" in again.args[2].notices) == other_model
     with torch.inference_mode():
         anew = execute(nodes.MiraOptimizeKSampler, **inputs | {"iterations": 2, "seed": 102} | changed)
     assert not any("went on from" in n for n in anew.args[2].notices)
