@@ -77,6 +77,27 @@ def begun(editor, request, workflow):
     return editor
 
 
+# What of a node lies upon something else of it, in pairs; the canvas draws its preview itself, below its last widget.
+OVERLAPPING = """(kind) => {
+    const node = app.graph.nodes.find(n => n.comfyClass === kind);
+    const box = document.querySelector(".mira-box");
+    const own = [...box.querySelectorAll(".mira-head, .mira-plot, .mira-values, .mira-scrub, .mira-notices")];
+    const shown = [...(box.closest("[data-node-id]")?.querySelectorAll("img, textarea") ?? [])];
+    const parts = [...own, ...shown.filter(e => !box.contains(e))].filter(e => e.offsetHeight && e.offsetWidth);
+    const places = parts.map(e => [e.className || e.tagName, e.getBoundingClientRect()]);
+    const found = [];
+    for (const [i, [a, one]] of places.entries())
+        for (const [b, other] of places.slice(i + 1))
+            if (Math.min(one.bottom, other.bottom) - Math.max(one.top, other.top) > 1
+                && Math.min(one.right, other.right) - Math.max(one.left, other.left) > 1) found.push([a, b]);
+    const [chart, preview] = ["mira_chart", "$$canvas-image-preview"].map(n => node.widgets.find(w => w.name === n));
+    const end = chart.y + (chart.computedHeight ?? 0);
+    if (preview && !shown.length && preview.y < end - 1) found.push(["chart", "preview"]);
+    if (own.length < 4) found.push(["too few", own.length]);
+    return found;
+}"""
+
+
 def test_points_arrive_and_the_kept_iterate_is_marked(editor, request):
     begun(editor, request, QUICKSTART)  # slow enough to be looked at
     editor.look_at(OPTIMIZER)
@@ -90,6 +111,7 @@ def test_points_arrive_and_the_kept_iterate_is_marked(editor, request):
     assert "reward" in text and "drift" in text
     editor.look_at(OPTIMIZER)
     editor.shot("done")
+    assert editor.js(OVERLAPPING, OPTIMIZER) == []
     editor.look_at(OPTIMIZER, bottom=True)
     plot = editor.page.locator(".u-over").first
 
@@ -367,8 +389,15 @@ def test_choosing_by_click_and_by_key(quickstart):
     editor.load(graph)
     wait_for(editor, lambda: "1 of 4" in count(editor), "the first three again")
     editor.look_at(PREFERENCE)
+    # Who writes a text chooses nothing by it.
+    writing = editor.page.locator("textarea:visible").first
+    writing.evaluate("(area) => area.focus()")
+    editor.page.keyboard.type("2 foxes")
+    assert writing.input_value().endswith("2 foxes") and "1 of 4" in count(editor)
+    writing.evaluate("(area) => area.blur()")
     answered(editor, lambda: editor.page.click(".mira-offers button[data-answer='3']"))
     wait_for(editor, lambda: "2 of 4" in count(editor), "the second three")
+    assert editor.page.inner_text(STATUS).startswith("1 of 4 choices made")
     # A key in the first moments was meant for what had the focus before.
     editor.page.locator(".mira-choice").press("Escape")
     press(editor, "2")
