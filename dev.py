@@ -348,7 +348,7 @@ def get_chromium() -> str:
     return found
 
 
-def test(python: Path, comfyui: Path, gpu: bool, extra: list[str]) -> int:
+def test(python: Path, comfyui: Path, gpu: bool, browser: bool, extra: list[str]) -> int:
     checks = {
         "ruff check .": "`ruff check --fix` mends most of it",
         "ruff format --check .": "`ruff format` mends it",
@@ -359,9 +359,7 @@ def test(python: Path, comfyui: Path, gpu: bool, extra: list[str]) -> int:
             print(f"dev.py: {check} failed; {remedy}")
             return code
     where = {}
-    if "--no-browser" in extra:
-        extra = [x for x in extra if x != "--no-browser"]
-    else:
+    if browser:
         where = {"MIRA_CHROMIUM": get_chromium(), "MIRA_FRONTEND": str(get_frontend(python))}
     if extra:
         several = {"-n", "--numprocesses"} & set(extra)
@@ -392,6 +390,7 @@ def main() -> int:
         "--host", metavar="VERSION", help="test, bench: on another ComfyUI, a known version, a path; test: or all"
     )
     parser.add_argument("--with", dest="instead", metavar="REQUIREMENT", help="test: another version of a library")
+    parser.add_argument("--no-browser", action="store_true", help="test: leave out what needs a browser")
     parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU")
     arguments, extra = parser.parse_known_args()
     if arguments.command in TO_USE and extra:
@@ -415,7 +414,7 @@ def main() -> int:
         python = layer([arguments.instead], arguments.instead)
         return execute(python, comfyui, ["-m", "pytest", *extra], gpu)
     if command == "test":
-        return test(python, comfyui, gpu, extra)
+        return test(python, comfyui, gpu, not arguments.no_browser, extra)
     if command == "docs":
         return make_docs(python, comfyui, gpu, extra)
     table = BENCHES if command == "bench" else {stage: f"demo.train.{stage}" for stage in STAGES}

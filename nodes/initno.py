@@ -45,7 +45,7 @@ class MadeNoise:
                 f"{MiraInitNONoise.NAME}: its noise is of shape {tuple(self.noise.shape)}, but latent_image is of "
                 f"{tuple(samples.shape)}: give the same latent_image to both nodes"
             )
-        return self.noise
+        return self.noise.clone()  # a patch may write into it
 
 
 def locate(clip: Any, prompt: str, words: Sequence[str]) -> Words:

@@ -296,7 +296,9 @@ class MiraDriftMonitor(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output("plot", display_name="plot", tooltip="Reward and drift of every run."),
-                io.String.Output("table", display_name="table", tooltip="A row for each run, in Markdown."),
+                io.String.Output(
+                    "table", display_name="table", tooltip="A line for each number, a column for each run."
+                ),
                 io.String.Output("verdict", display_name="verdict", tooltip="The same in words."),
                 io.Float.Output("gain", display_name="gain", is_output_list=True, tooltip="Reward won, per trace."),
                 io.Float.Output("drift", display_name="drift", is_output_list=True, tooltip="Of the kept images."),

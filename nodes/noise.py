@@ -70,16 +70,22 @@ class MiraSaveNoise(io.ComfyNode):
             )
         if noise.segments is not sampler.segments:
             raise ValueError(f"{cls.NAME}: noise and sampler are of two runs: connect both outputs of one node")
+        wrong = f"{cls.NAME}: filename_prefix {filename_prefix!r} cannot be written"
         try:
             folder, name, counter, _, _ = folder_paths.get_save_image_path(
                 filename_prefix, folder_paths.get_output_directory()
             )
-            path = Path(folder, f"{name}_{counter:05}_.safetensors")
-            half = path.with_suffix(".part")
+        except Exception as problem:  # ComfyUI's for one outside of the output folder is bare
+            raise OSError(f"{wrong} ({problem})") from problem
+        path = Path(folder, f"{name}_{counter:05}_.safetensors")
+        half = path.with_suffix(".part")
+        try:
             replay.save(half, noise.segments, noise.facts | {"optimized": sampler.optimized})
             os.replace(half, path)
         except (OSError, SafetensorError) as problem:
-            raise OSError(f"{cls.NAME}: filename_prefix {filename_prefix!r} cannot be written ({problem})") from problem
+            raise OSError(f"{wrong} ({problem})") from problem
+        finally:
+            half.unlink(missing_ok=True)
         shown = os.path.relpath(path, folder_paths.get_output_directory())
         return io.NodeOutput(ui=text_output(f"saved {shown} in the output folder"))
 

@@ -66,7 +66,7 @@ def read_trace(path: str, index: int) -> Trace:
         with open(path, encoding="utf-8") as file:
             text = file.read()
         return Trace.from_csv(text) if name.lower().endswith(".csv") else Trace.from_dict(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, SyntaxError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SyntaxError, RecursionError) as problem:
         raise ValueError(f"{MiraLoadTrace.NAME}: {name} cannot be read: {problem}") from problem
 
 

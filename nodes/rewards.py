@@ -18,6 +18,7 @@ from ..rewards.jpeg import JPEG, QUALITY, JPEGSurrogate
 from ..rewards.pixel import MEASURES, REFERENCE, MatchReference, PixelReward
 from ..rewards.python_file import PythonReward
 from ..sampler.seeds import stream
+from . import host
 from .shared import files
 from .shared.checks import check_reward, check_values
 from .shared.images import to_core
@@ -274,7 +275,7 @@ class MiraRewardFromPython(io.ComfyNode):
         if message := cls.missing(file or "an empty name"):
             raise ValueError(f"{cls.NAME}: {message}")
         try:
-            return io.NodeOutput(PythonReward(files.find(file)))
+            return io.NodeOutput(PythonReward(files.find(file), host.INTERRUPTS))
         except ValueError as problem:
             raise ValueError(f"{cls.NAME}: {problem}") from problem
 

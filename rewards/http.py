@@ -29,7 +29,8 @@ from .preprocess import picture
 NODE = "MIRA Reward from HTTP"  # whose url it is, wherever the reward is asked
 LARGEST = 3.4e38  # of a score: what float32 holds
 MOST = 1_000_000  # bytes of an answer that are read
-PAUSE = 0.5  # seconds before the second attempt; doubled for every further one
+PAUSE = 0.5  # seconds before the second attempt; doubled for every further one, up to the longest
+LONGEST_PAUSE = 30
 
 
 def host_of(url: str, allowed: Sequence[str] = ()) -> str:
@@ -110,7 +111,7 @@ class HTTPReward(Reward):
                 refused = isinstance(problem, urllib.error.HTTPError) and problem.code < 500
                 if refused or attempt == self.retries:
                     raise RuntimeError(self._explain(problem, attempt + 1)) from problem
-                self._sleep(PAUSE * 2**attempt)
+                self._sleep(min(PAUSE * 2**attempt, LONGEST_PAUSE))
         return torch.tensor(self._scores(answer, len(images)), device=images.device)
 
     def _sleep(self, seconds: float) -> None:

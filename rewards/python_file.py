@@ -1,8 +1,8 @@
 """A reward from a Python file of the user's own.
 
 The file defines `FACTS`, a dict of `Facts`'s fields (only name and typical are needed), and `score(images, prompts)`:
-images (B, 3, H, W) in [0, 1], one prompt per image -> (B,). `MODULES`, a list of torch modules, is optional: they are
-then loaded and offloaded by ComfyUI's memory management.
+images (B, 3, H, W), nominally in [0, 1] but not clamped, one prompt per image -> (B,). `MODULES`, a list of torch
+modules, is optional: they are then loaded and offloaded by ComfyUI's memory management.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from .base import Facts, Reward
 
+OutOfMemoryError = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # as older ones call it
 DEFAULTS = {"low": -math.inf, "high": math.inf}
 
 
@@ -77,10 +78,12 @@ def facts_of(declared: Any, path: Path) -> Facts:
 
 
 class PythonReward(Reward):
-    """Runs the file once, when made. Raises ValueError for a file that does not fit, with its line."""
+    """Runs the file once, when made. Raises ValueError for a file that does not fit, with its line. passes: exceptions
+    of the host's that go through the file as they are, such as its interrupt.
+    """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, passes: tuple[type[BaseException], ...] = ()) -> None:
+        self.path, self.passes = path, (*passes, OutOfMemoryError, MemoryError, CheckpointError)
         linecache.checkcache(str(path))
         loader = _Fresh(f"mira_reward_{path.stem}", str(path))
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
@@ -107,7 +110,7 @@ class PythonReward(Reward):
                 score = self.function(own, list(prompts))
             if not self.facts.differentiable:
                 score = torch.as_tensor(score, dtype=torch.float32, device=images.device)
-        except (torch.OutOfMemoryError, MemoryError, CheckpointError):
+        except self.passes:
             raise  # whoever called knows what to do
         except (Exception, SystemExit) as problem:
             raise RuntimeError(located(problem, self.path)) from problem

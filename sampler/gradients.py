@@ -69,7 +69,9 @@ def clipping(norms: Tensor, most: float) -> Tensor:
 def step(
     optimizer: torch.optim.Optimizer, leaves: Sequence[Tensor], gradients: Sequence[Tensor], where: Tensor
 ) -> list[Tensor]:
-    """Moves the images of `where` (B,), and gives the leaves as they were. The others stay: no decay, no momentum."""
+    """Moves the images of `where` (B,), and gives the leaves as they were. The others stay where they
+    are; that their momentum fades meanwhile only shortens their next steps.
+    """
     before = [z.detach().clone() for z in leaves]
     for z, g in zip(leaves, gradients, strict=True):
         z.grad = torch.where(per_image(where.to(g.device), g), g, 0)

@@ -166,6 +166,7 @@ def improve(
                     length = total(g.float().square().sum() for g in gradients)
                     if torch.isfinite(length):
                         break
+                del z, response, conflict  # their graph is not alive while the next one is made
                 if not (torch.isfinite(length) and length > 0):
                     return False
                 for leaf, gradient in zip(leaves, gradients, strict=True):

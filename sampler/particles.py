@@ -290,10 +290,11 @@ class Particles:
         no whole to be compared, and which is kept unless the plain sample is better.
         """
         best = reward.argmax(0)
-        columns = {"reward": select(reward, best[None])[0]}
+        known = torch.where(reward > WORST, reward, math.nan)  # what has none is no number in the record
+        columns = {"reward": select(known, best[None])[0]}
         if any(not torch.equal(part, reward) for part in parts.values()):
             columns |= {f"reward.{name}": select(part, best[None])[0] for name, part in parts.items()}
-        columns["reward_mean"] = reward.mean(0)
+        columns["reward_mean"] = known.nanmean(0)
         blank = torch.full((self.batch,), math.nan)
         columns |= {name: blank for name in (*SURROGATES, "noise_norm")}
         path = population.path(best, self.rollout.mask)
@@ -310,7 +311,7 @@ class Particles:
         latent = path.x0 if complete else select(population.x0, best[None])[0]
         self.trace.rows += rows
         self.iterates.append(latent.cpu())
-        self.keep(k, columns["reward"], latent, path.noises, complete, repainted)
+        self.keep(k, select(reward, best[None])[0], latent, path.noises, complete, repainted)
         self.on_iteration(k, rows, Score(columns["reward"], {}, select(images, best[None])[0]))
         return best
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ class Segment:
         def source(draw: Callable[[], Tensor]) -> Tensor:
             nonlocal calls
             calls += 1
-            z = left.pop(round(calls * share), None)
+            z = left.pop(math.floor(calls * share + 0.5), None)  # no two halves to one side
             return draw() if z is None else z
 
         return source

@@ -115,7 +115,7 @@ def ntrk(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
         looks = [0, *settings.looks(run.steps - first)]
         for i in range(first, run.steps):
             if i - first in looks:
-                direction, found = uphill(run, population, i, settings)
+                direction, found = uphill(run, population, i)
                 if i > first:
                     row += 1
                     run.report(row, population, *found, False)
@@ -129,9 +129,7 @@ def ntrk(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
     return population.x, torch.zeros(run.count, run.batch)
 
 
-def uphill(
-    run: Particles, population: Population, i: int, settings: SearchSettings
-) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor], Tensor]]:
+def uphill(run: Particles, population: Population, i: int) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor], Tensor]]:
     """Of what is predicted at step i: where its reward rises, as noise would be, and its score."""
     sigma, after = run.rollout.schedule[i : i + 2]
     if after > 0:

@@ -126,7 +126,10 @@ class Trace:
     @classmethod
     def from_csv(cls, text: str) -> Trace:
         """The rows; settings and reasons are not in a CSV, and the last iteration counts as kept."""
-        found = list(csv.DictReader(io.StringIO(text)))
+        try:
+            found = list(csv.DictReader(io.StringIO(text)))
+        except csv.Error:
+            raise ValueError("the CSV is damaged: it cannot be read as a table") from None
         if not found or not {"iteration", "image"} <= found[0].keys():
             raise ValueError("this is not the CSV of a MIRA trace: it needs the columns iteration and image, and rows")
         try:
@@ -136,6 +139,8 @@ class Trace:
                 {k: int(v) if k in ("iteration", "image") else float(v) for k, v in row.items() if v != ""}
                 for row in found
             ]
+            if not all(map(_is_row, rows)):
+                raise ValueError("an iteration or an image is below 0")
             images = max(int(row["image"]) for row in rows) + 1
             kept = [max(int(r["iteration"]) for r in rows if r["image"] == b) for b in range(images)]
         except (ValueError, KeyError):

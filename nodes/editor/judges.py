@@ -157,7 +157,8 @@ async def choose(request: web.Request) -> web.Response:
             return refusal(409, f"node {node} waits for no choice: it was made already, or the run has ended")
         if prompt != pending.prompt:
             return refusal(409, f"the choice is for run {prompt}, but node {node} waits in run {pending.prompt}")
-        if not isinstance(token, str) or not secrets.compare_digest(token.encode(), pending.token.encode()):
+        fits = isinstance(token, str) and token.isascii() and secrets.compare_digest(token, pending.token)
+        if not fits:
             return refusal(409, "these images are not the ones that are waited for: they were chosen from already")
         if isinstance(answer, int) and answer > len(pending.shown["images"]):
             return refusal(400, f"choice is {answer}, but {len(pending.shown['images'])} images are shown")
@@ -257,7 +258,10 @@ class PersonJudge:
             server.send_sync("mira.choice", shown, self._listener())
             while not pending.answered.wait(0.1):
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                self.late = bool(self.timeout) and time.monotonic() > end
+                if not self.timeout or time.monotonic() <= end:
+                    continue
+                with _lock:  # one that was taken at the last moment counts
+                    self.late = _pending.pop(self.node, None) is pending
                 if self.late:
                     return self.on_timeout
         finally:

@@ -119,8 +119,10 @@ class LiveRun:
         }
         _previews.append(self.run["previews"])
         while len(_previews) > FILED:
-            for shown in _previews.popleft().values():
+            gone = _previews.popleft()
+            for shown in gone.values():
                 forget(shown)
+            gone.clear()  # whoever asks for that run is promised no picture
         _runs[node] = self.run, inputs_before(item[2], node) if item else {}
         _runs.move_to_end(node)
         while len(_runs) > MOST:

@@ -38,9 +38,9 @@ class Panel:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers that cover the range."""
-    if not math.isfinite(low) or not math.isfinite(high):
+    if not math.isfinite(low) or not math.isfinite(high) or not math.isfinite(high - low):
         return [0.0, 1.0]
-    if high <= low:
+    if high - low <= 1e-12 * max(abs(low), abs(high)):  # apart by rounding alone, or not at all
         low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
     raw = (high - low) / count
     step = 10 ** math.floor(math.log10(raw))

@@ -28,7 +28,7 @@ from .kernels import attention_of, pytorch_kernels, training, without_tf32
 from .loading import loaded, patcher_of
 from .places import Place, gaps_of, written_over
 from .repeating import Repeating
-from .scoring import decode
+from .scoring import decode, fit_for, still
 
 log = logging.getLogger("mira")
 THRIFTIEST = 2
@@ -94,6 +94,8 @@ class DyMOGuider(comfy.samplers.CFGGuider):
     ) -> Tensor:
         if why := self.reward.unfit(len(noise)):
             raise ValueError(f"{self.node}: reward {self.reward.facts.name!r}: {why}")
+        if noise.ndim > 5 or (noise.ndim == 5 and noise.shape[2] != 1):
+            raise ValueError(f"{self.node}: the latent has shape {tuple(noise.shape)}: it leans to still images only")
         self.prompts, notices = self.texts(self, len(noise))
         for notice in notices:
             log.warning("%s: %s", self.node, notice)
@@ -159,7 +161,8 @@ class DyMOGuider(comfy.samplers.CFGGuider):
                 state = x if x.requires_grad else x.detach().requires_grad_()
                 with self._thrifty():
                     denoised = super(DyMOGuider, self).predict_noise(state, timestep, options, seed)
-                    images = decode(self.vae, self.inner_model.process_latent_out(denoised.float()))
+                    latent = self.inner_model.process_latent_out(denoised.float())
+                    images = still(decode(self.vae, fit_for(self.vae, latent)), self.node)
                     self.reward.evaluation(0)  # whatever was scored before
                     with without_tf32():
                         # Several particles of the batch may be there at once.

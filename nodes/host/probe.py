@@ -115,9 +115,13 @@ def _runner(sampler: Any, model_sampling: Any, schedule: Tensor, constant: bool)
             noises.append(draw())
             return noises[-1]
 
-        return Twins(source)(sampler.sampler_function)(
-            model, x, sigmas, extra_args={"seed": 0, "model_options": {}}, callback=None, disable=True, **options
-        )
+        twins = Twins(source)
+        try:
+            return twins(sampler.sampler_function)(
+                model, x, sigmas, extra_args={"seed": 0, "model_options": {}}, callback=None, disable=True, **options
+            )
+        finally:
+            twins.end()
 
     return run
 

@@ -35,6 +35,25 @@ def decode(vae: VAE, latent: Tensor) -> Tensor:
     return images * (2 * (half - zero)) + zero
 
 
+def fit_for(vae: Any, latent: Tensor) -> Tensor:
+    """Without its frame for a preview decoder of images, as newer hosts take it."""
+    return latent[:, :, 0] if latent.ndim == 5 and getattr(vae, "latent_dim", 3) == 2 else latent
+
+
+def still(images: Tensor, node: str) -> Tensor:
+    """What a VAE decodes, (B, 3, H, W) or of one frame, as images (B, 3, H, W). Raises ValueError for anything else."""
+    if images.ndim == 5 and images.shape[2] == 1:
+        images = images[:, :, 0]
+    if images.ndim != 4:
+        raise ValueError(f"{node}: the VAE decodes to shape {tuple(images.shape)}: MIRA optimises still images only")
+    if images.shape[1] != 3:
+        raise ValueError(
+            f"{node}: the VAE decodes to {images.shape[1]} channels, but rewards look at red, green and blue: "
+            "use a VAE without alpha"
+        )
+    return images
+
+
 class Scoring:
     """Decodes and scores for one run.
 
@@ -80,9 +99,7 @@ class Scoring:
 
     def render(self, x0: Tensor) -> Tensor:
         """(B, C, h, w) as sampled, or of one frame, -> images (B, 3, H, W), nominally in [0, 1]."""
-        latent = self.latent_out(x0.float())
-        if latent.ndim == 5 and getattr(self.vae, "latent_dim", 3) == 2:
-            latent = latent[:, :, 0]  # a preview decoder of images, as newer hosts take it
+        latent = fit_for(self.vae, self.latent_out(x0.float()))
         thrifty = self._thrifty(self.vae.first_stage_model)
         if not torch.is_grad_enabled():
             images = self._decode(latent)
@@ -91,18 +108,7 @@ class Scoring:
                 images = decode(self.vae, latent)
         else:
             images = checkpoint(lambda z: decode(self.vae, z), latent, use_reentrant=False, preserve_rng_state=False)
-        if images.ndim == 5 and images.shape[2] == 1:
-            images = images[:, :, 0]
-        if images.ndim != 4:
-            raise ValueError(
-                f"{self.node}: the VAE decodes to shape {tuple(images.shape)}: MIRA optimises still images only"
-            )
-        if images.shape[1] != 3:
-            raise ValueError(
-                f"{self.node}: the VAE decodes to {images.shape[1]} channels, but rewards look at red, green and blue: "
-                "use a VAE without alpha"
-            )
-        return images.to(x0.device)
+        return still(images, self.node).to(x0.device)
 
     def _decode(self, latent: Tensor) -> Tensor:
         """Without a gradient: all at once, or as many as fit, and at last one in tiles, as VAE Decode does."""

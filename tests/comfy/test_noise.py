@@ -156,7 +156,7 @@ def test_split_sigmas_give_the_whole(world, sampler, at):
     assert not torch.allclose(half["samples"], latent["samples"], atol=0.1)
 
 
-def test_bad_input(world, output):
+def test_bad_input(world, output, monkeypatch):
     _, _, _, noise, sampler = optimized(world)
     _, _, _, other, _ = optimized(world, learning_rate=0.01)
     with pytest.raises(ValueError, match=r"for latents of shape .1, 4, 8, 8., but latent_image has .1, 4, 16, 16."):
@@ -172,6 +172,17 @@ def test_bad_input(world, output):
         as_node(nodes.MiraSaveNoise).execute(stock(custom.RandomNoise, 1)[0], sampler, "x")
     with pytest.raises(ValueError, match=r"MIRA Load Noise: \.\./x.safetensors .output. lies outside"):
         nodes.MiraLoadNoise.execute("../x.safetensors [output]")
+    with pytest.raises(OSError, match=r"MIRA Save Noise: filename_prefix '\.\./x' cannot be written"):
+        as_node(nodes.MiraSaveNoise).execute(noise, sampler, "../x")
+
+    def full(half, *_):
+        half.write_bytes(b"a part")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"MIRA Save Noise: .*no space left"):
+        patch.setattr(replay, "save", full)
+        as_node(nodes.MiraSaveNoise).execute(noise, sampler, "x")
+    assert not list(output.glob("x*"))
     as_node(nodes.MiraSaveNoise).execute(noise, sampler, "x")
     file, path = "x_00001_.safetensors [output]", output / "x_00001_.safetensors"
     tensors, whole = {k: v.clone() for k, v in load_file(path).items()}, path.read_bytes()

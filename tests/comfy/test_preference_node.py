@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 import time
 
@@ -196,6 +197,7 @@ def test_a_token_in_any_script_is_only_a_wrong_one():
     try:
         status, said = posted(json.dumps(dict(prompt_id="p", node_id="77", token="j\u00f8t\u00fcn", choice=1)).encode())
         assert status == 409 and "are not the ones that are waited for" in said["error"]
+        assert posted(b'{"prompt_id": "p", "node_id": "77", "token": "\\ud800", "choice": 1}')[0] == 409
     finally:
         del judges._pending["77"]
 
@@ -266,6 +268,22 @@ def test_a_timeout_has_its_policy_and_is_no_answer(world, policy, reason, notice
     out = prefer(world, judge="person", reward=None, iterations=2, timeout=0.2, on_timeout=policy)
     assert out.args[2].reasons == [reason] and any(n.startswith(notice) for n in out.args[2].notices)
     assert not judges._pending
+
+
+def test_a_choice_of_the_last_moment_counts(prompt_server, monkeypatch):
+    """It was taken, and the page was told so."""
+
+    def clock():
+        if pending := judges._pending.pop("7", None):  # as the route does, after the last look and before the timeout
+            pending.answer = 1
+            pending.answered.set()
+            return math.inf
+        return 0.0
+
+    monkeypatch.setattr(judges.time, "monotonic", clock)
+    judge = judges.PersonJudge("7", "p", None, 1, 0, timeout=0.01, on_timeout="stop", worst=False)
+    verdict = judge(0, [torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)])
+    assert not verdict.stop and not judge.late and not verdict.tie.any()
 
 
 def test_a_cancel_while_paused_keeps_the_best_so_far(world):

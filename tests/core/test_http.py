@@ -91,6 +91,17 @@ def test_a_failing_server_is_retried(monkeypatch):
         assert len(asked) == 2
 
 
+def test_the_pauses_grow_no_longer_than_a_person_waits(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(http.HTTPReward, "_sleep", lambda self, seconds: pauses.append(seconds))
+    with (
+        serving(lambda asked, n: (503, "busy", 0)) as (url, _),
+        pytest.raises(RuntimeError, match="asked 9 times"),
+    ):
+        reward(url, retries=8).score(IMAGES, ["", ""])
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30]
+
+
 def test_what_is_refused_is_not_retried():
     with serving(lambda asked, n: (404, "no such page", 0)) as (url, asked):
         with pytest.raises(RuntimeError, match=r"asked once: it answered 404 .*no such page"):

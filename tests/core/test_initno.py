@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -88,6 +89,19 @@ def test_noise_moves_towards_the_answer_and_not_far():
     # From noise of 0 only the mean can move: KL = mean(mu^2) / 2.
     assert 0.9 * initno.KL < found.noise.square().mean() / 2 <= initno.KL
     assert found.reason.startswith("no noise became good")
+
+
+def test_nothing_of_an_evaluation_is_alive_in_the_next():
+    kept, alive = [], []
+
+    def watched(z):
+        alive.append([ref() for ref in kept if ref() is not None])
+        saved = torch.ones_like(z)  # by the product, for its backward
+        kept.append(weakref.ref(saved))
+        return attend(z * saved)
+
+    improve(Settings(rounds=1, iterations=4, response=0.0), attend=watched)
+    assert len(alive) == 5 and not any(alive)
 
 
 def test_good_noise_is_left_as_it_is():

@@ -92,6 +92,14 @@ def test_a_score_that_does_not_fit(tmp_path, body, message):
         reward.score(torch.rand(2, 3, 4, 4, requires_grad=True), ["", ""])
 
 
+def test_the_hosts_own_exceptions_go_through_the_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(GOOD.replace("return images", 'raise LookupError("x") #'))
+    for passes, kind in (((LookupError,), LookupError), ((), RuntimeError)):
+        with pytest.raises(kind, match="x"):
+            PythonReward(path, passes).score(torch.rand(1, 3, 4, 4), [""])
+
+
 def test_running_out_of_memory_is_passed_on(tmp_path):
     reward = made(tmp_path, GOOD.replace("return images", 'import torch; raise torch.OutOfMemoryError("x") #'))
     with pytest.raises(torch.OutOfMemoryError):

@@ -110,6 +110,7 @@ def test_a_trace_comes_back_from_csv():
     trace = Trace({}, rows, [1, 2], ["a", "b"])
     back = Trace.from_csv(trace.to_csv())
     assert back.rows == rows and back.kept == [2, 2] and "CSV" in back.notices[0]
-    for text in ("", "a,b\n1,2\n", "iteration,image,reward\n0,0,x\n"):
+    below, long = "iteration,image\n0,-1\n", f"iteration,image,reward\n0,0,{'9' * 200_000}\n"
+    for text in ("", "a,b\n1,2\n", "iteration,image,reward\n0,0,x\n", below, long):
         with pytest.raises(ValueError, match="CSV"):
             Trace.from_csv(text)
