@@ -22,13 +22,14 @@ class Segment:
 
     schedule: (T + 1,) sigmas. noises: z of the first level and every injected one, each (B, C, ...), on the CPU.
     part: (B,) bool, of which images it is a part; a restart that was not kept is none. denoise: the share of the whole
-    schedule that it begins at, 1 for the first.
+    schedule that it begins at, 1 for the first. seed: of what a host makes for a restart beside its noises.
     """
 
     schedule: Tensor
     noises: tuple[Tensor, ...]
     part: Tensor
     denoise: float = 1.0
+    seed: int = 0
 
     def place(self, sigmas: Tensor) -> int | None:
         """The step of the schedule at which `sigmas`, (t + 1,), are a part of it, such as one that was split off."""
@@ -65,7 +66,8 @@ def save(path: Path, segments: Sequence[Segment], facts: dict) -> None:
     for i, segment in enumerate(segments):
         tensors |= {f"{i}.schedule": segment.schedule, f"{i}.part": segment.part}
         tensors |= {f"{i}.noise.{n}": z for n, z in enumerate(segment.noises)}
-    about = {"format": FORMAT, "denoise": [segment.denoise for segment in segments], "facts": facts}
+    more = {"denoise": [segment.denoise for segment in segments], "seeds": [segment.seed for segment in segments]}
+    about = {"format": FORMAT, "facts": facts} | more
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, {"mira_noise": json.dumps(about)})
 
 
@@ -84,10 +86,12 @@ def load(path: Path) -> tuple[list[Segment], dict]:
         if about["format"] != FORMAT:
             raise ValueError(f"its format is {about['format']}, and this version of MIRA reads {FORMAT}")
         segments = []
-        for i, denoise in enumerate(about["denoise"]):
+        seeds = about.get("seeds", [0] * len(about["denoise"]))  # the first files had none
+        for i, (denoise, seed) in enumerate(zip(about["denoise"], seeds, strict=True)):
             count = sum(name.startswith(f"{i}.noise.") for name in tensors)
             noises = tuple(tensors[f"{i}.noise.{n}"] for n in range(count))
-            segments.append(Segment(tensors[f"{i}.schedule"], noises, tensors[f"{i}.part"].bool(), float(denoise)))
+            schedule, part = tensors[f"{i}.schedule"], tensors[f"{i}.part"].bool()
+            segments.append(Segment(schedule, noises, part, float(denoise), int(seed)))
         check(segments)
         return segments, dict(about["facts"])
     except (KeyError, TypeError, ValueError, AttributeError) as problem:

@@ -46,10 +46,13 @@ def tail(sigmas: Tensor, denoise: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Stretch:
-    """The sampling process from a level on: rollout, and the noises (z of the level first) of its plain run."""
+    """The sampling process from a level on: rollout, and the noises (z of the level first) of its plain run. seed: see
+    `replay.Segment`.
+    """
 
     rollout: Rollout
     noises: Sequence[Tensor]
+    seed: int = 0
 
 
 @dataclass
@@ -169,7 +172,8 @@ def in_rounds(
         noises = tuple(z.detach().cpu() for z in done.best_noises)
         part = torch.ones(len(done.best), dtype=torch.bool)  # until it is known what was kept
         denoise = settings.restart_denoise if number else 1.0
-        rounds.add(done, Segment(stretch.rollout.schedule.detach().cpu(), noises, part, denoise), settings)
+        segment = Segment(stretch.rollout.schedule.detach().cpu(), noises, part, denoise, stretch.seed)
+        rounds.add(done, segment, settings)
         if done.cut_short:
             break
     trace, kept = rounds.trace, rounds.kept
@@ -230,7 +234,9 @@ def search_by_restarts(
     def report(k: int, tries: list[Tensor]) -> None:
         nonlocal started
         blank = torch.full_like(best, math.nan)
-        columns = {"reward": best, "reward_mean": torch.stack(tries).mean(0)}
+        found = torch.stack([best, *tries])
+        found = torch.where(found.isfinite(), found, math.nan)
+        columns = {"reward": found[0], "reward_mean": found[1:].nanmean(0)}
         columns |= {name: blank for name in (*SURROGATES, "noise_norm")}
         seconds, started = time.perf_counter() - started, time.perf_counter()
         rows = rows_of(k, columns, evaluations=runs * steps, backwards=0, seconds=seconds, memory_mb=memory() / 1e6)

@@ -120,16 +120,21 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, run: Callable) -> Any:
         ctx.run = run
         ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
         return run(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
         with torch.enable_grad():
             x = ctx.saved_tensors[0].detach().requires_grad_()
             out = ctx.run(x)
-            outputs = out if isinstance(out, tuple) else (out,)
-            (gradient,) = torch.autograd.grad(outputs, x, gradients)
+            outputs = zip(out if isinstance(out, tuple) else (out,), gradients, strict=True)
+            # Where no conditioning is active a prediction does not depend on x.
+            pairs = [(o, g) for o, g in outputs if g is not None and o.requires_grad]
+            if not pairs:
+                return None, None
+            (gradient,) = torch.autograd.grad([o for o, _ in pairs], x, [g for _, g in pairs], allow_unused=True)
         return gradient, None
 
 

@@ -1,7 +1,7 @@
 // The live chart of one run as an element: no side effects beyond it, nothing of ComfyUI.
 import uPlot from "./vendor/uPlot.esm.js";
 import {
-  brief, csv, curves, driftSpread, follow, images, isLight, label, lastOf, limit, newRun, previewOf, spread, status, table, ticks, uprights,
+  brief, csv, curves, driftSpread, follow, images, isLight, label, lastOf, limit, newRun, previewOf, rowsOf, spread, status, table, ticks, uprights,
 } from "./series.js";
 import { keepScrolling } from "./text.js";
 
@@ -174,7 +174,7 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
           drift: { range: (_, min, max) => driftSpread(run, min, max) },
         },
         axes: [
-          { ...axis, size: 26, incrs: [1, 2, 5, 10, 20, 50, 100, 200] },
+          { ...axis, size: 26, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000] },
           ...(rewards.length ? [{ ...axis, scale: "reward", stroke: reward }] : []),
           ...(drift ? [{ ...axis, scale: "drift", side: 1, stroke: drifted, grid: { show: false } }] : []),
         ],
@@ -189,7 +189,7 @@ export function createChart({ onTake = null, onLook = () => {}, imageUrl = () =>
 
   function showValues(index) {
     const { list, drift } = curves(run);
-    const rows = run.rows.filter((r) => r.image === image);
+    const rows = rowsOf(run, image);
     const row = rows[index ?? rows.findIndex((r) => r.iteration === Number(slider.value))];
     values.replaceChildren();
     if (!row) return;

@@ -8,11 +8,13 @@ export const CSS = `
 .mira-offers img { width: 100%; max-height: 420px; object-fit: contain; }
 .mira-more { display: flex; gap: 6px; flex-wrap: wrap; }
 .mira-more span { flex: 1; align-self: center; }
+.mira-more span:empty { display: none; }
 .mira-error { font-weight: 600; border-left: 4px solid var(--error-text, #ff4444); padding-left: 6px; }
 .mira-error:empty { display: none; }
 `;
 // Milliseconds in which a key was meant for what had the focus before; of one that ends the choice or takes one back.
 const [SETTLES, ENDS] = [400, 1000];
+const SOON = 1000; // after an answer: what is asked then may be met by the second click of a double one
 const KEYS = { 0: "tie", t: "tie", Backspace: "back", Escape: "stop" };
 
 function isRef(ref) {
@@ -40,6 +42,11 @@ export function heightOf(count) {
 export function questionOf({ images, wanted, iteration, iterations, image, batch }) {
   const asked = wanted === "worst" ? "And which is the least good?" : `Which is ${images.length > 2 ? "best" : "better"}?`;
   return `${asked} Choice ${iteration + 1} of ${iterations}${batch > 1 ? `, image ${image}` : ""}`;
+}
+
+/** How long a choice is still waited for, `passed` seconds after it was shown; empty: for ever. */
+export function timeLeft({ timeout, left = timeout }, passed) {
+  return timeout > 0 ? `${Math.max(0, Math.ceil(left - passed))} s left` : "";
 }
 
 const CALL = "\u25CF Choose \u00B7 ";
@@ -87,6 +94,8 @@ export function createChooser({ imageUrl, onAnswer }) {
   let busy = null; // the token of the choice that an answer is on its way to
   let since = 0; // when the choice was shown
   let seized = false; // whether it took the focus then
+  let latest = -Infinity; // when the last answer was given
+  let clock = 0; // of what a choice has left
 
   function button(answer, label, title) {
     const made = document.createElement("button");
@@ -110,8 +119,11 @@ export function createChooser({ imageUrl, onAnswer }) {
 
   const count = document.createElement("span");
   count.setAttribute("aria-live", "polite");
+  const timer = document.createElement("span");
+  timer.setAttribute("role", "timer");
   more.append(
     count,
+    timer,
     button("back", "Back (\u232B)", "Take the last choice back (Backspace)"),
     button("tie", "Tie (0)", "None is better (key 0)"),
     button("stop", "Good enough (Esc)", "Keep the best so far (Escape)"),
@@ -127,21 +139,27 @@ export function createChooser({ imageUrl, onAnswer }) {
   });
 
   async function answered(answer) {
-    // The second question takes the first one's place at once: no double click answers it.
-    if (!choice || busy === choice.token || (choice.wanted === "worst" && performance.now() - since < SETTLES)) return;
+    const now = performance.now();
+    if (!choice || busy === choice.token || (since - latest < SOON && now - since < SETTLES)) return;
     error.textContent = "";
+    latest = now;
     const asked = choice;
     busy = asked.token;
     const refused = await onAnswer(asked, answer);
     if (busy === asked.token) busy = null;
-    if (refused) error.textContent = refused;
-    else hide(asked.token);
+    if (!refused) hide(asked.token);
+    else if (choice?.token === asked.token) error.textContent = refused; // not beneath another question
   }
 
   function hide(token) {
     if (choice && token !== undefined && choice.token !== token) return;
     choice = null;
+    clearInterval(clock);
     box.hidden = true;
+  }
+
+  function tick() {
+    timer.textContent = timeLeft(choice, (performance.now() - since) / 1000);
   }
 
   return {
@@ -156,6 +174,9 @@ export function createChooser({ imageUrl, onAnswer }) {
       grid.style.gridTemplateColumns = `repeat(${columnsOf(next.images.length)}, 1fr)`;
       grid.replaceChildren(...next.images.map((image, i) => offer(image, i + 1)));
       count.textContent = questionOf(next);
+      clearInterval(clock);
+      tick();
+      if (timer.textContent) clock = setInterval(tick, 1000);
       box.hidden = false;
       // Keys choose at once, but never those of somebody who does something else with them.
       const active = document.activeElement;

@@ -53,19 +53,22 @@ export function promoted(holder, node, name) {
 
 /**
  * The node whose widget gives an input (the first of `names` that has a link) its value: this one, one that is linked to
- * it, or, of a node in a subgraph, one outside. path: the execution id of the node. Returns { node, name }: the widget's
- * name on a subgraph's node, null on any other.
+ * it, or, of a node in a subgraph, one outside. path: the execution id of the node. Returns { node, name, path }: the
+ * widget's name on a subgraph's node, null on any other; its own execution id.
  */
 export function giverOf(root, path, names) {
   const node = nodeAt(root, path.join(":"));
   const input = node?.inputs?.find((i) => names.includes(i.name) && i.link != null);
   const link = linkOf(node, input);
-  if (!link) return { node, name: null };
-  const slot = path.length > 1 ? slotOf(nodeAt(root, path.slice(0, -1).join(":")), link) : null;
-  if (!slot) return { node: node.graph.getNodeById(link.origin_id) ?? node, name: null };
+  if (!link) return { node, name: null, path };
   const holder = path.slice(0, -1);
+  const slot = holder.length ? slotOf(nodeAt(root, holder.join(":")), link) : null;
+  if (!slot) {
+    const origin = node.graph.getNodeById(link.origin_id);
+    return origin ? { node: origin, name: null, path: [...holder, link.origin_id] } : { node, name: null, path };
+  }
   const further = giverOf(root, holder, [slot.name]);
-  return further.node === nodeAt(root, holder.join(":")) ? { node: further.node, name: slot.name } : further;
+  return further.node === nodeAt(root, holder.join(":")) ? { ...further, name: slot.name } : further;
 }
 
 /**

@@ -1,14 +1,14 @@
 // The only file that touches ComfyUI's app and api.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { differences, whyNotTaken } from "./asked.js";
 import { CSS as CHART_CSS, createChart } from "./chart.js";
 import { CSS as CHOICE_CSS, createChooser, heightOf, tabTitle, validChoice } from "./choice.js";
-import { giverOf, nodeAt, nodesOf, pathTo, signature } from "./graph.js";
+import { nodeAt, nodesOf, pathTo } from "./graph.js";
 import { addPresets, addPromotedPresets, fold, learn, migrate } from "./inputs.js";
 import { addDom, chain, fit } from "./node.js";
 import { recordsOf } from "./png.js";
-import { addStep, csv, escaped, fromOutput, isNews, newRun, status } from "./series.js";
+import { addStep, csv, fromOutput, harmless, isNews, newRun, status } from "./series.js";
+import { createTaker } from "./take.js";
 import { textElement, textOf } from "./text.js";
 
 // In pixels, of the chart with its status, and of the slider and its buttons.
@@ -28,7 +28,7 @@ const CHARTED = new Set([
 ]);
 /**
  * On a node, and seen through the proxies that Vue hands out: { chart, chooser, text, shows: what its outputs go to, ran:
- * the id that it last ran by, looked: the preview that is looked at, values: of its widgets at the last run, takes }.
+ * the id that it last ran by, looked: the preview that is looked at }.
  */
 const VIEW = Symbol("MIRA view");
 
@@ -58,8 +58,7 @@ function tellOutside(node, text) {
   const path = ranAt(node);
   const open = app.canvas?.graph;
   if (!path || path.length < 2 || (open && open !== rootGraph())) return;
-  // Older frontends take it for HTML, and a record may be a stranger's.
-  api.dispatchEvent(new CustomEvent("progress_text", { detail: { nodeId: String(path[0]), text: escaped(text) } }));
+  api.dispatchEvent(new CustomEvent("progress_text", { detail: { nodeId: String(path[0]), text: harmless(text) } }));
 }
 
 const openWorkflow = () => rootGraph()?.id;
@@ -92,7 +91,7 @@ async function adopt({ node: id, display_node: shown, output, prompt_id }) {
   const node = nodeOf(shown ?? id);
   const source = sourceOf(output);
   if (!node?.[VIEW]?.shows || !isKind(node, source) || isOf(node, source)) return;
-  const { workflow } = await get("/mira/live", { prompt_id });
+  const { workflow } = await get("/mira/live", { prompt_id, runs: "no" });
   if (!workflow || workflow !== openWorkflow() || nodeOf(shown ?? id) !== node) return;
   source.also = [...(source.also ?? []), workflow]; // of what the frontend keeps, for when the workflow is opened again
   for (const show of node[VIEW].shows) show(output);
@@ -118,81 +117,10 @@ function saveAs(name, text) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-const PAINTED = 0.65; // the share of the noise that an iterate is painted anew from, where none is set
-const USUAL = "mira_final_restart"; // a node's property: what `final_restart` was before an iterate was taken
-const TAKEN = "mira_taken"; // a node's property: the signature of what an iterate was taken of
-const [ITERATE, RESTART] = ["iterate", "final_restart"];
-const SEEDS = ["seed", "noise_seed", "value"]; // the widgets that a seed is in
-const SEEDED = ["seed", "noise"]; // the inputs that it may come by
-
-/** The widget that gives an input its value, wherever it is, or undefined. names: what it is called there. */
-function giver(path, inputs, names = [...inputs, "value"]) {
-  const { node, name } = giverOf(rootGraph(), path, inputs);
-  return { node, widget: node?.widgets?.find((w) => (name ? w.name === name : names.includes(w.name))) };
-}
-
-/** Return iterate k, or that painted anew: the run's own seed again, fixed, and `iterate`; all else is as it was. */
-async function take(node, chart, iterate, anew) {
-  const view = node[VIEW];
-  const run = chart.run();
-  if (!run.done || view.takes) return;
-  const tell = (refused) => chart.run().id === run.id && chart.set({ ...run, refused }); // else another has begun
-  view.takes = true;
-  try {
-    const refused = await setTaken(node, run, iterate, anew, () => chart.run().id !== run.id);
-    if (refused || run.refused) tell(refused);
-    if (refused === null) app.queuePrompt(0);
-  } catch (problem) {
-    tell(`Not taken: ${problem.message}`);
-  } finally {
-    view.takes = false;
-  }
-}
-
-/** Writes it into the widgets; null: done, else why not. The widgets are as they were then. isOver: another run has begun. */
-async function setTaken(node, run, iterate, anew, isOver) {
-  const { asked } = await get("/mira/live", { asked: run.id ?? "" }).catch(() => ({}));
-  if (isOver()) return "";
-  const path = ranAt(node);
-  const seed = giver(path, SEEDED, SEEDS);
-  const restart = giver(path, [RESTART]);
-  const usual = node.properties[USUAL] ?? restart.widget?.value ?? 0;
-  // A linked seed is in the node's own widget too, once it was queued.
-  const seeded = [seed.widget, ...SEEDS.map((name) => node.widgets?.find((w) => w.name === name))];
-  const fixed = [seed.node, node].map((one) => one?.widgets?.find((w) => w.name === "control_after_generate"));
-  const changes = [
-    ...(Number.isSafeInteger(run.settings.seed) ? seeded.map((widget) => [widget, run.settings.seed]) : []),
-    ...fixed.map((widget) => [widget, "fixed"]),
-    [giver(path, [ITERATE]).widget, iterate],
-    [restart.widget, anew ? usual || PAINTED : 0],
-  ].filter(([widget]) => widget);
-  const before = changes.map(([widget]) => [widget, widget.value]);
-  const free = new Set([ITERATE, RESTART].map((name) => `${path.join(":")} ${name}`));
-  let done = false;
-  try {
-    for (const [widget, value] of changes) widget.value = value;
-    const found = asked ? differences(asked, (await app.graphToPrompt()).output, free) : [];
-    if (found.length || isOver()) return whyNotTaken(found, (id) => nodeOf(id)?.title ?? asked[id][0]) ?? "";
-    done = true;
-  } finally {
-    if (!done) for (const [widget, value] of before) widget.value = value;
-  }
-  Object.assign(node.properties, { [USUAL]: usual, [TAKEN]: signature(rootGraph(), path, [ITERATE, RESTART]) });
-  remember(node);
-  node.setDirtyCanvas?.(true, true);
-  return null;
-}
-
-/** No iterate is taken any more. */
-function untake(node) {
-  const path = ranAt(node);
-  for (const [name, value] of [[ITERATE, -1], [RESTART, node.properties[USUAL]]]) {
-    const widget = path && value !== undefined && giver(path, [name]).widget;
-    if (widget) widget.value = value;
-  }
-  delete node.properties[USUAL];
-  delete node.properties[TAKEN];
-}
+const taker = createTaker({
+  rootGraph, nodeOf, placeOf: ranAt, prompt: () => app.graphToPrompt(), queue: () => app.queuePrompt(0),
+  askedOf: async (run) => (await get("/mira/live", { asked: run.id ?? "", runs: "no" }).catch(() => ({}))).asked ?? null,
+});
 
 /** Styles for charts, texts and choosers, once per page. */
 function addStyles() {
@@ -204,9 +132,22 @@ function addStyles() {
   document.head.append(link, style);
 }
 
+const charts = new Map(); // of those that are drawn: their nodes
+
+function dropChart(chart) {
+  chart.destroy();
+  charts.delete(chart);
+}
+
+/** Some frontends do not tell a node within a subgraph that its graph was closed. */
+function dropCharts() {
+  const here = new Set([...nodesOf(rootGraph())].map(({ node }) => node[VIEW]?.chart));
+  for (const [chart, node] of charts) if (node.graph && !here.has(chart)) dropChart(chart);
+}
+
 function addCharted(node) {
   addStyles();
-  const onTake = node.comfyClass === MONITOR ? null : (k, anew) => take(node, chart, k, anew);
+  const onTake = node.comfyClass === MONITOR ? null : (k, anew) => taker.take(node, chart, k, anew);
   const onLook = (stored) => preview(node, stored).catch((problem) => console.warn("MIRA: no preview:", problem));
   const first = node.comfyClass === MONITOR ? "The first trace's reward and drift appear here." : null;
   const chart = createChart({ imageUrl, saveAs, onTake, onLook, first });
@@ -225,49 +166,22 @@ function addCharted(node) {
     const choice = view.chooser?.choice();
     // Notices, and a status of two lines, take what they take.
     const usual = CHART_HEIGHT + scrub + (choice ? heightOf(choice.images.length) : 0);
-    return Math.max(usual, chart.inner.offsetHeight + 2 * MARGIN);
+    return Math.max(usual, tall + 2 * MARGIN);
   });
-  new ResizeObserver(() => fit(node, 0)).observe(chart.inner);
+  let tall = 0; // asked for at every frame, when to measure is to lay the page out
+  new ResizeObserver(() => {
+    tall = chart.inner.offsetHeight;
+    fit(node, 0);
+  }).observe(chart.inner);
   node[VIEW] = view;
   onOutput(node, (output) => {
     const run = fromOutput(output);
     if (run) showRun(node, chart, run);
     view.chooser?.hide();
   });
-  chain(node, "onRemoved", () => chart.destroy());
+  charts.set(chart, node);
+  chain(node, "onRemoved", () => dropChart(chart));
   fit(node);
-}
-
-/**
- * Another seed or setting is another run: of that, the iterate that was taken from the last one means nothing. At once
- * where it is the node's own, else when it is queued.
- */
-function forgetTaken(node) {
-  const view = node[VIEW];
-  const iterate = node.widgets?.find((w) => w.name === ITERATE);
-  if (iterate) {
-    chain(iterate, "beforeQueued", () => {
-      const taken = node.properties?.[TAKEN];
-      const path = taken && ranAt(node);
-      if (path && signature(rootGraph(), path, [ITERATE, RESTART]) !== taken) untake(node);
-    });
-  }
-  for (const widget of node.widgets ?? []) {
-    const { name } = widget;
-    if (name === "mira_chart") continue;
-    chain(widget, "callback", (value) => {
-      if (view.values?.get(name) === value) return; // some frontends call after every run
-      remember(node);
-      if (name === RESTART) delete node.properties[USUAL]; // set by hand
-      else if (name !== ITERATE || value === -1) untake(node);
-    });
-  }
-  chain(node, "onConfigure", () => remember(node));
-}
-
-/** The values that the last run, or the workflow as it was opened, has. */
-function remember(node) {
-  node[VIEW].values = new Map((node.widgets ?? []).map((w) => [w.name, w.value]));
 }
 
 function showRun(node, chart, run) {
@@ -344,6 +258,8 @@ async function get(path, more = {}) {
  * gone meanwhile.
  */
 async function restore(cached = [], missed = false, promptId = "") {
+  dropCharts();
+  if (![...nodesOf(rootGraph())].some(({ node }) => node[VIEW])) return; // nothing of ours to restore
   const shown = new Set([...choosers].map((chooser) => chooser.choice()?.token)); // before anything was asked
   // Without a server there is history all the same.
   const [live, waiting] = await Promise.all([get("/mira/live", { nodes: cached.join(), prompt_id: promptId }), get("/mira/choice")]).catch((problem) => (warn(problem), [{}, {}]));
@@ -356,7 +272,7 @@ async function restore(cached = [], missed = false, promptId = "") {
     if (shown.has(token) && !open.has(token)) chooser.hide(token);
   }
   // One that has told of no image may be over: nothing is known of it.
-  const runs = (live.runs ?? []).filter((known) => known.rows.length && isOf(nodeOf(known.node), known));
+  const runs = (live.runs ?? []).filter((known) => (known.output || known.rows.length) && isOf(nodeOf(known.node), known));
   const running = new Set(runs.filter((known) => !known.output).map((known) => String(known.node)));
   const asking = new Set((waiting.pending ?? []).map((choice) => String(choice.node)));
   for (const { node, path, output: name } of nodesOf(rootGraph())) {
@@ -389,9 +305,10 @@ function noteDrop(event) {
 }
 
 async function showDropped() {
-  const found = dropped && Date.now() - dropped.at < DROP_LASTS ? await dropped.found : null;
-  if (!found?.workflow || found.workflow !== openWorkflow()) return;
+  const last = dropped; // of the first graph that is opened, or of none
   dropped = null;
+  const found = last && Date.now() - last.at < DROP_LASTS ? await last.found : null;
+  if (!found?.workflow || found.workflow !== openWorkflow()) return;
   for (const [id, trace] of found.records) {
     const node = nodeOf(id);
     const run = CHARTED.has(node?.comfyClass) && fromOutput({ mira: [trace] });
@@ -458,7 +375,9 @@ app.registerExtension({
     for (const ended of ["execution_error", "execution_interrupted"]) {
       api.addEventListener(ended, ({ detail }) => {
         const chart = nodeOf(detail?.node_id)?.[VIEW]?.chart;
-        if (chart?.run().waiting && chart.run().id && chart.run().rows.length === 0) chart.set({ ...chart.run(), waiting: "It ended before its first image." });
+        const run = chart?.run();
+        if (!run?.id || run.done) return;
+        chart.set({ ...run, ended: true, waiting: run.waiting && "It ended before its first image." });
       });
     }
     api.addEventListener("mira.choice", ({ detail }) => showChoice(detail));
@@ -490,7 +409,7 @@ app.registerExtension({
     if (CHARTED.has(node.comfyClass) || node.comfyClass === MONITOR) addCharted(node);
     if (CHARTED.has(node.comfyClass)) {
       addPresets(node, () => app.configuringGraph);
-      forgetTaken(node);
+      taker.watch(node);
     }
     // A subgraph's node has its widgets once it is in the graph, or once its graph is open.
     if (node.subgraph) setTimeout(() => addPromotedPresets(node));

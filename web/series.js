@@ -4,12 +4,13 @@ import { BOOKKEEPING } from "./columns.js";
 /**
  * A run as the events and the history tell it: settings, rows, kept iterations. Bad input gives an empty run.
  *
- * waiting: what is said while there is no row. refused: why an iterate of it was not taken.
+ * waiting: what is said while there is no row. ended: by an error, or a cancel that hands nothing back. refused: why an
+ * iterate of it was not taken.
  */
 export function newRun() {
   return {
     id: null, settings: {}, rows: [], kept: [], reasons: [], notices: [], iterations: 0, previews: {}, done: false,
-    waiting: null, refused: null,
+    waiting: null, ended: false, refused: null,
   };
 }
 
@@ -80,23 +81,43 @@ export function previewOf(run, iteration, image) {
   return (image === 0 ? first : first?.others?.[image - 1]) ?? null;
 }
 
+const FOUND = new WeakMap(); // of rows, which nobody changes: { names, filled, byImage }, as they may be many thousands
+
+function found(run) {
+  if (FOUND.has(run.rows)) return FOUND.get(run.rows);
+  const [names, filled, byImage] = [new Set(), new Set(), new Map()];
+  for (const row of run.rows) {
+    for (const name of Object.keys(row)) {
+      if (BOOKKEEPING.has(name)) continue;
+      names.add(name);
+      if (finite(row[name]) !== null) filled.add(name);
+    }
+    if (!byImage.has(row.image)) byImage.set(row.image, []);
+    byImage.get(row.image).push(row);
+  }
+  const all = { names: [...names], filled, byImage };
+  FOUND.set(run.rows, all);
+  return all;
+}
+
 export function images(run) {
-  return [...new Set(run.rows.map((r) => r.image))].sort((a, b) => a - b);
+  return [...found(run).byImage.keys()].sort((a, b) => a - b);
+}
+
+/** The rows of one image. */
+export function rowsOf(run, image) {
+  return found(run).byImage.get(image) ?? [];
 }
 
 /** Names of the measured columns, in the order in which they first appear. */
 export function columns(run) {
-  const names = new Set();
-  for (const row of run.rows) for (const name of Object.keys(row)) if (!BOOKKEEPING.has(name)) names.add(name);
-  return [...names];
+  return found(run).names;
 }
 
 /** The column of the drift that the run's limit is measured in, or the first one that there is. */
 export function driftColumn(run) {
-  const names = columns(run).filter((name) => run.rows.some((r) => finite(r[name]) !== null));
-  const wanted = run.settings.drift_metric;
-  if (names.includes(wanted)) return wanted;
-  return ["path_kl", "score_distance", "mira"].find((name) => names.includes(name)) ?? null;
+  const { filled } = found(run);
+  return [run.settings.drift_metric, "path_kl", "score_distance", "mira"].find((name) => filled.has(name)) ?? null;
 }
 
 /** The columns that a chart draws: the reward with its parts, and one drift. */
@@ -116,10 +137,10 @@ export function limit(run) {
 export function uprights(run, image, chosen) {
   const kept = run.done ? finite(run.kept[image]) : null;
   // Before a round's first iteration: what the line does there is the restart.
-  const found = restarts(run, image).map((at) => ({ at: at - 0.5, what: "restart" }));
-  if (kept !== null) found.push({ at: kept, what: "kept" });
-  if (chosen !== kept) found.push({ at: chosen, what: "chosen" });
-  return found;
+  const lines = restarts(run, image).map((at) => ({ at: at - 0.5, what: "restart" }));
+  if (kept !== null) lines.push({ at: kept, what: "kept" });
+  if (chosen !== kept) lines.push({ at: chosen, what: "chosen" });
+  return lines;
 }
 
 /** The iterate to look at, where `at` of 0 to `end` was looked at before: the kept one when a run has ended, the newest
@@ -139,21 +160,20 @@ export function isLight(colour) {
 
 /** [iterations, ...one array per column] of one image, as uPlot takes it. */
 export function table(run, image, names) {
-  const rows = run.rows.filter((r) => r.image === image);
+  const rows = rowsOf(run, image);
   return [rows.map((r) => r.iteration), ...names.map((name) => rows.map((r) => finite(r[name])))];
 }
 
 /** The iterations at which the image was noised again and a new round began. */
 export function restarts(run, image) {
-  const rows = run.rows.filter((r) => r.image === image);
+  const rows = rowsOf(run, image);
   return rows.filter((r, i) => i > 0 && r.round > rows[i - 1].round).map((r) => r.iteration);
 }
 
 /** Seconds left, by the median of the last iterations, or null while nothing is known: of how long a person takes. */
 export function secondsLeft(run) {
-  if (run.done || run.rows.length === 0 || run.settings.judge === "person") return null;
-  const first = run.rows[0].image;
-  const seconds = run.rows.filter((r) => r.image === first).map((r) => finite(r.seconds)).filter((s) => s !== null);
+  if (run.done || run.ended || run.rows.length === 0 || run.settings.judge === "person") return null;
+  const seconds = rowsOf(run, run.rows[0].image).map((r) => finite(r.seconds)).filter((s) => s !== null);
   if (seconds.length === 0) return null;
   const recent = seconds.slice(-5).sort((a, b) => a - b);
   return Math.max(0, run.iterations - lastOf(run)) * recent[Math.floor(recent.length / 2)];
@@ -221,7 +241,7 @@ function progress(run, iteration) {
 
 /** One line of what has happened so far. */
 export function status(run, image) {
-  const rows = run.rows.filter((r) => r.image === image);
+  const rows = rowsOf(run, image);
   if (rows.length === 0) return run.waiting ?? "Reward and drift appear here while the node runs.";
   const last = rows[rows.length - 1];
   const kept = run.done ? rows.find((r) => r.iteration === run.kept[image]) : null;
@@ -235,14 +255,15 @@ export function status(run, image) {
   if (drift) parts.push(`drift ${brief(row[drift])}${finite(row.round) > 1 ? " since the round began" : ""}`);
   const left = secondsLeft(run);
   if (left !== null) parts.push(`${clock(left)} left`);
+  if (run.ended) parts.push("ended by an error, with nothing handed back");
   if (run.done && run.reasons[image]) parts.push(run.reasons[image]);
   return parts.join(" · ");
 }
 
-/** As HTML that shows it, and does nothing else. */
-export function escaped(text) {
-  const codes = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
-  return text.replace(/[&<>"']/g, (c) => codes[c]);
+/** A stranger's text without what some frontends take for HTML or a link, and others escape themselves. */
+export function harmless(text) {
+  const alike = { "<": "\u2039", ">": "\u203A", "[[": "[ [", "]]": "] ]" };
+  return text.replace(/[<>]|\[\[|\]\]/g, (found) => alike[found]);
 }
 
 /** The rows as CSV, every column that any row has. */

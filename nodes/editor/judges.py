@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import threading
 import time
@@ -113,6 +114,7 @@ class Pending:
     client: str | None
     token: str
     shown: dict
+    end: float = math.inf  # of the wait, on the monotonic clock
     answered: threading.Event = field(default_factory=threading.Event)
     answer: int | str = ""
 
@@ -134,7 +136,9 @@ async def list_pending(request: web.Request) -> web.Response:
     """What is waited for, for a page that was loaded again."""
     client = request.query.get("client_id")
     with _lock:
-        shown = [p.shown for p in _pending.values() if may_answer(p, client)]
+        now = time.monotonic()
+        mine = [p for p in _pending.values() if may_answer(p, client)]
+        shown = [p.shown | ({"left": p.end - now} if math.isfinite(p.end) else {}) for p in mine]
     return web.json_response({"pending": shown})
 
 
@@ -250,15 +254,16 @@ class PersonJudge:
             ],
             "timeout": self.timeout,
         }
-        pending = Pending(self.prompt, self.node, self.client, token, shown)
-        server, end = PromptServer.instance, time.monotonic() + self.timeout
+        end = time.monotonic() + (self.timeout or math.inf)
+        pending = Pending(self.prompt, self.node, self.client, token, shown, end)
+        server = PromptServer.instance
         try:
             with _lock:
                 _pending[self.node] = pending
             server.send_sync("mira.choice", shown, self._listener())
             while not pending.answered.wait(0.1):
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                if not self.timeout or time.monotonic() <= end:
+                if time.monotonic() <= end:
                     continue
                 with _lock:  # one that was taken at the last moment counts
                     self.late = _pending.pop(self.node, None) is pending

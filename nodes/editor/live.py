@@ -186,6 +186,8 @@ class LiveRun:
         self.bar.update_absolute(self.seeds + k + 1, preview=("JPEG", shown[0], PREVIEW))
 
     def _send(self, what: str = "mira.step", **event: Any) -> None:
+        if self.server.client_id is None:  # a script's, which every page would be told of
+            return
         of = {name: self.run[name] for name in ("run", "node", "workflow", "kind", "iterations", "settings")}
         self.server.send_sync(what, of | event, self.server.client_id)
 
@@ -200,19 +202,34 @@ class LiveRun:
 async def list_runs(request: web.Request) -> web.Response:
     """The runs of this client, and those of the nodes that it names: a cached node tells nothing by itself. And which
     workflow the prompt that it names is of: what is cached may be of another one, of which this is a copy. And what
-    the run that it names was asked (`inputs_before`).
+    the run that it names was asked (`inputs_before`). No runs that ended without a result; a script's,
+    which has neither client nor workflow, by their nodes alone.
     """
     client, nodes = request.query.get("client_id"), request.query.get("nodes", "").split(",")
+    without = request.query.get("runs") == "no"  # they may be many megabytes
     item = _queued(request.query.get("prompt_id", ""))
     workflow = _workflow_of(item) if item else None
     known = list(_runs.items())  # another thread adds to it
     for node, (run, before) in known:
         if item and workflow and node in nodes and before and before == inputs_before(item[2], node):
             run["also"] = sorted({*run["also"], workflow})
-    runs = [run for node, (run, _) in known if run["client"] in (None, client) or node in nodes]
+    runs = [] if without else [_told(run) for node, (run, _) in known if _is_for(run, client) or node in nodes]
     of = request.query.get("asked")
     what = next((before for _, (run, before) in known if run["run"] == of), None)
-    return web.json_response({"runs": runs, "workflow": workflow, "asked": what})
+    return web.json_response({"runs": [r for r in runs if r], "workflow": workflow, "asked": what})
+
+
+def _is_for(run: dict, client: str | None) -> bool:
+    return run["client"] == client if run["client"] else bool(run["workflow"])
+
+
+def _told(run: dict) -> dict | None:
+    """A run as a page is told of it: its rows once, and nothing of one that is over and has no result."""
+    if "output" in run:
+        return run | {"rows": []}
+    queue = getattr(PromptServer.instance, "prompt_queue", None)
+    going = {item[1] for item in list(queue.currently_running.values())} if queue else set()
+    return run if run["prompt_id"] is None or run["prompt_id"] in going else None
 
 
 def register_routes() -> None:

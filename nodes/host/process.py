@@ -29,6 +29,7 @@ from ...sampler.restart import Stretch, tail
 from ...sampler.rollout import NoiseSource, Rollout, difference, draw
 from ...sampler.seeds import Start, another, fresh, stream
 from .blocks import blocks_checkpointed
+from .conditioning import prepared
 from .dynamic import static
 from .generators import RandomState, random_state, same_state
 from .inference_mode import leave_inference_mode_with, normal
@@ -190,7 +191,9 @@ class Process:
         options = self.extra_args["model_options"]
         options = options | {"transformer_options": options.get("transformer_options", {}) | {"sample_sigmas": sigmas}}
         process.extra_args = self.extra_args | {"model_options": options, "seed": self.seed_of(RESTART + number)}
-        process.model_wrap = process.prepared_anew()
+        process.model_wrap = prepared(
+            self.model_wrap, process.latent_image, self.mask, process.extra_args["seed"], self.sigmas.device
+        )
         process.states, process._draws, process.expected = [], None, None
         if self.depends_on_seed:
             z = self.initial_of(RESTART + number)
@@ -200,31 +203,13 @@ class Process:
             x0, noises = draw(process.plain, z.to(job.noise.dtype))
         return process, x0, tuple(z.float() for z in noises)
 
-    def prepared_anew(self) -> Any:
-        """The guider with the conditioning that a new sample has: an inpainting model is shown the latent image, and an
-        unCLIP model an embedding that is noised by the seed.
-        """
-        wrap, model = self.model_wrap, self.inner
-        if not (hasattr(wrap, "conds") and (model.concat_keys or hasattr(model, "noise_augmentor"))):
-            return wrap
-        given = {"latent_image": self.latent_image, "denoise_mask": self.mask, "seed": self.extra_args["seed"]}
-        wrap = copy.copy(wrap)
-        with torch.no_grad():
-            wrap.conds = {
-                kind: comfy.samplers.encode_model_conds(
-                    model.extra_conds, list(conds), self.latent_image, self.sigmas.device, kind, **given
-                )
-                for kind, conds in wrap.conds.items()
-            }
-        return wrap
-
     def restart(self, number: int, x0: Tensor) -> Stretch:
         """`from_image` as what can be optimised."""
         process, _, noises = self.from_image(number, x0)
         process.begin_rollout(self.rollout.memory)
         process.rollout.go_on_as(self.rollout)
         self.rollout = process.rollout  # the next one goes on as this one
-        return Stretch(process.rollout, noises)
+        return Stretch(process.rollout, noises, process.extra_args["seed"])
 
     def begin_rollout(self, memory: str) -> None:
         job = self.job
@@ -373,8 +358,12 @@ class Process:
         return f"something in the graph remembers earlier steps{patches}. Bypass it."
 
     def sample_again(self) -> None:
-        """`compare` for what samples only as KSampler does, where a patch could remember anything."""
-        if named(self.extra_args["model_options"]):
+        """`compare` for what samples only as KSampler does, where a patch could remember anything: one of the model's
+        options, or one that stands in the place of its own parts.
+        """
+        network = self.inner.diffusion_model
+        replaced = self.job.guider.model_patcher.object_patches or "forward" in vars(network)
+        if named(self.extra_args["model_options"]) or replaced:
             with self.sampling_again():
                 x0, _ = self.drawn(self.job.noise)
             self.compare(x0)
@@ -390,11 +379,19 @@ class Process:
         return isinstance(self.attention, Around) and not self.attention.heeded
 
     def compare(self, x0: Tensor) -> None:
-        """The first trajectory's result with what its noises gave. Raises RuntimeError when it is another image."""
+        """The first trajectory's result with what its noises gave. Raises RuntimeError for another image, and where
+        none is finite.
+        """
         expected, self.expected = self.expected, None
         if expected is None:
             return
-        off = difference(x0.detach(), expected.to(x0)).max().item()
+        finite = (torch.isfinite(x0) & torch.isfinite(expected.to(x0))).flatten(1).all(1)
+        if not finite.any():
+            raise RuntimeError(
+                f"{self.job.node}: what the model samples is not finite (NaN or infinity): in half precision some "
+                "models overflow; load it in bf16 or fp32 (--bf16-unet, --fp32-unet), or bypass what patches it"
+            )
+        off = difference(x0.detach(), expected.to(x0))[finite].max().item()
         if off <= (KEEPING_APART if self.keeps else IMAGE_APART)[self.half]:
             log.debug("the same noises sampled again: off by %.2g", off)
         elif off <= SAGE_APART and (self.coarser_attention or self.attention_replaced):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import html
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -20,7 +20,8 @@ from torch import Tensor
 from ...sampler.keep import chosen
 from ...sampler.replay import Segment
 from ...sampler.restart import tail
-from .kernels import attention_of
+from .conditioning import prepared
+from .kernels import attention_of, pytorch_kernels, training
 from .repeating import repeatable
 from .samplers import twin_of
 
@@ -36,8 +37,8 @@ def tell_node(text: str) -> None:
     """Log it, and show it on the node that runs, which may be a stock one with no room for notices."""
     log.warning("%s", text)
     context, server = get_executing_context(), getattr(PromptServer, "instance", None)
-    if context and server:  # older frontends take it for HTML, and a file may be a stranger's
-        server.send_progress_text(html.escape(text), context.node_id, server.client_id)
+    if context and server:  # some frontends take it for HTML, others escape it, and a file may be a stranger's
+        server.send_progress_text(re.sub(r"[<>&\[\]]", " ", text), context.node_id, server.client_id)
 
 
 class ReplayNoise:
@@ -112,6 +113,9 @@ class ReplaySampler(comfy.samplers.Sampler):
             stack.enter_context(torch.no_grad())
             if self.repeatable and noise.is_cuda:
                 stack.enter_context(repeatable())
+            if self.optimized:  # the kernels of that run
+                stack.enter_context(training(False))
+                stack.enter_context(pytorch_kernels())
             for n, segment in enumerate(self.segments if whole else self.segments[:1]):
                 now, z, begun = sigmas, noise, latent_image
                 if n:
@@ -120,9 +124,8 @@ class ReplaySampler(comfy.samplers.Sampler):
                     z, begun = segment.noises[0].to(noise), x
                     if denoise_mask is not None:  # what is not painted stays as it was given
                         begun = torch.where(denoise_mask > 0, x, latent_image)
-                sampled = self._run(
-                    model_wrap, now, extra_args, callback, z, begun, denoise_mask, disable_pbar, segment
-                )
+                wrap = prepared(model_wrap, begun, denoise_mask, segment.seed, sigmas.device) if n else model_wrap
+                sampled = self._run(wrap, now, extra_args, callback, z, begun, denoise_mask, disable_pbar, segment)
                 x = chosen(segment.part, sampled, x)
         return x
 

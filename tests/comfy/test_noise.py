@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
+import comfy.ldm.modules.attention
 import comfy.samplers
 import comfy_extras.nodes_custom_sampler as custom
 import folder_paths
@@ -16,7 +17,9 @@ from mira.rewards.pixel import PixelReward
 from mira.sampler import replay
 from safetensors.torch import load_file, save_file
 
+from testing.networks import SMALL, random_unet, thin_vae
 from testing.pack import as_node, mira
+from testing.world import World
 
 nodes = mira("nodes")
 QUICK = dict(iterations=3, seeds=1, restart_every=0, stop="never", keep="last", drift_limit=0.0, learning_rate=0.05)
@@ -78,6 +81,35 @@ def test_every_image_of_a_batch_by_its_own_way_and_within_a_mask(world):
     latent, _, trace, noise, sampler = optimized(world, given, restart_every=2, iterations=4, keep="best_reward")
     assert len(trace.kept) == 2
     assert torch.equal(sampled(world, noise, sampler, given), latent["samples"])
+
+
+def test_an_inpainting_model_is_shown_what_was_restarted_here_too():
+    model = random_unet(SMALL | {"in_channels": 9})
+    model.model.set_inpaint()
+    world = World(side=8, model=model, vae=thin_vae())
+    given = {"samples": torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8), "noise_mask": torch.ones(1, 1, 64, 64)}
+    given["noise_mask"][..., 32:] = 0
+    latent, plain, _, noise, sampler = optimized(world, given, restart_every=1, iterations=2, restart_denoise=0.6)
+    assert len(noise.segments) == 2 and not torch.equal(latent["samples"], plain["samples"])
+    assert torch.equal(sampled(world, noise, sampler, given), latent["samples"])
+
+
+def test_kernels_that_heed_no_option_are_those_of_the_run(world, monkeypatch):
+    """Some models call the attention function that they imported, without the options."""
+    attention = comfy.ldm.modules.attention
+
+    def forward(self, x, context=None, value=None, mask=None, transformer_options=None):
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context if value is None else value)
+        return self.to_out(attention.optimized_attention(q, k, v, self.heads))
+
+    exact = attention.attention_pytorch
+    monkeypatch.setattr(attention.CrossAttention, "forward", forward)
+    monkeypatch.setattr(
+        attention, "optimized_attention", lambda q, k, v, *more, **kw: exact(q, k, 1.001 * v, *more, **kw)
+    )
+    latent, _, _, noise, sampler = optimized(world)
+    assert torch.equal(sampled(world, noise, sampler), latent["samples"])
 
 
 def test_a_round_that_is_not_kept_is_left_out(world):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import nullcontext
 from types import FunctionType, ModuleType, SimpleNamespace
@@ -37,6 +38,7 @@ from mira.sampler.seeds import another
 from bench.families import self_tests
 from testing.networks import SMALL, random_lora, random_unet, thin_vae
 from testing.pack import mira
+from testing.world import World
 
 nodes = mira("nodes")
 
@@ -385,6 +387,71 @@ def test_a_patch_whose_gradient_is_not_finite_where_none_looked_is_named(world):
     notices = run(world, model=model, sampler="euler", steps=9, iterations=1, beta=0).result.trace.notices
     assert any("not finite at iteration 0" in n for n in notices)
     assert any(n.startswith("what is not finite may come from a patch") and "test_same_process" in n for n in notices)
+
+
+@pytest.mark.parametrize("measured", ["guided", "conditional"])
+def test_a_step_without_a_conditioning_has_its_gradient_under_every_policy(world, measured):
+    """In the gap ComfyUI predicts an empty image, which does not depend on x."""
+
+    def within(start, end, conditioning):
+        return [[tokens, {**more, "start_percent": start, "end_percent": end}] for tokens, more in conditioning]
+
+    positive = within(0.0, 0.3, world.positive)
+    if measured == "guided":
+        positive += within(0.7, 1.0, world.positive)
+    negative = within(0.0, 0.3, world.negative) + within(0.7, 1.0, world.negative)
+    conds = {"positive": positive, "negative": negative if measured == "guided" else world.negative}
+    found = [
+        rows(run(world, **conds, measured=measured, memory=memory, sampler="euler", steps=8, iterations=1))
+        for memory in ("none", "per_step", "per_block", "offload")
+    ]
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-4)
+    assert found[0][0] != found[0][1]
+
+
+@pytest.mark.parametrize("method", [None, "best_of_n", "restarts"])
+def test_an_image_that_is_not_finite_costs_the_others_nothing(world, method):
+    """As in half precision, whose range one of a batch may leave."""
+    model = random_unet(SMALL)
+    network = model.model.diffusion_model
+    sampled = network.forward
+
+    def forward(x, timesteps=None, *args, broken=slice(1, None, 2), **kwargs):
+        out = sampled(x, timesteps, *args, **kwargs)
+        if timesteps.max() < 300:
+            out = out.clone()
+            out[broken] = torch.nan
+        return out
+
+    network.forward = forward
+    here = World(side=8, model=model, vae=thin_vae())
+    latent = torch.zeros(2, 4, 8, 8)
+    settings = SearchSettings(method=method, particles=2, rounds=1) if method else None
+    done = run(here, settings, host.searching if method else None, latent=latent, steps=4, cfg=1.0, gradient=not method)
+    assert torch.isfinite(done.result.best[0]).all() and math.isfinite(rows(done)[-1])
+    assert all(math.isnan(r) for r in rows(done, image=1))
+    network.forward = lambda *args, **kwargs: forward(*args, broken=slice(None), **kwargs)
+    with pytest.raises(RuntimeError, match=r"what the model samples is not finite.*--bf16-unet"):
+        run(here, settings, host.searching if method else None, latent=latent, steps=4, cfg=1.0, gradient=not method)
+
+
+@pytest.mark.parametrize("method", ["best_of_n", "restarts"])
+def test_a_cache_in_the_place_of_the_models_own_forward_is_found_out(world, method):
+    model = random_unet(SMALL)
+    sampled, calls, last = model.model.diffusion_model.forward, [], []
+
+    def cached(x, *args, **kwargs):
+        calls.append(len(x))
+        if len(calls) % 2 or not last or last[0].shape != x.shape:
+            last[:] = [sampled(x, *args, **kwargs)]
+        return last[0]
+
+    here, patched = World(side=8, model=model, vae=thin_vae()), model.clone()
+    patched.add_object_patch("diffusion_model.forward", cached)
+    settings = SearchSettings(method=method, particles=2, rounds=1)
+    with pytest.raises(RuntimeError, match="something in the graph remembers earlier steps"):
+        run(here, settings, host.searching, model=patched, steps=5, cfg=1.0, gradient=False)
 
 
 def test_a_schedule_that_outlasts_every_conditioning_is_refused(world, monkeypatch):

@@ -90,11 +90,11 @@ def test_a_file_of_them(tmp_path):
         Segment(
             torch.tensor([3.0, 1.0, 0.0]), (torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)), torch.ones(2).bool()
         ),
-        Segment(torch.tensor([1.0, 0.0]), (torch.randn(2, 4, 3, 3),), torch.tensor([True, False]), 0.5),
+        Segment(torch.tensor([1.0, 0.0]), (torch.randn(2, 4, 3, 3),), torch.tensor([True, False]), 0.5, 77),
     ]
     replay.save(path, segments, {"seed": 3})
     again, facts = replay.load(path)
-    assert facts == {"seed": 3} and [s.denoise for s in again] == [1.0, 0.5]
+    assert facts == {"seed": 3} and [(s.denoise, s.seed) for s in again] == [(1.0, 0), (0.5, 77)]
     for a, b in zip(again, segments, strict=True):
         assert torch.equal(a.schedule, b.schedule) and torch.equal(a.part, b.part)
         assert all(torch.equal(x, y) for x, y in zip(a.noises, b.noises, strict=True))

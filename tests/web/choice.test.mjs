@@ -25,6 +25,9 @@ test("a choice has at least two images, in a square of them, and a question", ()
   assert.equal(choice.questionOf(asked), "Which is best? Choice 1 of 9");
   assert.equal(choice.questionOf({ ...asked, images: images.slice(2), batch: 3 }), "Which is better? Choice 1 of 9, image 0");
   assert.equal(choice.questionOf({ ...asked, wanted: "worst" }), "And which is the least good? Choice 1 of 9");
+  assert.equal(choice.timeLeft({ timeout: 0 }, 5), "");
+  assert.equal(choice.timeLeft({ timeout: 30 }, 4.2), "26 s left");
+  assert.equal(choice.timeLeft({ timeout: 30, left: 8 }, 9), "0 s left"); // a page that was loaded again
 });
 
 test("the tab says that a choice is waited for, once, and stops saying so", () => {

@@ -52,13 +52,14 @@ test("a node is found by its execution id, and the id by the node", () => {
 test("a value is given by a widget of one's own, of a linked node, or of a node outside", () => {
   const root = whole();
   const given = (path, names) => {
-    const { node, name } = giverOf(root, path, names);
-    return [node.type, name];
+    const { node, name, path: at } = giverOf(root, path, names);
+    assert.equal(nodeAt(root, at.join(":")), node);
+    return [node.type, name, ...at];
   };
-  assert.deepEqual(given([5, 1], ["seed"]), ["kind 5", "seed"]);
-  assert.deepEqual(given([5, 1], ["iterate"]), ["kind 1", null]);
-  assert.deepEqual(given([5, 1], ["steps"]), ["kind 3", null]);
-  assert.deepEqual(given([6], ["seed", "noise"]), ["kind 8", null]);
+  assert.deepEqual(given([5, 1], ["seed"]), ["kind 5", "seed", 5]);
+  assert.deepEqual(given([5, 1], ["iterate"]), ["kind 1", null, 5, 1]);
+  assert.deepEqual(given([5, 1], ["steps"]), ["kind 3", null, 5, 3]);
+  assert.deepEqual(given([6], ["seed", "noise"]), ["kind 8", null, 8]);
   assert.equal(promoted(nodeAt(root, "5"), nodeAt(root, "5:1"), "seed").value, 7);
   assert.ok(!promoted(nodeAt(root, "5"), nodeAt(root, "5:1"), "steps"));
 });

@@ -57,8 +57,8 @@ test("columns are the measured ones, and the drift is the one that the limit is 
   const run = after(step(0, { settings: { drift_metric: "score_distance" } }));
   assert.deepEqual(series.columns(run), ["reward", "path_kl"]);
   assert.equal(series.driftColumn(run), "path_kl"); // the wanted one is not there
-  run.rows[0].score_distance = 1;
-  assert.equal(series.driftColumn(run), "score_distance");
+  const other = { ...run, rows: [{ ...run.rows[0], score_distance: 1 }] };
+  assert.equal(series.driftColumn(other), "score_distance");
   assert.equal(series.driftColumn(series.newRun()), null);
 });
 
@@ -234,8 +234,24 @@ test("of another run nothing stays, even where its first steps were missed", () 
 });
 
 test("what a stranger's record says is shown, and nothing else is done with it", () => {
-  const record = { rows: [{ iteration: 0, image: 0 }], kept: [0], reasons: ["<img src=x onerror='alert(1)'> & \"more\""] };
+  const record = { rows: [{ iteration: 0, image: 0 }], kept: [0], reasons: ["<img src=x onerror='alert(1)'> & [[more|https://a.b]]"] };
   const said = series.status(series.fromOutput({ mira: [record] }), 0);
-  const html = "&lt;img src=x onerror=&#39;alert(1)&#39;&gt; &amp; &quot;more&quot;";
-  assert.ok(said.includes("<img") && series.escaped(said).endsWith(html) && !series.escaped(said).includes("<"));
+  const harmless = series.harmless(said);
+  assert.ok(said.includes("<img") && !/[<>]|\[\[/.test(harmless));
+  assert.match(harmless, /\u2039img src=x onerror='alert\(1\)'\u203A & \[ \[more\|https:\/\/a\.b\] \]$/);
+});
+
+test("a run that ended without a result says so, and how long it would take no more", () => {
+  const run = { ...after(step(0), step(3)), ended: true };
+  assert.match(series.status(run, 0), /^iteration 3 of 10 .* ended by an error, with nothing handed back$/);
+  assert.doesNotMatch(series.status(run, 0), / left/);
+});
+
+test("a long record is drawn in a moment", () => {
+  const rows = Array.from({ length: 16 * 2000 }, (_, i) => row(Math.floor(i / 16), i % 16));
+  const run = series.fromOutput({ mira: [{ rows }] });
+  series.status(run, 0);
+  const begun = performance.now();
+  for (let i = 0; i < 200; i += 1) series.label(run, series.curves(run).drift) && series.limit(run) && series.rowsOf(run, i % 16);
+  assert.ok(performance.now() - begun < 200, "as often as a mouse moves in seconds");
 });
