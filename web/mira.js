@@ -5,7 +5,7 @@ import { CSS as CHART_CSS, createChart } from "./chart.js";
 import { CSS as CHOICE_CSS, createChooser, heightOf, tabTitle, validChoice } from "./choice.js";
 import { nodeAt, nodesOf, pathTo } from "./graph.js";
 import { addPresets, addPromotedPresets, fold, learn, migrate } from "./inputs.js";
-import { addDom, chain, fit } from "./node.js";
+import { addDom, chain, fit, shrink } from "./node.js";
 import { recordsOf } from "./png.js";
 import { addStep, csv, fromOutput, harmless, isNews, newRun, status } from "./series.js";
 import { createTaker } from "./take.js";
@@ -152,10 +152,13 @@ function addCharted(node) {
   const first = node.comfyClass === MONITOR ? "The first trace's reward and drift appear here." : null;
   const chart = createChart({ imageUrl, saveAs, onTake, onLook, first });
   const view = { ...node[VIEW], chart };
+  let tall = 0; // asked for at every frame, when to measure is to lay the page out
+  let lower = null; // the node's height before the first choice of a run
   if (node.comfyClass === PREFERENCE) {
     view.chooser = createChooser({ imageUrl, onAnswer: answer });
     chart.inner.prepend(view.chooser.element);
     new MutationObserver(() => {
+      if (view.chooser.choice()) lower ??= node.size[1];
       fit(node, view.chooser.choice() ? CHOOSER_WIDTH : undefined);
       callFor(view.chooser);
     }).observe(view.chooser.element, { attributeFilter: ["hidden"] });
@@ -168,7 +171,6 @@ function addCharted(node) {
     const usual = CHART_HEIGHT + scrub + (choice ? heightOf(choice.images.length) : 0);
     return Math.max(usual, tall + 2 * MARGIN);
   });
-  let tall = 0; // asked for at every frame, when to measure is to lay the page out
   new ResizeObserver(() => {
     tall = chart.inner.offsetHeight;
     fit(node, 0);
@@ -178,6 +180,8 @@ function addCharted(node) {
     const run = fromOutput(output);
     if (run) showRun(node, chart, run);
     view.chooser?.hide();
+    if (lower !== null) setTimeout(shrink, 100, node, lower); // once the page is laid out without it
+    lower = null;
   });
   charts.set(chart, node);
   chain(node, "onRemoved", () => dropChart(chart));

@@ -20,6 +20,12 @@ export function fit(node, least = 380) {
   node.setDirtyCanvas?.(true, true);
 }
 
+/** Back to a height that it had, as far as its content allows. */
+export function shrink(node, height) {
+  if (window.LiteGraph?.vueNodesMode) return;
+  node.setSize([node.size[0], Math.max(node.computeSize()[1], height)]);
+}
+
 export function setWidget(node, name, value) {
   const widget = node.widgets?.find((w) => w.name === name);
   if (widget) widget.value = value;
