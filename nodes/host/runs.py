@@ -195,9 +195,10 @@ def compare_seeds(process: Process, count: int) -> Start:
     """The best of so many seeds of every image, under the same random numbers of the reward."""
     scoring = process.scoring
     scoring.redraw = False
-    start = best_of(process.sample_of, lambda x0: scoring.score(x0).total, count, INTERRUPTS, process.job.on_seed)
-    scoring.redraw = True
-    return start
+    try:
+        return best_of(process.sample_of, lambda x0: scoring.score(x0).total, count, INTERRUPTS, process.job.on_seed)
+    finally:
+        scoring.redraw = True
 
 
 def tell_seeds(process: Process, start: Start, count: int, trace: Trace) -> None:

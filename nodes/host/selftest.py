@@ -13,6 +13,7 @@ from typing import Any
 import comfy.model_management
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...sampler.ending import within_memory
 from ...sampler.memory import offloaded, out_of_memory
@@ -31,15 +32,24 @@ LACKS = 0.2  # and from where on it is worth a word, in half precision
 BLOCKS_APART = 0.05  # a gradient, from the same with the blocks computed again: in any precision the same arithmetic
 
 
+def is_quantised(weight: Tensor) -> bool:
+    """In eight bits or fewer. Newer hosts have a backward for such layers, older ones none."""
+    return is_traceable_wrapper_subclass(weight) or (weight.is_floating_point() and weight.element_size() == 1)
+
+
 def check_gradient(process: Process, noise: Tensor) -> None:
     """One denoising step, its gradient against a finite difference, before anything is optimised."""
     job, name = process.job, type(process.inner.diffusion_model).__name__
     patches = named(process.extra_args["model_options"])
-    remedy = (
-        "This model cannot be optimised through as it is: bypass nodes that patch it or its attention"
-        f"{patches}; if its weights are quantised, use fp16, bf16 or fp32 ones. MIRA Search KSampler needs no "
-        "gradient."
-    )
+    quantised = any(map(is_quantised, process.inner.diffusion_model.parameters()))
+
+    def remedy(said: str = "") -> str:
+        weights = "; its weights are quantised: use fp16, bf16 or fp32 ones" if quantised or "scaled_mm" in said else ""
+        return (
+            "This model cannot be optimised through as it is: bypass nodes that patch it or its attention"
+            f"{patches}{weights}. MIRA Search KSampler needs no gradient."
+        )
+
     blocks = process.blocks()
     ways = [nullcontext, *([blocks] if blocks else []), lambda: both(offloaded(), (blocks or nullcontext)())]
     twice = blocks and job.memory not in ("none", "per_step")  # what a checkpoint breaks shows with it only
@@ -62,11 +72,11 @@ def check_gradient(process: Process, noise: Tensor) -> None:
                 ) from problem
             overwritten = written_over(problem)
             if not overwritten or process.place.is_last:
-                raise RuntimeError(f"{job.node}: {name} has no gradient: {said}. {remedy}") from problem
+                raise RuntimeError(f"{job.node}: {name} has no gradient: {said}. {remedy(said)}") from problem
         except (TypeError, AttributeError, KeyError) as problem:
             why = ": perhaps something in the graph remembers earlier steps" if patches else ""
             raise RuntimeError(
-                f"{job.node}: {name} fails where a gradient is wanted ({in_brief(problem)}){why}. {remedy}"
+                f"{job.node}: {name} fails where a gradient is wanted ({in_brief(problem)}){why}. {remedy()}"
             ) from problem
         # One of the places loses what a model writes into a slice.
         lost = not overwritten and cut is None and checked.moved > apart
@@ -91,12 +101,12 @@ def check_gradient(process: Process, noise: Tensor) -> None:
     if not wrong < GRADIENT_APART[process.half]:
         raise RuntimeError(
             f"{job.node}: {name} gives no usable gradient: it is off by {wrong:.2g} (relative) against a finite "
-            f"difference of one denoising step. {remedy}"
+            f"difference of one denoising step. {remedy()}"
         )
     if moved > apart:
         raise RuntimeError(
             f"{job.node}: {name} predicts something else when a gradient is wanted: its noise is off by "
-            f"{moved:.2g} (relative). {remedy}"
+            f"{moved:.2g} (relative). {remedy()}"
         )
     if lacks > LACKS:
         process.tell(

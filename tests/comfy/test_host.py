@@ -403,6 +403,17 @@ def test_a_network_without_a_backward_is_refused_with_a_remedy(world):
         world.optimize(model=model, iterations=1)
 
 
+def test_quantised_weights_are_named_where_there_are_some(world):
+    problem = RuntimeError("derivative for aten::mm_of_a_kind is not implemented")
+    with pytest.raises(RuntimeError, match=r"has no gradient: derivative for aten::mm_of_a_kind") as found:
+        world.optimize(model=failing_under_a_gradient(world, problem), iterations=1)
+    assert "quantised" not in str(found.value)
+    is_quantised = host.selftest.is_quantised
+    assert is_quantised(torch.zeros(2, dtype=torch.float8_e4m3fn)) and not is_quantised(
+        torch.zeros(2, dtype=torch.half)
+    )
+
+
 def test_an_unwilling_sampler_object_is_named():
     why = probe.why_not_differentiable(object(), Discrete())
     assert why == "object is not a k-diffusion sampler"
