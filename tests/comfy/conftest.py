@@ -78,6 +78,6 @@ def prompt_server():
     mira("nodes.shared.files").register()
     loop = asyncio.new_event_loop()
     instance = server.PromptServer(loop)
-    instance.client_id = None
+    instance.client_id = "page"
     yield instance
     loop.close()
