@@ -154,7 +154,7 @@ def build_environment() -> tuple[Path, Path]:
         run(
             [venv_python(), "-m", "pip", "install", "--quiet", *TORCH, "requests", *arguments],
             "installing the requirements",
-            "Check the network and the free disk space (6 GB), then run this again.",
+            "Check the network and the free disk space (7 GB), then run this again.",
         )
         stamp.write_text(wanted)
     return venv_python(), comfyui
@@ -393,6 +393,8 @@ def main() -> int:
     parser.add_argument("--no-browser", action="store_true", help="test: leave out what needs a browser")
     parser.add_argument("--gpu", action="store_true", help="let ComfyUI use a GPU")
     arguments, extra = parser.parse_known_args()
+    if arguments.no_browser and arguments.command != "test":
+        raise Failure(f"{arguments.command} takes no --no-browser")
     if arguments.command in TO_USE and extra:
         raise Failure(f"{arguments.command} takes no {' '.join(extra)}")
     python, comfyui = (

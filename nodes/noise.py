@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -85,7 +86,8 @@ class MiraSaveNoise(io.ComfyNode):
         except (OSError, SafetensorError) as problem:
             raise OSError(f"{wrong} ({problem})") from problem
         finally:
-            half.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                half.unlink()
         shown = os.path.relpath(path, folder_paths.get_output_directory())
         return io.NodeOutput(ui=text_output(f"saved {shown} in the output folder"))
 

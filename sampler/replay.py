@@ -94,7 +94,7 @@ def load(path: Path) -> tuple[list[Segment], dict]:
             segments.append(Segment(schedule, noises, part, float(denoise), int(seed)))
         check(segments)
         return segments, dict(about["facts"])
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as problem:
         raise ValueError(f"{path.name} is damaged: {problem}") from None
 
 

@@ -31,7 +31,7 @@ COLUMNS = {
     "round": Column("from 1, where an image was noised again and optimised anew", measured=False),
     "level": Column("sigma at which the round began", measured=False),
     "reward": Column("what is optimised; for the best of a search's particles so far"),
-    "reward_mean": Column("the same, the mean over a search's particles"),
+    "reward_mean": Column("the same, the mean over those of a search's particles that have one"),
     "ess": Column("of weighted particles: how many count, effectively"),
     "preferred": Column(
         "the candidate that was chosen, from 0; -1: none was better; nan: nobody was asked", measured=False

@@ -132,7 +132,7 @@ function addStyles() {
   document.head.append(link, style);
 }
 
-const charts = new Map(); // of those that are drawn: their nodes
+const charts = new Map(); // those with a record, and their nodes
 
 function dropChart(chart) {
   chart.destroy();
@@ -140,9 +140,10 @@ function dropChart(chart) {
 }
 
 /** Some frontends do not tell a node within a subgraph that its graph was closed. */
-function dropCharts() {
+function dropGone() {
   const here = new Set([...nodesOf(rootGraph())].map(({ node }) => node[VIEW]?.chart));
   for (const [chart, node] of charts) if (node.graph && !here.has(chart)) dropChart(chart);
+  for (const chooser of choosers) if (nodeOf(chooser.choice()?.node)?.[VIEW]?.chooser !== chooser) chooser.hide();
 }
 
 function addCharted(node) {
@@ -154,12 +155,14 @@ function addCharted(node) {
   const view = { ...node[VIEW], chart };
   let tall = 0; // asked for at every frame, when to measure is to lay the page out
   let lower = null; // the node's height before the first choice of a run
+  let fitted = 0; // and as it was made for them: another one is somebody's own
   if (node.comfyClass === PREFERENCE) {
     view.chooser = createChooser({ imageUrl, onAnswer: answer });
     chart.inner.prepend(view.chooser.element);
     new MutationObserver(() => {
       if (view.chooser.choice()) lower ??= node.size[1];
       fit(node, view.chooser.choice() ? CHOOSER_WIDTH : undefined);
+      fitted = node.size[1];
       callFor(view.chooser);
     }).observe(view.chooser.element, { attributeFilter: ["hidden"] });
     chain(node, "onRemoved", () => view.chooser.hide());
@@ -180,10 +183,9 @@ function addCharted(node) {
     const run = fromOutput(output);
     if (run) showRun(node, chart, run);
     view.chooser?.hide();
-    if (lower !== null) setTimeout(shrink, 100, node, lower); // once the page is laid out without it
+    if (lower !== null && node.size[1] === fitted) setTimeout(shrink, 100, node, lower); // once it is laid out without
     lower = null;
   });
-  charts.set(chart, node);
   chain(node, "onRemoved", () => dropChart(chart));
   fit(node);
 }
@@ -191,6 +193,7 @@ function addCharted(node) {
 function showRun(node, chart, run) {
   const empty = chart.run().rows.length === 0;
   chart.set(run);
+  charts.set(chart, node);
   if (run.rows.length) tellOutside(node, status(run, 0));
   if (empty && run.rows.length) fit(node);
 }
@@ -262,13 +265,11 @@ async function get(path, more = {}) {
  * gone meanwhile.
  */
 async function restore(cached = [], missed = false, promptId = "") {
-  dropCharts();
-  if (![...nodesOf(rootGraph())].some(({ node }) => node[VIEW])) return; // nothing of ours to restore
+  dropGone();
+  if (![...nodesOf(rootGraph())].some(({ node }) => node[VIEW])) return; // nothing here to be restored
   const shown = new Set([...choosers].map((chooser) => chooser.choice()?.token)); // before anything was asked
   // Without a server there is history all the same.
   const [live, waiting] = await Promise.all([get("/mira/live", { nodes: cached.join(), prompt_id: promptId }), get("/mira/choice")]).catch((problem) => (warn(problem), [{}, {}]));
-  // Some frontends do not tell a node within a subgraph that its graph was closed.
-  for (const chooser of choosers) if (nodeOf(chooser.choice()?.node)?.[VIEW]?.chooser !== chooser) chooser.hide();
   // What the server no longer waits for was answered elsewhere, or is over.
   const open = waiting.pending && new Set(waiting.pending.map((choice) => choice.token));
   for (const chooser of open ? choosers : []) {
@@ -376,12 +377,12 @@ app.registerExtension({
       if (!chart || (chart.run().id === detail.run && chart.run().rows.length)) return;
       chart.set({ ...newRun(), id: detail.run, waiting: `Trying ${detail.seeds} seeds: ${detail.count} of them done` });
     });
-    for (const ended of ["execution_error", "execution_interrupted"]) {
-      api.addEventListener(ended, ({ detail }) => {
+    for (const [event, ended] of [["execution_error", "an error"], ["execution_interrupted", "a cancel"]]) {
+      api.addEventListener(event, ({ detail }) => {
         const chart = nodeOf(detail?.node_id)?.[VIEW]?.chart;
         const run = chart?.run();
         if (!run?.id || run.done) return;
-        chart.set({ ...run, ended: true, waiting: run.waiting && "It ended before its first image." });
+        chart.set({ ...run, ended, waiting: run.waiting && "It ended before its first image." });
       });
     }
     api.addEventListener("mira.choice", ({ detail }) => showChoice(detail));

@@ -4,13 +4,13 @@ import { BOOKKEEPING } from "./columns.js";
 /**
  * A run as the events and the history tell it: settings, rows, kept iterations. Bad input gives an empty run.
  *
- * waiting: what is said while there is no row. ended: by an error, or a cancel that hands nothing back. refused: why an
+ * waiting: what is said while there is no row. ended: by what, where nothing came of it. refused: why an
  * iterate of it was not taken.
  */
 export function newRun() {
   return {
     id: null, settings: {}, rows: [], kept: [], reasons: [], notices: [], iterations: 0, previews: {}, done: false,
-    waiting: null, ended: false, refused: null,
+    waiting: null, ended: null, refused: null,
   };
 }
 
@@ -255,7 +255,7 @@ export function status(run, image) {
   if (drift) parts.push(`drift ${brief(row[drift])}${finite(row.round) > 1 ? " since the round began" : ""}`);
   const left = secondsLeft(run);
   if (left !== null) parts.push(`${clock(left)} left`);
-  if (run.ended) parts.push("ended by an error, with nothing handed back");
+  if (run.ended) parts.push(`ended by ${run.ended}, with nothing handed back`);
   if (run.done && run.reasons[image]) parts.push(run.reasons[image]);
   return parts.join(" · ");
 }

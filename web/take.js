@@ -62,6 +62,14 @@ export function createTaker({ rootGraph, nodeOf, placeOf, askedOf, prompt, queue
     return changes;
   }
 
+  /** Whether what a node gives goes to nothing but the iterate of another. */
+  function readsAlone(asked, by, to) {
+    return Object.entries(asked ?? {}).every(([id, [, inputs]]) => Object.entries(inputs).every(([name, value]) => {
+      const linked = Array.isArray(value) && String(value[0]) === by;
+      return !linked || (id === to && (name === ITERATE || name === RESTART));
+    }));
+  }
+
   /** Writes it into the widgets; null: done, else why not. The widgets are as they were then. isOver: another run has begun. */
   async function write(node, run, asked, iterate, anew, isOver) {
     const path = placeOf(node);
@@ -80,7 +88,9 @@ export function createTaker({ rootGraph, nodeOf, placeOf, askedOf, prompt, queue
     ].filter(([widget]) => widget);
     const before = changes.map(([widget]) => [widget, widget.value]);
     const free = new Set([ITERATE, RESTART].map((name) => `${path.join(":")} ${name}`));
-    for (const { at, widget } of [iterates, restart]) if (widget) free.add(`${at.join(":")} ${widget.name}`);
+    for (const { at, widget } of [iterates, restart]) {
+      if (widget && readsAlone(asked, at.join(":"), path.join(":"))) free.add(`${at.join(":")} ${widget.name}`);
+    }
     let done = false;
     try {
       for (const [widget, value] of changes) widget.value = value;

@@ -122,7 +122,7 @@ class LiveRun:
             gone = _previews.popleft()
             for shown in gone.values():
                 forget(shown)
-            gone.clear()  # whoever asks for that run is promised no picture
+            gone.clear()  # whoever goes on with that run is promised no picture
         _runs[node] = self.run, inputs_before(item[2], node) if item else {}
         _runs.move_to_end(node)
         while len(_runs) > MOST:
@@ -186,7 +186,7 @@ class LiveRun:
         self.bar.update_absolute(self.seeds + k + 1, preview=("JPEG", shown[0], PREVIEW))
 
     def _send(self, what: str = "mira.step", **event: Any) -> None:
-        if self.server.client_id is None:  # a script's, which every page would be told of
+        if self.server.client_id is None and not self.run["workflow"]:  # a script's, of which every page would be told
             return
         of = {name: self.run[name] for name in ("run", "node", "workflow", "kind", "iterations", "settings")}
         self.server.send_sync(what, of | event, self.server.client_id)

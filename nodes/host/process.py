@@ -10,6 +10,7 @@ import copy
 import functools
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -362,7 +363,8 @@ class Process:
         options, or one that stands in the place of its own parts.
         """
         network = self.inner.diffusion_model
-        replaced = self.job.guider.model_patcher.object_patches or "forward" in vars(network)
+        parts = {name.split(".")[0] for name in self.job.guider.model_patcher.object_patches}
+        replaced = "diffusion_model" in parts or "forward" in vars(network)
         if named(self.extra_args["model_options"]) or replaced:
             with self.sampling_again():
                 x0, _ = self.drawn(self.job.noise)
@@ -385,13 +387,13 @@ class Process:
         expected, self.expected = self.expected, None
         if expected is None:
             return
-        finite = (torch.isfinite(x0) & torch.isfinite(expected.to(x0))).flatten(1).all(1)
+        finite = torch.isfinite(expected.to(x0)).flatten(1).all(1)
         if not finite.any():
             raise RuntimeError(
                 f"{self.job.node}: what the model samples is not finite (NaN or infinity): in half precision some "
                 "models overflow; load it in bf16 or fp32 (--bf16-unet, --fp32-unet), or bypass what patches it"
             )
-        off = difference(x0.detach(), expected.to(x0))[finite].max().item()
+        off = difference(x0.detach(), expected.to(x0))[finite].nan_to_num(math.inf).max().item()
         if off <= (KEEPING_APART if self.keeps else IMAGE_APART)[self.half]:
             log.debug("the same noises sampled again: off by %.2g", off)
         elif off <= SAGE_APART and (self.coarser_attention or self.attention_replaced):

@@ -34,7 +34,7 @@ BLOCKS_APART = 0.05  # a gradient, from the same with the blocks computed again:
 
 def is_quantised(weight: Tensor) -> bool:
     """In eight bits or fewer. Newer hosts have a backward for such layers, older ones none."""
-    return is_traceable_wrapper_subclass(weight) or (weight.is_floating_point() and weight.element_size() == 1)
+    return is_traceable_wrapper_subclass(weight) or (weight.element_size() == 1 and weight.dtype != torch.bool)
 
 
 def check_gradient(process: Process, noise: Tensor) -> None:

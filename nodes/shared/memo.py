@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 import weakref
@@ -120,7 +121,10 @@ def _looked_at(kind: type, inputs: dict) -> Any:
         raise ValueError(f"{kind.__name__} gives something else every time")
     if not names:
         return None
-    found = getattr(kind, names[0])(**{k: v for k, v in inputs.items() if not isinstance(v, list)})
+    ask = getattr(kind, names[0])
+    if inspect.iscoroutinefunction(ask):
+        raise ValueError(f"{kind.__name__} takes its time to tell")
+    found = ask(**{k: None if isinstance(v, list) else v for k, v in inputs.items()})  # as ComfyUI does
     if not isinstance(found, PLAIN) or found != found:  # NaN is another one every time
         raise ValueError(f"{kind.__name__} does not tell")
     return found
@@ -203,8 +207,10 @@ def left_of(hidden: Any, inputs: dict, used: dict) -> tuple[tuple[Left, Any] | N
     if more < 0 or (more == 0 and not optimized.result.cut_short):
         return None, ""
     if changed := _changed(*others):
-        linked = not any(isinstance(inputs[k], PLAIN) for k in changed)  # a setting of one's own one knows of
-        return None, f"begun anew: {', '.join(changed)} changed since the run before" if linked else ""
+        # Of a setting of one's own one knows; and with --cache-none nothing is ever the same.
+        quiet = getattr(args, "cache_none", False) or any(isinstance(inputs[k], PLAIN) for k in changed)
+        why = f"begun anew: {', '.join(changed)} changed, or was made anew, since the run before"
+        return None, "" if quiet else why
     if left.value is None:
         return None, "begun anew: there was no room to keep what it takes to go on from the run before"
     return (left, live), ""

@@ -408,6 +408,15 @@ def test_quantised_weights_are_named_where_there_are_some(world):
     with pytest.raises(RuntimeError, match=r"has no gradient: derivative for aten::mm_of_a_kind") as found:
         world.optimize(model=failing_under_a_gradient(world, problem), iterations=1)
     assert "quantised" not in str(found.value)
+    problem = RuntimeError("derivative for aten::mm_of_a_kind is not implemented")
+    model = failing_under_a_gradient(world, problem)
+    kept = torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)  # as some files keep them
+    model.model.diffusion_model.register_parameter("kept", kept)
+    try:
+        with pytest.raises(RuntimeError, match="its weights are quantised: use fp16"):
+            world.optimize(model=model, iterations=1)
+    finally:
+        del model.model.diffusion_model.kept
     is_quantised = host.selftest.is_quantised
     assert is_quantised(torch.zeros(2, dtype=torch.float8_e4m3fn)) and not is_quantised(
         torch.zeros(2, dtype=torch.half)

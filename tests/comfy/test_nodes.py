@@ -251,10 +251,24 @@ def test_more_iterations_go_on_only_where_nothing_else_was_changed(world, change
         changed = {"model": world.model.clone()}
     again = execute(nodes.MiraOptimizeKSampler, **inputs | {"iterations": 2} | changed)
     assert any("went on from" in n for n in again.args[2].notices) == (not changed)
-    assert ("begun anew: model changed since the run before" in again.args[2].notices) == other_model
+    assert ("begun anew: model changed, or was made anew, since the run before" in again.args[2].notices) == other_model
     with torch.inference_mode():
         anew = execute(nodes.MiraOptimizeKSampler, **inputs | {"iterations": 2, "seed": 102} | changed)
     assert not any("went on from" in n for n in anew.args[2].notices)
+
+
+@pytest.mark.parametrize(("client", "told"), [("page", True), (None, False)])
+def test_a_scripts_run_is_told_to_no_page(world, prompt_server, monkeypatch, client, told):
+    """It has neither client nor workflow, and every page would be told."""
+
+    def sent():
+        prompt_server.loop.run_until_complete(asyncio.sleep(0))
+        return [prompt_server.messages.get_nowait()[0] for _ in range(prompt_server.messages.qsize())]
+
+    sent()
+    monkeypatch.setattr(prompt_server, "client_id", client)
+    optimize(world, iterations=1, seed=301)
+    assert ({"mira.begin", "mira.step"} <= set(sent())) == told
 
 
 def test_every_image_of_a_batch_is_shown_at_every_iteration(world):

@@ -207,6 +207,9 @@ def test_bad_input(world, output, monkeypatch):
     with pytest.raises(OSError, match=r"MIRA Save Noise: filename_prefix '\.\./x' cannot be written"):
         as_node(nodes.MiraSaveNoise).execute(noise, sampler, "../x")
 
+    with pytest.raises(OSError, match=r"MIRA Save Noise: filename_prefix 'xxx.*cannot be written"):
+        as_node(nodes.MiraSaveNoise).execute(noise, sampler, "x" * 300)
+
     def full(half, *_):
         half.write_bytes(b"a part")
         raise OSError("no space left")

@@ -43,3 +43,44 @@ test("a key chooses among the images that are there, and one with a modifier is 
   assert.deepEqual(answers, [1, 4, null, "tie", "tie", "back", "stop", null]);
   assert.equal(choice.answerOf({ key: "1", ctrlKey: true }, 4), null);
 });
+
+/** As much of a page's element as a chooser asks for. */
+class Element {
+  constructor() {
+    Object.assign(this, { children: [], dataset: {}, style: {}, listeners: {}, hidden: false, textContent: "" });
+  }
+  append(...more) { this.children.push(...more); }
+  prepend(...more) { this.children.unshift(...more); }
+  replaceChildren(...these) { this.children = these; }
+  addEventListener(name, listener) { this.listeners[name] = listener; }
+  setAttribute() {}
+  contains() { return false; }
+  focus() {}
+}
+
+test("a double click answers one question, and the next one after a moment", async (context) => {
+  const before = globalThis.document;
+  context.after(() => (globalThis.document = before));
+  globalThis.document = { createElement: () => new Element(), activeElement: null };
+  let now = 0;
+  context.mock.method(performance, "now", () => now);
+  const sent = [];
+  const chooser = choice.createChooser({ imageUrl: () => "", onAnswer: async (asked, answer) => (sent.push([asked.token, answer]), null) });
+  const question = (token) => ({ token, node: "1", images: [{ filename: "a" }, { filename: "b" }], iteration: 0, iterations: 2, image: 0, batch: 2 });
+  const click = async (place) => {
+    chooser.element.children[0].children[place - 1].listeners.click();
+    await Promise.resolve();
+    await Promise.resolve();
+  };
+  chooser.show(question("one"));
+  now = 5000;
+  await click(1);
+  now = 5060;
+  chooser.show(question("two")); // another image of the batch, at once
+  now = 5140;
+  await click(1);
+  assert.deepEqual(sent, [["one", 1]]);
+  now = 5500;
+  await click(2);
+  assert.deepEqual(sent, [["one", 1], ["two", 2]]);
+});

@@ -20,11 +20,11 @@ function graphOf(nodes) {
 const valueOf = (graph, id, name) => graph.getNodeById(id).widgets.find((w) => w.name === name).value;
 
 /** An optimiser whose `iterate` comes from a primitive that something else reads too, behind a sampler with a seed of its own. */
-function begun({ cfg = 5, asked = true } = {}) {
+function begun({ cfg = 5, asked = true, shared = false } = {}) {
   const graph = graphOf({
     1: [{ seed: 9, control_after_generate: "randomize", cfg, iterate: -1, final_restart: 0.3 }, { iterate: [2, 0], latent: [3, 0] }],
     2: [{ value: -1 }],
-    3: [{ seed: 77, control_after_generate: "randomize", steps: 8 }],
+    3: [{ seed: 77, control_after_generate: "randomize", steps: 8 }, shared ? { steps: [2, 0] } : {}],
   });
   const prompt = () => Object.fromEntries(graph.nodes.map((node) => {
     const linked = Object.fromEntries(node.inputs.map((i) => [i.name, [String(graph.getLink(i.link).origin_id), 0]]));
@@ -58,6 +58,13 @@ test("of a graph that has changed nothing is taken, and every widget is as it wa
   await taker.take(node, chart, 3, true);
   assert.match(chart.run().refused, /node 1: cfg was 5, is 6/);
   assert.deepEqual(graph.nodes.map((n) => n.widgets), before);
+  assert.equal(queued.length, 0);
+});
+
+test("where something else reads the same primitive it would be another run", async () => {
+  const { node, taker, chart, queued } = begun({ shared: true });
+  await taker.take(node, chart, 3, false);
+  assert.match(chart.run().refused, /node 2: value was -1, is 3/);
   assert.equal(queued.length, 0);
 });
 
