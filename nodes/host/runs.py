@@ -274,8 +274,9 @@ def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
 
 def _used_conds(model_wrap: Any, model_options: dict) -> dict[str, list[dict]]:
     """Of a guider's conditionings those that ComfyUI lets the model see: at CFG 1 it leaves the negative one out."""
-    conds = getattr(model_wrap, "conds", {})
-    at_one = math.isclose(getattr(model_wrap, "cfg", 0.0), 1.0) and not model_options.get("disable_cfg1_optimization")
+    conds, cfg = getattr(model_wrap, "conds", {}), getattr(model_wrap, "cfg", None)  # another's may be a list
+    at_one = isinstance(cfg, (int, float)) and math.isclose(cfg, 1.0)
+    at_one = at_one and not model_options.get("disable_cfg1_optimization")
     return {"positive": conds["positive"]} if at_one and set(conds) == {"positive", "negative"} else conds
 
 
