@@ -109,6 +109,18 @@ def weight_transition(nsr: Tensor, nsr_next: Tensor) -> Tensor:
 WEIGHTINGS = {"marginal": weight_marginal, "transition": weight_transition}
 
 
+def pulled_back(
+    outputs: Iterable[Tensor], gradients: Iterable[Tensor | None], inputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """The inputs' gradients through outputs that were computed again. None where none comes back: what is predicted
+    without an active conditioning does not depend on x.
+    """
+    pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
+    return torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+
+
 class _Recomputed(torch.autograd.Function):
     """run(x), of which only x is kept; the rest is computed again in backward.
 
@@ -129,12 +141,7 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad():
             x = ctx.saved_tensors[0].detach().requires_grad_()
             out = ctx.run(x)
-            outputs = zip(out if isinstance(out, tuple) else (out,), gradients, strict=True)
-            # Where no conditioning is active a prediction does not depend on x.
-            pairs = [(o, g) for o, g in outputs if g is not None and o.requires_grad]
-            if not pairs:
-                return None, None
-            (gradient,) = torch.autograd.grad([o for o, _ in pairs], x, [g for _, g in pairs], allow_unused=True)
+            (gradient,) = pulled_back(out if isinstance(out, tuple) else (out,), gradients, [x])
         return gradient, None
 
 

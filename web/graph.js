@@ -99,7 +99,7 @@ export function signature(root, path, but = []) {
   return digest(JSON.stringify(said));
 }
 
-const CONTROL = "control_after_generate"; // says what becomes of a seed afterwards
+export const CONTROL = "control_after_generate"; // says what becomes of a seed afterwards
 
 /** Of what is set on the node itself: what a link gives is its origin's. */
 function values(node, skip) {

@@ -139,9 +139,9 @@ function dropChart(chart) {
   charts.delete(chart);
 }
 
-/** Some frontends do not tell a node within a subgraph that its graph was closed. */
-function dropGone() {
-  const here = new Set([...nodesOf(rootGraph())].map(({ node }) => node[VIEW]?.chart));
+/** Some frontends do not tell a node within a subgraph that its graph was closed. views: of all nodes that are here. */
+function dropGone(views) {
+  const here = new Set(views.map(({ chart }) => chart));
   for (const [chart, node] of charts) if (node.graph && !here.has(chart)) dropChart(chart);
   for (const chooser of choosers) if (nodeOf(chooser.choice()?.node)?.[VIEW]?.chooser !== chooser) chooser.hide();
 }
@@ -265,8 +265,9 @@ async function get(path, more = {}) {
  * gone meanwhile.
  */
 async function restore(cached = [], missed = false, promptId = "") {
-  dropGone();
-  if (![...nodesOf(rootGraph())].some(({ node }) => node[VIEW])) return; // nothing here to be restored
+  const views = [...nodesOf(rootGraph())].map(({ node }) => node[VIEW]).filter(Boolean);
+  dropGone(views);
+  if (!views.length) return; // nothing here to be restored
   const shown = new Set([...choosers].map((chooser) => chooser.choice()?.token)); // before anything was asked
   // Without a server there is history all the same.
   const [live, waiting] = await Promise.all([get("/mira/live", { nodes: cached.join(), prompt_id: promptId }), get("/mira/choice")]).catch((problem) => (warn(problem), [{}, {}]));

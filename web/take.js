@@ -1,6 +1,6 @@
 // Taking an iterate of a run: what is written into the widgets, and when it is forgotten. The page is handed in.
 import { differences, whyNotTaken } from "./asked.js";
-import { giverOf, signature } from "./graph.js";
+import { CONTROL, giverOf, signature } from "./graph.js";
 import { chain } from "./node.js";
 
 const PAINTED = 0.65; // the share of the noise that an iterate is painted anew from, where none is set
@@ -9,7 +9,6 @@ const TAKEN = "mira_taken"; // a node's property: the signature of what an itera
 const [ITERATE, RESTART] = ["iterate", "final_restart"];
 const SEEDS = ["seed", "noise_seed", "value"]; // the widgets that a seed is in
 const SEEDED = ["seed", "noise"]; // the inputs that it may come by
-const CONTROL = "control_after_generate";
 
 /**
  * rootGraph(), nodeOf(id), placeOf(node): its execution id in parts. askedOf(run): what the server knows that the run was

@@ -254,8 +254,9 @@ class PersonJudge:
             ],
             "timeout": self.timeout,
         }
-        end = time.monotonic() + (self.timeout or math.inf)
-        pending = Pending(self.prompt, self.node, self.client, token, shown, end)
+        pending = Pending(
+            self.prompt, self.node, self.client, token, shown, end=time.monotonic() + (self.timeout or math.inf)
+        )
         server = PromptServer.instance
         try:
             with _lock:
@@ -263,7 +264,7 @@ class PersonJudge:
             server.send_sync("mira.choice", shown, self._listener())
             while not pending.answered.wait(0.1):
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                if time.monotonic() <= end:
+                if time.monotonic() <= pending.end:
                     continue
                 with _lock:  # one that was taken at the last moment counts
                     self.late = _pending.pop(self.node, None) is pending

@@ -227,9 +227,8 @@ def _told(run: dict) -> dict | None:
     """A run as a page is told of it: its rows once, and nothing of one that is over and has no result."""
     if "output" in run:
         return run | {"rows": []}
-    queue = getattr(PromptServer.instance, "prompt_queue", None)
-    going = {item[1] for item in list(queue.currently_running.values())} if queue else set()
-    return run if run["prompt_id"] is None or run["prompt_id"] in going else None
+    item = _running()
+    return run if run["prompt_id"] is None or (item and item[1] == run["prompt_id"]) else None
 
 
 def register_routes() -> None:

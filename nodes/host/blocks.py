@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...sampler.memory import offloaded
+from ...sampler.rollout import pulled_back
 from .kernels import without_tf32
 from .places import OutOfPlace
 
@@ -80,11 +81,7 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-            outputs = zip(_tensors(ctx.again(inputs)), gradients, strict=True)
-            pairs = [(o, g) for o, g in outputs if g is not None and o.requires_grad]
-            if not pairs:
-                return None, None, *(None for _ in inputs)
-            found = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+            found = pulled_back(_tensors(ctx.again(inputs)), gradients, inputs)
         return None, None, *found
 
 

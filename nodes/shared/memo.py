@@ -112,7 +112,7 @@ def graph_before(hidden: Any) -> dict[str, str] | None:
 
 
 def _looked_at(kind: type, inputs: dict) -> Any:
-    """What a node's class asks ComfyUI to compare beside its inputs, of those that are no links; None where nothing.
+    """What a node's class asks ComfyUI to compare beside its inputs, as it is told of those; None where nothing.
     Raises ValueError where that does not tell one result from another.
     """
     own = [vars(c) for c in kind.__mro__ if c.__module__.split(".")[0] != "comfy_api"]

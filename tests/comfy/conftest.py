@@ -81,3 +81,15 @@ def prompt_server():
     instance.client_id = "page"
     yield instance
     loop.close()
+
+
+@pytest.fixture
+def sent(prompt_server):
+    """Gives what was sent since it was asked last: (kind, what, to whom)."""
+
+    def take():
+        prompt_server.loop.run_until_complete(asyncio.sleep(0))
+        return [prompt_server.messages.get_nowait() for _ in range(prompt_server.messages.qsize())]
+
+    take()
+    return take

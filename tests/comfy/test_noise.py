@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 
 import comfy.ldm.modules.attention
@@ -122,7 +121,7 @@ def test_a_round_that_is_not_kept_is_left_out(world):
     assert torch.equal(sampled(world, noise, sampler), latent["samples"])
 
 
-def test_saved_and_loaded_it_is_the_same(world, output, caplog, prompt_server):
+def test_saved_and_loaded_it_is_the_same(world, output, caplog, sent):
     latent, _, trace, noise, sampler = optimized(world, restart_every=2, iterations=4)
     ui = as_node(nodes.MiraSaveNoise).execute(noise, sampler, "mira_noise/fox").ui
     assert ui["mira_text"] == ["saved mira_noise/fox_00001_.safetensors in the output folder"]
@@ -143,9 +142,7 @@ def test_saved_and_loaded_it_is_the_same(world, output, caplog, prompt_server):
     with CurrentNodeContext("a prompt", "7"):
         sampled(world, again, with_noises)
     assert "it was made for SDXL, and this model is DemoSD15" in caplog.text
-    prompt_server.loop.run_until_complete(asyncio.sleep(0))
-    sent = [prompt_server.messages.get_nowait() for _ in range(prompt_server.messages.qsize())]
-    texts = [what for kind, what, _ in sent if kind == server.BinaryEventTypes.TEXT]
+    texts = [what for kind, what, _ in sent() if kind == server.BinaryEventTypes.TEXT]
     assert len(texts) == 1 and b"7MIRA noise: it was made for SDXL" in texts[0]
     # Another sampler in its place, by the hand of whoever loads it.
     other = nodes.MiraLoadNoise.execute(file, comfy.samplers.sampler_object("euler_ancestral")).args[1]
