@@ -41,6 +41,11 @@ def server():
         yield server
 
 
+def saw_enough(fuzzer: Fuzzer) -> bool:
+    """Whether the run can say anything: prompts that ended well, refused ones, and pictures held against others."""
+    return fuzzer.compared > 0 and fuzzer.seen["fine"] >= min(5, SECONDS / 10) and fuzzer.seen["refused"] > 0
+
+
 def batch(info: dict, seed: int) -> list:
     """A batch of prompts, the same for a seed every time."""
     found = []
@@ -61,7 +66,7 @@ def batch(info: dict, seed: int) -> list:
     return found
 
 
-@pytest.mark.timeout(SECONDS * 3 + 300)
+@pytest.mark.timeout(SECONDS * 5 + 300)
 def test_no_prompt_is_answered_by_accident(server):
     async def go():
         async with Client(server.url) as client:
@@ -70,10 +75,15 @@ def test_no_prompt_is_answered_by_accident(server):
             another = STOCK["4"] | {"inputs": STOCK["4"]["inputs"] | {"seed": 2}}
             await fuzzer.run(STOCK | {"4": another})
             before = await fuzzer.pixels((await fuzzer.run(STOCK)).outputs, STOCK, ["4", 0])
-            end, seed = time.monotonic() + SECONDS, SEED
-            while time.monotonic() < end:
+            began, seed = time.monotonic(), SEED
+
+            def goes_on() -> bool:
+                """A busy machine takes longer to see something of everything."""
+                return time.monotonic() - began < SECONDS * (1 if saw_enough(fuzzer) else 5)
+
+            while goes_on():
                 for number, graph in enumerate(batch(fuzzer.info, seed)):
-                    if time.monotonic() < end:
+                    if goes_on():
                         await fuzzer.judge(graph, twice=number % 4 == 0)
                 seed += 1
             after = await fuzzer.pixels((await fuzzer.run(STOCK)).outputs, STOCK, ["4", 0])
@@ -85,4 +95,4 @@ def test_no_prompt_is_answered_by_accident(server):
         print(f"{reason}\n{json.dumps(prompt)}")
     assert not fuzzer.failures, "\n".join(reason for reason, _ in fuzzer.failures)
     assert as_before, "a stock node gives another picture than before"
-    assert fuzzer.compared > 0 and fuzzer.seen["fine"] >= min(5, SECONDS / 10) and fuzzer.seen["refused"] > 0
+    assert saw_enough(fuzzer)
