@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import zlib
 from dataclasses import dataclass, field
 
 from testing.pack import weights_at_once, with_comfyui
@@ -258,8 +259,32 @@ class Vae:
     def process_output(self, image):
         return image.add(1).div(2).clamp(0, 1)
 
+    def decode(self, samples: torch.Tensor) -> torch.Tensor:
+        """As the node VAE Decode asks for it: (B, height, width, 3)."""
+        comfy.model_management.load_models_gpu([self.patcher])
+        images = self.process_output(self.first_stage_model.decode(samples.to(self.device)))
+        return (images[:, :, 0] if images.ndim == 5 else images).movedim(1, -1).cpu()
+
     def memory_used_decode(self, shape, dtype):
         return 0
+
+
+class Clip:
+    """What the node CLIP Text Encode asks of ComfyUI's: an embedding of the family's size, another for every text."""
+
+    def __init__(self, family: Family):
+        self.family = family
+
+    def tokenize(self, text: str) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens: str) -> list:
+        return _conditioning(self.family, torch.Generator().manual_seed(zlib.crc32(tokens.encode())))
+
+
+def _conditioning(family: Family, g: torch.Generator) -> list:
+    extra = {"pooled_output": torch.randn(1, family.pooled, generator=g), **family.extra}
+    return [[torch.randn(1, LENGTH, family.width, generator=g), extra]]
 
 
 # How weights are stored, and what is computed in.
@@ -281,18 +306,13 @@ def make(name: str, precision: str = "float32"):
             made = _scaled(family, made, device)
         patcher = comfy.model_patcher.ModelPatcher(made, device, torch.device("cpu"))
         g = torch.Generator().manual_seed(3)
-
-        def cond():
-            extra = {"pooled_output": torch.randn(1, family.pooled, generator=g), **family.extra}
-            return [[torch.randn(1, LENGTH, family.width, generator=g), extra]]
-
         shape = (1, family.channels, *([1] if family.frame else []), family.side, family.side)
         vae = (
             comfy.sd.VAE({"pixel_space_vae": torch.tensor(1.0)})
             if family.pixels
             else Vae(family.channels, family.frame)
         )
-        return patcher, vae, {"positive": cond(), "negative": cond()}, torch.zeros(shape)
+        return patcher, vae, {n: _conditioning(family, g) for n in ("positive", "negative")}, torch.zeros(shape)
 
 
 def _config(family: Family, stored: torch.dtype, computed: torch.dtype | None):

@@ -1,12 +1,13 @@
-"""Makes web/docs/pictures/<NodeId>.jpg: every node as the graph editor draws it; and docs/quickstart.jpg: the first
-example's graph, when it has run.
+"""Makes web/docs/pictures/<NodeId>.jpg: every node as the graph editor draws it; docs/quickstart.jpg: the first
+example's graph, when it has run; and docs/icon.png and docs/banner.png, for the registry.
 
-python -m tools.pictures [NodeId or quickstart ...]      (in ComfyUI's environment, $MIRA_COMFYUI and $MIRA_CHROMIUM
-set, as dev.py sets them)
+python -m tools.pictures [NodeId, quickstart or registry ...]      (in ComfyUI's environment, $MIRA_COMFYUI and
+$MIRA_CHROMIUM set, as dev.py sets them)
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -42,6 +43,21 @@ QUIET = """async () => {
     await app.extensionManager.setting.set("Comfy.TutorialCompleted", true);
     await app.extensionManager.setting.set("Comfy.Minimap.Visible", false);
 }"""
+REGISTRY = "registry"  # which takes an icon of at most 400 pixels a side, and a banner of 21:9
+ICON, BANNER = 400, (1260, 540)
+# Where docs/demo.png, of `dev.py demo`, shows a picture: as sampled, by this pack, and by the reward alone.
+SHOWN_IN_DEMO = {
+    "as sampled": (65, 437, 394, 765), "brighter, with MIRA": (469, 437, 798, 765),
+    "brighter, by the reward alone": (873, 437, 1202, 765),
+}  # fmt: skip
+BANNER_PAGE = """<body style="margin: 0; width: 1260px; height: 540px; background: #1b1e24; color: #e8eaed;
+    font-family: sans-serif; text-align: center">
+<h1 style="margin: 0; padding-top: 44px; font-size: 54px">MIRA Alignment</h1>
+<p style="margin: 10px 0 26px; font-size: 27px; color: #aeb4bd">
+    Pictures that score higher, and still show the prompt</p>
+<div style="display: flex; justify-content: center; gap: 48px">%s</div></body>"""
+SHOT_OF_BANNER = """<figure style="margin: 0"><img width="270" height="270" style="border-radius: 14px"
+    src="data:image/png;base64,%s"><figcaption style="margin-top: 12px; font-size: 21px">%s</figcaption></figure>"""
 QUICKSTART, EXAMPLE = "quickstart", "01 Quickstart"  # the picture, and whose it is
 # Pixels: of the window, of what lies over its edges, and of the picture.
 WIDE, HIGH, EDGE, UNDER_THE_BAR, SHOWN = 2100, 1300, 80, 200, 1400
@@ -77,6 +93,23 @@ def graph(page, server: Server) -> Image.Image:
     return shot.resize((SHOWN, round(shot.height * SHOWN / shot.width)), Image.Resampling.LANCZOS)
 
 
+def for_the_registry(page) -> None:
+    """docs/icon.png and docs/banner.png, of docs/demo.png's pictures."""
+    demo = Image.open(ROOT / "docs" / "demo.png").convert("RGB")
+    shots = {said: demo.crop(box) for said, box in SHOWN_IN_DEMO.items()}
+    icon = shots["brighter, with MIRA"].resize((ICON, ICON), Image.Resampling.LANCZOS)
+    icon.save(ROOT / "docs" / "icon.png", optimize=True)
+    page.set_viewport_size({"width": BANNER[0], "height": BANNER[1]})
+    page.set_content(BANNER_PAGE % "".join(SHOT_OF_BANNER % (encoded(shot), said) for said, shot in shots.items()))
+    page.screenshot(path=ROOT / "docs" / "banner.png")
+
+
+def encoded(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def main(wanted: list[str]) -> None:
     (FOLDER / "pictures").mkdir(parents=True, exist_ok=True)
     with Server(paid=True) as server, sync_playwright() as playwright:
@@ -99,6 +132,8 @@ def main(wanted: list[str]) -> None:
             print(node, flush=True)
         if not wanted or QUICKSTART in wanted:
             graph(page, server).save(ROOT / "docs" / "quickstart.jpg", quality=85)
+        if not wanted or REGISTRY in wanted:
+            for_the_registry(page)
         browser.close()
 
 

@@ -42,3 +42,8 @@ export function whyNotTaken(found, titleOf) {
   const more = found.length > TOLD ? `; and ${found.length - TOLD} more` : "";
   return `Not taken: the graph has changed since this run, and it would be run anew (${each.join("; ")}${more}). Set that back, or queue the graph.`;
 }
+
+/** Why nothing is taken where an input comes by a link from what others read as well. title: of the node that gives it. */
+export function whyShared(input, title) {
+  return `Not taken: ${input} comes from ${title}, which gives its value to other inputs too: more than the picture would change. Give ${input} a node of its own.`;
+}

@@ -1,5 +1,5 @@
 // Taking an iterate of a run: what is written into the widgets, and when it is forgotten. The page is handed in.
-import { differences, whyNotTaken } from "./asked.js";
+import { differences, whyNotTaken, whyShared } from "./asked.js";
 import { CONTROL, giverOf, signature } from "./graph.js";
 import { chain } from "./node.js";
 
@@ -87,8 +87,11 @@ export function createTaker({ rootGraph, nodeOf, placeOf, askedOf, prompt, queue
     ].filter(([widget]) => widget);
     const before = changes.map(([widget]) => [widget, widget.value]);
     const free = new Set([ITERATE, RESTART].map((name) => `${path.join(":")} ${name}`));
-    for (const { at, widget } of [iterates, restart]) {
-      if (widget && readsAlone(asked, at.join(":"), path.join(":"))) free.add(`${at.join(":")} ${widget.name}`);
+    for (const [name, { node: by, at, widget }] of [[ITERATE, iterates], [RESTART, restart]]) {
+      if (!widget) continue;
+      const wanted = changes.find(([one]) => one === widget)[1];
+      if (readsAlone(asked, at.join(":"), path.join(":"))) free.add(`${at.join(":")} ${widget.name}`);
+      else if (widget.value !== wanted) return whyShared(name, by.title);
     }
     let done = false;
     try {

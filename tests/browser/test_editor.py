@@ -1001,7 +1001,7 @@ def test_the_first_minute(own_editor):
     wait_for(editor, placed, "the node put down")
     editor.js(LINKED)
     editor.set("EmptyLatentImage", width=64, height=64)
-    editor.set(OPTIMIZER, steps=4, iterations=6, seed=zlib.crc32(editor.label.encode()))
+    editor.set(OPTIMIZER, steps=4, iterations=3, seed=zlib.crc32(editor.label.encode()))
     editor.look_at(OPTIMIZER)
     page.keyboard.press("Control+Enter")
     wait_for(editor, lambda: "kept iteration" in page.inner_text(STATUS), "end of the run")

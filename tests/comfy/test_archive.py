@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from PIL import Image
+
 from testing.pack import ROOT
+from tools import publish
 
 LOADS = """
 import asyncio, importlib.util, os, sys
@@ -94,3 +99,26 @@ def test_the_registry_reads_what_the_project_says(capsys):
     assert read.project.supported_comfyui_version == ">=0.3.64" and read.project.dependencies == ["open_clip_torch"]
     assert {m.location.split("/")[0] for m in read.tool_comfy.models} == {"mira_rewards"}
     assert len(read.tool_comfy.models) == 6 and all(m.model_url for m in read.tool_comfy.models)
+
+
+def test_published_it_says_where_it_is(tmp_path, capsys):
+    """Whoever publishes it, from wherever: the addresses are those of their repository at the version's tag."""
+    from comfy_cli.registry.config_parser import extract_node_configuration
+
+    text = (ROOT / "pyproject.toml").read_text()
+    version = re.search('^version = "(.*)"', text, re.M)[1]
+    file = tmp_path / "pyproject.toml"
+    file.write_text(publish.addressed(text, "https://example.com/owner/pack/", f"v{version}"))
+    read = extract_node_configuration(str(file))
+    said = capsys.readouterr()
+    assert "Warning" not in said.out + said.err
+    assert read.project.urls.repository == "https://example.com/owner/pack"
+    assert read.project.urls.issues == "https://example.com/owner/pack/issues"
+    assert read.project.urls.documentation.endswith(f"/blob/v{version}/README.md")
+    for shown, sides in ((read.tool_comfy.icon, [1, 1]), (read.tool_comfy.banner_url, [21, 9])):
+        there = shown.removeprefix(f"https://example.com/owner/pack/raw/v{version}/")
+        width, height = Image.open(ROOT / there).size
+        assert width * sides[1] == height * sides[0] and (sides != [1, 1] or width <= 400)
+    assert len(read.tool_comfy.models) == 6 and read.project.supported_comfyui_version == ">=0.3.64"
+    with pytest.raises(ValueError, match=f"takes the tag 'v{re.escape(version)}'"):
+        publish.addressed(text, "https://example.com/owner/pack", "v99.0.0")

@@ -13,7 +13,6 @@ import comfy.sd
 import comfy_extras.nodes_flux
 import pytest
 import torch
-from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from mira import nodes
 from mira.nodes import host
 from mira.nodes.host.scoring import Scoring, decode
@@ -26,7 +25,6 @@ from bench import families
 from bench.families import exactness, examine, in_precision, optimize
 from testing.families import FAMILIES, known, make
 from testing.pack import as_node
-from tools.examples import EXAMPLES, needs_files
 
 EVERY = os.environ.get("MIRA_FAMILIES") == "all"
 HERE = [name for name in known() if FAMILIES[name].quick or EVERY]
@@ -217,43 +215,6 @@ def test_other_seeds_of_what_unclip_shows_are_told(world, shows):
             steps=2, cfg=2.0, sampler_name="euler", scheduler="normal", preset="custom", iterations=1, seeds=2,
         ).args[2]  # fmt: skip
     assert any("what unCLIP shows is noised by the given seed" in n for n in trace.notices) == shows
-
-
-# What the examples for checkpoints are about.
-OF = {
-    "17 SD1.5 - aesthetic": "SD 1.5", "18 SDXL - HPS": "SDXL", "19 SDXL Lightning - PickScore": "SDXL",
-    "20 Z-Image-Turbo - HPS": "Z-Image", "21 FLUX.2 klein - HPS": "FLUX.2", "22 Qwen-Image - HPS": "Qwen-Image",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if needs_files(name)])
-def test_an_example_runs_on_a_small_network_of_its_family(world, name):
-    """As it is saved, but for sizes, the scorer, and how often."""
-    if OF[name] not in known():
-        pytest.skip("this ComfyUI does not know the model")
-    model, vae, conds, latent = make(OF[name])
-    described = EXAMPLES[name]()
-    said = described["mira"].values
-    shared = dict(
-        latent_image={"samples": latent}, vae=vae, reward=PixelReward("brightness"), prompt="a fox",
-        preset=said.get("preset", "balanced"), iterations=5,
-    )  # fmt: skip
-    with torch.inference_mode():
-        if described["mira"].kind == "MiraOptimizeKSampler":
-            options = {"steps": 20, "cfg": 5.0, "sampler_name": "euler_ancestral", "scheduler": "normal"} | said
-            options["steps"] = min(options["steps"], 8)
-            done = as_node(nodes.MiraOptimizeKSampler).execute(model=model, **conds, **(options | shared))
-        else:
-            done = as_node(nodes.MiraOptimizeSamplerAdvanced).execute(
-                noise=Noise_RandomNoise(described["noise"].values["noise_seed"]),
-                guider=world.guider(model, **conds, cfg=described["guider"].values["cfg"]),
-                sampler=comfy.samplers.sampler_object(described["sampler"].values["sampler_name"]),
-                sigmas=world.sigmas(model, steps=described["sigmas"].values["steps"], scheduler="simple"), **shared,
-            )  # fmt: skip
-    optimized, plain, trace = done.args[:3]
-    rows = trace.of(0)
-    assert optimized["samples"].shape == plain["samples"].shape and rows[-1]["round"] == 2
-    assert rows[trace.kept[0]]["reward"] > rows[0]["reward"]
 
 
 @pytest.mark.parametrize("memory", ["none", "per_block"])

@@ -310,7 +310,6 @@ def test_without_a_gradient_what_a_step_leaves_is_each_trajectorys_own(world):
     assert rows(done) == pytest.approx(expected, abs=1e-5) and len(set(rows(done))) == 3
 
 
-@pytest.mark.usefixtures("trained")
 def test_guidance_with_momentum(world):
     model = as_node(APG, model=world.model, eta=1.0, norm_threshold=5.0, momentum=-0.5).args[0]
     for memory, way in (("auto", "none"), ("per_block", "per_block")):  # the one is measured and becomes none
@@ -329,7 +328,6 @@ def test_guidance_with_momentum(world):
             run(world, settings, host.searching, model=model, steps=4, sampler="euler_ancestral", gradient=False)
 
 
-@pytest.mark.usefixtures("trained")
 def test_guidance_with_little_momentum_is_no_less_strange(world):
     """As little as a step that is computed again may be off by, and in two steps, of which the self-test has one."""
     model = as_node(APG, model=world.model, eta=1.0, norm_threshold=0.0, momentum=-0.03).args[0]
@@ -603,7 +601,6 @@ def test_a_guider_with_a_gradient_of_its_own_keeps_the_graphs_attention_too(worl
     assert abs(rows(found[0])[0] - rows(found[1])[0]) > 1e-4 and not found[0].result.trace.notices
 
 
-@pytest.mark.usefixtures("trained")
 def test_what_a_block_hands_to_a_later_one_is_not_lost(world):
     """Beside what it returns: to a checkpoint of the later one it is a constant."""
 

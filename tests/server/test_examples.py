@@ -7,8 +7,9 @@ import json
 import re
 
 import pytest
+from mira.sampler.trace import Trace
 
-from testing.servers import on_small_model
+from testing.servers import on_small_family, on_small_model
 from tools.comfy import ROOT, Client, comfyui_folder
 from tools.examples import BLUEPRINT, EXAMPLES, NOTES, blueprint, gallery, graph, needs_files, published
 from tools.help import columns_js, page, pages
@@ -19,6 +20,12 @@ HAS_BLUEPRINTS = (comfyui_folder() / "app" / "subgraph_manager.py").is_file()
 NAMES = sorted(p.stem for p in FOLDER.glob("*.json"))
 ON_DEMO_MODEL = ("01 Quickstart", "10 Guidance")  # the first that a person opens, and one with the model's LoRA
 SHORT = {"steps": 3, "step": 1, "iterations": 2, "width": 64, "height": 64}
+
+# What the examples for checkpoints are about.
+OF = {
+    "17 SD1.5 - aesthetic": "SD 1.5", "18 SDXL - HPS": "SDXL", "19 SDXL Lightning - PickScore": "SDXL",
+    "20 Z-Image-Turbo - HPS": "Z-Image", "21 FLUX.2 klein - HPS": "FLUX.2", "22 Qwen-Image - HPS": "Qwen-Image",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +101,32 @@ def test_it_loads_but_for_the_files(server, info, name):
 
     with pytest.raises(Exception, match=r"not in list|download it into models/mira_rewards"):
         asyncio.run(go())
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if needs_files(n)])
+def test_it_runs_on_a_small_network_of_its_family(server, info, name):
+    """As it is saved, but for the files, sizes, the scorer, and how often."""
+    if not known_here(name, info):
+        pytest.skip("this ComfyUI does not know the model")
+    prompt = on_small_family(to_prompt(workflow(name), info), OF[name])
+    for node in prompt.values():
+        inputs = node["inputs"]
+        most = {"steps": 8, "iterations": 5, "width": 128, "height": 128}
+        if OF[name] == "FLUX.2":  # sixteen pixels to a latent
+            most |= {"width": 256, "height": 256}
+        inputs |= {k: min(inputs[k], v) for k, v in most.items() if k in inputs}
+
+    async def go():
+        async with Client(server.url) as client:
+            return await client.run(prompt)
+
+    outputs = asyncio.run(go())
+    saved = [outputs[key]["images"] for key, node in prompt.items() if node["class_type"] == "SaveImage"]
+    assert len(saved) == 2 and all(saved)
+    (said,) = (entry["mira"] for entry in outputs.values() if "mira" in entry)
+    trace = Trace.from_dict(said[0])
+    rows = trace.of(0)
+    assert rows[-1]["round"] == 2 and rows[trace.kept[0]]["reward"] > rows[0]["reward"]
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if needs_files(n)])

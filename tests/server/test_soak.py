@@ -13,6 +13,7 @@ from statistics import mean
 import psutil
 import pytest
 
+from testing.servers import WITH_SMALL_MODEL, on_small_model
 from tools.comfy import ROOT, Client, Server
 from tools.workflow import to_prompt
 
@@ -40,7 +41,7 @@ def test_nothing_grows(tmp_path):
             info = await client.get("/object_info")
             for number in range(RUNS):
                 workflow = json.loads((ROOT / "example_workflows" / f"{EXAMPLES[number % 4]}.json").read_text())
-                prompt = to_prompt(workflow, info)
+                prompt = to_prompt(on_small_model(workflow), info)
                 for node in prompt.values():
                     node["inputs"] |= {k: v for k, v in SHORT.items() if k in node["inputs"]}
                     node["inputs"] |= {"seed": number} if "seed" in node["inputs"] else {}
@@ -54,7 +55,7 @@ def test_nothing_grows(tmp_path):
                     seen.append((process.memory_info().rss / 1e6, process.num_threads(), process.num_fds(), mine))
         return seen
 
-    with Server(tmp_path) as server:
+    with Server(tmp_path, arguments=WITH_SMALL_MODEL) as server:
         seen = asyncio.run(go(server))
     print("\nMB, threads, open files, files:", *(f"{mb:.0f} {t} {o} {f}" for mb, t, o, f in seen), sep="\n")
     settled = seen[len(seen) // 4 :]
