@@ -15,6 +15,7 @@ import comfy.patcher_extension
 import comfy.samplers
 import pytest
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_freelunch import FreeU_V2
@@ -771,6 +772,42 @@ def test_guidance_by_attention_is_recomputed_as_it_was(world, node, options):
     assert torch.equal(everything.plain, stock) and not torch.equal(stock, unguided)
     a, b = (d.result.trace.of(0)[0]["gradient_norm"] for d in (everything, blocks))
     assert b == pytest.approx(a, rel=1e-3)
+
+
+@pytest.mark.usefixtures("larger")
+def test_an_adapter_of_images_is_recomputed_as_it_was(world):
+    """As IP-Adapter's packs add their attention: of tensors that the model does not know, by the conditioning, the
+    place in the network and the noise level, all of which it reads from the options.
+    """
+    g = torch.Generator().manual_seed(8)
+    shown = torch.randn(2, 4, 32, generator=g)  # of the conditional and the unconditional part
+    model, adapters, asked = world.model.clone(), {}, set()
+
+    def adapter(place, number):
+        def attend(q, k, v, extra_options):
+            out = optimized_attention(q, k, v, extra_options["n_heads"])
+            asked.add((*extra_options["block"], extra_options["block_index"]))
+            if extra_options["sigmas"][0] < 0.5:
+                return out
+            to_k, to_v = adapters.setdefault((place, number), torch.randn(2, 32, q.shape[-1], generator=g) * 0.2)
+            images = shown[extra_options["cond_or_uncond"]].repeat_interleave(
+                len(q) // len(extra_options["cond_or_uncond"]), 0
+            )
+            return out + 0.8 * optimized_attention(q, images @ to_k, images @ to_v, extra_options["n_heads"])
+
+        return attend
+
+    for place in ("input", "middle", "output"):
+        for number in range(4):
+            model.set_model_attn2_replace(adapter(place, number), place, number)
+    stock, without = (world.ksampler(model=m, steps=3) for m in (model, world.model))
+    assert len(asked) > 1 and not torch.equal(stock, without)
+    found = {m: run(world, model=model, steps=3, iterations=1, memory=m) for m in ("none", "per_step", "per_block")}
+    for memory, done in found.items():
+        assert torch.equal(done.plain, stock), memory
+        norm = done.result.trace.of(0)[0]["gradient_norm"]
+        assert norm == pytest.approx(found["none"].result.trace.of(0)[0]["gradient_norm"], rel=1e-3), memory
+    assert found["per_block"].result.trace.settings["checkpointing"] == "per_block"
 
 
 @pytest.mark.parametrize("memory", ["none", "per_block"])
