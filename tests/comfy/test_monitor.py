@@ -60,7 +60,7 @@ def runs(world, demo_model, demo_vae):
     )  # fmt: skip
     return {
         "near": world.optimize(**options, iterations=2, lr=0.005),
-        "white": world.optimize(**options, iterations=8, lr=0.3),
+        "white": world.optimize(**options, iterations=4, lr=0.3),
     }
 
 

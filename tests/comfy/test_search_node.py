@@ -205,9 +205,11 @@ def test_masked_and_half_denoised(world, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_fewest_steps_and_no_guidance(world, method):
+def test_fewest_steps_no_guidance_and_the_largest_seed(world, method):
     # euler_ancestral injects no noise in its last step, so that steering begins at two, where a middle level is too.
-    trace = run(world, method=method, steps=2 if method in (*STEERING, "restarts") else 1, cfg=1.0).args[2]
+    steps = 2 if method in (*STEERING, "restarts") else 1
+    plain, trace = run(world, method=method, steps=steps, cfg=1.0, seed=2**64 - 1).args[1:3]
+    assert torch.equal(plain["samples"], world.ksampler(steps=steps, cfg=1.0, seed=2**64 - 1))
     assert trace.rows[-1]["evaluations"] > 0
 
 
