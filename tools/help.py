@@ -22,11 +22,17 @@ PROSE = ROOT / "docs" / "help"
 SHARED = ("files", "optimising")
 
 
-def cell(text) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|")
+def line(text) -> str:
+    return " ".join(str(text).split())
 
 
-def row(name: str, spec: list, optional: bool) -> str:
+def point(name: str, facts: list, said: str) -> str:
+    """A point of a list, which a narrow panel wraps, as it does no table."""
+    known = "; ".join(line(fact) for fact in facts if line(fact))
+    return f"- `{name}`{f' ({known})' if known else ''}{f': {line(said)}' if line(said) else ''}"
+
+
+def described(name: str, spec: list, optional: bool) -> str:
     kind, options = spec[0], spec[1] if len(spec) > 1 else {}
     if isinstance(kind, list) or kind == "COMBO":
         values = kind if isinstance(kind, list) else options.get("options", [])
@@ -34,10 +40,9 @@ def row(name: str, spec: list, optional: bool) -> str:
         kind = "choice" if len(values) > 10 or any("." in str(v) for v in values) else ", ".join(map(str, values))
     elif kind in ("INT", "FLOAT") and "min" in options:
         kind = f"{options['min']:g} to {options['max']:g}"
-    default = options.get("default", "")
-    default = "" if kind == "choice" else default
-    note = " (optional)" if optional else ""
-    return f"| `{name}`{note} | {cell(kind)} | {cell(default)} | {cell(options.get('tooltip', ''))} |"
+    default = line(options.get("default", "")) if kind != "choice" else ""
+    facts = [kind, default and f"default {default}", "optional" if optional else ""]
+    return point(name, facts, options.get("tooltip", ""))
 
 
 def pages() -> list[str]:
@@ -65,15 +70,10 @@ def presets(inputs: dict) -> list[str]:
     # What it sets, and in the editor the dials, too.
     sets = {preset: options["mira_dials"][preset] | values for preset, values in options["mira_presets"].items()}
     first = next(iter(sets))
-    lines = [
-        "## Presets",
-        "",
-        f"| preset | in the editor; what is as in {first}, or left as it is, is not listed |",
-        "|---|---|",
-    ]
+    lines = ["## Presets", "", f"In the editor. What is as in {first}, or left as it is, is not listed.", ""]
     for preset, values in sets.items():
         told = {k: v for k, v in values.items() if preset == first or sets[first].get(k) != v}
-        lines.append(f"| **{preset}** | {', '.join(f'`{k}` {cell(v)}' for k, v in told.items() if k in inputs)} |")
+        lines.append(f"- **{preset}**: {', '.join(f'`{k}` {line(v)}' for k, v in told.items() if k in inputs)}")
     return [*lines, ""]
 
 
@@ -85,11 +85,11 @@ def page(node: str, info: dict) -> str:
     inputs = [(n, s, g == "optional") for g in ("required", "optional") for n, s in info["input"].get(g, {}).items()]
     lines += presets({name: spec for name, spec, _ in inputs})
     if inputs:
-        lines += ["## Inputs", "", "| input | range | default | |", "|---|---|---|---|", *(row(*i) for i in inputs), ""]
-    lines += ["## Outputs", "", "| output | type | |", "|---|---|---|"]
+        lines += ["## Inputs", "", *(described(*i) for i in inputs), ""]
+    lines += ["## Outputs", ""]
     tooltips = info.get("output_tooltips") or [""] * len(info["output"])
     for name, kind, tooltip in zip(info["output_name"], info["output"], tooltips, strict=True):
-        lines.append(f"| `{name}` | {kind} | {cell(tooltip or '')} |")
+        lines.append(point(name, [kind], tooltip or ""))
     if node == "MiraLoadTrace":
         lines += [
             "",
@@ -98,7 +98,7 @@ def page(node: str, info: dict) -> str:
             "Beside these a record has the parts of a reward, as `reward.` and their names.",
             "",
         ]
-        lines += ["| column | |", "|---|---|", *(f"| `{name}` | {cell(c.said)} |" for name, c in COLUMNS.items())]
+        lines += [point(name, [], column.said) for name, column in COLUMNS.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -26,7 +26,7 @@ from comfy_api.latest import io
 from testing.networks import sd15
 from testing.pack import as_node, mira
 from tools.comfy import ROOT
-from tools.help import cell
+from tools.help import line
 
 nodes, checks = mira("nodes"), mira("nodes.shared.checks")
 Trace = mira("sampler.trace").Trace
@@ -566,10 +566,10 @@ def test_what_a_choice_may_leave_out_is_an_input():
 
 @pytest.mark.parametrize("node", ["MiraOptimizeKSampler", "MiraOptimizeSamplerAdvanced"])
 def test_a_help_page_says_what_a_run_takes_from_its_preset(node):
-    """Of every input, as the table says it: what a later preset does not list is as in the first, or is left alone."""
+    """Of every input, as the list says it: what a later preset does not list is as in the first, or is left alone."""
     text = (ROOT / "web" / "docs" / f"{node}.md").read_text()
-    table = re.findall(r"^\| \*\*(\w+)\*\* \| (.*) \|$", text, re.MULTILINE)
-    told = {preset: dict(entry[1:].split("` ") for entry in said.split(", ")) for preset, said in table}
+    listed = re.findall(r"^- \*\*(\w+)\*\*: (.*)$", text.split("## Presets")[1], re.MULTILINE)
+    told = {preset: dict(entry[1:].split("` ") for entry in said.split(", ")) for preset, said in listed}
     assert told.keys() == PRESETS.PRESETS.keys()
     first = next(iter(told.values()))
     names = [i.id for i in getattr(nodes, node).define_schema().inputs]
@@ -577,7 +577,7 @@ def test_a_help_page_says_what_a_run_takes_from_its_preset(node):
         # The dials as the editor sets them; every other input stands somewhere else than any preset has it.
         before = dict.fromkeys(names, "elsewhere") | {"preset": preset}
         taken = PRESETS.apply_preset(before | PRESETS.SUGGESTED[preset])[0]
-        changed = {name: cell(value) for name, value in taken.items() if value != "elsewhere" and name != "preset"}
+        changed = {name: line(value) for name, value in taken.items() if value != "elsewhere" and name != "preset"}
         assert said.items() <= changed.items(), preset
         assert changed.items() <= (first | said).items(), preset
 
