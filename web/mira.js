@@ -182,6 +182,7 @@ function addCharted(node) {
   onOutput(node, (output) => {
     const run = fromOutput(output);
     if (run) showRun(node, chart, run);
+    taker.whyAgain(node); // the server had it after all, and nothing began
     view.chooser?.hide();
     if (lower !== null && node.size[1] === fitted) setTimeout(shrink, 100, node, lower); // once it is laid out without
     lower = null;
@@ -371,7 +372,7 @@ app.registerExtension({
       const node = chartedBy(detail);
       if (!node) return;
       const waiting = detail.seeds > 1 ? `Trying ${detail.seeds} seeds ...` : "Sampling the first image ...";
-      node[VIEW].chart.set({ ...newRun(), id: detail.run, waiting });
+      node[VIEW].chart.set({ ...newRun(), id: detail.run, waiting: taker.whyAgain(node) + waiting });
     });
     api.addEventListener("mira.seed", ({ detail }) => {
       const chart = chartedBy(detail)?.[VIEW].chart;

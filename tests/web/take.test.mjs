@@ -73,8 +73,9 @@ test("where something else reads the same primitive it would be another run", as
 test("a run that the server does not know is run again, and that is said", async () => {
   const { node, taker, chart, queued } = begun({ asked: false });
   await taker.take(node, chart, 2, true);
-  assert.match(chart.run().refused, /it is run again/);
-  assert.deepEqual([queued.length, queued[0][1].inputs.final_restart], [1, 0.3]);
+  assert.deepEqual([queued.length, queued[0][1].inputs.final_restart, chart.run().refused], [1, 0.3, null]);
+  assert.match(taker.whyAgain(node), /it is run again/);
+  assert.equal(taker.whyAgain(node), ""); // of that run alone
 });
 
 test("another setting forgets what was taken, and resets nothing that others read where nothing was", async () => {
