@@ -111,11 +111,10 @@ def test_it_runs_on_a_small_network_of_its_family(server, info, name):
     if not known_here(name, info) or OF[name] not in known():
         pytest.skip("this ComfyUI does not know the model")
     prompt = on_small_family(to_prompt(workflow(name), info), OF[name])
+    side = 256 if OF[name] == "FLUX.2" else 128  # sixteen pixels to a latent, or eight
+    most = {"steps": 8, "iterations": 5, "width": side, "height": side}
     for node in prompt.values():
         inputs = node["inputs"]
-        most = {"steps": 8, "iterations": 5, "width": 128, "height": 128}
-        if OF[name] == "FLUX.2":  # sixteen pixels to a latent
-            most |= {"width": 256, "height": 256}
         inputs |= {k: min(inputs[k], v) for k, v in most.items() if k in inputs}
 
     async def go():
