@@ -7,7 +7,7 @@ import { nodeAt, nodesOf, pathTo } from "./graph.js";
 import { addPresets, addPromotedPresets, fold, learn, migrate } from "./inputs.js";
 import { addDom, chain, fit, shrink } from "./node.js";
 import { recordsOf } from "./png.js";
-import { addStep, csv, fromOutput, harmless, isNews, newRun, status } from "./series.js";
+import { addStep, begun, csv, fromOutput, harmless, isNews, newRun, status } from "./series.js";
 import { createTaker } from "./take.js";
 import { textElement, textOf } from "./text.js";
 
@@ -182,7 +182,6 @@ function addCharted(node) {
   onOutput(node, (output) => {
     const run = fromOutput(output);
     if (run) showRun(node, chart, run);
-    taker.whyAgain(node); // the server had it after all, and nothing began
     view.chooser?.hide();
     if (lower !== null && node.size[1] === fitted) setTimeout(shrink, 100, node, lower); // once it is laid out without
     lower = null;
@@ -369,15 +368,13 @@ app.registerExtension({
     });
     // A run that begins shows nothing of the last one, and says what it does until its first image is there.
     api.addEventListener("mira.begin", ({ detail }) => {
-      const node = chartedBy(detail);
-      if (!node) return;
-      const waiting = detail.seeds > 1 ? `Trying ${detail.seeds} seeds ...` : "Sampling the first image ...";
-      node[VIEW].chart.set({ ...newRun(), id: detail.run, waiting: taker.whyAgain(node) + waiting });
+      const chart = chartedBy(detail)?.[VIEW].chart;
+      chart?.set(begun(chart.run(), detail));
     });
     api.addEventListener("mira.seed", ({ detail }) => {
       const chart = chartedBy(detail)?.[VIEW].chart;
       if (!chart || (chart.run().id === detail.run && chart.run().rows.length)) return;
-      chart.set({ ...newRun(), id: detail.run, waiting: `Trying ${detail.seeds} seeds: ${detail.count} of them done` });
+      chart.set(begun(chart.run(), detail));
     });
     for (const [event, ended] of [["execution_error", "an error"], ["execution_interrupted", "a cancel"]]) {
       api.addEventListener(event, ({ detail }) => {

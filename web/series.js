@@ -4,14 +4,23 @@ import { BOOKKEEPING } from "./columns.js";
 /**
  * A run as the events and the history tell it: settings, rows, kept iterations. Bad input gives an empty run.
  *
- * waiting: what is said while there is no row. ended: by what, where nothing came of it. refused: why an
- * iterate of it was not taken.
+ * waiting: what is said while there is no row. why: it was begun, where nobody would think that it has to be. ended: by
+ * what, where nothing came of it. refused: why an iterate of it was not taken. unknown: one was, when the server knew
+ * nothing of the run any more.
  */
 export function newRun() {
   return {
     id: null, settings: {}, rows: [], kept: [], reasons: [], notices: [], iterations: 0, previews: {}, done: false,
-    waiting: null, ended: null, refused: null,
+    waiting: null, why: "", ended: null, refused: null, unknown: false,
   };
+}
+
+/** A run that has no image yet, where `last` was shown. detail: what the server says of it; count: the seeds that are tried. */
+export function begun(last, { run, seeds, count = 0 }) {
+  const again = last.unknown ? "The server kept nothing of that run: it is run again. " : "";
+  const why = last.id === run ? last.why : again;
+  const trying = `Trying ${seeds} seeds${count ? `: ${count} of them done` : " ..."}`;
+  return { ...newRun(), id: run, why, waiting: why + (seeds > 1 ? trying : "Sampling the first image ...") };
 }
 
 /** The last iteration that there is a row of; 0 without any. */

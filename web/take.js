@@ -13,12 +13,11 @@ const SEEDED = ["seed", "noise"]; // the inputs that it may come by
 /**
  * rootGraph(), nodeOf(id), placeOf(node): its execution id in parts. askedOf(run): what the server knows that the run was
  * made from, or null. prompt(): what would be queued now. queue().
- * Returns { take, watch, whyAgain }.
+ * Returns { take, watch }.
  */
 export function createTaker({ rootGraph, nodeOf, placeOf, askedOf, prompt, queue }) {
   const busy = new WeakSet(); // nodes of which one is being taken
   const known = new WeakMap(); // of a node: its widgets' values at the last run
-  const again = new WeakSet(); // nodes whose next run is one that the server knew no more
 
   /** The widget that gives an input its value, wherever it is. names: what it is called there. */
   function giver(path, inputs, names = [...inputs, "value"]) {
@@ -30,7 +29,6 @@ export function createTaker({ rootGraph, nodeOf, placeOf, askedOf, prompt, queue
   async function take(node, chart, iterate, anew) {
     const run = chart.run();
     if (!run.done || busy.has(node)) return;
-    again.delete(node);
     const tell = (refused) => chart.run().id === run.id && chart.set({ ...run, refused }); // else another has begun
     busy.add(node);
     try {
@@ -38,11 +36,9 @@ export function createTaker({ rootGraph, nodeOf, placeOf, askedOf, prompt, queue
       const isOver = () => chart.run().id !== run.id;
       if (isOver()) return;
       const refused = await write(node, run, asked, iterate, anew, isOver);
-      if (refused || run.refused) tell(refused);
-      if (refused === null) {
-        if (!asked) again.add(node);
-        queue();
-      }
+      if (refused !== null) return tell(refused);
+      chart.set({ ...chart.run(), refused, unknown: !asked });
+      queue();
     } catch (problem) {
       tell(`Not taken: ${problem.message}`);
     } finally {
@@ -154,8 +150,5 @@ export function createTaker({ rootGraph, nodeOf, placeOf, askedOf, prompt, queue
     chain(node, "onConfigure", () => remember(node));
   }
 
-  /** Why the run that begins now is one more, as a sentence; empty where nothing of it was known before. */
-  const whyAgain = (node) => (again.delete(node) ? "The server kept nothing of that run: it is run again. " : "");
-
-  return { take, watch, whyAgain };
+  return { take, watch };
 }

@@ -789,7 +789,9 @@ def test_an_adapter_of_images_is_recomputed_as_it_was(world):
             asked.add((*extra_options["block"], extra_options["block_index"]))
             if extra_options["sigmas"][0] < 0.5:
                 return out
-            to_k, to_v = adapters.setdefault((place, number), torch.randn(2, 32, q.shape[-1], generator=g) * 0.2)
+            if (place, number) not in adapters:
+                adapters[place, number] = torch.randn(2, 32, q.shape[-1], generator=g) * 0.2
+            to_k, to_v = adapters[place, number]
             images = shown[extra_options["cond_or_uncond"]].repeat_interleave(
                 len(q) // len(extra_options["cond_or_uncond"]), 0
             )

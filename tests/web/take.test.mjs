@@ -1,6 +1,7 @@
 // What taking an iterate writes, and when nothing is taken.
 import assert from "node:assert/strict";
 import { test } from "node:test";
+import { begun } from "../../web/series.js";
 import { createTaker } from "../../web/take.js";
 
 /** Nodes as the frontends have them: { id: [widgets, { input: [origin, slot] }] }. */
@@ -20,7 +21,7 @@ function graphOf(nodes) {
 const valueOf = (graph, id, name) => graph.getNodeById(id).widgets.find((w) => w.name === name).value;
 
 /** An optimiser whose `iterate` comes from a primitive that something else reads too, behind a sampler with a seed of its own. */
-function begun({ cfg = 5, asked = true, shared = false } = {}) {
+function world({ cfg = 5, asked = true, shared = false } = {}) {
   const graph = graphOf({
     1: [{ seed: 9, control_after_generate: "randomize", cfg, iterate: -1, final_restart: 0.3 }, { iterate: [2, 0], latent: [3, 0] }],
     2: [{ value: -1 }],
@@ -44,7 +45,7 @@ function begun({ cfg = 5, asked = true, shared = false } = {}) {
 }
 
 test("an iterate that comes by a link is taken, with every seed as it was", async () => {
-  const { graph, node, taker, chart, queued } = begun();
+  const { graph, node, taker, chart, queued } = world();
   await taker.take(node, chart, 3, false);
   assert.equal(chart.run().refused, null);
   assert.equal(queued.length, 1);
@@ -53,7 +54,7 @@ test("an iterate that comes by a link is taken, with every seed as it was", asyn
 });
 
 test("of a graph that has changed nothing is taken, and every widget is as it was", async () => {
-  const { graph, node, taker, chart, queued } = begun({ cfg: 6 });
+  const { graph, node, taker, chart, queued } = world({ cfg: 6 });
   const before = structuredClone(graph.nodes.map((n) => n.widgets));
   await taker.take(node, chart, 3, true);
   assert.match(chart.run().refused, /node 1: cfg was 5, is 6/);
@@ -62,7 +63,7 @@ test("of a graph that has changed nothing is taken, and every widget is as it wa
 });
 
 test("where something else reads the same primitive it would be another run", async () => {
-  const { graph, node, taker, chart, queued } = begun({ shared: true });
+  const { graph, node, taker, chart, queued } = world({ shared: true });
   const before = structuredClone(graph.nodes.map((n) => n.widgets));
   await taker.take(node, chart, 3, false);
   assert.match(chart.run().refused, /iterate comes from node 2, which gives its value to other inputs too.*of its own/);
@@ -71,15 +72,18 @@ test("where something else reads the same primitive it would be another run", as
 });
 
 test("a run that the server does not know is run again, and that is said", async () => {
-  const { node, taker, chart, queued } = begun({ asked: false });
+  const { node, taker, chart, queued } = world({ asked: false });
   await taker.take(node, chart, 2, true);
   assert.deepEqual([queued.length, queued[0][1].inputs.final_restart, chart.run().refused], [1, 0.3, null]);
-  assert.match(taker.whyAgain(node), /it is run again/);
-  assert.equal(taker.whyAgain(node), ""); // of that run alone
+  const next = begun(chart.run(), { run: "s", seeds: 2 });
+  assert.equal(next.waiting, "The server kept nothing of that run: it is run again. Trying 2 seeds ...");
+  const tried = begun(next, { run: "s", seeds: 2, count: 1 });
+  assert.equal(tried.waiting, "The server kept nothing of that run: it is run again. Trying 2 seeds: 1 of them done");
+  assert.equal(begun(tried, { run: "t", seeds: 1 }).waiting, "Sampling the first image ..."); // of that run alone
 });
 
 test("another setting forgets what was taken, and resets nothing that others read where nothing was", async () => {
-  const { graph, node, taker, chart } = begun();
+  const { graph, node, taker, chart } = world();
   taker.watch(node);
   const set = (name, value) => {
     const widget = node.widgets.find((w) => w.name === name);
