@@ -96,6 +96,9 @@ VARIANTS = {
     "once_.65": Variant(then=0.65),
     "rounds_.4": Variant({"iterations": 16, "restart_every": 4, "restart_denoise": 0.4, "lr": 0.04}),
     "default": default(),
+    # What the node does below ten steps, and plain optimisation with as much of a gradient.
+    "default_exact": replace(default(), gradient_steps=0),
+    "dno_exact": Variant(gradient_steps=0),
     "three_rounds": default(iterations=12),
     "default_.6": default(restart_denoise=0.6),
     "default_.4": default(restart_denoise=0.4),
