@@ -77,9 +77,10 @@ def opening(node: str, path: Path) -> Iterator[None]:
 
 
 def path_of(node: str, name: str, published: known.Published, *stock: str) -> Path:
-    if message := files.missing(name or "an empty name", published, *stock):
+    message, path = files.missing(name or "an empty name", published, *stock), files.find(name, *stock)
+    if message or path is None:
         raise ValueError(f"{node}: {message}")
-    return files.find(name, *stock)
+    return path
 
 
 def expect(node: str, name: str, state: dict, wanted: str) -> None:

@@ -315,7 +315,7 @@ class MiraDriftMonitor(io.ComfyNode):
         cls,
         drift_metric: str,
         filename_prefix: str,
-        base_images: Tensor = None,
+        base_images: Tensor | None = None,
         clip: Any = None,
         prompt: str = "",
         **inputs: Any,

@@ -286,9 +286,9 @@ def run_preference(
         raise ValueError(f"{node}: {message}")
     check_latent(node, given.model, given.latent, given.vae, sampler, values, METHODS[values["method"]].gradient)
     judge, context = values["judge"], get_executing_context()
-    if judge == "reward":
-        check_reward(node, reward)
-        needs(node, reward, given.prompt, len(given.latent["samples"]))
+    scorer = check_reward(node, reward) if judge == "reward" else None
+    if scorer:
+        needs(node, scorer, given.prompt, len(given.latent["samples"]))
     left = before.result.left if before else None
     somebody = asked = None
     if judge == "person":
@@ -300,12 +300,12 @@ def run_preference(
         "recorded choices": lambda: recorded(choices),
     }[judge]()
     settings = read_settings(node, values, PreferenceSettings)
-    by = reward.facts.name if judge == "reward" else judge
+    by = scorer.facts.name if scorer else judge
     record = describe(node, told, given.seed, given.prompt, by)
     shown = {"drift_metric": "path_kl", "judge": judge, "iterations": settings.iterations}
     live = LiveRun(hidden, settings.iterations - 1 + settings.ends_with_update, shown, record)
     job = ksampler_job(
-        given, values, node=node, reward=reward if judge == "reward" else None, settings=settings,
+        given, values, node=node, reward=scorer, settings=settings,
         gradient=METHODS[settings.method].gradient, on_iteration=live,
     )  # fmt: skip
     try:
@@ -315,7 +315,7 @@ def run_preference(
         raise
     trace = done.result.trace
     trace.settings |= record
-    if somebody:
+    if asked and somebody:
         if asked.missed:
             trace.notices.append(f"nobody chose in time, {asked.missed} times: those count as ties")
         done.result.left = Left([*trace.settings["choices"], *somebody.unused()], len(trace.settings["choices"]))
@@ -323,8 +323,8 @@ def run_preference(
             trace.notices.append(
                 f"choices of the run before were repeated, {repeated} of them: another seed begins without"
             )
-    if judge == "reward":
-        tell(node, trace, reward.notices(job.prompts))
+    if scorer:
+        tell(node, trace, scorer.notices(job.prompts))
     return done, live
 
 

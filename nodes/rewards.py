@@ -56,7 +56,7 @@ class MiraPixelReward(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, measure: str, reference: Tensor = None) -> io.NodeOutput:
+    def execute(cls, measure: str, reference: Tensor | None = None) -> io.NodeOutput:
         check_values(cls.NAME, cls.define_schema().inputs, {"measure": measure})
         if measure != REFERENCE:
             return io.NodeOutput(PixelReward(measure))
@@ -255,7 +255,7 @@ class MiraRewardFromPython(io.ComfyNode):
         )
 
     @classmethod
-    def missing(cls, file: str) -> str | None:
+    def missing(cls, file: str | None) -> str | None:
         # Only a name that the folder lists is ever run, whatever a workflow says.
         if file is None or (file in files.scripts() and files.find(file)):
             return None

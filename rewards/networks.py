@@ -61,9 +61,9 @@ def _fused(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         for theirs, ours in names.items():
             if f"{prefix}{theirs}.{kind}" in state:
                 layer[f"{ours}.{kind}"] = state[f"{prefix}{theirs}.{kind}"]
-        parts = [state.get(f"{prefix}self_attn.{x}_proj.{kind}") for x in "qkv"]
-        if all(p is not None for p in parts):
-            layer[f"attn.in_proj_{kind}"] = torch.cat(parts)
+        parts = [f"{prefix}self_attn.{x}_proj.{kind}" for x in "qkv"]
+        if all(name in state for name in parts):
+            layer[f"attn.in_proj_{kind}"] = torch.cat([state[name] for name in parts])
     return layer
 
 

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ DEFAULTS = {"low": -math.inf, "high": math.inf}
 class _Fresh(importlib.machinery.SourceFileLoader):
     """Compiles the file as it is now: compiled files are told apart by their second, and a user edits faster."""
 
-    def path_stats(self, path: str) -> None:
+    def path_stats(self, path: str) -> NoReturn:
         raise OSError
 
 
@@ -86,7 +86,9 @@ class PythonReward(Reward):
         self.path, self.passes = path, (*passes, OutOfMemoryError, MemoryError, CheckpointError)
         linecache.checkcache(str(path))
         loader = _Fresh(f"mira_reward_{path.stem}", str(path))
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+        spec = importlib.util.spec_from_loader(loader.name, loader)
+        assert spec is not None  # of a loader of files there is one
+        module = importlib.util.module_from_spec(spec)
         sys.modules[loader.name] = module  # where dataclasses and pickle look for it
         try:
             with _outside_inference_mode():
@@ -94,9 +96,10 @@ class PythonReward(Reward):
         except (Exception, SystemExit) as problem:
             raise ValueError(located(problem, path)) from problem
         self.facts = facts_of(getattr(module, "FACTS", None), path)
-        self.function = getattr(module, "score", None)
-        if not callable(self.function):
+        function = getattr(module, "score", None)
+        if not callable(function):
             raise ValueError(f"{path.name} defines no function score(images, prompts)")
+        self.function = function
         modules = getattr(module, "MODULES", ())
         if not isinstance(modules, (tuple, list)) or not all(isinstance(m, torch.nn.Module) for m in modules):
             raise ValueError(f"{path.name}: MODULES is {modules!r}; it must be a list of torch modules")

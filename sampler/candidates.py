@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,7 +46,7 @@ class Candidate:
     path: Path
     images: Tensor
     energy: Tensor
-    gradients: list[Tensor] | None = None
+    gradients: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -94,10 +94,10 @@ class Run:
     def _energy(self, path: Path, reference: Path | None) -> Tensor:
         return ENERGIES[self.settings.energy](path, reference or path.detach())
 
-    def _candidate(self, path: Path, energy: Tensor, gradients: list[Tensor] | None = None) -> Candidate:
+    def _candidate(self, path: Path, energy: Tensor, gradients: Sequence[Tensor] = ()) -> Candidate:
         with torch.no_grad():
             images = self.render(path.x0)
-        return Candidate(list(path.noises), path, images, energy, gradients)
+        return Candidate(list(path.noises), path, images, energy, list(gradients))
 
 
 def towards(noises: Sequence[Tensor], direction: Sequence[Tensor], share: float) -> list[Tensor]:

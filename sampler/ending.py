@@ -6,7 +6,7 @@ import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from .memory import DIFFERS, differs, give_back, out_of_memory
 
@@ -37,9 +37,10 @@ class Cut:
         return "interrupted"
 
 
-def attempt(interrupts: Interrupts, work: Callable[..., T], *args: Any) -> tuple[T | None, Cut | None]:
-    """(work(*args), None), or (None, what cut it short): an exception of `interrupts`, running out of memory, or any
-    other error, which is logged with where it came from: a loop that has an image hands it back, whatever happens.
+def attempt(interrupts: Interrupts, work: Callable[..., T], *args: Any) -> tuple[T, Cut | None]:
+    """(work(*args), None), or (nothing to be read, what cut it short): an exception of `interrupts`, running out of
+    memory, or any other error, which is logged with where it came from: a loop that has an image hands it back,
+    whatever happens.
 
     When it returns, nothing of a failed attempt is alive, so that a thriftier one finds the memory free: inside an
     `except` block it would not be.
@@ -51,10 +52,10 @@ def attempt(interrupts: Interrupts, work: Callable[..., T], *args: Any) -> tuple
     except Exception as problem:
         cut = Cut(problem, memory=out_of_memory(problem))
         cut.failed = not cut.memory
-    return None, _let_go(cut)
+    return cast(T, None), _let_go(cut)
 
 
-def within_memory(work: Callable[..., T], *args: Any) -> tuple[T | None, Cut | None]:
+def within_memory(work: Callable[..., T], *args: Any) -> tuple[T, Cut | None]:
     """As `attempt`, for what may be done with less memory: every other exception goes through."""
     try:
         return work(*args), None
@@ -62,7 +63,7 @@ def within_memory(work: Callable[..., T], *args: Any) -> tuple[T | None, Cut | N
         if not out_of_memory(problem):
             raise
         cut = Cut(problem, memory=True)
-    return None, _let_go(cut)
+    return cast(T, None), _let_go(cut)
 
 
 def _let_go(cut: Cut) -> Cut:

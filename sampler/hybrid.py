@@ -163,7 +163,7 @@ def hybrid(
     trajectories += [list(others(p, noises)) for p in range(1, settings.particles)]
     run = _Hybrid(rollout, score, trajectories, settings, generator, on_iteration, interrupts, memory)
     ended, cut = attempt(interrupts, run.rounds)
-    if cut and (run.kept.latent is None or isinstance(cut.problem, NoGradient)):
+    if cut and (run.kept.empty or isinstance(cut.problem, NoGradient)):
         raise cut.problem
     if cut:
         ended = f"{cut} after round {run.trace.rows[-1]['iteration']}"

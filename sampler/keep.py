@@ -26,18 +26,21 @@ def comparable(reward: Tensor) -> Tensor:
 
 @dataclass
 class Kept:
-    """What comes back: latent (B, C, ...), noises, each (B, C, ...), and of which iteration each image is, (B,)."""
+    """What comes back: latent (B, C, ...), noises, each (B, C, ...), and of which iteration each image is, (B,). empty:
+    nothing is there yet.
+    """
 
-    latent: Tensor | None = None
-    noises: list[Tensor] = field(default_factory=list)
-    iteration: Tensor | None = None
+    latent: Tensor = field(init=False)
+    noises: list[Tensor] = field(init=False)
+    iteration: Tensor = field(init=False)
+    empty: bool = True
 
     def take(self, k: int | Tensor, where: Tensor, latent: Tensor, noises: Sequence[Tensor]) -> None:
         """Iterate k, or k of each image, for the images of `where`, (B,); the first one for all. Never in place: what
         was kept before may still be in somebody's hands, and memory may run out half-way.
         """
-        if self.latent is None:
-            self.latent, self.noises = latent.detach().clone(), [z.detach().clone() for z in noises]
+        if self.empty:
+            self.empty, self.latent, self.noises = False, latent.detach().clone(), [z.detach().clone() for z in noises]
             self.iteration = torch.as_tensor(k).expand(len(latent)).clone()
             return
         kept = chosen(where, latent.detach(), self.latent)
@@ -45,7 +48,7 @@ class Kept:
             self.noises = [z.detach().clone() for z in noises] if where.any() else self.noises
         else:
             self.noises = [chosen(where, new.detach(), old) for new, old in zip(noises, self.noises, strict=True)]
-        self.latent, self.iteration = kept, torch.where(where.cpu(), k, self.iteration)
+        self.latent, self.iteration = kept, torch.where(where.cpu(), torch.as_tensor(k), self.iteration)
 
 
 class Keeper(Kept):
@@ -65,7 +68,7 @@ class Keeper(Kept):
     ) -> None:
         """reward, drift, active: (B,). Images that are not active keep what they have."""
         reward, drift = reward.detach().cpu().double(), drift.detach().cpu().double()
-        if self.latent is None:
+        if self.empty:
             self.take(k, active, latent, noises)
             self.reward = comparable(reward)
             self.best, self.first, self.progress = self.reward.clone(), self.reward.clone(), self.iteration.clone()

@@ -62,7 +62,7 @@ class Dpo(Method):
 
     def candidates(self) -> list[Candidate]:
         # One after the other: each keeps its gradient only, so that the memory is that of one trajectory.
-        references = self.references or [None] * len(self.variables)
+        references: Sequence[Path | None] = self.references or [None] * len(self.variables)
         found = [self.run.look_along(v, r) for v, r in zip(self.variables, references, strict=True)]
         self.references = self.references or [c.path for c in found]
         return found
@@ -125,23 +125,23 @@ class Challenged(Method):
         if self.incumbent is None:
             self.incumbent = self.run.look(self.noises, None)
             self.reference = self.incumbent.path
-        challenges = self.challenges(self.run.settings.candidates - 1)
+        challenges = self.challenges(self.incumbent.noises, self.run.settings.candidates - 1)
         return [self.incumbent, *(self.run.look(z, self.reference) for z in challenges)]
 
-    def challenges(self, count: int) -> list[list[Tensor]]:
+    def challenges(self, noises: list[Tensor], count: int) -> list[list[Tensor]]:
+        """The noises of `count` challengers of an incumbent of these."""
         raise NotImplementedError
 
     def won(self, verdict: Verdict) -> Tensor:
         """(B,): where a challenger is liked most. A tie is not."""
         return (verdict.best > 0) & ~verdict.tie
 
-    def take(self, won: Tensor, other: Candidate) -> None:
-        """The incumbent where it stood its ground, `other` where it did not."""
+    def take(self, won: Tensor, mine: Candidate, its: Candidate) -> None:
+        """The incumbent is `mine` where it stood its ground, and its challenger where it did not."""
 
         def chosen_of(mine: Tensor, its: Tensor) -> Tensor:
             return chosen(won, its, mine)
 
-        mine, its = self.incumbent, other
         path = Path(
             chosen_of(mine.path.x0, its.path.x0),
             tuple(map(chosen_of, mine.path.noises, its.path.noises)),
@@ -161,13 +161,13 @@ class BestOfN(Challenged):
     def trajectories(candidates: int) -> int:
         return candidates
 
-    def challenges(self, count: int) -> list[list[Tensor]]:
+    def challenges(self, noises: list[Tensor], count: int) -> list[list[Tensor]]:
         first, self.first = self.first, []
-        return first or [self.run.fresh(self.noises) for _ in range(count)]
+        return first or [self.run.fresh(noises) for _ in range(count)]
 
     def learn(self, found: list[Candidate], verdict: Verdict) -> Tensor:
         won = self.won(verdict)
-        self.take(won, pick(found, verdict.best))
+        self.take(won, found[0], pick(found, verdict.best))
         return torch.zeros(len(won))
 
 
@@ -184,9 +184,9 @@ class Dueling(Challenged):
         super().__init__(run, trajectories)
         self.between = run.settings.step != 1
 
-    def challenges(self, count: int) -> list[list[Tensor]]:
-        self.directions = [self.run.fresh(self.noises) for _ in range(count)]
-        return [towards(self.incumbent.noises, d, self.run.settings.explore) for d in self.directions]
+    def challenges(self, noises: list[Tensor], count: int) -> list[list[Tensor]]:
+        self.directions = [self.run.fresh(noises) for _ in range(count)]
+        return [towards(noises, d, self.run.settings.explore) for d in self.directions]
 
     def learn(self, found: list[Candidate], verdict: Verdict) -> Tensor:
         won, s = self.won(verdict), self.run.settings
@@ -195,9 +195,9 @@ class Dueling(Challenged):
             if s.step < 1:
                 directions = zip(*self.directions, strict=True)
                 liked = [picked(noise, (verdict.best - 1).clamp(min=0)) for noise in directions]
-                nearer = towards(self.incumbent.noises, liked, s.step * s.explore)
+                nearer = towards(found[0].noises, liked, s.step * s.explore)
                 moved = self.run.look(nearer, self.reference)
-            self.take(won, moved)
+            self.take(won, found[0], moved)
         return torch.zeros(len(won))
 
 

@@ -198,15 +198,15 @@ class _State:
     optimizer: torch.optim.Optimizer
     keeper: Keeper
     scale: LossScale
-    reference: Path | None = None
-    check_reward: bool = True
+    active: Tensor
+    halvings: Tensor
+    beta: Tensor
+    floor: Tensor  # of beta, under dual ascent
+    reasons: list[str | None]
+    relative: bool  # beta is still in units of the first gradients
+    reference: Path | None
+    check_reward: bool
     good: list[Tensor] | None = None
-    relative: bool = False  # beta is still in units of the first gradients
-    active: Tensor = None
-    halvings: Tensor = None
-    beta: Tensor = None
-    floor: Tensor = None  # of beta, under dual ascent
-    reasons: list[str | None] = field(default_factory=list)
     first: Tensor | None = None  # the rewards of the first iterate and of the last one, for `stop`
     last: Tensor | None = None
 
@@ -222,14 +222,14 @@ class _State:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """One iterate. drift, loss: (B,). gradients, and their norm (B,): None where none was asked for."""
+    """One iterate. drift, loss: (B,). gradients, and their norm (B,): none, and None, where it was not asked for."""
 
     path: Path
     score: Score
     surrogates: dict[str, Tensor]
     drift: Tensor
     loss: Tensor
-    gradients: list[Tensor] | None = None
+    gradients: list[Tensor] = field(default_factory=list)
     norms: Tensor | None = None
 
     @property
@@ -286,17 +286,18 @@ def optimize(
         OPTIMIZERS[settings.optimizer](variables.leaves, settings.lr),
         Keeper(settings.keep, settings.drift_limit),
         LossScale(settings.loss_scale, batch),
-        reference,
-        check_reward,
-        relative=settings.relative_beta and settings.beta > 0,
         active=torch.ones(batch, dtype=torch.bool),
         halvings=torch.zeros(batch, dtype=torch.long),
         beta=torch.full((batch,), max(settings.beta, DUAL_FLOOR * (settings.hold == "dual_ascent"))),
         floor=torch.full((batch,), DUAL_FLOOR),
         reasons=[None] * batch,
+        relative=settings.relative_beta and settings.beta > 0,
+        reference=reference,
+        check_reward=check_reward,
     )
     trace, iterates = Trace(), []
-    k, reason, latest, cut_short, whole = 0, "", None, False, True
+    k, reason, cut_short, whole = 0, "", False, True
+    latest: Tensor  # x0 of the newest iterate
     keeper, made = state.keeper, -1  # before the newest iterate; which iterate that is, of this call
     if resume:
         state, keeper, trace, iterates, latest = resume.value
@@ -324,18 +325,18 @@ def optimize(
     def update(k: int, evaluation: _Evaluation) -> None:
         _stop(state, settings, k, evaluation.drift.cpu(), evaluation.score.total.detach().cpu().double())
         _step(state, evaluation, settings)
-        _hold(state, settings, evaluation.drift.cpu())
+        _hold(state, settings, evaluation)
 
     while k <= settings.iterations:
         evaluation, cut = attempt(interrupts, iteration, k)
-        if evaluation is not None and k < settings.iterations:
+        if not cut and k < settings.iterations:
             _, cut = attempt(interrupts, update, k, evaluation)
             whole = cut is None  # half of an update is no state to go on from
         if cut:
             if cut.memory and made != k and rollout.shrink():
                 trace.notices.append(f"{cut} at iteration {k}: went on with {rollout.way}")
                 continue
-            if state.keeper.latent is None:
+            if state.keeper.empty:
                 raise cut.problem
             reason, cut_short = f"{cut} at iteration {k}", True
             break
@@ -343,7 +344,7 @@ def optimize(
             reason = "; ".join(dict.fromkeys(r for r in state.reasons if r))
             break
         k += 1
-        evaluation = None  # nothing of it is alive while the next one is made
+        del evaluation  # nothing of it is alive while the next one is made
     reason = reason or "all iterations done"
     goes_on = whole and state.active.any()
     left = Left((state, keeper, trace, iterates, latest), min(k, settings.iterations)) if goes_on else None
@@ -359,9 +360,9 @@ def _evaluate(rollout: Rollout, score: Callable, state: _State, settings: Settin
     try:
         while True:
             evaluation = _evaluate_once(rollout, score, state, settings, gradient)
-            if not gradient or not state.scale.lower(_overflowed(evaluation).cpu() & state.active):
+            if not gradient or not state.scale.lower(_overflowed(evaluation) & state.active):
                 return evaluation
-            evaluation = None  # nothing of it is alive while the next one is made
+            del evaluation  # nothing of it is alive while the next one is made
     finally:
         rollout.let_go()
 
@@ -413,8 +414,8 @@ def _make_absolute(reward: Tensor, penalty: Tensor, state: _State, settings: Set
 
 
 def _overflowed(evaluation: _Evaluation) -> Tensor:
-    """(B,): a gradient that is not finite under a finite loss."""
-    return torch.isfinite(evaluation.loss) & ~torch.isfinite(evaluation.norms)
+    """(B,), on the CPU: a gradient that is not finite under a finite loss."""
+    return torch.isfinite(evaluation.loss).cpu() & ~evaluation.finite
 
 
 def _not_finite(k: int, evaluation: _Evaluation, active: Tensor) -> list[str]:
@@ -491,6 +492,7 @@ def _stop(state: _State, settings: Settings, k: int, drift: Tensor, reward: Tens
 
 def _step(state: _State, evaluation: _Evaluation, settings: Settings) -> None:
     """One update of every active image. Where something was not finite: back half-way to the last good noises."""
+    assert evaluation.norms is not None  # an iterate that is to be moved has gradients
     finite, norms = evaluation.finite, evaluation.norms.cpu()
     bad = ~finite & state.active
     state.halvings = torch.where(finite, 0, state.halvings + bad)
@@ -513,16 +515,16 @@ def _step(state: _State, evaluation: _Evaluation, settings: Settings) -> None:
 
 
 @torch.no_grad()
-def _hold(state: _State, settings: Settings, drift: Tensor) -> None:
-    """Keep the drift at its limit. drift (B,): of the iterate that the last update started from."""
+def _hold(state: _State, settings: Settings, evaluation: _Evaluation) -> None:
+    """Keep the drift at its limit. evaluation: of the iterate that the last update started from."""
     if settings.hold == "projection":
         starts = state.variables.begun
         moved = [z - start for z, start in zip(state.z, starts, strict=True)]
-        shares = total(mean_square(m, state.reference.mask) for m in moved) / 2
+        shares = total(mean_square(m, evaluation.path.mask) for m in moved) / 2
         inside = settings.drift_limit * INSIDE
         scale = (inside / shares.clamp(min=1e-12)).sqrt().clamp(max=1)
         for z, start, m in zip(state.z, starts, moved, strict=True):
             z.copy_(start + m * per_image(scale.to(m), m))
     elif settings.hold == "dual_ascent":
-        factor = (drift.float() / settings.drift_limit).clamp(1 / DUAL_STEP, DUAL_STEP)
+        factor = (evaluation.drift.cpu().float() / settings.drift_limit).clamp(1 / DUAL_STEP, DUAL_STEP)
         state.beta = torch.where(torch.isfinite(factor), state.beta * factor, state.beta).maximum(state.floor)

@@ -122,7 +122,7 @@ class Particles:
         self.choosing = stream(seed, -1)
         self.trace = Trace()
         self.iterates: list[Tensor] = []
-        self.reference: Path | None = None
+        self.reference: Path  # of the plain sample
         self.kept = Kept()
         self.best_reward = self.plain_reward = torch.full((self.batch,), -math.inf)
         self.calls = self.backwards = 0  # of the denoiser, for each image
@@ -174,8 +174,10 @@ class Particles:
             self.chunks(range(len(x0)), work)
         return self._join(found)
 
-    def predict(self, population: Population, step: int) -> None:
-        """The denoiser's prediction of every particle's result at a step; `advance` takes it over as `known`."""
+    def predict(self, population: Population, step: int) -> Tensor:
+        """The denoiser's prediction of every particle's result at a step, which its `x0` is then; `advance` takes it
+        over as `known`.
+        """
         found, sigma = [], self.rollout.schedule[step]
 
         def work(some: Sequence[int]) -> None:
@@ -186,6 +188,7 @@ class Particles:
             self.chunks(range(len(population.x)), work)
         population.x0 = torch.cat(found).unflatten(0, (-1, self.batch))
         self.calls += len(population.x)
+        return population.x0
 
     def _join(self, found: Sequence[Score]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         def join(values: list[Tensor]) -> Tensor:
@@ -308,7 +311,10 @@ class Particles:
             memory_mb=self.memory() / 1e6,
         )  # fmt: skip
         self.started = time.perf_counter()
-        latent = path.x0 if complete else select(population.x0, best[None])[0]
+        latent = path.x0
+        if not complete:
+            assert population.x0 is not None  # a prediction is reported once it is made
+            latent = select(population.x0, best[None])[0]
         self.trace.rows += rows
         self.iterates.append(latent.cpu())
         self.keep(k, select(reward, best[None])[0], latent, path.noises, complete, repainted)
@@ -322,7 +328,7 @@ class Particles:
         if not whole and not self.steered:
             return
         better = reward > (self.plain_reward if repainted else self.best_reward)
-        if self.kept.latent is None:  # the plain sample
+        if self.kept.empty:  # the plain sample
             better, self.plain_reward = torch.ones_like(better), reward
         elif self.steered and whole:
             better = reward > WORST

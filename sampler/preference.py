@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -125,16 +125,15 @@ def by_score(scores: Tensor) -> Verdict:
 class _Kept(Kept):
     """With its images, and its score where the judge has numbers."""
 
-    images: Tensor | None = None
+    images: Tensor = field(init=False)
     score: Tensor | None = None
 
     def update(self, k: int, where: Tensor, winner: Candidate, score: Tensor | None) -> None:
-        if self.images is None:
-            self.images, self.score = winner.images, score
+        first = self.empty
         self.take(k, where, winner.path.x0, winner.noises)
-        self.images = chosen(where, winner.images, self.images)
+        self.images = winner.images if first else chosen(where, winner.images, self.images)
         if score is not None:
-            self.score = torch.where(where, score, self.score)
+            self.score = score if self.score is None else torch.where(where, score, self.score)
 
 
 def prefer(
@@ -216,7 +215,7 @@ def prefer(
             book.restore(1)
             continue
         except _Stop as stop:
-            if book.kept.latent is None:  # nothing was chosen, so the plain sample it is
+            if book.kept.empty:  # nothing was chosen, so the plain sample it is
                 nobody = torch.zeros(len(found[0].images), dtype=torch.long)
                 undecided = Verdict(nobody, nobody, torch.ones_like(nobody, dtype=torch.bool))
                 book.kept.update(0, nobody == 0, found[0], None)
@@ -315,10 +314,10 @@ def _better(
 ) -> Tensor:  # fmt: skip
     """(B,): where the winner takes the kept image's place."""
     everywhere = torch.ones(len(winner.images), dtype=torch.bool)
-    if s.keep == "last_winner" or kept.latent is None:
+    if s.keep == "last_winner" or kept.empty:
         return everywhere
     is_asked = (method.between or not method.incumbent_first) and not torch.equal(kept.images, winner.images)
-    if score is not None:
+    if score is not None and kept.score is not None:
         better = ~(score < kept.score)
         if is_asked:  # of a judge without numbers, who is to repeat this
             note([(w, 1 - w, False) for w in better.int().tolist()])

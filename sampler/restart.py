@@ -65,21 +65,21 @@ class _Rounds:
     number: int = 0
     trace: Trace = field(default_factory=Trace)
     kept: Kept = field(default_factory=Kept)
-    best: Tensor | None = None
     iterates: list[Tensor] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
-    way: Tensor | None = None
-    kept_way: Tensor | None = None
-    base: Tensor | None = None
-    last: Tensor | None = None
+    best: Tensor = field(init=False)
+    way: Tensor = field(init=False)
+    kept_way: Tensor = field(init=False)
+    base: Tensor = field(init=False)
+    last: Tensor = field(init=False)
     reasons: list[str] = field(default_factory=list)
 
     def snapshot(self) -> _Rounds:
         """As it is now. Tensors are never changed in place."""
-        trace = Trace(rows=list(self.trace.rows), notices=list(self.trace.notices))
-        return replace(
-            self, trace=trace, kept=copy.copy(self.kept), iterates=list(self.iterates), segments=list(self.segments)
-        )
+        now = copy.copy(self)
+        now.trace = Trace(rows=list(self.trace.rows), notices=list(self.trace.notices))
+        now.kept, now.iterates, now.segments = copy.copy(self.kept), list(self.iterates), list(self.segments)
+        return now
 
     def add(self, done: Result, segment: Segment, settings: Settings) -> None:
         """A round's result: better images take the place of what was kept."""
@@ -88,15 +88,19 @@ class _Rounds:
         its = torch.tensor(done.trace.kept) + first
         reward = torch.tensor([rewards[b, k] for b, k in enumerate(its.tolist())], dtype=torch.double)
         finite, reward = reward.isfinite(), comparable(reward)
-        better = finite if self.best is None or settings.keep == "last" else reward > self.best
-        self.best = reward if self.best is None else torch.where(better, reward, self.best)
-        self.kept.take(its, better, done.best, done.best_noises)
         way = torch.zeros(len(its), rounds, dtype=torch.bool)
-        if self.way is not None:
-            self.kept_way = torch.cat([self.kept_way, way[:, self.kept_way.shape[1] :]], dim=1)  # of fewer rounds
+        if not self.number:
+            better, self.best = finite, reward
+            way[:, 0] = True
+            self.kept_way = way
+        else:
+            better = finite if settings.keep == "last" else reward > self.best
+            self.best = torch.where(better, reward, self.best)
+            kept_way = torch.cat([self.kept_way, way[:, self.kept_way.shape[1] :]], dim=1)  # of fewer rounds
             way[:, : self.way.shape[1]] = self.way
-        way[:, self.number] = True
-        self.kept_way = way if self.kept_way is None else chosen(better, way, self.kept_way)
+            way[:, self.number] = True
+            self.kept_way = chosen(better, way, kept_way)
+        self.kept.take(its, better, done.best, done.best_noises)
         self.base = chosen(finite, done.best, self.kept.latent)  # what is no image is no beginning either
         self.way = chosen(finite, way, self.kept_way)
         self.segments.append(segment)
@@ -135,7 +139,8 @@ def in_rounds(
     """
     parts = lengths(settings)
     rounds, inner, ended = resume.value if resume else (_Rounds(), None, None)
-    before, done, reason, left = rounds, None, "", None
+    done: Result | None = None
+    before, reason, left = rounds, "", None
 
     def optimize_round(number: int, stretch: Stretch) -> Result:
         first, level = len(rounds.iterates), stretch.rollout.schedule[0].item()
@@ -216,7 +221,9 @@ def search_by_restarts(
     every round follows. Ends as `search.search` does. steps: network evaluations of one sample.
     """
     trace, iterates, kept = Trace(), [], Kept()
-    best, images, runs, started = None, None, 0, time.perf_counter()
+    runs, started = 0, time.perf_counter()
+    best: Tensor
+    images: Tensor
 
     def try_candidate(number: int, p: int) -> Tensor:
         """The rewards (B,) of one candidate, which is kept where it is better."""
@@ -224,9 +231,11 @@ def search_by_restarts(
         x0, noises = sample(number, p, kept.latent if number else None)
         found = score(x0)
         reward = comparable(found.total.detach().cpu().double())
-        better = torch.ones(len(reward), dtype=torch.bool) if best is None else reward > best
-        best = reward if best is None else torch.where(better, reward, best)
-        images = found.images if images is None else chosen(better, found.images, images)
+        if kept.empty:
+            best, images, better = reward, found.images, torch.ones(len(reward), dtype=torch.bool)
+        else:
+            better = reward > best
+            best, images = torch.where(better, reward, best), chosen(better, found.images, images)
         kept.take(number + 1 if p or number else 0, better, x0, noises)
         runs += 1
         return reward

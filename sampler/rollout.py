@@ -192,8 +192,8 @@ class _Call:
     through C++ that no collector sees, unless its backward runs, which an aborted run never comes to.
     """
 
-    denoiser: Denoiser | None
-    sigma: Tensor | None
+    denoiser: Denoiser
+    sigma: Tensor
     kwargs: dict = field(default_factory=dict)
     same: float = SAME
     watched: bool = False
@@ -216,7 +216,8 @@ class _Call:
             raise NotTheSame(f"computed again for its gradient, a prediction at sigma {sigma:.3g} is off by {off:.2g}")
 
     def let_go(self) -> None:
-        self.denoiser, self.sigma, self.kwargs, self.first = None, None, {}, None
+        del self.denoiser, self.sigma  # nobody calls it any more
+        self.kwargs, self.first = {}, None
 
 
 @dataclass(frozen=True)
@@ -386,7 +387,7 @@ class Rollout:
             with within:
                 return call(x)
 
-        if self.memory == "per_block" and self._blocks_alone:
+        if self.memory == "per_block" and self.blocks and self._blocks_alone:
             with within, self.blocks():
                 return call(x)
 
@@ -431,7 +432,7 @@ class Rollout:
         steps = len(self.schedule) - 1
         room = BLOCKS_ALONE * self.free_bytes() / min(steps, self.gradient_steps or steps)
         try:
-            with self.blocks():
+            with self.thrifty():
                 return saved_bytes(call, x, room) < room
         except RuntimeError as problem:
             if not out_of_memory(problem):

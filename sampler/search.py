@@ -106,8 +106,8 @@ class SearchSettings:
 class SearchResult(Result):
     """particles (P, B, C, ...) and log_weights (P, B): the last population, and how much each counts."""
 
-    particles: Tensor = None
-    log_weights: Tensor = None
+    particles: Tensor | None = None
+    log_weights: Tensor | None = None
 
 
 def best_of_n(run: Particles, settings: SearchSettings) -> tuple[Tensor, Tensor]:
@@ -216,10 +216,13 @@ def search(
     Raises ValueError for a steering method when the sampler injects no noise, and for one that optimises.
     """
     method = METHODS[settings.method]
-    if method.optimizes:
-        raise ValueError(f"method is {settings.method}, which optimises whole trajectories: call `hybrid`")
-    if method.restarts:
-        raise ValueError(f"method is {settings.method}, which noises whole images: call `search_by_restarts`")
+    go_on = method.run
+    if go_on is None:
+        other = "optimises whole trajectories: call `hybrid`"
+        raise ValueError(
+            f"method is {settings.method}, which "
+            f"{other if method.optimizes else 'noises whole images: call `search_by_restarts`'}"
+        )
     if method.steers and method.injects and len(noises) < 2:
         raise ValueError(
             f"method is {settings.method}, which works by the noise that the sampler injects, but here it injects "
@@ -234,12 +237,12 @@ def search(
 
     def whole() -> tuple[Tensor, Tensor]:
         run.plain()
-        return method.run(run, settings)
+        return go_on(run, settings)
 
     found, cut = attempt(interrupts, whole)
-    if cut and run.kept.latent is None:
+    if cut and run.kept.empty:
         raise cut.problem
-    particles, log_weights = found or (None, None)
+    particles, log_weights = (None, None) if cut else found
     ended = "all particles done" if settings.particles > 1 else "sampled"
     reason = f"{cut} after row {run.trace.rows[-1]['iteration']}" if cut else ended
     trace = run.trace

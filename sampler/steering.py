@@ -135,8 +135,8 @@ def uphill(run: Particles, population: Population, i: int) -> tuple[Tensor, tupl
     if after > 0:
         population.x0, gradient, found = run.gradient(population, sigma)
         return torch.stack([whiten(g, run.rollout.mask) for g in gradient]), found
-    run.predict(population, i)  # the step to no noise at all injects none
-    return torch.zeros_like(population.x), run.score(population.x0)
+    # The step to no noise at all injects none.
+    return torch.zeros_like(population.x), run.score(run.predict(population, i))
 
 
 def tilt(run: Particles, population: Population, i: int, direction: Tensor, share: float) -> None:
@@ -175,8 +175,7 @@ def look(run: Particles, population: Population, at: int, step: int) -> tuple[Te
     run.advance(population, at, step, lambda some, call, like: run.fresh(some, like), population.x0 if at else None)
     if step == run.steps:
         return run.score(population.x)
-    run.predict(population, step)
-    return run.score(population.x0)
+    return run.score(run.predict(population, step))
 
 
 def survivors(run: Particles, log_weights: Tensor, resample: Callable, ess: float) -> tuple[Tensor, Tensor]:

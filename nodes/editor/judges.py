@@ -150,9 +150,8 @@ async def choose(request: web.Request) -> web.Response:
         return refusal(400, "the body is no JSON")
     if not isinstance(body, dict):
         return refusal(400, "the body is no JSON object")
-    prompt, node, token, answer, client = (
-        body.get(k) for k in ("prompt_id", "node_id", "token", "choice", "client_id")
-    )
+    prompt, node, token, client = (body.get(k) for k in ("prompt_id", "node_id", "token", "client_id"))
+    answer: Any = body.get("choice")
     if not (answer in WORDS if isinstance(answer, str) else type(answer) is int and answer >= 1):
         return refusal(400, f"choice is {answer!r}: it must be an image's place, from 1, or one of {', '.join(WORDS)}")
     with _lock:

@@ -117,7 +117,7 @@ class Attending(comfy.samplers.Sampler):
     ) -> None:
         self.node = node
         self.words, self.settings, self.generator, self.report = words, settings, generator, report
-        self.found: Found | None = None
+        self.found: Found
 
     def sample(
         self,
@@ -126,8 +126,8 @@ class Attending(comfy.samplers.Sampler):
         extra_args: dict,
         callback: Callable | None,
         noise: Tensor,
-        latent_image: Tensor = None,
-        denoise_mask: Tensor = None,
+        latent_image: Tensor,
+        denoise_mask: Tensor | None = None,
         _: Any = False,
     ) -> Tensor:
         inner = model_wrap.inner_model

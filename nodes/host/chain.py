@@ -40,7 +40,7 @@ class Chain:
         process, model_k, extra_args = self.process, copy.copy(self.model_k), dict(self.extra_args)
         rounds = count // len(process.job.latent)
 
-        def tiled(t: Tensor) -> Tensor:
+        def tiled(t: Tensor | None) -> Tensor | None:
             return t.repeat(rounds, *[1] * (t.ndim - 1)) if t is not None and 1 < len(t) < count else t
 
         model_k.latent_image, model_k.noise = tiled(model_k.latent_image), tiled(model_k.noise)

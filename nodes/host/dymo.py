@@ -88,7 +88,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
         device: torch.device,
         sampler: Any,
         sigmas: Tensor,
-        denoise_mask: Tensor = None,
+        denoise_mask: Tensor | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:

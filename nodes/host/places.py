@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ def written_over(problem: BaseException) -> bool:
 
 def _called_by(module: str) -> bool:
     """Whether the code that called torch is of this module."""
-    frame = sys._getframe(2)
-    while frame.f_globals is globals():  # modes of ours around one another
+    frame: FrameType | None = sys._getframe(2)
+    while frame and frame.f_globals is globals():  # modes of ours around one another
         frame = frame.f_back
-    return frame.f_globals.get("__name__") == module
+    return frame is not None and frame.f_globals.get("__name__") == module

@@ -70,7 +70,7 @@ class Process:
         self.inner = model_wrap.inner_model
         self.flow = isinstance(self.inner.model_sampling, comfy.model_sampling.CONST)
         self.place = Place()  # the self-test may change it
-        self.rollout: Rollout | None = None
+        self.rollout: Rollout  # once it begins
         self.rolling: list[Process] = []  # which have a rollout: this one, and the stretches of it
         self.scoring = Scoring(job.node, self.vae, job.reward, job.prompts, self.inner.process_latent_out)
         self.repeatable = job.repeatable
@@ -78,7 +78,7 @@ class Process:
         if mask is not None:
             for b in torch.nonzero(~(mask > 0).flatten(1).any(1)).flatten().tolist():
                 self.tell(f"image {b} has a mask that is black at the latent's size: it stays as it was")
-        self.given: tuple[Tensor, tuple[Tensor, ...]] | None = None  # the plain sample and its noises
+        self.given: tuple[Tensor, tuple[Tensor, ...]]  # the plain sample and its noises, once it is made
         self.expected: Tensor | None = None  # what the first trajectory should give, until it was compared
         self.states: list[tuple] = []  # of the random number generators, before every call of the plain sample
         self.start: Start | None = None  # the best of several seeds, once it is known
@@ -246,7 +246,7 @@ class Process:
         garbage before every later load.
         """
         while self.rolling:
-            self.rolling.pop().rollout = None
+            vars(self.rolling.pop()).pop("rollout", None)
         self.scoring.end()
 
     # --

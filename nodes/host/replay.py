@@ -84,7 +84,7 @@ class ReplaySampler(comfy.samplers.Sampler):
         extra_args: dict,
         callback: Callable | None,
         noise: Tensor,
-        latent_image: Tensor | None = None,
+        latent_image: Tensor,
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
@@ -131,7 +131,7 @@ class ReplaySampler(comfy.samplers.Sampler):
 
     def _run(
         self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Callable | None, noise: Tensor,
-        latent_image: Tensor | None, mask: Tensor | None, disable: bool, segment: Segment,
+        latent_image: Tensor, mask: Tensor | None, disable: bool, segment: Segment,
     ) -> Tensor:  # fmt: skip
         given = segment.source(sigmas)
 

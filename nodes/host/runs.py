@@ -137,8 +137,9 @@ def optimizing(process: Process, noises: tuple[Tensor, ...]) -> Result:
         notices.append(f"went on from iteration {resume.done} of the run before, which had ended there")
     count, start = settings.seeds, None
     if count > 1 and len(noises) == 1 and not process.depends_on_seed:
-        why = "neither the noise nor the sampler depends on a seed"
-        notices.append(f"seeds is {count}, but {why}: the given one was used")
+        notices.append(
+            f"seeds is {count}, but neither the noise nor the sampler depends on a seed: the given one was used"
+        )
     elif count > 1:
         start = process.start or compare_seeds(process, count)
         process.start = start  # should the run begin again
@@ -246,7 +247,7 @@ def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
             raise ValueError(f"{process.job.node}: method is {settings.method}, but nothing can restart here: {why}")
 
         def sample(number: int, p: int, x0: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-            if number == 0:
+            if x0 is None:
                 return process.sample_of(p)
             return process.from_image((number - 1) * settings.particles + p, x0)[1:]
 
@@ -287,9 +288,9 @@ class _WorkingSampler(comfy.samplers.Sampler):
 
     def __init__(self, job: Job, work: Callable) -> None:
         self.job, self.work = job, work
-        self.plain: Tensor | None = None
-        self.handed_back: Tensor | None = None  # as ComfyUI makes a latent of it
-        self.result: Result | None = None
+        self.plain: Tensor
+        self.handed_back: Tensor  # as ComfyUI makes a latent of it
+        self.result: Result
 
     def sample(
         self,
@@ -298,8 +299,8 @@ class _WorkingSampler(comfy.samplers.Sampler):
         extra_args: dict,
         callback: Callable | None,
         noise: Tensor,
-        latent_image: Tensor = None,
-        denoise_mask: Tensor = None,
+        latent_image: Tensor,
+        denoise_mask: Tensor | None = None,
         _: Any = False,
     ) -> Tensor:
         job = self.job

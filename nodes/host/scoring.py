@@ -66,14 +66,14 @@ class Scoring:
         self, node: str, vae: VAE, scorer: Reward | None, prompts: Sequence[str], latent_out: Callable[[Tensor], Tensor]
     ) -> None:
         self.node, self.vae, self.scorer, self.prompts, self.latent_out = node, vae, scorer, prompts, latent_out
-        self.policy: Rollout | None = None
+        self.policy: Rollout  # once there is one
         self.evaluations = 0
         self.layers: dict[nn.Module, Callable | None] = {}  # of the VAE and the reward: how they checkpoint their own
         self.redraw = True  # a reward that draws random numbers draws new ones at every evaluation
 
     def end(self) -> None:
         """Let go of what holds the run in turn."""
-        self.policy = None
+        vars(self).pop("policy", None)
         self.layers.clear()
 
     @property
@@ -147,33 +147,34 @@ class Scoring:
         return of_whole_images(total, images), parts
 
     def _reward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self.scorer is not None  # where a judge looks at the images nobody asks
         self.scorer.evaluation(self.evaluations)
         self.evaluations += self.redraw
         prompts = list(self.prompts) * (len(images) // max(1, len(self.prompts)))  # one round for every particle
         if torch.is_grad_enabled():
-            return self._reward_whole(images, prompts)
-        found = as_fit(self._reward_whole, images, prompts)
+            return self._reward_whole(self.scorer, images, prompts)
+        found = as_fit(functools.partial(self._reward_whole, self.scorer), images, prompts)
         if len(found) == 1:
             return found[0]
         totals, parts = zip(*found, strict=True)
         return torch.cat(totals), {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
-    def _reward_whole(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _reward_whole(self, scorer: Reward, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         keep = self._keep
         # Layer by layer where a network has layers: less is kept, and recomputed once only.
-        layers = [] if keep else [self._thrifty(m, exact=True) for m in self.scorer.modules]
+        layers = [] if keep else [self._thrifty(m, exact=True) for m in scorer.modules]
         with without_tf32():
             if keep or any(layers):
                 with ExitStack() as stack:
                     for thrifty in filter(None, layers):
                         stack.enter_context(thrifty)
-                    return self.scorer(images, prompts)
+                    return scorer(images, prompts)
 
             drawing = as_drawn_before()
 
             def evaluate(images: Tensor) -> tuple:
                 with without_tf32(), drawing():
-                    return self.scorer(images, prompts)
+                    return scorer(images, prompts)
 
             # Computed again to its end, too: PyTorch would break off by an exception, in somebody's own code.
             with set_checkpoint_early_stop(False):

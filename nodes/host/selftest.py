@@ -85,7 +85,7 @@ def check_gradient(process: Process, noise: Tensor) -> None:
             return check_gradient(process, noise)  # from the start: what was found in a place says nothing of the next
         if cut is None:
             found.append(checked)
-    if not found:
+    if cut and not found:
         raise cut.problem
     if max(c.apart for c in found) > BLOCKS_APART:
         # What a block hands to a later one beside what it returns has no gradient when it is computed again.
@@ -153,6 +153,7 @@ def _reward_gradient(process: Process) -> None:
         if out_of_memory(problem) or has_no_repeatable_way(problem):
             raise
         job, said = process.job, str(problem).splitlines()[0]
+        assert job.reward is not None  # it was this one
         raise RuntimeError(
             f"{job.node}: reward {job.reward.facts.name!r} has no backward on this device "
             f"({comfy.model_management.get_torch_device().type}): {said} Use another reward or another precision, "

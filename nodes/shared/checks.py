@@ -72,10 +72,11 @@ def check_values(node: str, inputs: Sequence[io.Input], values: dict) -> None:
         raise ValueError(f"{node}: {message}")
 
 
-def check_reward(node: str, reward: Reward, name: str = "reward") -> None:
-    """Raise ValueError for what is no reward: a literal in the link's place."""
+def check_reward(node: str, reward: object, name: str = "reward") -> Reward:
+    """Return it. Raises ValueError for what is no reward: a literal in the link's place."""
     if not isinstance(reward, Reward):
         raise ValueError(f"{node}: {name} is {_kind(reward)}: connect a MIRA reward node")
+    return reward
 
 
 def _kind(value: object) -> str:
