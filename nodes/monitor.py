@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import comfy.model_management
 import folder_paths
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from ..sampler.trace import Trace
 from .editor.live import text_output
 from .editor.plot import COLOURS, Line, Panel, draw
 from .host import patcher_of
+from .host.loading import load
 from .shared.checks import check_values, spoken
 from .shared.images import to_core
 from .shared.scores import score_images
@@ -111,7 +111,7 @@ def plots(runs: list[Run], metric: str) -> Tensor:
 @torch.no_grad()
 def embed(clip: Similarity, images: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, D), of unit length, by the CLIP of a CLIPScore."""
-    comfy.model_management.load_models_gpu([patcher_of(m) for m in clip.modules], force_full_load=True)
+    load([patcher_of(m) for m in clip.modules])
     place = place_of(clip.encoder.network)
     out = [
         clip.encoder.network.encode_image(clip.encoder.preprocessing(i[None].to(place.device)).to(place))

@@ -8,18 +8,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SCALE = 2.0**12
+MOST = 100  # of these powers, in float32
+LARGEST = 5  # the power of two that the largest gradient has at the network's end: as far from 2^-14 as from 2^15
 
 
-class _ScaleGradient(torch.autograd.Function):
+class _Raised(torch.autograd.Function):
+    """x, whose gradient goes on multiplied by a power of two for every image, which is left in `scales`."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
+    def forward(ctx: Any, x: Tensor, scales: list[Tensor]) -> Tensor:
+        ctx.scales = scales
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        return gradient * ctx.scale, None
+        largest = gradient.flatten(1).abs().amax(1)
+        exponent = LARGEST - torch.frexp(torch.where(largest.isfinite(), largest, 0)).exponent
+        ctx.scales[:] = [torch.ldexp(torch.ones_like(largest), exponent.clamp(-MOST, MOST))]
+        return gradient * _per_image(ctx.scales[0], gradient), None
+
+
+class _Lowered(torch.autograd.Function):
+    """x, whose gradient is divided by what `_Raised` multiplied it by."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scales: list[Tensor]) -> Tensor:
+        ctx.scales = scales
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        return gradient / _per_image(ctx.scales[0], gradient), None
+
+
+def _per_image(values: Tensor, like: Tensor) -> Tensor:
+    """values (B,), shaped to multiply (B, ...)."""
+    return values.to(like).view(-1, *[1] * (like.ndim - 1))
 
 
 def place_of(network: nn.Module) -> Tensor:
@@ -28,15 +52,12 @@ def place_of(network: nn.Module) -> Tensor:
 
 
 def through(encode: Callable[[Tensor], Tensor], pixels: Tensor, network: nn.Module) -> Tensor:
-    """encode(pixels) in the network's own precision, in float32 (or float64) outside of it.
+    """encode(pixels), both (B, ...), in the network's own precision, in float32 (or float64) outside of it.
 
-    Inside a half-precision network gradients are `SCALE` times larger.
+    Inside a half-precision network gradients have a scale of their own, whatever that of the score is.
     """
-    place = place_of(network)
-    half = place.dtype in (torch.float16, torch.bfloat16)
-    if half:
-        pixels = _ScaleGradient.apply(pixels, 1 / SCALE)
-    out = encode(pixels.to(place))
-    if half:
-        return _ScaleGradient.apply(out.float(), SCALE)
-    return out
+    place, scales = place_of(network), list[Tensor]()
+    if place.dtype not in (torch.float16, torch.bfloat16):
+        return encode(pixels.to(place))
+    out = encode(_Lowered.apply(pixels, scales).to(place))
+    return _Raised.apply(out.float(), scales)

@@ -170,7 +170,8 @@ class DyMOGuider(comfy.samplers.CFGGuider):
                 # Under an optimisation of the noises this term counts as a constant. Its length does not count, but in
                 # float16 it would fall below the smallest number, or rise above the largest.
                 for scale in LOSS_SCALES:
-                    (gradient,) = torch.autograd.grad(total.sum() * scale, state, retain_graph=True)
+                    again = scale != LOSS_SCALES[-1]
+                    (gradient,) = torch.autograd.grad(total.sum() * scale, state, retain_graph=again)
                     lengths = gradient.float().flatten(1).norm(dim=1)
                     if torch.isfinite(lengths).all():
                         break

@@ -66,23 +66,35 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-@contextmanager
-def loaded(patchers: Sequence, memory: float, gradient: bool = True) -> Iterator[None]:
-    """ComfyUI's patchers on the device in one call (several could evict one another), with what a gradient needs.
+def load(patchers: Sequence, memory: float = 0, least: float | None = None) -> None:
+    """Onto the device by ComfyUI, in one call: several could evict one another.
 
-    memory: bytes that the work within will take beside the weights. gradient: without one, weights may stay behind and
-    come when they are used, as in ComfyUI's own sampling, which keeps what lies where of those: none is replaced.
+    memory: bytes that are wanted beside the weights, for which other models make room. least: bytes for which weights
+    would stay behind, to come when they are used; None: all of them come.
     """
+    # A weight that is moved outside inference mode is one that no stock node can use any more, and making room moves
+    # those of other models too.
+    with torch.inference_mode(), _uncollected():
+        comfy.model_management.load_models_gpu(
+            list(patchers), memory_required=memory, minimum_memory_required=least, force_full_load=least is None
+        )
+
+
+@contextmanager
+def loaded(patchers: Sequence, memory: float, least: float | None = None) -> Iterator[None]:
+    """ComfyUI's patchers on the device, with what a gradient needs of them.
+
+    memory, least: see `load`. With a `least` there is no gradient: weights may stay behind as in ComfyUI's own
+    sampling, which keeps what lies where of those: none is replaced.
+    """
+    gradient = least is None
     for patcher in {m for p in patchers for m in (p, *p.model_patches_models())}:
         if gradient and is_dynamic(patcher):
             raise RuntimeError(
                 f"{type(patcher.model).__name__}: its weights are in dynamic VRAM, which no gradient survives: start "
                 "ComfyUI with --disable-dynamic-vram"
             )
-    # A weight that is moved outside inference mode is one that no stock node can use any more, and making room moves
-    # those of other models too.
-    with torch.inference_mode(), _uncollected():
-        comfy.model_management.load_models_gpu(list(patchers), memory_required=memory, force_full_load=gradient)
+    load(patchers, memory, least)
     modules = [patcher.model for patcher in patchers]
     if gradient:
         management = comfy.model_management

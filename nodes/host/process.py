@@ -108,7 +108,7 @@ class Process:
         management = comfy.model_management
         needed = [self.model_wrap.model_patcher, *self.model_wrap.loaded_models]
         keep = [m for m in management.current_loaded_models if any(m.model is p for p in needed)]
-        management.free_memory(EVERYTHING, management.get_torch_device(), keep_loaded=keep)
+        management.free_memory(EVERYTHING, self.model_wrap.model_patcher.load_device, keep_loaded=keep)
         log.warning("%s: out of memory: unloaded what it does not need, and tries again", self.job.node)
 
     def outside_inference_mode(self) -> Process:
@@ -264,7 +264,11 @@ class Process:
         shape = list(self.job.latent.shape)
         need = self.inner.memory_required([2 * shape[0], *shape[1:]])
         need += self.vae.memory_used_decode(shape, self.vae.vae_dtype)
-        with loaded(self.patchers, 2 * need, self.job.gradient):
+        if self.job.gradient:
+            need, least = 2 * need, None
+        else:  # what ComfyUI's own sampling asks for: for more the model would be sent away
+            least = self.inner.memory_required(shape)
+        with loaded(self.patchers, need, least):
             yield
 
     def through_sampler(self, noise: Tensor, function: Callable, options: dict) -> Tensor:
@@ -401,12 +405,27 @@ class Process:
                 "PyTorch's attention, which a gradient needs, gives another image here than the plain sample's (off by "
                 f"{off:.2g}, relative)"
             )
+        elif self.half and self.remembers_nothing():
+            self.tell(
+                "with the arithmetic that a gradient needs the model gives another image than the plain sample's (off "
+                f"by {off:.2g}, relative)"
+            )
         else:
             raise RuntimeError(
                 f"{self.job.node}: sampled again from the same noises, the model gives another image (off by "
                 f"{off:.2g}, relative), so this would be about another process than the one that samples: "
                 f"{self.remembered}"
             )
+
+    def remembers_nothing(self) -> bool:
+        """Whether the given noise's sample is the same before and after one of another noise. Where another image than
+        the plain sample comes all the same, it is the arithmetic: a network in half precision magnifies its last bits
+        over many steps.
+        """
+        noise = self.job.noise
+        with torch.no_grad():
+            before, _, after = (draw(self.plain, z)[0] for z in (noise, fresh([noise], stream(0, 0))[0], noise))
+        return bool(difference(after, before).max() <= APART[True])
 
     def network(self, model_k: Any, extra_args: dict) -> tuple[dict, Callable]:
         """The denoiser with everything in it that has a backward; (guided, conditional) where both are wanted."""

@@ -22,7 +22,7 @@ from ...sampler.replay import Segment
 from ...sampler.restart import tail
 from .conditioning import prepared
 from .kernels import attention_of, pytorch_kernels, training
-from .repeating import repeatable
+from .repeating import Repeating
 from .samplers import twin_of
 
 log = logging.getLogger("mira")
@@ -108,15 +108,11 @@ class ReplaySampler(comfy.samplers.Sampler):
             extra_args = extra_args | {"model_options": options}
         # Else there is no image yet, or nothing that it could have been restarted on.
         whole = sigmas[-1] == 0 and (len(sigmas) > 2 or self.segments[0].place(sigmas) is not None)
-        x = noise
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if self.repeatable and noise.is_cuda:
-                stack.enter_context(repeatable())
-            if self.optimized:  # the kernels of that run
-                stack.enter_context(training(False))
-                stack.enter_context(pytorch_kernels())
-            for n, segment in enumerate(self.segments if whole else self.segments[:1]):
+        segments = self.segments if whole else self.segments[:1]
+
+        def sample() -> Tensor:
+            x = noise
+            for n, segment in enumerate(segments):
                 now, z, begun = sigmas, noise, latent_image
                 if n:
                     same = self.segments[0].place(sigmas) is not None
@@ -127,7 +123,14 @@ class ReplaySampler(comfy.samplers.Sampler):
                 wrap = prepared(model_wrap, begun, denoise_mask, segment.seed, sigmas.device) if n else model_wrap
                 sampled = self._run(wrap, now, extra_args, callback, z, begun, denoise_mask, disable_pbar, segment)
                 x = chosen(segment.part, sampled, x)
-        return x
+            return x
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if self.optimized:  # the kernels of that run
+                stack.enter_context(training(False))
+                stack.enter_context(pytorch_kernels())
+            return Repeating("MIRA noise")(noise.device, sample) if self.repeatable else sample()
 
     def _run(
         self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Callable | None, noise: Tensor,

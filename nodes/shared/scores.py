@@ -10,6 +10,7 @@ from torch import Tensor
 from ...rewards.base import Reward, of_whole_images
 from ..host import patcher_of
 from ..host.kernels import without_tf32
+from ..host.loading import load
 from .images import to_core
 
 CHUNK = 8  # images that a scorer sees at once
@@ -21,8 +22,7 @@ def score_images(reward: Reward, images: Tensor, prompts: list[str]) -> tuple[Te
     Raises RuntimeError for a score that is not finite: none is made up.
     """
     patchers = [patcher_of(m) for m in reward.modules]
-    if patchers:
-        comfy.model_management.load_models_gpu(patchers, force_full_load=True)
+    load(patchers)
     device = patchers[0].load_device if patchers else images.device
     chunk = len(images) if reward.unfit(CHUNK) else CHUNK
     totals: list[Tensor] = []

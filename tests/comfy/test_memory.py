@@ -400,8 +400,22 @@ def test_weights_that_are_left_behind_are_told_before_a_gradient_is_taken(monkey
     monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM)
     with pytest.raises(RuntimeError, match=r"Sequential: .* without --novram"), loading.loaded([patcher], 0):
         pass
-    with loading.loaded([patcher], 0, gradient=False):
+    with loading.loaded([patcher], 0, least=0):
         assert where(network) == {"cpu"}
+
+
+def test_a_search_sends_nothing_away_that_the_sampler_had_on_the_card(world, monkeypatch):
+    """ComfyUI takes weights off the card for the room that is asked for, decoding's too, though a full one does."""
+    load, asked = comfy.model_management.load_models_gpu, []
+
+    def seen(models, **how):
+        asked.append(how)
+        return load(models, **how)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", seen)
+    search(world)
+    sampler, *ours = [how["minimum_memory_required"] for how in asked if "minimum_memory_required" in how]
+    assert ours and max(ours) <= sampler and not any(how.get("force_full_load") for how in asked)
 
 
 def test_without_a_gradient_images_are_decoded_as_they_fit(world, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import FunctionType, ModuleType, SimpleNamespace
 
 import comfy.hooks
@@ -26,7 +26,7 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
 from mira.nodes import demo, host
 from mira.nodes.guidance import MiraDyMOGuider
-from mira.nodes.host import blocks, kernels, patches, places, probe
+from mira.nodes.host import blocks, kernels, patches, places, probe, runs
 from mira.nodes.initno import MadeNoise
 from mira.nodes.shared.checks import prompts_of
 from mira.nodes.shared.job import cfg_guider
@@ -244,6 +244,43 @@ def test_a_cache_of_steps_is_refused_by_a_search(world, node, method):
         job.gradient, job.settings = False, SearchSettings(method=method, particles=2, rounds=1)
         with pytest.raises(RuntimeError, match=r"remembers earlier steps.*easycache.*Bypass"):
             host.run(job, host.searching)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_arithmetic_that_moves_the_image_is_told_in_half_precision(monkeypatch, dtype):
+    """As a GPU's other kernels do over many steps of a network that magnifies their last bits."""
+    ours, other = runs.pytorch_kernels, []
+
+    @contextmanager
+    def kernels():
+        with ours():
+            other.append(True)
+            yield
+            other.pop()
+
+    def predict(apply, given):
+        return apply(given["input"], given["timestep"], **given["c"]) * (3 if other else 1)
+
+    monkeypatch.setattr(runs, "pytorch_kernels", kernels)
+    model = random_unet(SMALL, dtype)
+    here, patched = World(side=8, model=model, vae=thin_vae()), model.clone()
+    patched.set_model_unet_function_wrapper(predict)
+    if dtype == torch.float32:  # whose last bits do not get so far
+        with pytest.raises(RuntimeError, match="the model gives another image"):
+            run(here, model=patched, steps=4)
+        return
+    done = run(here, model=patched, steps=4)
+    assert [n for n in done.result.trace.notices if "the arithmetic that a gradient needs" in n]
+    assert torch.equal(done.plain, here.ksampler(model=patched, steps=4))
+
+
+@pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
+def test_a_cache_of_steps_is_refused_in_half_precision_too(node):
+    model = random_unet(SMALL, torch.bfloat16)
+    here = World(side=8, model=model, vae=thin_vae())
+    patched = as_node(node, model=model, reuse_threshold=1.0, start_percent=0.15, end_percent=0.95, verbose=False)
+    with pytest.raises(RuntimeError, match=r"remembers.*easycache"):
+        run(here, model=patched.args[0], steps=10, sampler="euler")
 
 
 class FirstKeys:

@@ -148,17 +148,25 @@ def test_a_prompt_that_is_cut_is_told(scorer):
     assert f"cut to {context}" in notice
 
 
-def test_half_precision_keeps_small_gradients():
-    """Of a network in float16, whose own numbers end near 6e-8."""
-    reward, images = SCORERS["hps"](None), torch.rand(1, 3, 224, 224)
+@pytest.mark.parametrize("weights", [(1e-9, 1e-4), (1.0, 1e3), (1e6, 0.0)])
+def test_half_precision_keeps_gradients_of_any_size(weights):
+    """Of a network in float16, whose own numbers go from 6e-8 to 65504: every image at a scale of its own."""
+    reward, images = SCORERS["hps"](None), torch.rand(2, 3, 224, 224)
 
     def gradient():
         x = images.clone().requires_grad_()
-        return torch.autograd.grad(reward.score(x, [small.PROMPT]).sum() * 1e-4, x)[0]
+        scores = reward.score(x, [small.PROMPT] * 2) * torch.tensor(weights)
+        return torch.autograd.grad(scores.sum(), x)[0].flatten(1).double()
 
     exact = gradient()
     reward.modules[0].half()
-    assert torch.nn.functional.cosine_similarity(gradient().flatten(), exact.flatten(), dim=0) > 0.99
+    found = gradient()
+    for weight, one, other in zip(weights, found, exact, strict=True):
+        if not weight:
+            assert not one.any()
+            continue
+        assert torch.nn.functional.cosine_similarity(one, other, dim=0, eps=1e-30) > 0.99
+        assert one.norm() == pytest.approx(other.norm().item(), rel=0.05)
 
 
 def test_the_image_half_alone_scores_like_the_whole(tmp_path):
