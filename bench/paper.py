@@ -319,7 +319,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--ray", metavar="ADDRESS", help='spread the grid over a Ray cluster, or "local"')
     parser.add_argument("--workers", type=int, help="with --ray local: how many")
-    parser.add_argument("--report", type=Path, nargs="?", const=ROOT / "docs" / "results", metavar="FOLDER",
+    parser.add_argument("--report", type=Path, nargs="?", const=ROOT / "docs" / "results" / "rivals", metavar="FOLDER",
                         help="only make tables and plots of what is in --out")  # fmt: skip
     args = parser.parse_args()
     if args.report:

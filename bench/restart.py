@@ -44,7 +44,7 @@ MANY = (1, 4, 8, 16, 26)  # up to the passes of three rounds
 PARTICLES = (3, 6, 12)
 CANDIDATES, AGAIN = 4, 0.8  # of a search by restarts
 BEST_OF_DRAWS = ("best_of_two", "best_of_three")  # of plain optimisation, at every iterate; made of what is there
-RIVALS = ("best_of_4", "best_of_two")
+RIVALS = ("best_of_4", *BEST_OF_DRAWS, "once_.65")
 LIMITS = (0.01, 0.02, 0.1, 0.2)
 OWN = 4  # plain samples of every animal, which the likeness is to
 
@@ -122,8 +122,9 @@ VARIANTS = {
     "restarted_first": Variant(first=0.8),
 }
 
-# What a run of two rounds would have come to, read off the first two of one of three.
-CUT = {"three_rounds": "default"} | {f"three_rounds_{limit:g}": f"default_{limit:g}" for limit in LIMITS}
+# What a run of fewer rounds would have come to, read off the first ones of one of three: (run, rounds) -> its name.
+CUT = {("three_rounds", 2): "default", ("three_rounds", 1): "first_round"}
+CUT |= {(f"three_rounds_{limit:g}", 2): f"default_{limit:g}" for limit in LIMITS}
 
 
 class Observer:
@@ -427,7 +428,7 @@ def beside_rivals(runs: dict[tuple, list[dict]]) -> list[dict]:
         (30, "default", 0),
     ):
         for rival in (*RIVALS, "chosen"):
-            found, animals = {}, set()
+            found: dict[frozenset, dict[str, dict]] = {}  # by the animals, of which all rewards are to be of the same
             for reward in LEVELS:
                 mine, plain = runs.get((reward, steps, name)), runs.get((reward, steps, "dno"))
                 other = plain and (chosen_within(plain) if rival == "chosen" else runs.get((reward, steps, rival)))
@@ -441,12 +442,14 @@ def beside_rivals(runs: dict[tuple, list[dict]]) -> list[dict]:
                     mine = [row | {"iterate": 0.0} for row in mine if row["kept"]]
                 a, b, shared = together_with(mine, other, every_draw=bool(tilt) or rival in BEST_OF_DRAWS)
                 if one := against(a, b, [animal for _, animal in shared], None):
-                    found[reward], animals = one, {animal for _, animal in shared}
+                    animals = frozenset(animal for _, animal in shared)
+                    found.setdefault(animals, {})[reward] = one
                     row = {"steps": steps, "variant": name, "beside": rival, "rewards": reward, "animals": len(animals)}
                     rows.append(row | in_figures(one))
-            if len(found) > 1:
-                row = {"steps": steps, "variant": name, "beside": rival, "animals": len(animals)}
-                rows.append(row | pooled(found))
+            for animals, several in found.items():
+                if len(several) > 1:
+                    row = {"steps": steps, "variant": name, "beside": rival, "animals": len(animals)}
+                    rows.append(row | pooled(several))
     return rows
 
 
@@ -480,11 +483,13 @@ def report() -> None:
         numbers = {k: float(row[k] or math.nan) for k in ("iterate", "kept", "path_kl", *COLUMNS)}
         runs.setdefault(of, []).append(numbers | {"animal": row["animal"], "part": (row["part"], row["seed"])})
     for reward, steps, name in list(runs):
-        if name in CUT:
-            mine = runs.get((reward, steps, CUT[name]), [])
+        for (whole, rounds), cut in CUT.items():
+            if name != whole:
+                continue
+            mine = runs.get((reward, steps, cut), [])
             there = {row["part"] for row in mine}
             others = [row for row in runs[reward, steps, name] if row["part"] not in there]
-            runs[reward, steps, CUT[name]] = mine + first_rounds(others, 2)
+            runs[reward, steps, cut] = mine + first_rounds(others, rounds)
         if name == "dno":
             again = runs.get((reward, steps, "dno_again"), [])
             three = ((runs[reward, steps, name], "0"), (runs[reward, steps, name], "1"), (again, "0"))

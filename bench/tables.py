@@ -1,4 +1,8 @@
-"""Tables and plots of the benchmark, from its files alone: `python dev.py bench paper --report [FOLDER]`."""
+"""Tables and plots of the benchmark, from its files alone: `python dev.py bench paper --report [FOLDER]`.
+
+The rows of a report stay in its folder, and what the store has not got is made from them: all but what is read off the
+images' embeddings (CMMD, spectral distance), which is taken over from the tables.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from pathlib import Path
 import torch
 
 from bench.grid import Failure, Store
+from bench.grid import number as parsed
 from bench.rows import write
 from testing.pack import mira
 
@@ -22,11 +27,20 @@ COLUMNS = (
 RESAMPLES = 400
 
 
-def opened(folder: Path) -> Store:
+OF_EMBEDDINGS = ("cmmd", "spectral_distance")
+
+
+def opened(folder: Path) -> Store | None:
     config = folder / "config.json"
-    if not config.is_file():
-        raise Failure(f"{folder} holds no benchmark (no config.json): run `python dev.py bench paper` first")
-    return Store(folder, json.loads(config.read_text()))
+    return Store(folder, json.loads(config.read_text())) if config.is_file() else None
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a table, numbers as numbers; none where there is no such table."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [{k: parsed(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 def animals_of(file: Path) -> list[str]:
@@ -72,14 +86,21 @@ def paired(differences: torch.Tensor) -> tuple[float, float, float]:
     return mean.item(), (d.std() / n**0.5).item(), (flipped >= mean.abs() - 1e-12).double().mean().item()
 
 
-class Results:
-    """All finals and paths of a store, by target and method, images in one order for all methods."""
+def as_written(value: float | str | None) -> float | str | None:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
-    def __init__(self, store: Store):
-        self.store = store
-        rows = store.rows()
-        self.base = [r for r in rows if r["method"] == "base"]
-        self.rows = [r for r in rows if r["method"] != "base"]
+
+class Results:
+    """All finals and paths of a store, and of rows of an earlier report of which it has no such target and method, by
+    target and method, images in one order for all methods.
+    """
+
+    def __init__(self, store: Store | None, earlier: list[dict]):
+        made = store.rows() if store else []
+        # As they are written, so that the tables are the same when they are made from the rows.
+        self.rows = [{k: as_written(v) for k, v in r.items()} for r in made if r["method"] != "base"]
+        there = {(r["target"], r["method"]) for r in self.rows}
+        self.rows += [r for r in earlier if (r["target"], r["method"]) not in there]
         self.finals: dict[tuple[str, str], dict[tuple, dict]] = {}
         self.paths: dict[tuple[str, str], dict[tuple, dict[int, dict]]] = {}
         for r in self.rows:
@@ -92,7 +113,7 @@ class Results:
         self.methods = list(dict.fromkeys(m for _, m in self.finals))
         self.embeddings: dict[tuple[str, str], dict[tuple, dict[str, torch.Tensor]]] = {}
         base_clip, base_judge = [], []
-        for file in sorted(store.folder.glob("*.csv")):
+        for file in sorted(store.folder.glob("*.csv")) if store else ():
             unit = file.stem
             tensors = store.tensors(unit)
             if unit.startswith("base__"):
@@ -119,7 +140,7 @@ class Results:
                     row["passes"] = row["forward"] + 2 * row["backward"]
                 start = self.paths.get((target, AGAINST), {}).get(image, {}).get(0)
                 row["gain"] = row["reward"] - start["reward"] if start else math.nan
-                if self.base_judge is not None:
+                if (target, method) in self.embeddings and self.base_judge is not None:
                     features = self.embeddings[target, method][image]["final_judge"][None]
                     row["natural"] = float(nearest(features, self.base_judge)[0] <= limit)
 
@@ -133,7 +154,8 @@ class Results:
         return torch.stack([e["final_clip"] if k is None else e["path_clip"][k] for e in found]).float()
 
 
-def summary(results: Results, target: str, method: str) -> dict:
+def summary(results: Results, target: str, method: str, earlier: dict) -> dict:
+    """earlier: the same of an earlier report, for what only embeddings tell."""
     rows = list(results.finals[target, method].values())
     out: dict = {"target": target, "method": method, "images": len(rows)}
     for column in (*COLUMNS, "gain", "natural"):
@@ -149,7 +171,9 @@ def summary(results: Results, target: str, method: str) -> dict:
         ]
     )
     out["reward_se_seeds"] = (means.std() / len(means) ** 0.5).item() if len(means) > 1 else math.nan
-    if results.base_clip is not None:
+    if (target, method) not in results.embeddings:
+        out |= {name: earlier[name] for name in OF_EMBEDDINGS if earlier.get(name) is not None}
+    elif results.base_clip is not None:
         embeddings = results.clip(target, method)
         out["cmmd"] = cmmd(embeddings, results.base_clip)
         if min(len(embeddings), len(results.base_clip)) > 2:
@@ -332,12 +356,23 @@ MATCHED = {"method": "method", "drift": "drift", "level": "level", "reward_over_
 
 
 def report(folder: Path, out: Path) -> None:
-    store = opened(folder)
-    results = Results(store)
+    store, earlier = opened(folder), read(out / "paper_rows.csv")
+    if not (store or earlier):
+        raise Failure(f"{folder} holds no benchmark (no config.json): run `python dev.py bench paper` first")
+    results = Results(store, earlier)
     if not results.finals:
         raise Failure(f"{folder} holds no finished runs yet")
     out.mkdir(parents=True, exist_ok=True)
-    tables = {t: [summary(results, t, m) for m in results.methods if (t, m) in results.finals] for t in results.targets}
+    known = {(r["target"], r["method"]): r for r in read(out / "paper.csv")}
+    tables = {
+        t: [summary(results, t, m, known.get((t, m), {})) for m in results.methods if (t, m) in results.finals]
+        for t in results.targets
+    }
+    configs = json.loads(file.read_text()) if (file := out / "paper_config.json").is_file() else {}
+    if store:
+        configs |= {t: store.config for t, _ in results.embeddings}
+    file.write_text(json.dumps(configs, indent=1, sort_keys=True) + "\n")
+    config = configs[results.targets[0]]
     rivals = [
         row
         for t in results.targets
@@ -360,9 +395,9 @@ def report(folder: Path, out: Path) -> None:
     ]
     write(out / "paper_wins.csv", won)
     parts = [
-        "# The paper's comparison on the " + str(store.config["model"]) + " model",
-        "Made by `python dev.py bench paper --report` from the runs of this configuration:",
-        "```json\n" + json.dumps(store.config, indent=1, sort_keys=True) + "\n```",
+        "# The paper's comparison on the " + str(config["model"]) + " model",
+        "Made by `python dev.py bench paper --report` from [every image](paper_rows.csv), of runs of these "
+        "[configurations](paper_config.json).",
         "One budget for all methods, counted in network passes per image (forward, backward). ± is the standard error "
         "over images, p a paired sign-flip test. CMMD is against the frozen model's own images. *Natural*: as near to "
         "one of those, in the held-out judge's features, as 95 % of them are to one another. *Wins*: the image that "
@@ -392,9 +427,10 @@ def report(folder: Path, out: Path) -> None:
             markdown(mine, MATCHED, f"{target}: against early-stopped DNO at the same drift, passes or reward")
         )
     (out / "paper.md").write_text("\n\n".join(parts) + "\n")
-    plots(results, out)
-    sweep_plot(results, out, "steps", "sampling steps", {m: (store.config["steps"], m) for m in results.methods})
-    sweep_plot(results, out, "beta", "beta (0: DNO)", {"mira": (0, AGAINST)})
+    if store:  # whose images are all there
+        plots(results, out)
+        sweep_plot(results, out, "steps", "sampling steps", {m: (config["steps"], m) for m in results.methods})
+        sweep_plot(results, out, "beta", "beta (0: DNO)", {"mira": (0, AGAINST)})
     print(f"{out / 'paper.md'}, {sum(len(v) for v in results.finals.values())} images")
 
 
@@ -451,7 +487,7 @@ def plots(results: Results, out: Path) -> None:
                 images = list(results.paths[target, method])
                 reward = path(results, target, method, images, "reward")
                 top.plot(reward, path(results, target, method, images, "adherence"), label=method, **style)  # fmt: skip
-                if results.base_clip is not None:
+                if (target, method) in results.embeddings and results.base_clip is not None:
                     drift = [cmmd(results.clip(target, method, k), results.base_clip) for k in range(len(reward))]
                     middle.plot(drift, label=method, **style)
                 bottom.plot(path(results, target, method, images, "score_distance"), label=method, **style)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 
 import pytest
@@ -87,7 +88,8 @@ def test_a_report_of_a_small_store(tmp_path):
     assert "| mira | 1 | 2 | 1.167 | 0.000 | 0 |  |" in text
     # Of two rewards, one of which DNO does not reach: the gain is of both, the adherence of the other.
     assert "| mira_beta_0.2 | 2 | 2 | 1.000 | 0.000 | 1 | -0.125 ±0.000 |" in text
-    assert '"steps": 8' in text
+    configs = json.loads((tmp_path / "out" / "paper_config.json").read_text())
+    assert configs == {target: {"model": "demo", "steps": 8} for target in ("brightness", "darkness")}
     rows = list(csv.DictReader((tmp_path / "out" / "paper_rows.csv").open()))
     assert len(rows) == 7 * len(rows_of("dno", 0.1, 0)) and "base" not in {r["method"] for r in rows}
     lines = (tmp_path / "out" / "paper_wins.csv").read_text().splitlines()
@@ -96,10 +98,14 @@ def test_a_report_of_a_small_store(tmp_path):
     assert "brightness,mira,dno,2,1,0.5,0.5" in lines and "brightness,mira,plain,2,1,0,0.5" in lines
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"paper.png", "paper_steps.png", "paper_beta.png"}
 
+    made = {p.name: p.read_text() for p in (tmp_path / "out").iterdir() if p.suffix in (".csv", ".md", ".json")}
+    report(tmp_path / "nothing", tmp_path / "out")  # in somebody's clone, from the rows that are kept
+    assert made == {name: (tmp_path / "out" / name).read_text() for name in made}
+
 
 def test_nothing_there(tmp_path):
     with pytest.raises(Failure, match="holds no benchmark"):
-        report(tmp_path, tmp_path)
+        report(tmp_path, tmp_path / "out")
     Store(tmp_path, {"model": "demo"})
     with pytest.raises(Failure, match="no finished runs"):
         report(tmp_path, tmp_path / "out")
