@@ -116,7 +116,7 @@ class MiraCombineRewards(io.ComfyNode):
                     max=1000.0,
                     step=0.01,
                     optional=i > 1,
-                    tooltip=f"What reward_{i} counts, see `scaling`. Negative: less of it.",
+                    tooltip=f"What reward_{i} counts, see `scaling`. Negative: less of it. 0: it is recorded only.",
                 ),
             ]
         inputs.append(

@@ -35,7 +35,9 @@ def scaled(rewards: Sequence[Reward], weights: Sequence[float], scaling: str) ->
 
 
 class WeightedSum(Reward):
-    """sum_i w_i r_i; every part stays in the record, in its own units. A negative weight asks for less of it."""
+    """sum_i w_i r_i; every part stays in the record, in its own units. A negative weight asks for less of it, and one
+    of 0 only looks: such a part need not be differentiable.
+    """
 
     def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]) -> None:
         if not rewards or len(rewards) != len(weights):
@@ -50,7 +52,7 @@ class WeightedSum(Reward):
             sum(e[0] for e in ends),
             sum(e[1] for e in ends),
             (sum(u[0] for u in usual), sum(u[1] for u in usual)),
-            all(f.differentiable for f in facts),
+            all(f.differentiable for w, f in zip(weights, facts, strict=True) if w),
             any(f.needs_prompt for f in facts),
             "each its own",
         )
@@ -59,8 +61,10 @@ class WeightedSum(Reward):
         total: Tensor | float = 0.0
         parts: dict[str, Tensor] = {}
         for reward, weight in zip(self.rewards, self.weights, strict=True):
-            score, inner = reward(images, prompts)
-            total = weight * score.to(images.device) + total
+            with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
+                score, inner = reward(images, prompts)
+            if weight:
+                total = weight * score.to(images.device) + total
             for name, part in inner.items():
                 number = sum(key == name or key.startswith(f"{name} #") for key in parts)
                 parts[f"{name} #{number + 1}" if number else name] = part

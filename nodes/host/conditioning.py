@@ -1,13 +1,57 @@
-"""What a new sample's conditioning has beside the prompt."""
+"""What a sample's conditioning has beside the prompt, and how long it lasts."""
 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import comfy.samplers
 import torch
 from torch import Tensor
+
+
+def conds_of(guider: Any) -> dict[str, list[dict]]:
+    """A guider's conditionings: as they are prepared for a sample, or as they were given to it."""
+    return getattr(guider, "conds", None) or getattr(guider, "original_conds", {})
+
+
+def used_conds(guider: Any, model_options: dict) -> dict[str, list[dict]]:
+    """Those that ComfyUI lets the model see: at CFG 1 it leaves the negative one out."""
+    conds, cfg = conds_of(guider), getattr(guider, "cfg", None)  # another's may be a list
+    at_one = isinstance(cfg, (int, float)) and math.isclose(cfg, 1.0)
+    at_one = at_one and not model_options.get("disable_cfg1_optimization")
+    return {"positive": conds["positive"]} if at_one and set(conds) == {"positive", "negative"} else conds
+
+
+def ends_early(guider: Any, model_options: dict, sigmas: Tensor) -> str | None:
+    """Why the last step of these sigmas would have no conditioning, in words; None where it has some."""
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+
+    def end(cond: dict) -> float:
+        known = cond.get("timestep_end")
+        return known if known is not None else sampling.percent_to_sigma(cond.get("end_percent", 1.0))
+
+    used = used_conds(guider, model_options)
+    conds = [c for cs in used.values() for c in cs]
+    if not conds or not all(sigmas[-2] < end(c) for c in conds):
+        return None
+    unused = "" if len(used) == len(conds_of(guider)) else " but the negative one, unused at CFG 1,"
+    return (
+        f"every conditioning{unused} ends before the last step, and ComfyUI predicts an empty image there: let one "
+        "last to the end (ConditioningSetTimestepRange: end 1)"
+    )
+
+
+def noised_by_seed(guider: Any) -> bool:
+    """Whether the conditioning has an image that is noised by the seed when a sample begins."""
+    conds = [c for cs in conds_of(guider).values() for c in cs]
+    augments = hasattr(guider.inner_model, "noise_augmentor")  # others noise what lies beside the latent by themselves
+    return any(
+        (augments and c.get("unclip_conditioning"))
+        or (c.get("noise_augmentation") and (augments or c.get("concat_latent_image") is not None))
+        for c in conds
+    )
 
 
 @torch.no_grad()
@@ -16,7 +60,7 @@ def prepared(guider: Any, latent_image: Tensor, mask: Tensor | None, seed: int, 
     shown it, and an unCLIP model an embedding that is noised by the seed.
     """
     model = guider.inner_model
-    if not (hasattr(guider, "conds") and (model.concat_keys or hasattr(model, "noise_augmentor"))):
+    if not (hasattr(guider, "conds") and (model.concat_keys or noised_by_seed(guider))):
         return guider
     given = {"latent_image": latent_image, "denoise_mask": mask, "seed": seed}
     guider = copy.copy(guider)

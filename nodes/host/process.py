@@ -30,7 +30,7 @@ from ...sampler.restart import Stretch, tail
 from ...sampler.rollout import NoiseSource, Rollout, difference, draw
 from ...sampler.seeds import Start, another, fresh, stream
 from .blocks import blocks_checkpointed
-from .conditioning import prepared
+from .conditioning import ends_early, noised_by_seed, prepared
 from .dynamic import static
 from .generators import RandomState, random_state, same_state
 from .inference_mode import leave_inference_mode_with, normal
@@ -44,7 +44,9 @@ from .scoring import Scoring
 
 log = logging.getLogger("mira")
 APART = (0.002, 0.02)  # a prediction, from the same a moment before; in half precision
-SEEN_IMAGE = "what unCLIP shows is noised by the given seed, for other seeds too: KSampler's pictures of those differ"
+OF_OTHERS = "is noised by the given seed, for other seeds too: KSampler's pictures of those differ"
+SEEN_IMAGE = f"the image that the conditioning shows {OF_OTHERS}"
+OUTSIDE = f"what the mask leaves out {OF_OTHERS}"
 RESTART = 2**20  # the number of the first restart's seed, beyond all candidates'
 SAGE_APART = 0.6  # how far, relative, an image by a coarser attention may be from the same by PyTorch's
 # The same of an image sampled again from its own noises where nothing is wrong: in full precision, in half precision.
@@ -143,19 +145,24 @@ class Process:
 
     @functools.cached_property
     def shows_noised(self) -> bool:
-        """Whether the conditioning has an image that is noised by the seed when a sample begins."""
-        conds = [c for kind in getattr(self.model_wrap, "conds", {}).values() for c in kind]
-        noised = any(c.get("unclip_conditioning") or c.get("noise_augmentation") for c in conds)
-        return noised and hasattr(self.inner, "noise_augmentor")
+        return noised_by_seed(self.model_wrap)
+
+    @functools.cached_property
+    def fixed_outside(self) -> bool:
+        """Whether what lies outside of a mask is noised by the sampler's own seed, as ddim does."""
+        return self.mask is not None and bool(getattr(self.job.sampler, "inpaint_options", {}).get("random"))
 
     def sample_of(self, n: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(x0, noises): the plain sample of candidate n's seed, bit for bit."""
         if n == 0:
             return self.given
-        if self.shows_noised and SEEN_IMAGE not in self.notices:
-            self.notices.append(SEEN_IMAGE)
+        if self.shows_noised:
+            self.tell(SEEN_IMAGE)
+        if self.fixed_outside:
+            self.tell(OUTSIDE)
         before = self.extra_args
-        self.extra_args = before | {"seed": self.seed_of(n)}
+        if not self.fixed_outside:
+            self.extra_args = before | {"seed": self.seed_of(n)}
         try:
             x0, noises = draw(self.plain, self.initial_of(n).to(self.job.noise.dtype))
         finally:
@@ -170,7 +177,10 @@ class Process:
 
     @property
     def why_no_restart(self) -> str | None:
-        return why_no_restart(self.job.sigmas, self.initial_of(0))
+        if why := why_no_restart(self.job.sigmas, self.initial_of(0)):
+            return why
+        early = ends_early(self.model_wrap, self.extra_args["model_options"], self.restart_schedule)
+        return early and f"of a restart {early}"
 
     @functools.cached_property
     def restart_schedule(self) -> Tensor:
@@ -393,10 +403,13 @@ class Process:
             return
         finite = torch.isfinite(expected.to(x0)).flatten(1).all(1)
         if not finite.any():
-            raise RuntimeError(
-                f"{self.job.node}: what the model samples is not finite (NaN or infinity): in half precision some "
-                "models overflow; load it in bf16 or fp32 (--bf16-unet, --fp32-unet), or bypass what patches it"
+            why = (
+                "in half precision some models overflow; load it in bf16 or fp32 (--bf16-unet, --fp32-unet), or bypass "
+                "what patches it"
             )
+            if (self.sigmas.diff() == 0).any():
+                why = "the schedule has the same noise level twice; take fewer steps, or another scheduler or sampler"
+            raise RuntimeError(f"{self.job.node}: what the model samples is not finite (NaN or infinity): {why}")
         off = difference(x0.detach(), expected.to(x0))[finite].nan_to_num(math.inf).max().item()
         if off <= (KEEPING_APART if self.keeps else IMAGE_APART)[self.half]:
             log.debug("the same noises sampled again: off by %.2g", off)

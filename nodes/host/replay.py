@@ -113,15 +113,16 @@ class ReplaySampler(comfy.samplers.Sampler):
         def sample() -> Tensor:
             x = noise
             for n, segment in enumerate(segments):
-                now, z, begun = sigmas, noise, latent_image
+                now, z, begun, args = sigmas, noise, latent_image, extra_args
                 if n:
+                    args = extra_args | {"seed": segment.seed}  # what lies outside a mask may be noised by it
                     same = self.segments[0].place(sigmas) is not None
                     now = segment.schedule.to(sigmas) if same else tail(sigmas, segment.denoise)
-                    z, begun = segment.noises[0].to(noise), x
+                    z, begun = segment.noises[0].to(noise), x.to(latent_image)
                     if denoise_mask is not None:  # what is not painted stays as it was given
                         begun = torch.where(denoise_mask > 0, x, latent_image)
                 wrap = prepared(model_wrap, begun, denoise_mask, segment.seed, sigmas.device) if n else model_wrap
-                sampled = self._run(wrap, now, extra_args, callback, z, begun, denoise_mask, disable_pbar, segment)
+                sampled = self._run(wrap, now, args, callback, z, begun, denoise_mask, disable_pbar, segment)
                 x = chosen(segment.part, sampled, x)
             return x
 

@@ -15,6 +15,7 @@ from ...sampler.ending import attempt
 from ...sampler.restart import tail
 from ...sampler.rollout import per_image
 from ...sampler.seeds import another, fresh, stream
+from .conditioning import ends_early
 from .job import INTERRUPTS, why_no_restart
 from .process import RESTART
 
@@ -76,6 +77,8 @@ class FinalRestart:
         if torch.equal(noise, given):  # it depends on no seed
             noise = fresh([given], stream(self.seed, NUMBER))[0]
         sigmas = self.restart_sigmas(self.share) if self.restart_sigmas else tail(self.sigmas, self.share)
+        if why := ends_early(self.guider, self.guider.model_options, sigmas):
+            return f"of it {why}"
         callback = latent_preview.prepare_callback(self.guider.model_patcher, len(sigmas) - 1)  # which hears a cancel
         sampled = self.guider.sample(
             noise, latent, self.sampler, sigmas.clone(), denoise_mask=self.mask, callback=callback, disable_pbar=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -29,6 +28,7 @@ from ...sampler.seeds import Start, best_of
 from ...sampler.statistics import expected, noise_statistics
 from ...sampler.trace import Trace
 from .chain import Chain, most_particles, within_chain
+from .conditioning import ends_early
 from .dynamic import on_one_device, static_guider
 from .inference_mode import normal
 from .job import INTERRUPTS, Job
@@ -273,14 +273,6 @@ def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
     return within_chain(process, noises[0], found)
 
 
-def _used_conds(model_wrap: Any, model_options: dict) -> dict[str, list[dict]]:
-    """Of a guider's conditionings those that ComfyUI lets the model see: at CFG 1 it leaves the negative one out."""
-    conds, cfg = getattr(model_wrap, "conds", {}), getattr(model_wrap, "cfg", None)  # another's may be a list
-    at_one = isinstance(cfg, (int, float)) and math.isclose(cfg, 1.0)
-    at_one = at_one and not model_options.get("disable_cfg1_optimization")
-    return {"positive": conds["positive"]} if at_one and set(conds) == {"positive", "negative"} else conds
-
-
 class _WorkingSampler(comfy.samplers.Sampler):
     """Does the whole work where ComfyUI runs one sample. Afterwards: `plain`, `handed_back`, `iterates`, `result`, and
     `segments`, of which `optimized` tells whether any is other than the plain sample's.
@@ -310,14 +302,8 @@ class _WorkingSampler(comfy.samplers.Sampler):
                 f"{named(extra_args['model_options'])}, and would change the optimised one again. Bypass it; of "
                 "Context Windows, turn freenoise off."
             )
-        used = _used_conds(model_wrap, extra_args["model_options"])
-        conds = [c for cs in used.values() for c in cs]
-        if conds and all("timestep_end" in c and sigmas[-2] < c["timestep_end"] for c in conds):
-            unused = "" if used is model_wrap.conds else " but the negative one, unused at CFG 1,"
-            raise ValueError(
-                f"{job.node}: every conditioning{unused} ends before the last step, and ComfyUI predicts an empty "
-                "image there: let one last to the end (ConditioningSetTimestepRange: end 1)"
-            )
+        if why := ends_early(model_wrap, extra_args["model_options"], sigmas):
+            raise ValueError(f"{job.node}: {why}")
         process = Process(job, model_wrap, sigmas, extra_args, latent_image, denoise_mask)
         try:
             found = self._through(process, noise)

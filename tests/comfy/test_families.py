@@ -15,6 +15,7 @@ import pytest
 import torch
 from mira import nodes
 from mira.nodes import host
+from mira.nodes.host.conditioning import noised_by_seed
 from mira.nodes.host.scoring import Scoring, decode
 from mira.nodes.shared import checks
 from mira.rewards.pixel import PixelReward
@@ -214,7 +215,15 @@ def test_other_seeds_of_what_unclip_shows_are_told(world, shows):
             model=model, **conds, vae=vae, latent_image={"samples": latent}, reward=PixelReward("brightness"), seed=1,
             steps=2, cfg=2.0, sampler_name="euler", scheduler="normal", preset="custom", iterations=1, seeds=2,
         ).args[2]  # fmt: skip
-    assert any("what unCLIP shows is noised by the given seed" in n for n in trace.notices) == shows
+    assert any("the conditioning shows is noised by the given seed" in n for n in trace.notices) == shows
+
+
+@pytest.mark.parametrize(("cond", "noised"), [({}, False), ({"noise_augmentation": 0.0}, False), ({}, True)])
+def test_images_that_a_model_noises_by_itself_are_told_too(cond, noised):
+    """HunyuanImage's refiner has no augmentor of unCLIP's."""
+    model = SimpleNamespace()
+    shown = cond | {"concat_latent_image": torch.zeros(1)} | ({"noise_augmentation": 0.3} if noised else {})
+    assert noised_by_seed(SimpleNamespace(inner_model=model, conds={"positive": [shown]})) == noised
 
 
 @pytest.mark.parametrize("memory", ["none", "per_block"])

@@ -24,6 +24,15 @@ nodes = mira("nodes")
 QUICK = dict(iterations=3, seeds=1, restart_every=0, stop="never", keep="last", drift_limit=0.0, learning_rate=0.05)
 
 
+GIVEN = {
+    "masked": {
+        "samples": torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8),
+        "noise_mask": torch.nn.functional.pad(torch.ones(1, 1, 64, 32), (16, 16)),
+    },
+    "half": {"samples": torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16)},
+}
+
+
 def stock(node, *inputs):
     """The outputs of one of ComfyUI's own nodes, of the older kind or the newer."""
     if hasattr(node, "PREPARE_CLASS_CLONE"):
@@ -65,13 +74,26 @@ def output(tmp_path, monkeypatch):
         {"learning_rate": 10.0, "keep": "best_within_drift", "drift_limit": 0.001, "hold": "no"},
         {"gradient_steps": 2, "sampler": "dpmpp_2m_sde"},
         {"sampler": "euler"},
+        {"sampler": "ddim", "seeds": 3, "restart_every": 2, "iterations": 4, "latent": "masked"},
+        {"restart_every": 2, "iterations": 4, "latent": "half"},
     ],
-    ids=["once", "rounds", "seeds", "plain", "sde", "deterministic"],
+    ids=["once", "rounds", "seeds", "plain", "sde", "deterministic", "masked", "half"],
 )
 def test_the_stock_sampler_node_gives_the_same_bits(world, values):
-    latent, plain, _, noise, sampler = optimized(world, **values)
-    assert torch.equal(sampled(world, noise, sampler), latent["samples"])
+    """Under a mask ddim noises what it leaves out by the sampler's seed."""
+    values = dict(values)
+    given = GIVEN.get(values.pop("latent", None))
+    latent, plain, trace, noise, sampler = optimized(world, given, **values)
+    assert torch.equal(sampled(world, noise, sampler, given), latent["samples"])
     assert torch.equal(latent["samples"], plain["samples"]) == (values.get("learning_rate") == 10.0)
+    if "seeds" in values:
+        settings = trace.settings
+        assert trace.of(0)[0]["reward"] == pytest.approx(
+            settings["seed_rewards"][0][settings["seed_chosen"][0]], abs=1e-4
+        )
+    assert any("the mask leaves out is noised by the given seed" in n for n in trace.notices) == (
+        given is GIVEN["masked"]
+    )
 
 
 def test_every_image_of_a_batch_by_its_own_way_and_within_a_mask(world):

@@ -287,6 +287,27 @@ def test_a_final_restart_of_what_a_person_chose_has_no_reward(world):
     assert not any(n.startswith("its reward: ") for n in after[2].notices)
 
 
+def test_conditioning_that_ends_before_a_restart_does(world):
+    """The schedule of a restart goes lower before its last step than the whole one."""
+    early = [[tokens, more | {"start_percent": 0.0, "end_percent": 0.97}] for tokens, more in world.positive]
+    how = dict(positive=early, cfg=1.0, steps=20, scheduler="simple", sampler_name="euler", iterations=2)
+    words = "of a restart every conditioning but the negative one, unused at CFG 1, ends before the last step"
+    done = optimize(world, **how, restart_every=1, restart_denoise=0.3)
+    assert any(f"was taken as 0: {words}" in n for n in done.args[2].notices) and len(rows_of(done)) == 3
+    left = optimize(world, **how, restart_every=0, final_restart=0.3)
+    assert any("final_restart is 0.3, but was left out: of it every conditioning" in n for n in left.args[2].notices)
+    assert left.args[0]["samples"].any()
+    node, more = NODES["search"]
+    inputs = dict(
+        model=world.model, positive=early, negative=world.negative, vae=world.vae, seed=7, steps=20, cfg=1.0,
+        sampler_name="euler", scheduler="simple", reward=PixelReward("brightness"),
+        latent_image={"samples": torch.zeros(1, 4, 8, 8)},
+        **more | dict(method="restarts", particles=2, rounds=1, restart_denoise=0.3),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"nothing can restart here: {words}"):
+        execute(node, **inputs)
+
+
 def test_a_final_restart_that_cannot_be_or_is_cancelled_leaves_the_image_as_it_was(world, monkeypatch):
     one = optimize(world, steps=1, iterations=1, sampler_name="euler", final_restart=0.5)
     assert any("final_restart is 0.5, but was left out: a schedule of one step" in n for n in one.args[2].notices)

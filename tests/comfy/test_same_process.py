@@ -24,6 +24,7 @@ from comfy_extras.nodes_mahiro import Mahiro
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
+from comfy_extras.nodes_torch_compile import TorchCompileModel
 from mira.nodes import demo, host
 from mira.nodes.guidance import MiraDyMOGuider
 from mira.nodes.host import blocks, kernels, patches, places, probe, runs
@@ -244,6 +245,16 @@ def test_a_cache_of_steps_is_refused_by_a_search(world, node, method):
         job.gradient, job.settings = False, SearchSettings(method=method, particles=2, rounds=1)
         with pytest.raises(RuntimeError, match=r"remembers earlier steps.*easycache.*Bypass"):
             host.run(job, host.searching)
+
+
+def test_a_compiled_model_is_optimised_as_it_is():
+    """What is traced of it, by the compiler's own reading of Python, without the machine code."""
+    model = random_unet(SMALL)
+    here, options = World(side=8, model=model, vae=thin_vae()), dict(steps=3, memory="per_step")
+    compiled = as_node(TorchCompileModel, model=model, backend="eager").args[0]
+    mine, stock = run(here, model=compiled, **options), run(here, model=model, **options)
+    assert torch.equal(mine.plain, stock.plain) and torch.equal(mine.latent, stock.latent)
+    assert rows(mine)[-1] != rows(mine)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

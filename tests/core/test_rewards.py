@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from mira.rewards.combine import Augmented, Relative, WeightedSum, scaled
+from mira.rewards.jpeg import JPEG
 from mira.rewards.pixel import MEASURES, MatchReference, PixelReward
 from mira.sampler.seeds import stream
 
@@ -91,6 +92,18 @@ def test_weighted_sum_keeps_parts_in_their_own_units():
     assert not reward.facts.needs_prompt
     with pytest.raises(ValueError, match="one weight per reward"):
         WeightedSum([bright], [])
+
+
+def test_a_weight_of_nothing_only_looks():
+    """At what has no gradient, or no number, too."""
+    bright, other = PixelReward("brightness"), JPEG()
+    reward, images = WeightedSum([bright, other], [1.0, 0.0]), torch.rand(1, 3, 8, 8, requires_grad=True)
+    assert reward.facts.differentiable and not WeightedSum([bright, other], [1.0, 0.1]).facts.differentiable
+    total, parts = reward(images, [""])
+    assert torch.equal(total, parts["brightness"]) and not parts["JPEG kB"].requires_grad
+    assert torch.autograd.grad(total.sum(), images)[0].any()
+    other.score = lambda images, prompts: torch.full((len(images),), torch.nan)
+    assert torch.isfinite(reward(images, [""])[0]).all()
 
 
 def test_scaling():
