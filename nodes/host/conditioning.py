@@ -29,8 +29,9 @@ def ends_early(guider: Any, model_options: dict, sigmas: Tensor) -> str | None:
     sampling = guider.model_patcher.get_model_object("model_sampling")
 
     def end(cond: dict) -> float:
-        known = cond.get("timestep_end")
-        return known if known is not None else sampling.percent_to_sigma(cond.get("end_percent", 1.0))
+        if "timestep_end" not in cond and "end_percent" in cond:
+            return sampling.percent_to_sigma(cond["end_percent"])
+        return cond.get("timestep_end", 0.0)
 
     used = used_conds(guider, model_options)
     conds = [c for cs in used.values() for c in cs]
