@@ -139,6 +139,11 @@ class Process:
             z = fresh([job.noise], stream(job.seed, n))[0] if n else job.noise
         return normal(z).to(self.sigmas.device, torch.float32)
 
+    @property
+    def noise(self) -> Tensor:
+        """The given z_T as ComfyUI's own sampling takes it: where the model is, in its own precision."""
+        return self.initial_of(0).to(self.job.noise.dtype)
+
     @functools.cached_property
     def depends_on_seed(self) -> bool:
         return not torch.equal(self.initial_of(1), self.initial_of(0))
@@ -381,7 +386,7 @@ class Process:
         replaced = "diffusion_model" in parts or "forward" in vars(network)
         if named(self.extra_args["model_options"]) or replaced:
             with self.sampling_again():
-                x0, _ = self.drawn(self.job.noise)
+                x0, _ = self.drawn(self.noise)
             self.compare(x0)
 
     def tell(self, notice: str) -> None:
@@ -435,7 +440,7 @@ class Process:
         the plain sample comes all the same, it is the arithmetic: a network in half precision magnifies its last bits
         over many steps.
         """
-        noise = self.job.noise
+        noise = self.noise
         with torch.no_grad():
             before, _, after = (draw(self.plain, z)[0] for z in (noise, fresh([noise], stream(0, 0))[0], noise))
         return bool(difference(after, before).max() <= APART[True])
