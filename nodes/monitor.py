@@ -323,6 +323,8 @@ class MiraDriftMonitor(io.ComfyNode):
         values = {"drift_metric": drift_metric, "filename_prefix": filename_prefix}
         check_values(cls.NAME, cls.define_schema().inputs, values)
         numbers = [i for i in range(1, SLOTS + 1) if inputs.get(f"trace_{i}") is not None]
+        if not numbers:
+            raise ValueError(f"{cls.NAME}: trace_1 is empty: connect the trace of a MIRA node")
         stray = [i for i in range(1, SLOTS + 1) if inputs.get(f"images_{i}") is not None and i not in numbers]
         if stray:
             raise ValueError(f"{cls.NAME}: images_{stray[0]} is connected without trace_{stray[0]}; connect both")

@@ -20,7 +20,7 @@ from . import host
 from .editor.live import LiveRun
 from .host.probe import begins_anew
 from .shared import memo
-from .shared.checks import check, check_links, check_reach, check_values, complain, fill_in, prompts_of, wrong_sigmas
+from .shared.checks import check, check_links, check_reach, check_said, complain, fill_in, prompts_of, wrong_sigmas
 from .shared.finish import finish, tell
 from .shared.inputs import (
     HIDDEN,
@@ -207,7 +207,7 @@ class MiraOptimizeKSampler(io.ComfyNode):
         **values: Any,
     ) -> io.NodeOutput:
         node, inputs = cls.NAME, cls.define_schema().inputs
-        check_values(node, inputs, values | {"cfg": cfg})
+        check_said(node, inputs, prompt, **values, cfg=cfg, seed=seed)
         check_links(node, positive=positive, negative=negative)
         effective, overruled = apply_preset(values)
         values, effective = fill_unsaid(inputs, values), fill_unsaid(inputs, effective)
@@ -289,7 +289,7 @@ class MiraOptimizeSamplerAdvanced(io.ComfyNode):
         if message := wrong_sigmas(sigmas):
             raise ValueError(f"{node}: {message}")
         check_links(node, noise=noise, guider=guider, sampler=sampler)
-        check_values(node, inputs, values)
+        check_said(node, inputs, prompt, **values)
         effective, overruled = apply_preset(values)
         values, effective = fill_unsaid(inputs, values), fill_unsaid(inputs, effective)
         model = guider.model_patcher

@@ -25,7 +25,16 @@ from . import host
 from .editor.judges import ON_TIMEOUT, PersonJudge, RecordedJudge, Resuming, RewardJudge, read_choices
 from .editor.live import LiveRun
 from .shared import memo
-from .shared.checks import check_latent, check_links, check_reward, check_values, complain, fill_in, needs
+from .shared.checks import (
+    check_latent,
+    check_links,
+    check_reward,
+    check_said,
+    check_values,
+    complain,
+    fill_in,
+    needs,
+)
 from .shared.finish import finish, tell
 from .shared.inputs import (
     HIDDEN,
@@ -247,7 +256,8 @@ class MiraDPOPreference(io.ComfyNode):
     ) -> io.NodeOutput:
         given = KSamplerInputs(model, positive, negative, latent_image, vae, seed, cfg, prompt)
         values, hidden = fill_in(cls.define_schema().inputs, values), cls.hidden
-        check_values(cls.NAME, cls.define_schema().inputs, {"final_restart": final_restart})
+        said = {"seed": seed, "iterate": iterate, "final_restart": final_restart}
+        check_said(cls.NAME, cls.define_schema().inputs, prompt, **said)
         identity = values | vars(given) | {"reward": reward, "choices": choices}
         done, live = memo.of(
             hidden,

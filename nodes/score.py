@@ -66,6 +66,8 @@ class MiraScoreImages(io.ComfyNode):
         check_reward(cls.NAME, reward)
         batches = [to_core(batch, f"{cls.NAME}: images") for batch in images]
         count = sum(len(batch) for batch in batches)
+        if wrong := [p for p in prompt if not isinstance(p, str)]:
+            raise ValueError(f"{cls.NAME}: prompt is a {type(wrong[0]).__name__}: give it a text")
         prompts = [spoken(p) for p in (list(prompt) * count if len(prompt) == 1 else prompt)]  # as the samplers do
         if len(prompts) != count:
             raise ValueError(f"{cls.NAME}: {len(prompts)} prompts for {count} images: give one, or one per image")

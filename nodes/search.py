@@ -21,6 +21,7 @@ from .shared.checks import (
     check_latent,
     check_links,
     check_reward,
+    check_said,
     check_values,
     fill_in,
     needs,
@@ -180,7 +181,8 @@ class Searching(io.ComfyNode):
     ) -> io.NodeOutput:
         given = KSamplerInputs(model, positive, negative, latent_image, vae, seed, cfg, prompt)
         values, hidden = fill_in(cls.define_schema().inputs, values), cls.hidden
-        check_values(cls.NAME, cls.define_schema().inputs, {"final_restart": final_restart})
+        said = {"seed": seed, "iterate": iterate, "final_restart": final_restart}
+        check_said(cls.NAME, cls.define_schema().inputs, prompt, **said)
         identity = values | vars(given) | {"reward": reward}
         run = memo.of(
             hidden, identity, (iterate, final_restart), lambda: run_search(cls, hidden, given, reward, values)

@@ -29,6 +29,18 @@ def with_all_before(prompt: dict, nodes: list[str]) -> set[str]:
     return found
 
 
+def steps_before(prompt: dict, node: str) -> dict[str, int]:
+    """How many links lie between a node and each that comes before it, by the shortest way."""
+    found, left = {node: 0}, [node]
+    for one in left:
+        inputs = prompt[one].get("inputs") or {} if isinstance(prompt.get(one), dict) else {}
+        for before in (v[0] for v in inputs.values() if is_link(v, prompt)):
+            if before not in found:
+                found[before] = found[one] + 1
+                left.append(before)
+    return found
+
+
 def run_by(prompt: dict) -> list[str]:
     """The nodes that ComfyUI runs of a prompt: those with an output of their own, and what comes before them."""
     known = sys.modules["nodes"].NODE_CLASS_MAPPINGS  # ComfyUI's
@@ -62,7 +74,13 @@ def digest_of(prompt: dict, node: str) -> str:
             digests[key] = hashlib.sha256(said.encode()).hexdigest()
         return digests[key]
 
-    return node + digest(node)
+    return digest(node)
+
+
+def running() -> str | None:
+    """The id of the node that ComfyUI executes."""
+    context = get_executing_context()
+    return context.node_id if context else None
 
 
 def place_in_list() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 import os
 import re
 import time
@@ -20,7 +21,7 @@ from ...rewards.preprocess import picture
 from ...sampler.keep import Keeper
 from ...sampler.optimize import KEEP, Score
 from ...sampler.trace import Trace
-from .graph import digest_of, place_in_list, run_by
+from .graph import digest_of, place_in_list, run_by, running, steps_before
 
 PNG_KEY = "mira_traces"
 FOLDER = "mira_unfinished"  # in ComfyUI's output folder
@@ -29,23 +30,27 @@ SHARE = 0.05  # of a run's time, at most, goes into writing
 UNFINISHED = "the run was not finished: this is its best image so far"
 
 
-_records: OrderedDict[str, dict[str, dict]] = OrderedDict()  # by what a node was asked: its records
+# By what a node was asked: its records, by the place in a list. ComfyUI's cache knows no names of nodes either.
+_records: OrderedDict[str, dict[int, dict]] = OrderedDict()
 
 
 class Records(dict):
     """By node, with #1 and so on after it for the further elements of a list: its record.
 
-    What is written while ComfyUI maps a node over a list, as SaveImage, is of one element: that one's record has the
-    node's name then, and those of the others follow. So every picture begins with its own.
+    Every picture begins with its own: while a node writes, as SaveImage, the records of those that are nearest before
+    it in the graph come first. And what is written while ComfyUI maps a node over a list is of one element: that one's
+    record has the node's name then, and those of the others follow.
     """
 
+    prompt: dict | None = None  # of the graph, where it is known
+
     def items(self):
-        place = place_in_list()
-        own = {name.split("#")[0]: name for name in self if place and name.endswith(f"#{place}")}
-        if not own:
-            return super().items()
+        node, place = running(), place_in_list()
+        near = steps_before(self.prompt, node) if self.prompt and node else {}
+        names = sorted(self, key=lambda name: near.get(name.split("#")[0], math.inf))  # the others in their order
+        own = {name.split("#")[0]: name for name in names if place and name.endswith(f"#{place}")}
         first = {node: self[name] for node, name in own.items()}
-        others = {f"{k}#0" if k in own else k: v for k, v in super().items() if k not in own.values()}
+        others = {f"{k}#0" if k in own else k: self[k] for k in names if k not in own.values()}
         return (first | others).items()
 
     def __reduce__(self):  # a copy is what there is, in its order, and stays so
@@ -58,19 +63,31 @@ def travel(extra_pnginfo: dict | None, node: str, trace: Trace, prompt: dict | N
     prompt: of the graph; ComfyUI may take the node's result from its cache next time, and then `remembered` adds the
     record to the PNGs.
     """
-    place = place_in_list()
-    record = {f"{node}#{place}" if place else node: trace.to_dict()}
-    if extra_pnginfo is not None:
-        traces = extra_pnginfo.setdefault(PNG_KEY, Records())
+    place, record = place_in_list(), trace.to_dict()
+    if isinstance(extra_pnginfo, dict):  # a client may send anything in its place
+        traces = records_of(extra_pnginfo, prompt)
         for name in () if place else of_node(traces, node):  # what an earlier run of the node has left
             del traces[name]
-        traces |= record
+        traces[name_of(node, place)] = record
     if prompt and node in prompt:
         asked = digest_of(prompt, node)
-        _records[asked] = (_records.get(asked, {}) if place else {}) | record
+        _records[asked] = (_records.get(asked, {}) if place else {}) | {place: record}
         _records.move_to_end(asked)
         while len(_records) > MOST_RECORDS:
             _records.popitem(last=False)
+
+
+def name_of(node: str, place: int) -> str:
+    return f"{node}#{place}" if place else node
+
+
+def records_of(extra_pnginfo: dict, prompt: dict | None) -> Records:
+    """Those that go with a prompt's pictures, a client's own among them."""
+    traces = extra_pnginfo.get(PNG_KEY)
+    if not isinstance(traces, Records):
+        traces = extra_pnginfo[PNG_KEY] = Records(traces if isinstance(traces, dict) else {})
+    traces.prompt = prompt or traces.prompt
+    return traces
 
 
 def of_node(traces: dict[str, dict], node: str) -> dict[str, dict]:
@@ -86,7 +103,8 @@ def remembered(request: dict) -> dict:
     if isinstance(prompt, dict) and isinstance(extra, dict) and _records:
         for node in run_by(prompt):
             if str(prompt[node].get("class_type")).startswith("Mira"):
-                extra.setdefault(PNG_KEY, Records()).update(_records.get(digest_of(prompt, node), {}))
+                known = _records.get(digest_of(prompt, node), {})
+                records_of(extra, prompt).update({name_of(node, place): record for place, record in known.items()})
         if not extra.get(PNG_KEY):
             extra.pop(PNG_KEY, None)
     return request

@@ -44,11 +44,17 @@ def complain(values: dict, inputs: Sequence[io.Input]) -> str | None:
         options = getattr(known, "options", None)
         if options and value is not None and value not in options:
             return f"{known.id} is {_shown(value)}: choose one of {', '.join(map(str, options))}"
-        if low is None or high is None or not isinstance(value, (int, float)):
+        if isinstance(known, io.String.Input) and not isinstance(value, (str, type(None))):
+            return f"{known.id} is {_kind(value)}: give it a text"
+        if low is None or high is None or value is None:
             continue
+        if not isinstance(value, (int, float)):
+            return f"{known.id} is {_kind(value)}: give it a number"
         if not low <= value <= high:  # NaN too
             why = f"{TOO_SMALL[known.id]}; " if value < low and known.id in TOO_SMALL else ""
             return f"{known.id} is {_shown(value)}: {why}use {low:g} to {high:g}"
+        if isinstance(known, io.Int.Input) and value != int(value):
+            return f"{known.id} is {_shown(value)}: use a whole number"
     stop, limit = values.get("stop"), values.get("drift_limit")
     return stops_at_no_limit(stop, limit) if stop is not None and limit is not None else None
 
@@ -70,6 +76,11 @@ def check_values(node: str, inputs: Sequence[io.Input], values: dict) -> None:
             raise ValueError(f"{node}: {known.id} is empty: give it a value")
     if message := complain(values, inputs):
         raise ValueError(f"{node}: {message}")
+
+
+def check_said(node: str, inputs: Sequence[io.Input], prompt: str | None, **values: Any) -> None:
+    """`check_values` of what a run's settings have not got; a prompt may be left out."""
+    check_values(node, inputs, values | ({} if prompt is None else {"prompt": prompt}))
 
 
 def check_reward(node: str, reward: object, name: str = "reward") -> Reward:

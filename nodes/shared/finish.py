@@ -34,7 +34,7 @@ def finish(
     latent: dict,
     iterate: int,
     *more: Any,
-    noises: Any = True,
+    noises: bool = True,
     restart: host.FinalRestart | None = None,
     inputs: dict | None = None,
 ) -> io.NodeOutput:
@@ -42,7 +42,7 @@ def finish(
     comes back, but for a run that was cancelled, which is not gone on with unasked. inputs: of the run, as `memo` has
     them.
     """
-    samples, kept, notices = memo.take_iterate(done, iterate, node)
+    samples, kept, notices = memo.take_iterate(done, iterate, noises)
     trace = replace(done.result.trace, kept=kept)
     if restart and done.result.cut_short and iterate < 0:
         notices = [*notices, "final_restart was left out, for the run was cut short: Repaint makes up for it"]

@@ -245,26 +245,21 @@ def cuts(inputs: dict) -> int:
     return max((n for n, cut in _cuts if all(cut.get(k, v) == v for k, v in given.items())), default=0)
 
 
-def take_iterate(done: Optimized, iterate: int, node: str) -> tuple[Tensor, list[int], list[str]]:
-    """(latent, kept iterations, notices): the kept ones for -1, else that iterate of every image. Raises ValueError
-    for one that the run never had; of a run that was cut short before it, the kept ones.
+def take_iterate(done: Optimized, iterate: int, noises: bool) -> tuple[Tensor, list[int], list[str]]:
+    """(latent, kept iterations, notices): the kept ones for -1, and for one that the run never had; else that iterate
+    of every image. noises: whether the node hands out those of the kept ones.
     """
     trace, count = done.result.trace, len(done.iterates)
     if iterate < 0:
         return done.latent, trace.kept, []
-    if iterate >= count and done.result.cut_short:
-        notice = f"iterate is {iterate}, but the run was cut short at {count - 1}: this is its best so far"
-        return done.latent, trace.kept, [notice]
     if iterate >= count:
-        raise ValueError(
-            f"{node}: iterate is {iterate}, but the run ended at iteration {count - 1}: use that, or -1 "
-            "for the one that `keep` chooses"
-        )
+        ended = "was cut short at" if done.result.cut_short else "ended at iteration"
+        which = "best so far" if done.result.cut_short else "own choice (iterate -1)"
+        return done.latent, trace.kept, [f"iterate is {iterate}, but the run {ended} {count - 1}: this is its {which}"]
     taken = [iterate] * len(trace.kept)
     if taken == trace.kept:
         return done.iterates[iterate], taken, []
     chosen = ", ".join(map(str, dict.fromkeys(trace.kept)))
-    told = (
-        f"iteration {iterate} was taken; the run's own choice, of which noise and sampler are, is {chosen} (iterate -1)"
-    )
+    whose = ", of which noise and sampler are," if noises else ""
+    told = f"iteration {iterate} was taken; the run's own choice{whose} is {chosen} (iterate -1)"
     return done.iterates[iterate], taken, [told]

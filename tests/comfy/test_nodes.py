@@ -292,8 +292,11 @@ def test_another_iterate_is_taken_without_running_again(world, monkeypatch):
     assert taken[1].ui["mira"][0]["kept"] == [1] and len(taken[1].ui["mira"][0]["previews"]) == 4
     said = ["iteration 1 was taken; the run's own choice, of which noise and sampler are, is 3 (iterate -1)"]
     assert taken[1].args[2].notices == said and taken[3].args[2].notices == []
-    with pytest.raises(ValueError, match="iterate is 4, but the run ended at iteration 3"):
-        execute(nodes.MiraOptimizeKSampler, **inputs, iterate=4)
+    beyond = execute(nodes.MiraOptimizeKSampler, **inputs, iterate=4)
+    assert torch.equal(beyond.args[0]["samples"], first.args[0]["samples"]) and beyond.args[2].kept == [3]
+    assert beyond.args[2].notices == [
+        "iterate is 4, but the run ended at iteration 3: this is its own choice (iterate -1)"
+    ]
     with pytest.raises(AssertionError, match="sampling started"):
         execute(nodes.MiraOptimizeKSampler, **(inputs | {"seed": 78}), iterate=1)
 
@@ -384,6 +387,43 @@ def test_a_picture_of_a_list_begins_with_its_own_record(monkeypatch):
     assert json.loads(json.dumps(copy.deepcopy(extra)[on_disk.PNG_KEY])).keys() == {"7", "7#1", "7#2", "8"}
     place[0] = 5  # of another list
     assert saved() == {"7": 0, "7#1": 1, "7#2": 2, "8": "alone"}
+
+
+def test_a_picture_begins_with_the_record_that_is_nearest_before_it(monkeypatch):
+    """Of two optimisers side by side its own, of two in a chain the second's; other records follow in their order."""
+    on_disk, writes = mira("nodes.editor.on_disk"), [None]
+    monkeypatch.setattr(on_disk, "running", lambda: writes[0])
+    of = {"5": [], "6": ["5"], "7": [], "8": ["5"], "9": ["6"], "10": ["7"], "11": ["9", "10"], "12": []}
+    prompt = {
+        node: {"class_type": "any", "inputs": {f"in_{i}": [before, 0] for i, before in enumerate(given)}}
+        for node, given in of.items()
+    }
+    extra = {on_disk.PNG_KEY: [], "workflow": {}}  # of a client that sends what it likes
+    for node in ("5", "7", "6"):
+        on_disk.travel(extra, node, Trace({"node": node}), prompt)
+
+    def order(node):
+        writes[0] = node
+        return list(json.loads(json.dumps(extra[on_disk.PNG_KEY])))
+
+    assert order("8") == ["5", "7", "6"] and order("9") == ["6", "5", "7"] and order("10") == ["7", "5", "6"]
+    assert order("11") == ["7", "6", "5"] and order("12") == order("5.0.1") == order(None) == ["5", "7", "6"]
+    on_disk.travel(None, "5", Trace({}), prompt)
+    on_disk.travel([], "5", Trace({}), prompt)
+
+
+def test_a_result_that_another_node_asked_for_has_its_record(monkeypatch):
+    """ComfyUI's cache knows no names: of a graph that was made a subgraph, say."""
+    on_disk, known = mira("nodes.editor.on_disk"), sys.modules["nodes"].NODE_CLASS_MAPPINGS
+    prompt = {
+        "5": {"class_type": "MiraOptimizeKSampler", "inputs": {"seed": 4711}},
+        "6": {"class_type": "SaveImage", "inputs": {"images": ["5", 0]}},
+    }
+    assert known["SaveImage"].OUTPUT_NODE
+    on_disk.travel({}, "5", Trace({"seed": 4711}), prompt)
+    moved = {"12:5": prompt["5"], "6": {"class_type": "SaveImage", "inputs": {"images": ["12:5", 0]}}}
+    extra = on_disk.remembered({"prompt": moved, "extra_data": {"extra_pnginfo": {}}})["extra_data"]["extra_pnginfo"]
+    assert {name: record["settings"] for name, record in extra[on_disk.PNG_KEY].items()} == {"12:5": {"seed": 4711}}
 
 
 def test_the_latent_dict_keeps_what_else_it_holds(world):

@@ -230,7 +230,14 @@ def test_fewest_steps_no_guidance_and_the_largest_seed(world, method):
         ({"reward": "x"}, "connect a MIRA reward node"),
         ({"strength": float("nan")}, "strength is nan"),
         ({"sampler_name": "dpm_adaptive", "method": "mira_fk"}, "dpm_adaptive cannot be optimised"),
-        ({"iterate": 9}, "iterate is 9, but the run ended at iteration 1"),
+        ({"iterate": "1"}, "iterate is a str: give it a number"),
+        ({"iterate": 1.5}, "iterate is 1.5: use a whole number"),
+        ({"iterate": None}, "iterate is empty"),
+        ({"final_restart": "0.4"}, "final_restart is a str: give it a number"),
+        ({"seed": "abc"}, "seed is a str"),
+        ({"seed": 2**70}, "seed is 118059162071741130342.*: use 0 to"),
+        ({"prompt": 1.0}, "prompt is a float: give it a text"),
+        ({"steps": "abc"}, "steps is a str"),
     ],
 )
 def test_bad_input(world, changes, message):
