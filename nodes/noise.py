@@ -83,10 +83,10 @@ class MiraSaveNoise(io.ComfyNode):
         try:
             replay.save(half, noise.segments, noise.facts | {"optimized": sampler.optimized})
             os.replace(half, path)
-        except (OSError, SafetensorError) as problem:
+        except (OSError, SafetensorError, ValueError) as problem:  # a name with a character of number 0
             raise OSError(f"{wrong} ({problem})") from problem
         finally:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 half.unlink()
         shown = os.path.relpath(path, folder_paths.get_output_directory())
         return io.NodeOutput(ui=text_output(f"saved {shown} in the output folder"))

@@ -51,6 +51,12 @@ def text_in(path: str) -> str | None:
     return next((text.removeprefix(before).decode() for text in texts if text.startswith(before)), None)
 
 
+def _mapping(value: object) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"where its record should be is a {type(value).__name__}")
+    return value
+
+
 def read_trace(path: str, index: int) -> Trace:
     """Raises ValueError for a file that holds no trace, a damaged one, or one of another version."""
     name = os.path.basename(path)
@@ -59,13 +65,13 @@ def read_trace(path: str, index: int) -> Trace:
             text = text_in(path)
             if text is None:
                 raise ValueError("it carries no MIRA record (it was saved without one, or its metadata was removed)")
-            traces = json.loads(text)
+            traces = _mapping(json.loads(text))
             if not 0 <= index < len(traces):
                 raise ValueError(f"it carries {len(traces)} record(s), so there is none of index {index}")
-            return Trace.from_dict(list(traces.values())[index])
-        with open(path, encoding="utf-8") as file:
+            return Trace.from_dict(_mapping(list(traces.values())[index]))
+        with open(path, encoding="utf-8-sig") as file:  # some editors put a mark before the first character
             text = file.read()
-        return Trace.from_csv(text) if name.lower().endswith(".csv") else Trace.from_dict(json.loads(text))
+        return Trace.from_csv(text) if name.lower().endswith(".csv") else Trace.from_dict(_mapping(json.loads(text)))
     except (ValueError, KeyError, TypeError, AttributeError, OSError, SyntaxError, RecursionError) as problem:
         raise ValueError(f"{MiraLoadTrace.NAME}: {name} cannot be read: {problem}") from problem
 

@@ -219,6 +219,8 @@ def put(name, content):
         ("c.csv", b"iteration,image,reward\n0,0", "cannot be read"),
         ("d.csv", b"x,y\n1,2\n", "needs the columns iteration and image"),
         ("e.png", b"\x89PNG\r\n\x1a\n", "cannot be read"),
+        ("f.json", b"3", "where its record should be is a int"),
+        ("g.json", b'\xef\xbb\xbf{"version": 99, "rows": []}', "not a MIRA trace of version 1"),
     ],
 )
 def test_damaged_files(name, content, message):

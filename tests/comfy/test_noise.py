@@ -228,6 +228,8 @@ def test_bad_input(world, output, monkeypatch):
 
     with pytest.raises(OSError, match=r"MIRA Save Noise: filename_prefix 'xxx.*cannot be written"):
         as_node(nodes.MiraSaveNoise).execute(noise, sampler, "x" * 300)
+    with pytest.raises(OSError, match=r"MIRA Save Noise: filename_prefix 'x.x00y' cannot be written"):
+        as_node(nodes.MiraSaveNoise).execute(noise, sampler, "x\0y")
 
     def full(half, *_):
         half.write_bytes(b"a part")
