@@ -1,4 +1,4 @@
-"""Networks in half precision, whose gradients of a score would vanish below float16's smallest number."""
+"""Networks in half precision, whose gradients of a score would fall below the smallest number or rise above the largest."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ MOST = 100  # of these powers, in float32
 LARGEST = 5  # the power of two that the largest gradient has at the network's end: as far from 2^-14 as from 2^15
 
 
-class _Raised(torch.autograd.Function):
-    """x, whose gradient goes on multiplied by a power of two for every image, which is left in `scales`."""
+class _Scaled(torch.autograd.Function):
+    """x as it is. What its gradient is multiplied by is in `scales`, where both ends of a network find it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scales: list[Tensor]) -> Tensor:
         ctx.scales = scales
         return x.view_as(x)
+
+
+class _Raised(_Scaled):
+    """Where the gradient comes in: by a power of two for every image."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
@@ -28,13 +32,8 @@ class _Raised(torch.autograd.Function):
         return gradient * _per_image(ctx.scales[0], gradient), None
 
 
-class _Lowered(torch.autograd.Function):
-    """x, whose gradient is divided by what `_Raised` multiplied it by."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: list[Tensor]) -> Tensor:
-        ctx.scales = scales
-        return x.view_as(x)
+class _Lowered(_Scaled):
+    """Where it goes out: by that again."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
