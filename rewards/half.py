@@ -1,4 +1,4 @@
-"""Networks in half precision, whose gradients of a score would fall below the smallest number or rise above the largest."""
+"""Networks in half precision, whose gradients of a score would leave the range of its numbers, below or above."""
 
 from __future__ import annotations
 

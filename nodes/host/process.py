@@ -423,7 +423,7 @@ class Process:
                 "PyTorch's attention, which a gradient needs, gives another image here than the plain sample's (off by "
                 f"{off:.2g}, relative)"
             )
-        elif self.half and self.remembers_nothing():
+        elif self.remembers_nothing():
             self.tell(
                 "with the arithmetic that a gradient needs the model gives another image than the plain sample's (off "
                 f"by {off:.2g}, relative)"
@@ -436,14 +436,14 @@ class Process:
             )
 
     def remembers_nothing(self) -> bool:
-        """Whether the given noise's sample is the same before and after one of another noise. Where another image than
-        the plain sample comes all the same, it is the arithmetic: a network in half precision magnifies its last bits
-        over many steps.
+        """Whether the given noise's sample is the same before and after one of another noise, and once more. Where
+        another image than the plain sample comes all the same, it is the arithmetic, whose last bits some processes
+        magnify: a network in half precision over many steps, guidance by the direction of a gradient.
         """
         noise = self.noise
         with torch.no_grad():
-            before, _, after = (draw(self.plain, z)[0] for z in (noise, fresh([noise], stream(0, 0))[0], noise))
-        return bool(difference(after, before).max() <= APART[True])
+            before, _, *after = (draw(self.plain, z)[0] for z in (noise, fresh([noise], stream(0, 0))[0], noise, noise))
+        return all(difference(x, before).max() <= APART[True] for x in after)
 
     def network(self, model_k: Any, extra_args: dict) -> tuple[dict, Callable]:
         """The denoiser with everything in it that has a backward; (guided, conditional) where both are wanted."""

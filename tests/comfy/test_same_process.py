@@ -257,8 +257,7 @@ def test_a_compiled_model_is_optimised_as_it_is():
     assert rows(mine)[-1] != rows(mine)[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_arithmetic_that_moves_the_image_is_told_in_half_precision(monkeypatch, dtype):
+def test_arithmetic_that_moves_the_image_is_told(monkeypatch):
     """As a GPU's other kernels do over many steps of a network that magnifies their last bits."""
     ours, other = runs.pytorch_kernels, []
 
@@ -273,13 +272,9 @@ def test_arithmetic_that_moves_the_image_is_told_in_half_precision(monkeypatch, 
         return apply(given["input"], given["timestep"], **given["c"]) * (3 if other else 1)
 
     monkeypatch.setattr(runs, "pytorch_kernels", kernels)
-    model = random_unet(SMALL, dtype)
+    model = random_unet(SMALL)
     here, patched = World(side=8, model=model, vae=thin_vae()), model.clone()
     patched.set_model_unet_function_wrapper(predict)
-    if dtype == torch.float32:  # whose last bits do not get so far
-        with pytest.raises(RuntimeError, match="the model gives another image"):
-            run(here, model=patched, steps=4)
-        return
     done = run(here, model=patched, steps=4)
     assert [n for n in done.result.trace.notices if "the arithmetic that a gradient needs" in n]
     assert torch.equal(done.plain, here.ksampler(model=patched, steps=4))
