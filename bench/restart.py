@@ -44,7 +44,7 @@ MANY = (1, 4, 8, 16, 26)  # up to the passes of three rounds
 PARTICLES = (3, 6, 12)
 CANDIDATES, AGAIN = 4, 0.8  # of a search by restarts
 BEST_OF_DRAWS = ("best_of_two", "best_of_three")  # of plain optimisation, at every iterate; made of what is there
-RIVALS = ("best_of_4", *BEST_OF_DRAWS, "once_.65")
+RIVALS = ("best_of_4", *BEST_OF_DRAWS, "once_.65", "dno_exact")
 LIMITS = (0.01, 0.02, 0.1, 0.2)
 OWN = 4  # plain samples of every animal, which the likeness is to
 
@@ -393,6 +393,9 @@ def first_rounds(rows: list[dict], rounds: int) -> list[dict]:
 
 def chosen_within(rows: list[dict]) -> list[dict]:
     """Of every image the best iterate within a path KL, over growing ones: the choice that the default has, too."""
+    rows = [r for r in rows if math.isfinite(r["path_kl"])]  # of the oldest runs it was not kept
+    if not rows:
+        return []
     bounds = torch.tensor([r["path_kl"] for r in rows]).quantile(torch.linspace(0, 1, BOUNDS)).unique().tolist()
     of: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -426,6 +429,7 @@ def beside_rivals(runs: dict[tuple, list[dict]]) -> list[dict]:
         (16, "three_rounds", 0),
         (16, "ntrk_second", 0.4),
         (30, "default", 0),
+        (8, "default_exact", 0),
     ):
         for rival in (*RIVALS, "chosen"):
             found: dict[frozenset, dict[str, dict]] = {}  # by the animals, of which all rewards are to be of the same
