@@ -122,9 +122,9 @@ VARIANTS = {
     "restarted_first": Variant(first=0.8),
 }
 
-# What a run of fewer rounds would have come to, read off the first ones of one of three: (run, rounds) -> its name.
-CUT = {("three_rounds", 2): "default", ("three_rounds", 1): "first_round"}
-CUT |= {(f"three_rounds_{limit:g}", 2): f"default_{limit:g}" for limit in LIMITS}
+# What runs of fewer rounds would have come to, read off the first ones of one of three: by how many, their names.
+CUT = {"three_rounds": {2: "default", 1: "first_round"}}
+CUT |= {f"three_rounds_{limit:g}": {2: f"default_{limit:g}"} for limit in LIMITS}
 
 
 class Observer:
@@ -487,9 +487,7 @@ def report() -> None:
         numbers = {k: float(row[k] or math.nan) for k in ("iterate", "kept", "path_kl", *COLUMNS)}
         runs.setdefault(of, []).append(numbers | {"animal": row["animal"], "part": (row["part"], row["seed"])})
     for reward, steps, name in list(runs):
-        for (whole, rounds), cut in CUT.items():
-            if name != whole:
-                continue
+        for rounds, cut in CUT.get(name, {}).items():
             mine = runs.get((reward, steps, cut), [])
             there = {row["part"] for row in mine}
             others = [row for row in runs[reward, steps, name] if row["part"] not in there]

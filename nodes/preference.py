@@ -255,9 +255,9 @@ class MiraDPOPreference(io.ComfyNode):
         **values: Any,
     ) -> io.NodeOutput:
         given = KSamplerInputs(model, positive, negative, latent_image, vae, seed, cfg, prompt)
-        values, hidden = fill_in(cls.define_schema().inputs, values), cls.hidden
-        said = {"seed": seed, "iterate": iterate, "final_restart": final_restart}
-        check_said(cls.NAME, cls.define_schema().inputs, prompt, **said)
+        inputs, hidden = cls.define_schema().inputs, cls.hidden
+        values = fill_in(inputs, values)
+        check_said(cls.NAME, inputs, prompt, seed=seed, iterate=iterate, final_restart=final_restart)
         identity = values | vars(given) | {"reward": reward, "choices": choices}
         done, live = memo.of(
             hidden,

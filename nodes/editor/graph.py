@@ -19,24 +19,14 @@ def is_link(value: object, prompt: dict) -> bool:
     )
 
 
-def with_all_before(prompt: dict, nodes: list[str]) -> set[str]:
-    """These nodes of a prompt, and what comes before them."""
-    found, left = set(), list(nodes)
-    while left:
-        if (node := left.pop()) not in found and isinstance(prompt.get(node), dict):
-            found.add(node)
-            left += [v[0] for v in (prompt[node].get("inputs") or {}).values() if is_link(v, prompt)]
-    return found
-
-
-def steps_before(prompt: dict, node: str) -> dict[str, int]:
-    """How many links lie between a node and each that comes before it, by the shortest way."""
-    found, left = {node: 0}, [node]
-    for one in left:
-        inputs = prompt[one].get("inputs") or {} if isinstance(prompt.get(one), dict) else {}
-        for before in (v[0] for v in inputs.values() if is_link(v, prompt)):
+def with_all_before(prompt: dict, nodes: list[str]) -> dict[str, int]:
+    """These nodes of a prompt and what comes before them, each with how many links lie between, by the shortest way."""
+    found = {node: 0 for node in nodes if isinstance(prompt.get(node), dict)}
+    left = list(found)
+    for node in left:
+        for before in (v[0] for v in (prompt[node].get("inputs") or {}).values() if is_link(v, prompt)):
             if before not in found:
-                found[before] = found[one] + 1
+                found[before] = found[node] + 1
                 left.append(before)
     return found
 

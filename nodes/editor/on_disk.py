@@ -21,7 +21,7 @@ from ...rewards.preprocess import picture
 from ...sampler.keep import Keeper
 from ...sampler.optimize import KEEP, Score
 from ...sampler.trace import Trace
-from .graph import digest_of, place_in_list, run_by, running, steps_before
+from .graph import digest_of, place_in_list, run_by, running, with_all_before
 
 PNG_KEY = "mira_traces"
 FOLDER = "mira_unfinished"  # in ComfyUI's output folder
@@ -46,7 +46,7 @@ class Records(dict):
 
     def items(self):
         node, place = running(), place_in_list()
-        near = steps_before(self.prompt, node) if self.prompt and node else {}
+        near = with_all_before(self.prompt, [node]) if self.prompt and node else {}
         names = sorted(self, key=lambda name: near.get(name.split("#")[0], math.inf))  # the others in their order
         own = {name.split("#")[0]: name for name in names if place and name.endswith(f"#{place}")}
         first = {node: self[name] for node, name in own.items()}

@@ -79,7 +79,7 @@ def check_values(node: str, inputs: Sequence[io.Input], values: dict) -> None:
 
 
 def check_said(node: str, inputs: Sequence[io.Input], prompt: str | None, **values: Any) -> None:
-    """`check_values` of what a run's settings have not got; a prompt may be left out."""
+    """`check_values`, of a prompt too, which may be left out."""
     check_values(node, inputs, values | ({} if prompt is None else {"prompt": prompt}))
 
 
