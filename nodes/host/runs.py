@@ -27,6 +27,7 @@ from ...sampler.search import METHODS, SearchSettings, search
 from ...sampler.seeds import Start, best_of
 from ...sampler.statistics import expected, noise_statistics
 from ...sampler.trace import Trace
+from .batches import decided_once
 from .chain import Chain, most_particles, within_chain
 from .conditioning import ends_early
 from .dynamic import on_one_device, static_guider
@@ -306,7 +307,8 @@ class _WorkingSampler(comfy.samplers.Sampler):
             raise ValueError(f"{job.node}: {why}")
         process = Process(job, model_wrap, sigmas, extra_args, latent_image, denoise_mask)
         try:
-            found = self._through(process, noise)
+            with decided_once(process.inner, process.free_bytes):
+                found = self._through(process, noise)
             self.handed_back = model_wrap.inner_model.process_latent_out(found.float()).cpu()
             return found
         finally:
