@@ -17,6 +17,7 @@ PixelReward = mira("rewards.pixel").PixelReward
 Settings = mira("sampler.optimize").Settings
 
 PROMPT = "generate an image of a fox"
+LARGEST_SEED = 2**64 - 2  # of KSampler on every ComfyUI: on a CPU newer ones add 1, and that is PyTorch's largest
 
 
 class World:

@@ -25,6 +25,7 @@ from comfy_api.latest import io
 
 from testing.networks import sd15
 from testing.pack import as_node, mira
+from testing.world import LARGEST_SEED
 from tools.comfy import ROOT
 from tools.help import line
 
@@ -643,7 +644,7 @@ def test_the_papers_algorithm_is_to_the_letter():
 
 @pytest.mark.parametrize("method", list(mira("sampler.rivals").RIVALS))
 def test_a_rival_is_one_choice(world, method):
-    out, plain, trace = optimize(world, preset=method, steps=2, beta=0.5, seed=2**64 - 1).args[:3]  # the largest
+    out, plain, trace = optimize(world, preset=method, steps=2, beta=0.5, seed=LARGEST_SEED).args[:3]
     chosen = mira("nodes.shared.inputs").settings_of(PRESETS.apply_preset(INPUTS | {"preset": method, "beta": 0.5})[0])
     assert {k: getattr(chosen, k) for k in mira("sampler.rivals").RIVALS[method]} == mira("sampler.rivals").RIVALS[
         method
@@ -652,7 +653,7 @@ def test_a_rival_is_one_choice(world, method):
     # ReNO and InitNO leave the injected noises alone; the others move them.
     assert trace.rows[-1]["path_kl"] > 0
     assert torch.isfinite(out["samples"]).all()
-    assert torch.equal(plain["samples"], world.ksampler(steps=2, seed=2**64 - 1))
+    assert torch.equal(plain["samples"], world.ksampler(steps=2, seed=LARGEST_SEED))
 
 
 @pytest.mark.parametrize(
