@@ -27,8 +27,9 @@ class _Raised(_Scaled):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         largest = gradient.flatten(1).abs().amax(1)
-        exponent = LARGEST - torch.frexp(torch.where(largest.isfinite(), largest, 0)).exponent
-        ctx.scales[:] = [torch.ldexp(torch.ones_like(largest), exponent.clamp(-MOST, MOST))]
+        known = largest.isfinite() & (largest > 0)
+        power = torch.where(known, largest, 1).log2().floor() + 1  # frexp's, which Apple's devices do not have
+        ctx.scales[:] = [torch.ldexp(torch.ones_like(largest), (LARGEST - power).clamp(-MOST, MOST))]
         return gradient * _per_image(ctx.scales[0], gradient), None
 
 

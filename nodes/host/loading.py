@@ -66,35 +66,43 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def load(patchers: Sequence, memory: float = 0, least: float | None = None) -> None:
+def load(patchers: Sequence, memory: float = 0, least: float | None = None, beside: Sequence = ()) -> None:
     """Onto the device by ComfyUI, in one call: several could evict one another.
 
     memory: bytes that are wanted beside the weights, for which other models make room. least: bytes for which weights
-    would stay behind, to come when they are used; None: all of them come.
+    would stay behind, to come when they are used; None: all of them come. beside: patchers for which those stay behind
+    too: where it places them, ComfyUI knows nothing of what is to come after.
     """
+    rest = sum(p.model_size() - p.loaded_size() for p in beside)
+    management = comfy.model_management
     # A weight that is moved outside inference mode is one that no stock node can use any more, and making room moves
     # those of other models too.
     with torch.inference_mode(), _uncollected():
-        comfy.model_management.load_models_gpu(
-            list(patchers), memory_required=memory, minimum_memory_required=least, force_full_load=least is None
-        )
+        if least is None:
+            management.load_models_gpu([*patchers, *beside], memory_required=memory, force_full_load=True)
+        else:
+            management.load_models_gpu(
+                list(patchers), memory_required=memory + rest, minimum_memory_required=least + rest
+            )
+            management.load_models_gpu(list(beside), minimum_memory_required=0)
 
 
 @contextmanager
-def loaded(patchers: Sequence, memory: float, least: float | None = None) -> Iterator[None]:
+def loaded(patchers: Sequence, memory: float, least: float | None = None, beside: Sequence = ()) -> Iterator[None]:
     """ComfyUI's patchers on the device, with what a gradient needs of them.
 
-    memory, least: see `load`. With a `least` there is no gradient: weights may stay behind as in ComfyUI's own
+    memory, least, beside: see `load`. With a `least` there is no gradient: weights may stay behind as in ComfyUI's own
     sampling, which keeps what lies where of those: none is replaced.
     """
     gradient = least is None
-    for patcher in {m for p in patchers for m in (p, *p.model_patches_models())}:
+    for patcher in {m for p in [*patchers, *beside] for m in (p, *p.model_patches_models())}:
         if gradient and is_dynamic(patcher):
             raise RuntimeError(
                 f"{type(patcher.model).__name__}: its weights are in dynamic VRAM, which no gradient survives: start "
                 "ComfyUI with --disable-dynamic-vram"
             )
-    load(patchers, memory, least)
+    load(patchers, memory, least, beside)
+    patchers = [*patchers, *beside]
     modules = [patcher.model for patcher in patchers]
     if gradient:
         management = comfy.model_management

@@ -267,12 +267,12 @@ class Process:
     # --
 
     @property
-    def patchers(self) -> list[ModelPatcher]:
-        """Of everything that a run needs."""
+    def patchers(self) -> tuple[list[ModelPatcher], list[ModelPatcher]]:
+        """Of everything that a run needs: (what samples, what looks at the images)."""
         reward = self.job.reward
-        patchers = [self.model_wrap.model_patcher, *self.model_wrap.loaded_models, self.vae.patcher]
-        patchers += [patcher_of(m) for m in reward.modules] if reward else []
-        return patchers + getattr(self.model_wrap, "networks", [])  # of a guider of ours
+        scorers = [patcher_of(m) for m in reward.modules] if reward else []
+        scorers += getattr(self.model_wrap, "networks", [])  # of a guider of ours
+        return [self.model_wrap.model_patcher, *self.model_wrap.loaded_models], [self.vae.patcher, *scorers]
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
@@ -283,7 +283,8 @@ class Process:
             need, least = 2 * need, None
         else:  # what ComfyUI's own sampling asks for: for more the model would be sent away
             least = self.inner.memory_required(shape)
-        with loaded(self.patchers, need, least):
+        sampling, looking = self.patchers
+        with loaded(sampling, need, least, beside=looking):
             yield
 
     def through_sampler(self, noise: Tensor, function: Callable, options: dict) -> Tensor:

@@ -395,7 +395,8 @@ class _WorkingSampler(comfy.samplers.Sampler):
         process.unload_others()
         _, cut = within_memory(lambda: stack.enter_context(process.loaded()))
         if cut:
-            sizes = ", ".join(f"{type(p.model).__name__} {p.model_size() / 1e9:.1f} GB" for p in process.patchers)
+            patchers = [p for some in process.patchers for p in some]
+            sizes = ", ".join(f"{type(p.model).__name__} {p.model_size() / 1e9:.1f} GB" for p in patchers)
             why = ", as a gradient needs them whole" if self.job.gradient else ""
             raise type(cut.problem)(
                 f"{self.job.node}: out of memory while its models were loaded ({sizes}; free: "

@@ -404,18 +404,26 @@ def test_weights_that_are_left_behind_are_told_before_a_gradient_is_taken(monkey
         assert where(network) == {"cpu"}
 
 
-def test_a_search_sends_nothing_away_that_the_sampler_had_on_the_card(world, monkeypatch):
-    """ComfyUI takes weights off the card for the room that is asked for, decoding's too, though a full one does."""
+def test_a_search_sends_nothing_away_but_for_what_looks_at_the_images(world, monkeypatch):
+    """ComfyUI takes weights off the card for the room that is asked for, decoding's too, though a full one does; and
+    leaves none where it puts a model that is larger than the card, for a scorer that is to be there whole.
+    """
     load, asked = comfy.model_management.load_models_gpu, []
 
     def seen(models, **how):
-        asked.append(how)
+        if "minimum_memory_required" in how:
+            asked.append((models, how["minimum_memory_required"]))
+        assert not how.get("force_full_load")
         return load(models, **how)
 
+    reward = PixelReward("brightness")
+    reward.modules = (torch.nn.Linear(1000, 1000, bias=False),)
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", seen)
-    search(world)
-    sampler, *ours = [how["minimum_memory_required"] for how in asked if "minimum_memory_required" in how]
-    assert ours and max(ours) <= sampler and not any(how.get("force_full_load") for how in asked)
+    search(world, reward=reward)
+    (_, sampler), (models, room), (looking, own) = asked
+    assert models[0].model is world.model.model
+    assert 4e6 <= room - sampler <= 4e6 + world.vae.patcher.model_size()  # of which some may be there
+    assert {p.model for p in looking} == {world.vae.first_stage_model, *reward.modules} and own == 0
 
 
 def test_without_a_gradient_images_are_decoded_as_they_fit(world, monkeypatch):
