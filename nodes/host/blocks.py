@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...sampler.memory import offloaded
 from ...sampler.rollout import pulled_back
+from .backwards import OwnBackwards
 from .kernels import without_tf32
 from .places import OutOfPlace
 
@@ -159,7 +160,8 @@ def block_place(offload: bool, exact: bool = False) -> AbstractContextManager:
     """Where a block is run, and computed again. offload: what it keeps waits in the CPU's memory, of one layer of a
     decoder at full resolution gigabytes. exact: without TF32, as a reward is.
     """
-    inside = both(without_tf32(), OutOfPlace()) if exact else OutOfPlace()
+    inside = both(OwnBackwards(), OutOfPlace())
+    inside = both(without_tf32(), inside) if exact else inside
     return both(offloaded(), inside) if offload else inside
 
 

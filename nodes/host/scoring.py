@@ -20,6 +20,7 @@ from ...sampler.ending import within_memory
 from ...sampler.memory import offloaded, saved_bytes
 from ...sampler.optimize import Score
 from ...sampler.rollout import Rollout
+from .backwards import OwnBackwards
 from .blocks import block_place, blocks_checkpointed
 from .kernels import without_tf32
 
@@ -31,7 +32,8 @@ def decode(vae: VAE, latent: Tensor) -> Tensor:
     """VAE latents (B, C, h, w) -> images (B, 3, H, W), nominally in [0, 1]: not clamped, so that gradients live."""
     # The VAE's own last step is affine but for its clamp: read it off inside the clamp's range.
     zero, half = (vae.process_output(torch.tensor([v])).item() for v in (0.0, 0.5))
-    images = vae.first_stage_model.decode(latent.to(vae.device, vae.vae_dtype)).float()
+    with OwnBackwards() if torch.is_grad_enabled() else nullcontext():
+        images = vae.first_stage_model.decode(latent.to(vae.device, vae.vae_dtype)).float()
     return images * (2 * (half - zero)) + zero
 
 
