@@ -56,11 +56,18 @@ def give_back() -> None:
     if torch.cuda.is_initialized():
         with contextlib.suppress(RuntimeError):  # what has failed may be reported once more
             torch.cuda.empty_cache()
-            unlock()
+            _unlock()
 
 
 def unlock() -> None:
-    """Hand page-locked memory that nobody uses any more back: PyTorch keeps it for the process's life."""
+    """At the end of a run: hand page-locked memory that nobody uses any more back, which PyTorch keeps for the
+    process's life. In the next run there may be more of it than this one got.
+    """
+    _unlock()
+    _locked.most = _most()
+
+
+def _unlock() -> None:
     if torch.cuda.is_initialized() and hasattr(torch._C, "_host_emptyCache"):
         torch._C._host_emptyCache()
     _locked.held = +_locked.used
@@ -128,7 +135,7 @@ class _PageLocked:
     """Copies of a card's tensors in page-locked memory, which it reaches several times as fast as other memory, as
     long as they are few enough, and the system allows them.
 
-    PyTorch locks powers of two, and keeps what is freed for others of the same size, until `unlock`.
+    PyTorch locks powers of two, and keeps what is freed for others of the same size, until `_unlock`.
     """
 
     def __init__(self, most: int) -> None:
@@ -140,7 +147,7 @@ class _PageLocked:
         """Whether there is room for one more of so many bytes, which counts from now on."""
         if self.used[size] >= self.held[size]:
             if self._bytes() + size > self.most and self.used != self.held:
-                unlock()
+                _unlock()
             if self._bytes() + size > self.most:
                 return False
         self.used[size] += 1

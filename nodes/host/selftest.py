@@ -122,15 +122,21 @@ def check_backward(process: Process) -> None:
 
     And the decoder's, where every operation has to repeat: a search shows its first images before it meets that.
     """
-    job, scoring = process.job, process.scoring
-    before, scoring.redraw = scoring.redraw, False
+    job, scoring, rollout = process.job, process.scoring, process.rollout
+    before, scoring.redraw = (scoring.redraw, rollout.memory), False
+    # Where it is not known yet what there is room for, with little.
+    ways = ["per_step", "offload"] if rollout.memory == "auto" else [rollout.memory]
     try:
         for part in (_reward_gradient, _decoder_gradient):
-            _, cut = within_memory(part, process)
-            if cut:
+            for way in ways:
+                rollout.memory = way
+                _, cut = within_memory(part, process)
+                if cut is None:
+                    break
+            else:
                 log.debug("%s: the reward's gradient could not be tried: %s", job.node, cut)
     finally:
-        scoring.redraw = before
+        scoring.redraw, rollout.memory = before
 
 
 def _decoder_gradient(process: Process) -> None:

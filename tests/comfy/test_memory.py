@@ -17,6 +17,7 @@ from mira.nodes import demo, host
 from mira.nodes.guidance import MiraDyMOGuider, MiraRLGuidance
 from mira.nodes.host import blocks, kernels, loading
 from mira.nodes.host.repeating import Repeating
+from mira.nodes.host.scoring import Scoring
 from mira.nodes.initno import MiraInitNONoise
 from mira.nodes.preference import preferring
 from mira.nodes.score import MiraScoreImages
@@ -369,6 +370,23 @@ def test_without_a_gradient_models_need_not_be_whole(world, monkeypatch):
     assert torch.equal(search(world).latent, whole.latent)
     with pytest.raises(torch.OutOfMemoryError, match=r"while its models were loaded \(BaseModel.*as a gradient needs"):
         world.optimize(steps=2)
+
+
+def test_the_checks_before_a_run_keep_little(world, monkeypatch):
+    """What there is room for is not known by then, and a card that spills into the CPU's memory would take minutes."""
+    ways, score = [], Scoring._reward_whole
+
+    def full(scoring, *args):
+        if torch.is_grad_enabled():
+            ways.append(scoring.policy.memory)
+            if len(ways) == 1:
+                raise torch.OutOfMemoryError("full")
+        return score(scoring, *args)
+
+    monkeypatch.setattr(Scoring, "_reward_whole", full)
+    done = world.optimize(steps=2, iterations=1)
+    assert ways[:3] == ["per_step", "offload", "auto"] and ways[-1] == "none"  # then what is measured and chosen
+    assert done.result.trace.settings["checkpointing"] == "none"
 
 
 def network_and_patcher(monkeypatch):

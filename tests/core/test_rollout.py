@@ -430,7 +430,7 @@ def test_page_locked_memory_has_one_bound(monkeypatch):
     unlocked = []
     locked = memory._PageLocked(100)
     monkeypatch.setattr(memory, "_locked", locked)
-    monkeypatch.setattr(memory, "unlock", lambda: (unlocked.append(1), setattr(locked, "held", +locked.used)))
+    monkeypatch.setattr(memory, "_unlock", lambda: (unlocked.append(1), setattr(locked, "held", +locked.used)))
     assert locked.take(64) and not locked.take(64) and locked.take(32) and not locked.take(8) and not unlocked
     locked.give(64)
     assert locked.take(64) and not unlocked  # the same block
@@ -467,6 +467,11 @@ def test_what_cannot_be_page_locked_is_not_asked_for_again(monkeypatch):
     card = SimpleNamespace(is_cuda=True, numel=lambda: 1000, element_size=lambda: 4)
     assert [locked.copy(card) for _ in range(9)] == [None] * 9 and len(asked) == 1
     assert locked.held == {4096: 1} == locked.used and locked.most == 4096
+    monkeypatch.setattr(memory, "_locked", locked)
+    memory.give_back()
+    assert locked.most == 4096
+    memory.unlock()  # at a run's end: another program may have let go of its own since
+    assert locked.most == memory._most()
     locked.give(4096)
     assert locked.copy(card) is None and len(asked) == 2 and locked.held[4096] == 0
 
