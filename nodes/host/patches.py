@@ -164,8 +164,9 @@ def _weight_hooks(group: Any) -> dict[object, set[float]]:
         return {}
     found = {}
     for hook in group.get_type(comfy.hooks.EnumHookType.Weight):
-        keyframes = hook.hook_keyframe.keyframes
-        strengths = {round(k.strength * hook.strength_model, 6) for k in keyframes} or {hook.strength_model}
+        # Its public strength is that of the keyframe where the last sample ended.
+        keyframes, whole = hook.hook_keyframe.keyframes, hook._strength_model
+        strengths = {round(k.strength * whole, 6) for k in keyframes} or {whole}
         if any(not math.isclose(s, 0) for s in strengths):
             found[hook.hook_ref] = strengths
     return found

@@ -209,9 +209,14 @@ def test_a_lora_hook_on_both_sides_is_the_same_in_every_trajectory(world):
     ("options", "words"),
     [(dict(keyframes=FALLING), "changes by keyframes"), (dict(both=False), "different LoRA hooks")],
 )
-def test_weights_that_change_under_a_gradient_are_refused(world, options, words):
+@pytest.mark.parametrize("before", [False, True])
+def test_weights_that_change_under_a_gradient_are_refused(world, options, words, before):
+    """before: a stock node has sampled with them, and has left the hooks where it ended."""
+    conds = hooked(world, **options)
+    if before:
+        world.ksampler(model=world.model.clone(), steps=3, **conds)
     with pytest.raises(ValueError, match=words):
-        run(world, steps=3, **hooked(world, **options))
+        run(world, steps=3, **conds)
 
 
 def test_without_a_gradient_keyframes_begin_anew_in_every_trajectory(world):
