@@ -87,6 +87,13 @@ def load(patchers: Sequence, memory: float = 0, least: float | None = None, besi
             management.load_models_gpu(list(beside), minimum_memory_required=0)
 
 
+def unload_all_but(patchers: Sequence, device: torch.device) -> None:
+    """Every other model leaves the device."""
+    with torch.inference_mode(), _uncollected():  # as in `load`
+        keep = [m for m in comfy.model_management.current_loaded_models if any(m.model is p for p in patchers)]
+        comfy.model_management.free_memory(EVERYTHING, device, keep_loaded=keep)
+
+
 @contextmanager
 def loaded(patchers: Sequence, memory: float, least: float | None = None, beside: Sequence = ()) -> Iterator[None]:
     """ComfyUI's patchers on the device, with what a gradient needs of them.

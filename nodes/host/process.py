@@ -36,7 +36,7 @@ from .generators import RandomState, random_state, same_state
 from .inference_mode import leave_inference_mode_with, normal
 from .job import Job, why_no_restart
 from .kernels import Around, attention_of
-from .loading import EVERYTHING, free_bytes, loaded, patcher_of
+from .loading import free_bytes, loaded, patcher_of, unload_all_but
 from .patches import keeping, named
 from .places import Place, gaps_of
 from .samplers import StandIn, twin_of
@@ -89,6 +89,7 @@ class Process:
         self.coarser_attention = "sage" in name
         self.attention = attention_of(extra_args["model_options"])
         self._draws: bool | None = None
+        self.is_loaded = False  # with all that looks at the images
         self.has_blocks = True  # which may be computed again one by one
         self.keeps = False  # whether a patch keeps something from step to step, as the self-test finds
         dtype = self.inner.manual_cast_dtype or self.inner.get_dtype()
@@ -97,20 +98,20 @@ class Process:
         self.settings = replace(job.settings, loss_scale=scale) if scale != 1 else job.settings
 
     def drawn(self, noise: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The plain sample and its noises; where memory runs out, once more with all but its own models unloaded."""
+        """A plain sample and its noises; where memory runs out, once more with the run's own models alone."""
+        known = len(self.states)
         found, cut = within_memory(draw, self.plain, noise)
         if cut is None:
             return found
-        self.states.clear()
+        if not known:
+            self.states.clear()  # of the attempt
         self.unload_others()
         return draw(self.plain, noise)
 
     def unload_others(self) -> None:
-        """Make room, of which there was too little: every model goes that sampling does not need."""
-        management = comfy.model_management
-        needed = [self.model_wrap.model_patcher, *self.model_wrap.loaded_models]
-        keep = [m for m in management.current_loaded_models if any(m.model is p for p in needed)]
-        management.free_memory(EVERYTHING, self.model_wrap.model_patcher.load_device, keep_loaded=keep)
+        """Make room, of which there was too little: every model goes that is not needed now."""
+        sampling, looking = self.patchers
+        unload_all_but(sampling + looking if self.is_loaded else sampling, self.model_wrap.model_patcher.load_device)
         log.warning("%s: out of memory: unloaded what it does not need, and tries again", self.job.node)
 
     def outside_inference_mode(self) -> Process:
@@ -169,7 +170,7 @@ class Process:
         if not self.fixed_outside:
             self.extra_args = before | {"seed": self.seed_of(n)}
         try:
-            x0, noises = draw(self.plain, self.initial_of(n).to(self.job.noise.dtype))
+            x0, noises = self.drawn(self.initial_of(n).to(self.job.noise.dtype))
         finally:
             self.extra_args = before
         return x0, tuple(z.float() for z in noises)
@@ -216,7 +217,7 @@ class Process:
         else:
             z = fresh([self.initial_of(0)], stream(job.seed, RESTART + number))[0]
         with torch.no_grad():
-            x0, noises = draw(process.plain, z.to(job.noise.dtype))
+            x0, noises = process.drawn(z.to(job.noise.dtype))
         return process, x0, tuple(z.float() for z in noises)
 
     def restart(self, number: int, x0: Tensor) -> Stretch:
@@ -285,6 +286,7 @@ class Process:
             least = self.inner.memory_required(shape)
         sampling, looking = self.patchers
         with loaded(sampling, need, least, beside=looking):
+            self.is_loaded = True
             yield
 
     def through_sampler(self, noise: Tensor, function: Callable, options: dict) -> Tensor:
@@ -443,7 +445,7 @@ class Process:
         """
         noise = self.noise
         with torch.no_grad():
-            before, _, *after = (draw(self.plain, z)[0] for z in (noise, fresh([noise], stream(0, 0))[0], noise, noise))
+            before, _, *after = (self.drawn(z)[0] for z in (noise, fresh([noise], stream(0, 0))[0], noise, noise))
         return all(difference(x, before).max() <= APART[True] for x in after)
 
     def network(self, model_k: Any, extra_args: dict) -> tuple[dict, Callable]:

@@ -16,6 +16,7 @@ from comfy.ldm.models.autoencoder import AutoencoderKL
 from mira.nodes import demo, host
 from mira.nodes.guidance import MiraDyMOGuider, MiraRLGuidance
 from mira.nodes.host import blocks, kernels, loading
+from mira.nodes.host.process import Process
 from mira.nodes.host.repeating import Repeating
 from mira.nodes.host.scoring import Scoring
 from mira.nodes.initno import MiraInitNONoise
@@ -575,6 +576,48 @@ def test_out_of_memory_anywhere_goes_on_with_less(world, memory):
             done = host.run(job)
         assert raised and not done.result.cut_short
         assert torch.isfinite(done.latent).all() and len(done.result.trace.of(0)) == 3
+
+
+SAMPLED_AGAIN = {
+    "seeds": ("sample_of", Settings(iterations=1, seeds=3, lr=0.02)),
+    "rounds": ("from_image", Settings(iterations=2, restart_every=1, lr=0.02)),
+    "search of seeds": ("sample_of", SearchSettings(method="restarts", particles=2, rounds=1)),
+    "search of restarts": ("from_image", SearchSettings(method="restarts", particles=2, rounds=1)),
+}
+
+
+@pytest.mark.parametrize("name, settings", SAMPLED_AGAIN.values(), ids=SAMPLED_AGAIN)
+def test_so_does_what_is_sampled_once_more(world, monkeypatch, name, settings):
+    """With everything unloaded that the run does not need, as the plain sample is; nothing of the run is lost."""
+
+    def run(full):
+        model, failed, inside = world.model.clone(), [], []
+        sample = getattr(Process, name)
+
+        def seen(process, number, *args):
+            inside[:] = [number]
+            try:
+                return sample(process, number, *args)
+            finally:
+                inside.clear()
+
+        def wrapper(apply, args):
+            if full and inside != [0] and inside and not failed:
+                failed.append(1)
+                raise torch.OutOfMemoryError("full")
+            return apply(args["input"], args["timestep"], **args["c"])
+
+        model.set_model_unet_function_wrapper(wrapper)
+        with torch.inference_mode(), monkeypatch.context() as patched:
+            patched.setattr(Process, name, seen)
+            job = world.job(model=model, steps=4)
+            search = isinstance(settings, SearchSettings)
+            job.settings, job.gradient = settings, not search
+            done = host.run(job, host.searching if search else None)
+        assert not done.result.cut_short and len(failed) == full
+        return done
+
+    torch.testing.assert_close(run(True).latent, run(False).latent)
 
 
 def failing_once(world, at):
