@@ -404,12 +404,16 @@ class _WorkingSampler(comfy.samplers.Sampler):
             )
 
     def _work(self, process: Process, noises: tuple[Tensor, ...]) -> Result:
-        job = process.job
+        job, optimizes = process.job, process.job.gradient and process.job.settings.iterations > 0
+        if optimizes:  # before the self-test asks a patch about single steps, and seeds are tried
+            expected = process.expected
+            process.sample_again()
+            process.expected = expected  # the first trajectory with a gradient is looked at, too
         while True:
             process.begin_rollout(job.memory)
             reset_peak()
             try:
-                if job.gradient and job.settings.iterations > 0:
+                if optimizes:
                     check_gradient(process, noises[0])
                     if job.reward:
                         check_backward(process)

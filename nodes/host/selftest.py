@@ -44,7 +44,9 @@ def check_gradient(process: Process, noise: Tensor) -> None:
     quantised = any(map(is_quantised, process.inner.diffusion_model.parameters()))
 
     def remedy(said: str = "") -> str:
-        weights = "; its weights are quantised: use fp16, bf16 or fp32 ones" if quantised or "scaled_mm" in said else ""
+        weights = ""  # newer hosts have a backward for most of them, so that a patch is as likely
+        if quantised or "scaled_mm" in said:
+            weights = "; where that does not help, its weights are quantised: use fp16, bf16 or fp32 ones"
         return (
             "This model cannot be optimised through as it is: bypass nodes that patch it or its attention"
             f"{patches}{weights}. MIRA Search KSampler needs no gradient."

@@ -234,11 +234,17 @@ def test_without_a_gradient_keyframes_begin_anew_in_every_trajectory(world):
     assert rows(done) == pytest.approx([reward] * 3, abs=1e-3)
 
 
+@pytest.mark.parametrize("threshold", [0.2, 1.0])
 @pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
-def test_a_cache_of_steps_is_refused_by_name(world, node):
-    model = as_node(node, model=world.model, reuse_threshold=1.0, start_percent=0.15, end_percent=0.95, verbose=False)
+def test_a_cache_of_steps_is_refused_by_name(world, node, threshold):
+    """Before seeds are tried: the plain sample once, and once more."""
+    calls, apply = [], type(world.model.model).apply_model
+    how = {"reuse_threshold": threshold, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
+    model = as_node(node, model=world.model, **how).args[0]
+    model.add_object_patch("apply_model", lambda *a, **k: calls.append(1) or apply(model.model, *a, **k))
     with pytest.raises(RuntimeError, match=r"remembers.*easycache"):
-        run(world, model=model.args[0], steps=10, sampler="euler")
+        run(world, model=model, steps=10, sampler="euler", settings=Settings(iterations=1, seeds=4))
+    assert 0 < len(calls) <= 20
 
 
 @pytest.mark.parametrize("method", ["best_of_n", "halving", "restarts"])
