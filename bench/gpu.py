@@ -1,9 +1,10 @@
 """What the pack does on a GPU: `python dev.py bench gpu --gpu --out DIR`, piece by piece, and again where it stopped.
 
 Every piece runs in a process of its own for less than nine minutes and leaves DIR/PIECE.json; what is there is not run
-again. DIR/gpu.json has them all, and DIR/gpu.md is the page. `--pieces` chooses, `--small` rehearses it with small
-networks (on a CPU too, where no card can be made smaller). Nothing needs a network connection:
-`python dev.py bench gpu --pack FOLDER` gathers what a machine without one lacks.
+again, and of a piece that was cut off, DIR/PIECE.part has the rows that were there: it goes on after them. DIR/gpu.json
+has them all, and DIR/gpu.md is the page. `--pieces` chooses, `--small` rehearses it with small networks (on a CPU too,
+where no card can be made smaller). Nothing needs a network connection: `python dev.py bench gpu --pack FOLDER` gathers
+what a machine without one lacks.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -34,7 +36,10 @@ SIDES = {"sd15": (512, 768, 1024), "sdxl": (768, 1024, 1280), "flow": (768, 1024
 STOCK = {"sd15": (2, 6), "sdxl": (4, 12), "flow": (8,)}  # GB: of 2, 4 and 8 the model is larger than the card
 DTYPES = {"sd15": ("fp16", "bf16"), "sdxl": ("fp16",), "flow": ("bf16", "fp8")}
 BALLAST: list = []  # what makes a card smaller for whoever asks the driver
-LIMIT = int(os.environ.get("MIRA_LIMIT", 540))  # seconds of a piece
+LIMIT = int(os.environ.get("MIRA_LIMIT", 500))  # seconds, after which a piece begins no row
+KILLED = 30  # seconds after that
+BEGINS = 2  # of a row that ends its process: by taking too long, as the second time it has all of the time, or worse
+LATER = 75  # the exit status of a piece that has rows left for the next time
 
 PIECES = (
     *(f"tests-{folder}" for folder in ("core", "comfy", "server")),
@@ -96,7 +101,40 @@ sys.meta_path.append(_Finder())
 def device_name() -> str:
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return torch.cuda.get_device_name() if os.environ.get("MIRA_GPU") and torch.cuda.is_available() else "CPU"
+
+
+class Table:
+    """The rows of a piece, each kept as soon as it is there; what was there before is not measured again."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file.with_suffix(".part")
+        self.rows: dict[str, dict] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.began, self.longest = time.monotonic(), 0.0
+
+    def row(self, name: str, measure: Callable[[], dict]) -> None:
+        """Measure it, where it is not there. Raises SystemExit where there is probably too little time left for it."""
+        begun = self.rows.get(name, {}).get("begun", 0)
+        if name in self.rows and not begun:
+            return
+        if begun == BEGINS:
+            self._keep(name, {"failed": "its process ended, or took longer than a piece may"})
+            return
+        start = time.monotonic()
+        if self.longest and start - self.began + self.longest > LIMIT:
+            raise SystemExit(LATER)
+        self._keep(name, {"begun": begun + 1})
+        try:
+            found = measure()
+        except RuntimeError as problem:  # out of memory is one
+            found = {"failed": (str(problem).splitlines() or [type(problem).__name__])[0]}
+        self.longest = max(self.longest, time.monotonic() - start)
+        self._keep(name, found)
+        print(self.file.stem, name, found, flush=True)
+
+    def _keep(self, name: str, row: dict) -> None:
+        self.rows[name] = row
+        self.file.write_text(json.dumps(self.rows, indent=1) + "\n")
 
 
 # -- the models
@@ -280,9 +318,7 @@ def timed(world, options: dict, iterations: int = 3, **more) -> dict:
     return out
 
 
-def speed(name: str, dtype: str, small: bool) -> dict:
-    import torch
-
+def speed(table: Table, name: str, dtype: str, small: bool) -> None:
     world = new_world(small)
     options = options_of(world, name, dtype, MODELS[name], small)
     ways = {
@@ -292,29 +328,13 @@ def speed(name: str, dtype: str, small: bool) -> dict:
         **{policy: {"memory": policy, "repeatable": False} for policy in ("none", "offload")},
         "none, repeatable": {"memory": "none"},
     }  # fmt: skip
-    table, began = {}, time.time()
     timed(world, options, 2, memory="per_step")  # warm
     for way, choice in ways.items():
-        if time.time() - began > 0.8 * LIMIT:
-            table[way] = {"not run": "out of time"}
-            continue
-        try:
-            table[way] = timed(world, options, **choice)
-        except torch.OutOfMemoryError as problem:
-            table[way] = {"failed": str(problem).splitlines()[0]}
-        print(name, dtype, way, table[way], flush=True)
-    table["DNO's own loop"] = dno(world, options)
+        table.row(way, lambda choice=choice: timed(world, options, **choice))
+    table.row("DNO's own loop", lambda: dno(world, options))
     for way, settings in whole_runs().items():
-        if (name, way) == ("flow", "tilt"):
-            continue  # its sampler injects no noise
-        if time.time() - began > 0.9 * LIMIT:
-            table[f"{way}, whole run"] = {"not run": "out of time"}
-            continue
-        try:
-            table[f"{way}, whole run"] = whole(world, options, settings)
-        except torch.OutOfMemoryError as problem:
-            table[f"{way}, whole run"] = {"failed": str(problem).splitlines()[0]}
-    return table
+        if (name, way) != ("flow", "tilt"):  # its sampler injects no noise
+            table.row(f"{way}, whole run", lambda settings=settings: whole(world, options, settings))
 
 
 def whole_runs() -> dict:
@@ -391,12 +411,9 @@ def dno(world, options: dict) -> dict:
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    try:
-        with torch.inference_mode():
-            job = world.job(**(options | {"iterations": 0}), memory="none")
-            sampled = host.run(job, work).result.trace.settings["sampling_seconds"]
-    except torch.OutOfMemoryError as problem:
-        return {"failed": str(problem).splitlines()[0]}
+    with torch.inference_mode():
+        job = world.job(**(options | {"iterations": 0}), memory="none")
+        sampled = host.run(job, work).result.trace.settings["sampling_seconds"]
     peak = {"peak_gb": torch.cuda.max_memory_allocated() / GIB} if torch.cuda.is_available() else {}
     return {"iteration_over_sample": statistics.median(seconds[1:]) / sampled} | peak
 
@@ -427,29 +444,28 @@ def make_smaller(gb: float) -> float:
     return 0.0
 
 
-def card(name: str, gb: int, pixels: int, small: bool) -> dict:
+def card(table: Table, name: str, gb: int, pixels: int, small: bool) -> None:
     """Whether a square image is optimised to its end on a card of `gb` GB, with the last three steps and with all."""
     import torch
 
     from testing.pack import with_comfyui
 
     with_comfyui(sdpa=True)
-    world, table = new_world(small), {}
+    world = new_world(small)
     options = options_of(world, name, DTYPES[name][0], pixels, small)
     taken = make_smaller(gb) if torch.cuda.is_available() else 0.0
-    for gradient, steps in (("last 3", 3), ("all steps", 0)):
-        try:
-            found = timed(world, options, 2, gradient_steps=steps)
-        except RuntimeError as problem:  # out of memory is one
-            found = {"failed": str(problem).splitlines()[0]}
+
+    def optimised(steps: int) -> dict:
+        found = timed(world, options, 2, gradient_steps=steps)
         if "peak_gb" in found:
             found["peak_gb"] -= taken
-        table[gradient] = found
-        print(name, gb, "GB", pixels, gradient, found, flush=True)
-    return table
+        return found
+
+    for gradient, steps in (("last 3", 3), ("all steps", 0)):
+        table.row(gradient, lambda steps=steps: optimised(steps))
 
 
-def stock(name: str, gb: int, small: bool) -> dict:
+def stock(table: Table, name: str, gb: int, small: bool) -> None:
     """KSampler, a search without a gradient, KSampler, an optimisation, KSampler, twice, on a card of `gb` GB: whether
     KSampler's latent is the same bits after each, and what is allocated. A model that is larger than the card has no
     gradient there.
@@ -461,7 +477,7 @@ def stock(name: str, gb: int, small: bool) -> dict:
     with_comfyui(sdpa=True)
     from testing.world import host
 
-    world, table = new_world(small), {}
+    world = new_world(small)
     options = options_of(world, name, DTYPES[name][0], 512 if name == "sd15" else 768, small)
     if torch.cuda.is_available():
         make_smaller(gb)
@@ -475,7 +491,7 @@ def stock(name: str, gb: int, small: bool) -> dict:
         if not all(math.isfinite(r["reward"]) for r in rewards):
             raise RuntimeError("a reward is not finite")
 
-    def after(what: str, work) -> None:
+    def after(work) -> dict:
         problem = None
         try:
             work()
@@ -485,21 +501,22 @@ def stock(name: str, gb: int, small: bool) -> dict:
             latent = world.ksampler(**inputs)
         except RuntimeError as e:
             latent, problem = None, f"KSampler: {e}"
-        table[what] = {
+        return {
             "problem": problem or "",
             "same bits as KSampler's second": latent is not None and torch.equal(latent, second),
             "furthest": math.nan if latent is None else (latent - second).abs().max().item(),
             "allocated_gb": torch.cuda.memory_allocated() / GIB if torch.cuda.is_available() else 0.0,
         }
-        print(name, what, table[what], flush=True)
 
     world.ksampler(**inputs)  # the first KSampler of a process reads a table that lies in the CPU's memory
     second = world.ksampler(**inputs)
-    after("KSampler", lambda: None)
+    table.row("KSampler", lambda: after(lambda: None))
     for again in ("", " again"):
-        after(f"search{again}", search)
-        after(f"optimisation{again}", lambda: world.optimize(**options, iterations=1, gradient_steps=3))
-    return table
+        table.row(f"search{again}", lambda: after(search))
+        table.row(
+            f"optimisation{again}",
+            lambda: after(lambda: world.optimize(**options, iterations=1, gradient_steps=3)),
+        )
 
 
 def leaks(small: bool) -> dict:
@@ -517,13 +534,25 @@ def leaks(small: bool) -> dict:
         gc.collect()
         alive.append(sum(torch.is_tensor(x) for x in gc.get_objects()))
         memory.append(torch.cuda.memory_allocated() / GIB if torch.cuda.is_available() else 0.0)
-    return {"live_tensors": alive, "allocated_gb": memory, "flat": len(set(alive[1:])) == 1}
+    flat = len(alive) > 2 and len(set(alive[1:])) == 1 and max(memory[1:]) - min(memory[1:]) < 1e-3
+    return {"live_tensors": alive, "allocated_gb": memory, "flat": flat}
 
 
-def repeat(small: bool) -> dict:
+def repeat(table: Table, small: bool) -> None:
     import torch
 
-    world, table = new_world(small), {}
+    world = new_world(small)
+
+    def twice(options: dict) -> dict:
+        runs, seconds = [], []
+        for _ in range(3):  # the first one is warmer for the second than that for itself
+            start = time.perf_counter()
+            runs.append(world.optimize(**options))
+            seconds.append(time.perf_counter() - start)
+        a, b = (r.latent for r in runs[1:])
+        same = {"same_bits": torch.equal(a, b), "furthest": (a - b).abs().max().item()}
+        return same | {"seconds": min(seconds[1:])}
+
     for name in ("demo",) if small else ("demo", "sd15"):
         options = (
             {"steps": 2 if small else 8, "batch": 2}
@@ -531,20 +560,9 @@ def repeat(small: bool) -> dict:
             else options_of(world, "sd15", "fp16", 512, small)
         )
         for policy in POLICIES[:1] if small else POLICIES:
-            for wanted in (False, True):
-                runs, seconds = [], []
-                for _ in range(3):
-                    start = time.perf_counter()
-                    runs.append(
-                        world.optimize(**options, iterations=2 if small else 4, memory=policy, repeatable=wanted)
-                    )
-                    seconds.append(time.perf_counter() - start)
-                a, b = (r.latent for r in runs[1:])
-                row = {"same_bits": torch.equal(a, b), "furthest": (a - b).abs().max().item()}
-                table[f"{name}, {policy}, {'repeatable' if wanted else 'as fast as can be'}"] = row | {
-                    "seconds": min(seconds[1:])
-                }
-    return table
+            for wanted, how in ((False, "as fast as can be"), (True, "repeatable")):
+                options |= {"iterations": 2 if small else 4, "memory": policy, "repeatable": wanted}
+                table.row(f"{name}, {policy}, {how}", lambda options=options: twice(options))
 
 
 def scorers(small: bool) -> dict:
@@ -557,20 +575,25 @@ def scorers(small: bool) -> dict:
     return found
 
 
-def piece(name: str, small: bool) -> dict:
+def piece(name: str, small: bool, file: Path) -> dict:
+    """What it measured, which is also in `file`."""
     kind, *rest = name.split("-")
     if kind == "tests":
-        return tests(*rest)
-    if kind == "stock":
-        return stock(rest[0], int(rest[1]), small)
-    if kind == "card":
-        return card(rest[0], int(rest[1]), int(rest[2]), small)
-    from testing.pack import with_comfyui
+        found = tests(*rest)
+    else:
+        from testing.pack import with_comfyui
 
-    with_comfyui(sdpa=True)
-    if kind == "speed":
-        return speed(*rest, small)
-    return {"leaks": leaks, "repeat": repeat, "scorers": scorers}[kind](small)
+        with_comfyui(sdpa=True)
+        if kind in ("leaks", "scorers"):
+            found = {"leaks": leaks, "scorers": scorers}[kind](small)
+        else:
+            table = Table(file)
+            numbers = [int(r) if r.isdecimal() else r for r in rest]
+            {"speed": speed, "card": card, "stock": stock, "repeat": repeat}[kind](table, *numbers, small)
+            found = table.rows
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    file.with_suffix(".part").unlink(missing_ok=True)
+    return found
 
 
 # -- all of them
@@ -586,20 +609,28 @@ def run_all(out: Path, pieces: list[str], small: bool) -> int:
             continue
         print(f"{name} ...", flush=True)
         command = [sys.executable, "-m", "bench.gpu", "--piece", name, *(["--small"] if small else [])]
-        began = time.time()
+        began, where = time.time(), os.environ | {"MIRA_PIECE": str(file)}
         try:
-            code = subprocess.run(
-                command, cwd=ROOT, env=os.environ | {"MIRA_PIECE": str(file)}, timeout=LIMIT + 30
-            ).returncode
+            code = subprocess.run(command, cwd=ROOT, env=where, timeout=LIMIT + KILLED).returncode
         except subprocess.TimeoutExpired:
             code = -1
         failed += code != 0
-        print(f"{name}: {'done' if code == 0 else f'FAILED ({code})'} in {time.time() - began:.0f} s", flush=True)
-    found = {p: json.loads((out / f"{p}.json").read_text()) for p in PIECES if (out / f"{p}.json").is_file()}
-    result = {"device": device_name(), "small": small, "pieces": found}
+        how = {0: "done", LATER: "to be gone on with", -1: "killed"}.get(code, f"FAILED ({code})")
+        print(f"{name}: {how} in {time.time() - began:.0f} s", flush=True)
+        gather(out, small)
+    gather(out, small)
+    return min(failed, 1)
+
+
+def gather(out: Path, small: bool) -> None:
+    """What there is so far, as one file and as a page."""
+    found, parts = (
+        {p: json.loads((out / f"{p}{end}").read_text()) for p in PIECES if (out / f"{p}{end}").is_file()}
+        for end in (".json", ".part")
+    )
+    result = {"device": device_name(), "small": small, "pieces": found, "unfinished": parts}
     (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "gpu.md").write_text(page(result))
-    return min(failed, 1)
 
 
 def page(result: dict) -> str:
@@ -613,8 +644,8 @@ def page(result: dict) -> str:
             "",
             "A rehearsal with networks of the demo's size: it shows that the pieces run, and measures nothing.",
         ]
-    for name, table in pieces.items():
-        lines += ["", f"## {name}", ""]
+    for name, table in (pieces | result["unfinished"]).items():
+        lines += ["", f"## {name}{' (unfinished)' if name in result['unfinished'] else ''}", ""]
         if all(isinstance(row, dict) for row in table.values()):
             columns = list(
                 dict.fromkeys(k for row in table.values() for k in row if k not in ("notices", "estimate_mb"))
@@ -625,8 +656,7 @@ def page(result: dict) -> str:
                 lines.append(f"| {way} | {' | '.join(cells)} |")
         else:
             lines += [f"- {k}: {v}" for k, v in table.items()]
-    missing = [p for p in PIECES if p not in pieces]
-    if missing:
+    if missing := [p for p in PIECES if p not in pieces and p not in result["unfinished"]]:
         lines += ["", "Not measured yet: " + ", ".join(missing) + "."]
     return "\n".join(lines) + "\n"
 
@@ -716,17 +746,20 @@ def main() -> int:
     args = parser.parse_args()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if args.pack:
+        if "MIRA_COMFYUI" not in os.environ:
+            parser.error("--pack packs the ComfyUI of $MIRA_COMFYUI, which is not set")
         pack(args.pack, [Path(os.environ["MIRA_COMFYUI"]), *args.tree])
         return 0
     if args.piece == "smoke":
         smoke()
         return 0
     if args.piece:
-        found = piece(args.piece, args.small)
-        Path(os.environ["MIRA_PIECE"]).write_text(json.dumps(found, indent=1) + "\n")
+        piece(args.piece, args.small, Path(os.environ["MIRA_PIECE"]))
         return 0
     if not args.out:
         parser.error("say where to: --out DIR, or --pack FOLDER")
+    if not (args.small or os.environ.get("MIRA_GPU")):
+        parser.error("on a CPU the whole networks take days: add --gpu for a card, or --small to rehearse")
     return run_all(args.out, args.pieces, args.small)
 
 

@@ -26,6 +26,46 @@ def test_pieces_run_in_processes_of_their_own_and_are_not_run_again(tmp_path, ca
     assert "leaks: there already" in capfd.readouterr().out
 
 
+def test_rows_are_kept_as_they_come_and_gone_on_after(tmp_path, monkeypatch):
+    asked = []
+
+    def measure(name, problem=None):
+        asked.append(name)
+        if problem:
+            raise problem
+        return {"seconds": 1.0}
+
+    table = gpu.Table(tmp_path / "speed.json")
+    table.row("first", lambda: measure("first"))
+    table.row("full", lambda: measure("full", RuntimeError("unable to find an engine\nof any kind")))
+    for _ in range(gpu.BEGINS):  # as where the process is killed in it
+        with pytest.raises(KeyboardInterrupt):
+            gpu.Table(tmp_path / "speed.json").row("long", lambda: measure("long", KeyboardInterrupt()))
+    table = gpu.Table(tmp_path / "speed.json")
+    for name in ("first", "full", "long", "last"):
+        table.row(name, lambda name=name: measure(name))
+    assert asked == ["first", "full", *["long"] * gpu.BEGINS, "last"]
+    kept = json.loads((tmp_path / "speed.part").read_text())
+    assert kept["first"] == kept["last"] == {"seconds": 1.0} and kept["full"] == {"failed": "unable to find an engine"}
+    assert "took longer" in kept["long"]["failed"]
+    monkeypatch.setattr(gpu, "LIMIT", table.longest / 2)
+    with pytest.raises(SystemExit):
+        table.row("another", lambda: measure("another"))
+    assert asked[-1] == "last" and "another" not in table.rows
+    (tmp_path / "speed.part").rename(tmp_path / "speed-sd15-fp16.part")
+    gpu.gather(tmp_path, small=True)
+    page = (tmp_path / "gpu.md").read_text()
+    assert "## speed-sd15-fp16 (unfinished)" in page and "| first | 1 |" in page
+
+
+def test_whole_networks_are_not_begun_on_a_cpu(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("MIRA_GPU", "")
+    monkeypatch.setattr("sys.argv", ["gpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "add --gpu" in capsys.readouterr().err
+
+
 def test_a_piece_that_fails_is_said_and_left_for_the_next_time(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("MIRA_COMFYUI", str(tmp_path))
     assert gpu.run_all(tmp_path / "out", ["leaks"], small=True) == 1
