@@ -35,6 +35,8 @@ def ends_early(guider: Any, model_options: dict, sigmas: Tensor) -> str | None:
 
     used = used_conds(guider, model_options)
     conds = [c for cs in used.values() for c in cs]
+    if used and not conds:
+        return "there is no conditioning at all, and ComfyUI predicts an empty image: connect a CLIP Text Encode"
     if not conds or not all(sigmas[-2] < end(c) for c in conds):
         return None
     unused = "" if len(used) == len(conds_of(guider)) else " but the negative one, unused at CFG 1,"

@@ -179,7 +179,10 @@ def name_of(sampler: Any) -> str:
     function = getattr(sampler, "sampler_function", None)
     while isinstance(function, functools.partial):  # nodes that set options of a sampler
         function = function.func
-    return getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
+    if (name := getattr(function, "__name__", "__call__")) == "__call__":  # an object that can be called, or its method
+        owner = getattr(function, "__self__", function)
+        name = type(sampler if owner is None else owner).__name__
+    return name.removeprefix("sample_")
 
 
 def spoken(prompt: str) -> str:

@@ -798,6 +798,15 @@ def test_a_sampler_with_options_of_its_own_keeps_its_name():
     assert checks.name_of(sampler) == "dpmpp_2m_sde"
 
 
+def test_a_sampler_that_is_an_object_has_the_name_of_its_class():
+    class TheirSampler:
+        def __call__(self, model, x, *args, **kwargs):
+            return x
+
+    for function in (TheirSampler(), TheirSampler().__call__):
+        assert checks.name_of(comfy.samplers.KSAMPLER(function)) == "TheirSampler"
+
+
 def test_a_reward_without_a_slope_is_told_with_the_nodes_name(world):
     """It says that it has a gradient, and is the same everywhere."""
 

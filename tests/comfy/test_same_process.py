@@ -518,6 +518,11 @@ def test_a_schedule_that_outlasts_every_conditioning_is_refused(world, monkeypat
     with pytest.raises(ValueError, match="every conditioning but the negative one, unused at CFG 1, ends before"):
         run(world, positive=early, steps=4, cfg=1.0)
     assert run(world, positive=early, steps=4).result.trace.rows
+    for nothing in (dict(negative=[]), dict(cfg=1.0)):
+        job = world.job(steps=4, **nothing)
+        job.guider.set_conds([], nothing.get("negative", world.negative))
+        with pytest.raises(ValueError, match="no conditioning at all"), torch.inference_mode():
+            host.run(job)
     assert run(world, negative=negative, steps=4, cfg=1.0).result.trace.rows
 
 
