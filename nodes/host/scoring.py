@@ -71,6 +71,7 @@ class Scoring:
         self.policy: Rollout  # once there is one
         self.evaluations = 0
         self.layers: dict[nn.Module, Callable | None] = {}  # of the VAE and the reward: how they checkpoint their own
+        self._decode_as_fits, self._score_as_fits = AsFits(), AsFits()
         self.redraw = True  # a reward that draws random numbers draws new ones at every evaluation
 
     def end(self) -> None:
@@ -124,7 +125,7 @@ class Scoring:
                 return self.vae._decode_tiled_owned(one, tile_x=tile, tile_y=tile, overlap=tile // 4)
             return self.vae.decode_tiled_3d(one, tile_x=tile, tile_y=tile, overlap=(1, tile // 4, tile // 4))
 
-        found = as_fit(functools.partial(decode, self.vae), latent, alone=in_tiles)
+        found = self._decode_as_fits(functools.partial(decode, self.vae), latent, alone=in_tiles)
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def score_bytes(self, x: Tensor, most: float) -> float:
@@ -155,7 +156,7 @@ class Scoring:
         prompts = list(self.prompts) * (len(images) // max(1, len(self.prompts)))  # one round for every particle
         if torch.is_grad_enabled():
             return self._reward_whole(self.scorer, images, prompts)
-        found = as_fit(functools.partial(self._reward_whole, self.scorer), images, prompts)
+        found = self._score_as_fits(functools.partial(self._reward_whole, self.scorer), images, prompts)
         if len(found) == 1:
             return found[0]
         totals, parts = zip(*found, strict=True)
@@ -207,17 +208,26 @@ def as_drawn_before() -> Callable[[], AbstractContextManager]:
     return drawing
 
 
-def as_fit(work: Callable[..., T], *batch: Any, alone: Callable[..., T] | None = None) -> list[T]:
-    """[work(*batch)], or what it gives of halves of the batch, as small as memory asks for; where one of it does not
-    fit either, `alone` of that, or the error.
-    """
-    found, cut = within_memory(work, *batch)
-    if cut is None:
-        return [found]
-    if len(batch[0]) == 1:
-        if alone is None:
-            raise cut.problem
-        return [alone(*batch)]
-    half = (len(batch[0]) + 1) // 2
-    halves = [b[:half] for b in batch], [b[half:] for b in batch]
-    return [value for some in halves for value in as_fit(work, *some, alone=alone)]
+class AsFits:
+    """Work on a batch of tensors, in parts as small as memory asks for; what did not fit once is not tried again."""
+
+    def __init__(self) -> None:
+        self.most: dict[torch.Size, int] = {}  # that fit, by the size of one
+
+    def __call__(self, work: Callable[..., T], *batch: Any, alone: Callable[..., T] | None = None) -> list[T]:
+        """[work(*batch)], or what it gives of halves of the batch; where one of it does not fit either, `alone` of
+        that, or the error.
+        """
+        count, size = len(batch[0]), batch[0].shape[1:]
+        if count <= self.most.get(size, count):
+            found, cut = within_memory(work, *batch)
+            if cut is None:
+                return [found]
+            if count == 1 and alone is None:
+                raise cut.problem
+            self.most[size] = (count + 1) // 2 if count > 1 else 0
+        if count == 1 and alone is not None:
+            return [alone(*batch)]
+        half = (count + 1) // 2
+        halves = [b[:half] for b in batch], [b[half:] for b in batch]
+        return [value for some in halves for value in self(work, *some, alone=alone)]

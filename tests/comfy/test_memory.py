@@ -447,16 +447,18 @@ def test_a_search_sends_nothing_away_but_for_what_looks_at_the_images(world, mon
 
 def test_without_a_gradient_images_are_decoded_as_they_fit(world, monkeypatch):
     whole, network = search(world, batch=3), world.vae.first_stage_model
-    decode, most = network.decode, []
+    decode, most, failed = network.decode, [], []
 
     def full(z):
         if z[0, 0].numel() * len(z) > most[-1]:
+            failed.append(len(z))
             raise torch.OutOfMemoryError("full")
         return decode(z)
 
     monkeypatch.setattr(network, "decode", full)
     most.append(world.side**2)
     assert torch.equal(search(world, batch=3).latent, whole.latent)
+    assert failed == [3, 2]  # what did not fit once is not tried again
     most.append(64**2)
     large = torch.zeros(1, 4, 72, 72)
     kept = []
