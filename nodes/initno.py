@@ -21,6 +21,7 @@ from ..sampler.seeds import stream
 from .host import samples_of
 from .host.attention import Attending, Words
 from .host.dynamic import static
+from .host.generators import seed_generators
 from .shared import memo
 from .shared.checks import check_links, check_places, check_values
 from .shared.inputs import seed_input
@@ -45,6 +46,7 @@ class MadeNoise:
                 f"{MiraInitNONoise.NAME}: its noise is of shape {tuple(self.noise.shape)}, but latent_image is of "
                 f"{tuple(samples.shape)}: give the same latent_image to both nodes"
             )
+        seed_generators(samples, self.seed, input_latent.get("batch_index"))
         return self.noise.clone()  # a patch may write into it
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.sample
 import torch
+from torch import Tensor
+
+
+def seed_generators(latent: Tensor, seed: int, batch_index: Any = None) -> None:
+    """As whoever makes the noise of a seed for latents (B, C, ...) leaves them, from which patches draw then (token
+    merging, tiling).
+    """
+    comfy.sample.prepare_noise(latent, seed, batch_index)
 
 
 def random_state(device: torch.device) -> tuple:

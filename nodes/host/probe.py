@@ -80,7 +80,8 @@ def _toy(
     """(run(x, noises, replay, sigmas), a state to begin from, all sigmas): the sampler's twin on a model of one line,
     outside ComfyUI's inference mode. constant: the model has no gradient.
     """
-    with torch.inference_mode(False), torch.set_grad_enabled(gradient):
+    # Some samplers draw from PyTorch's own generators, which are seeded by then for the sample that is to come.
+    with torch.inference_mode(False), torch.set_grad_enabled(gradient), torch.random.fork_rng(devices=[]):
         model_sampling = copy.deepcopy(model_sampling)
         leave_inference_mode(model_sampling)
         low, high = float(model_sampling.sigma_min), float(model_sampling.sigma_max)

@@ -32,7 +32,7 @@ from ...sampler.seeds import Start, another, fresh, stream
 from .blocks import blocks_checkpointed
 from .conditioning import ends_early, noised_by_seed, prepared
 from .dynamic import static
-from .generators import RandomState, random_state, same_state
+from .generators import RandomState, random_state, same_state, seed_generators
 from .inference_mode import leave_inference_mode_with, normal
 from .job import Job, why_no_restart
 from .kernels import Around, attention_of
@@ -47,6 +47,10 @@ APART = (0.002, 0.02)  # a prediction, from the same a moment before; in half pr
 OF_OTHERS = "is noised by the given seed, for other seeds too: KSampler's pictures of those differ"
 SEEN_IMAGE = f"the image that the conditioning shows {OF_OTHERS}"
 OUTSIDE = f"what the mask leaves out {OF_OTHERS}"
+DRAWN = (
+    "what the model draws at random (token merging, tiling) is the given seed's for other seeds too: KSampler's "
+    "pictures of those differ"
+)
 RESTART = 2**20  # the number of the first restart's seed, beyond all candidates'
 SAGE_APART = 0.6  # how far, relative, an image by a coarser attention may be from the same by PyTorch's
 # The same of an image sampled again from its own noises where nothing is wrong: in full precision, in half precision.
@@ -88,7 +92,7 @@ class Process:
         name = comfy.ldm.modules.attention.optimized_attention.__name__
         self.coarser_attention = "sage" in name
         self.attention = attention_of(extra_args["model_options"])
-        self._draws: bool | None = None
+        self.draws = False  # whether a call of the model draws random numbers of its own, as the plain sample shows
         self.is_loaded = False  # with all that looks at the images
         self.has_blocks = True  # which may be computed again one by one
         self.keeps = False  # whether a patch keeps something from step to step, as the self-test finds
@@ -166,6 +170,8 @@ class Process:
             self.tell(SEEN_IMAGE)
         if self.fixed_outside:
             self.tell(OUTSIDE)
+        if self.draws:
+            self.tell(DRAWN)
         before = self.extra_args
         if not self.fixed_outside:
             self.extra_args = before | {"seed": self.seed_of(n)}
@@ -211,12 +217,13 @@ class Process:
         process.model_wrap = prepared(
             self.model_wrap, process.latent_image, self.mask, process.extra_args["seed"], self.sigmas.device
         )
-        process.states, process._draws, process.expected = [], None, None
+        process.states, process.draws, process.expected = [], False, None
         if self.depends_on_seed:
             z = self.initial_of(RESTART + number)
         else:
             z = fresh([self.initial_of(0)], stream(job.seed, RESTART + number))[0]
         with torch.no_grad():
+            seed_generators(z.cpu().float(), process.extra_args["seed"])
             x0, noises = process.drawn(z.to(job.noise.dtype))
         return process, x0, tuple(z.float() for z in noises)
 
@@ -317,7 +324,9 @@ class Process:
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 if first:
                     self.states.append(random_state(x.device))
-                    return model_k(x, sigma, **kwargs)
+                    out = model_k(x, sigma, **kwargs)
+                    self.draws = self.draws or not same_state(self.states[-1], random_state(x.device))
+                    return out
                 with self.random(next(calls)):
                     return model_k(x, sigma, **kwargs)
 
@@ -349,13 +358,6 @@ class Process:
             patcher.clean_hooks()
         for group in {c["hooks"] for cs in self.model_wrap.conds.values() for c in cs if c.get("hooks")} | {hooks}:
             group.reset()
-
-    @property
-    def draws(self) -> bool:
-        """Whether a call of the model draws random numbers of its own; known once the plain sample is there."""
-        if self._draws is None:
-            self._draws = any(not same_state(s, self.states[0]) for s in self.states)
-        return self._draws
 
     def random(self, n: int) -> AbstractContextManager:
         """Where call n of a trajectory draws what it drew in the plain sample (token merging, tiling)."""

@@ -21,6 +21,7 @@ from ...sampler.keep import chosen
 from ...sampler.replay import Segment
 from ...sampler.restart import tail
 from .conditioning import prepared
+from .generators import seed_generators
 from .kernels import attention_of, pytorch_kernels, training
 from .repeating import Repeating
 from .samplers import twin_of
@@ -55,6 +56,7 @@ class ReplayNoise:
                 f"MIRA noise: it was made for latents of shape {tuple(z.shape)}, but latent_image has "
                 f"{tuple(samples.shape)}: use the same size and batch"
             )
+        seed_generators(samples, self.seed, latent.get("batch_index"))
         return z.clone()
 
 
@@ -119,6 +121,7 @@ class ReplaySampler(comfy.samplers.Sampler):
                     same = self.segments[0].place(sigmas) is not None
                     now = segment.schedule.to(sigmas) if same else tail(sigmas, segment.denoise)
                     z, begun = segment.noises[0].to(noise), x.to(latent_image)
+                    seed_generators(segment.noises[0], segment.seed)
                     if denoise_mask is not None:  # what is not painted stays as it was given
                         begun = torch.where(denoise_mask > 0, x, latent_image)
                 wrap = prepared(model_wrap, begun, denoise_mask, segment.seed, sigmas.device) if n else model_wrap

@@ -7,6 +7,7 @@ import json
 import comfy.ldm.modules.attention
 import comfy.samplers
 import comfy_extras.nodes_custom_sampler as custom
+import comfy_extras.nodes_tomesd as tomesd
 import folder_paths
 import pytest
 import server
@@ -20,7 +21,7 @@ from testing.networks import SMALL, random_unet, thin_vae
 from testing.pack import as_node, mira
 from testing.world import World
 
-nodes = mira("nodes")
+nodes, host = mira("nodes"), mira("nodes.host")
 QUICK = dict(iterations=3, seeds=1, restart_every=0, stop="never", keep="last", drift_limit=0.0, learning_rate=0.05)
 
 
@@ -94,6 +95,23 @@ def test_the_stock_sampler_node_gives_the_same_bits(world, values):
     assert any("the mask leaves out is noised by the given seed" in n for n in trace.notices) == (
         given is GIVEN["masked"]
     )
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "heunpp2"])
+def test_what_a_patch_draws_at_random_is_drawn_again(monkeypatch, sampler):
+    """By the seed that the noise was made of, as behind RandomNoise; and by a restart's own in that."""
+    at_full_size = SMALL | {"num_res_blocks": [1, 1], "transformer_depth": [1, 1], "transformer_depth_output": [1] * 4}
+    merged = stock(tomesd.TomePatchModel, random_unet(at_full_size, torch.float32), 0.5)[0]
+    noise, stocks = stock(custom.RandomNoise, 5)[0], comfy.samplers.sampler_object(sampler)
+    world = World(side=8, model=merged, vae=thin_vae())
+    latent, plain, trace, *again = optimized(world, sampler=sampler, seeds=2, restart_every=2, iterations=4)
+    assert torch.equal(sampled(world, noise, stocks), plain["samples"])
+    assert any("draws at random" in notice for notice in trace.notices)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        assert torch.equal(sampled(world, *again), latent["samples"])
+    monkeypatch.setattr(host.replay, "seed_generators", lambda *_: torch.manual_seed(1))
+    assert not torch.equal(sampled(world, *again), latent["samples"])  # the patch does draw
 
 
 def test_every_image_of_a_batch_by_its_own_way_and_within_a_mask(world):
