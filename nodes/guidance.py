@@ -60,6 +60,24 @@ def is_untuned(tuned: ModelPatcher, model: ModelPatcher) -> bool:
     return tuned is not model and tuned.model is model.model and alike
 
 
+def alike_at(sigma: Tensor, one: Any, other: Any) -> bool:
+    """Whether two of ComfyUI's model samplings read a network's output the same way at these noise levels, (B,)."""
+    sigma = sigma.flatten()
+    x = torch.linspace(-1, 1, len(sigma) * 4, device=sigma.device).reshape(-1, 4, 1, 1)
+
+    def read(sampling: Any) -> list[Tensor]:
+        return [
+            sampling.timestep(sigma), sampling.calculate_input(sigma, x), sampling.calculate_denoised(sigma, x, 2 * x),
+        ]  # fmt: skip
+
+    return all(torch.allclose(a.float(), b.float(), rtol=1e-3) for a, b in zip(read(one), read(other), strict=True))
+
+
+def weights_of(patcher: ModelPatcher) -> tuple:
+    """What a patcher has on its model's weights and layers, as far as it takes to see that there is more."""
+    return {name: len(patches) for name, patches in patcher.patches.items()}, set(getattr(patcher, "injections", ()))
+
+
 def on_its_own(tuned: ModelPatcher, model: ModelPatcher) -> ModelPatcher:
     """A patcher of `tuned` that can be loaded beside `model`: a LoRA's clone shares the base model's weights, which
     hold either with it or without it, so it gets a copy of its own.
@@ -160,21 +178,37 @@ class MiraRLGuidance(io.ComfyNode):
                 f"{cls.NAME}: model and tuned have different noise schedules (sigma up to "
                 f"{float(kinds[0].sigma_max):.4g} and {float(kinds[1].sigma_max):.4g}): patch both the same way"
             )
+        ends = torch.tensor([float(kinds[0].sigma_max), float(kinds[0].sigma_min)])
+        if not alike_at(ends, *kinds):
+            raise ValueError(
+                f"{cls.NAME}: model and tuned read what their networks say in different ways (ModelSamplingDiscrete "
+                "and the like): patch both the same way"
+            )
         guided, second = model.clone(), on_its_own(tuned, model)
         inner = guided.get_additional_models_with_key(KEY)  # a blend of a blend needs all of them loaded
         guided.set_additional_models(KEY, [*inner, second])
         before = guided.model_options.get("model_function_wrapper")
+        weights, known = weights_of(guided), list[Any]()
+        later = "is put on `guided`, which changes the base model alone: put it on both models, before this node"
 
         def call(apply: Callable, args: dict) -> Tensor:
             return before(apply, args) if before else apply(args["input"], args["timestep"], **args["c"])
 
         def both(apply: Callable, args: dict) -> Tensor:
-            if weight and getattr(guided.model.current_patcher, "current_hooks", None):
+            sigma, now = args["timestep"], guided.model.current_patcher
+            if weight and getattr(now, "current_hooks", None):
                 raise ValueError(
                     f"{cls.NAME}: the conditioning has a LoRA or weights of its own (hooks), which ComfyUI puts on "
                     "model and not on tuned: load them on both models instead"
                 )
-            sigma = args["timestep"]
+            if weight and now is not None:
+                samplings = [m.get_model_object("model_sampling") for m in (now, second)]
+                if known != (seen := [now.patches_uuid, *samplings]):
+                    if weights_of(now) != weights:
+                        raise ValueError(f"{cls.NAME}: a LoRA or other weights {later}")
+                    if not alike_at(sigma, *samplings):
+                        raise ValueError(f"{cls.NAME}: another model sampling {later}")
+                    known[:] = seen
             noise = share_of_noise(kinds[0], sigma)
             w = anneal(weight, noise, power) if schedule == "annealed" else torch.full_like(noise, weight)
             if (w == 0).all():

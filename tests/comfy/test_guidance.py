@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import types
+
 import comfy.hooks
 import comfy.model_management
+import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.sd
@@ -70,6 +74,33 @@ def test_a_lora_on_the_conditioning_is_refused(world, bright):
         as_base = world.ksampler(model=rlg(world.model, bright, 0.0), positive=positive, steps=2)
         assert torch.equal(as_base, world.ksampler(positive=positive, steps=2))
         world.ksampler(model=rlg(world.model, bright, 1.5), steps=2)  # and nothing stays behind
+
+
+def test_what_is_put_on_after_the_node_changes_both_or_is_refused(world, bright):
+    """A LoRA, or another reading of the network; but a shift of a flow's noise levels is no matter of either."""
+
+    def sampled_as(model, kind):
+        model = model.clone()
+        sampling = copy.deepcopy(model.get_model_object("model_sampling"))
+        sampling.calculate_denoised = types.MethodType(kind.calculate_denoised, sampling)
+        model.add_object_patch("model_sampling", sampling)
+        return model
+
+    v = comfy.model_sampling.V_PREDICTION
+    with torch.inference_mode():
+        lora = random_lora(world.model, 0.4)
+        on_both = [comfy.sd.load_lora_for_models(m, None, lora, 1.0, 0)[0] for m in (world.model, bright)]
+        after = comfy.sd.load_lora_for_models(rlg(world.model, bright, 1.0), None, lora, 1.0, 0)[0]
+        before = world.ksampler(model=rlg(*on_both, 1.0), steps=2)
+        assert torch.equal(before, world.ksampler(model=on_both[1], steps=2))
+        with pytest.raises(ValueError, match=r"MIRA RL Guidance: a LoRA or other weights is put on `guided`.*on both"):
+            world.ksampler(model=after, steps=2)
+        with pytest.raises(ValueError, match="another model sampling is put on `guided`"):
+            world.ksampler(model=sampled_as(rlg(world.model, bright, 1.0), v), steps=2)
+        with pytest.raises(ValueError, match="read what their networks say in different ways"):
+            rlg(sampled_as(world.model, v), bright, 1.0)
+        both = rlg(sampled_as(world.model, v), sampled_as(bright, v), 1.0)
+        assert torch.equal(world.ksampler(model=both, steps=2), world.ksampler(model=sampled_as(bright, v), steps=2))
 
 
 def test_weight_0_is_the_base_and_1_the_tuned_model(world, bright):
