@@ -444,6 +444,8 @@ def _flat(reward: Tensor, x0: Tensor, scale: LossScale) -> Tensor:
     """(B,): whose reward has no slope. A penalty has a gradient of its own, so it would be lost silently: it is looked
     at alone. Raises NoGradient where none has one.
     """
+    if not x0.requires_grad:
+        raise NoGradient("the image does not depend on the noise that is optimised: what samples it ignores that")
     if not reward.requires_grad:
         raise NoGradient(
             "the reward has no gradient with respect to the image: use a differentiable reward, "

@@ -46,6 +46,8 @@ def only_in(model_options: dict, others: dict) -> str:
 def named(model_options: dict) -> str:
     """`, probably X or Y`, of the patches in a model's options; nothing where there are none."""
     found = list(dict.fromkeys(_names(model_options)))
+    if "context_handler" in model_options:  # ComfyUI's own, which follows the steps
+        found.append("Context Windows")
     return f", probably {' or '.join(found[:4])}" if found else ""
 
 

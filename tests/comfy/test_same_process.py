@@ -247,6 +247,11 @@ def test_a_cache_of_steps_is_refused_by_name(world, node, threshold):
     assert 0 < len(calls) <= 20
 
 
+def test_what_follows_the_steps_is_named():
+    """ComfyUI's windows of a large image keep to the last whole step in a sampler's steps between."""
+    assert patches.named({"context_handler": object()}) == ", probably Context Windows" and not patches.named({})
+
+
 @pytest.mark.parametrize("method", ["best_of_n", "halving", "restarts"])
 @pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
 def test_a_cache_of_steps_is_refused_by_a_search(world, node, method):

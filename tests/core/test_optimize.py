@@ -382,6 +382,8 @@ def test_no_gradient_is_said_and_not_optimised():
         run(Settings(iterations=2), lambda x0: Score(x0.detach().flatten(1).mean(1), {}, x0.detach()))
     with pytest.raises(RuntimeError, match="zero for every image"):
         run(Settings(iterations=2), lambda x0: Score(x0.flatten(1).mean(1) * 0, {}, x0.detach()))
+    with pytest.raises(RuntimeError, match="does not depend on the noise"):  # as of an image that flows to an image
+        run(Settings(iterations=2), r=Rollout(lambda z_T, source, wrap: torch.ones(2, 3), schedule(6)))
 
 
 # --- settings and record --------------------------------------------------------------------------------------------
