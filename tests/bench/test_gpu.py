@@ -8,6 +8,7 @@ import os
 import pytest
 
 from bench import gpu
+from testing.pack import ROOT
 
 pytestmark = pytest.mark.skipif(not os.environ.get("MIRA_COMFYUI"), reason="needs a ComfyUI")
 
@@ -70,6 +71,26 @@ def test_a_piece_that_fails_is_said_and_left_for_the_next_time(tmp_path, capfd, 
     monkeypatch.setenv("MIRA_COMFYUI", str(tmp_path))
     assert gpu.run_all(tmp_path / "out", ["leaks"], small=True) == 1
     assert "leaks: FAILED" in capfd.readouterr().out and not (tmp_path / "out" / "leaks.json").exists()
+
+
+def test_the_tables_say_what_was_measured():
+    measured = json.loads((ROOT / "docs" / "results" / "gpu.json").read_text())
+    first, second = measured["pieces"], measured["27 November 2026"]["pieces"]
+
+    def of(piece, way):
+        return (second.get(piece) or first[piece])[way]["iteration_over_sample"]
+
+    cards = (ROOT / "README.md").read_text().partition("| 6 GB |")[2].splitlines()
+    assert all("failed" not in first[f"card-sd15-6-{pixels}"]["last 3"] for pixels in (512, 768))
+    assert f"an iteration takes {of('card-sdxl-12-1024', 'last 3'):.1f} plain pictures' time" in cards[1]
+    assert f"the same, {of('card-sdxl-16-1024', 'last 3'):.1f} |" in cards[2]
+    few_steps = of("speed-flow-bf16", "auto")  # of which there are eight: through all, as it comes
+    assert f"8 steps: {few_steps:.1f};" in cards[3]
+    table = (ROOT / "docs" / "gpu.md").read_text().partition("| | none |")[2]
+    for piece in ("speed-sdxl-fp16", "speed-sd15-fp16", "speed-flow-bf16"):
+        row = next(line for line in table.splitlines()[1:] if f"{of(piece, 'per_step'):.2f}" in line)
+        repeatable = "per_step, repeatable" if "sdxl" in piece else "auto"
+        assert all(f"{of(piece, way):.2f}" in row for way in (repeatable, "auto, last 3"))
 
 
 def test_every_piece_has_a_size_that_its_model_is_known_at():
