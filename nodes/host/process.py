@@ -64,14 +64,22 @@ class Process:
     """The frozen model's sampling process, inside ComfyUI's `guider.sample`."""
 
     def __init__(
-        self, job: Job, model_wrap: Any, sigmas: Tensor, extra_args: dict, latent_image: Tensor, mask: Tensor | None
+        self,
+        job: Job,
+        model_wrap: Any,
+        sigmas: Tensor,
+        extra_args: dict,
+        latent_image: Tensor,
+        mask: Tensor | None,
+        dtype: torch.dtype,
     ) -> None:
+        """dtype: of the noise as it comes to the sampler, which newer hosts make of it whatever it was."""
         self.job, self.model_wrap, self.sigmas = job, model_wrap, sigmas
         self.vae = copy.copy(job.vae)
         if job.gradient:
             self.vae.patcher = static(job.vae.patcher, f"{job.node}: vae")
             self.vae.first_stage_model = self.vae.patcher.model
-        self.latent_image, self.mask = latent_image, mask
+        self.latent_image, self.mask, self.dtype = latent_image, mask, dtype
         self.extra_args = extra_args
         self.inner = model_wrap.inner_model
         self.flow = isinstance(self.inner.model_sampling, comfy.model_sampling.CONST)
@@ -147,7 +155,7 @@ class Process:
     @property
     def noise(self) -> Tensor:
         """The given z_T as ComfyUI's own sampling takes it: where the model is, in its own precision."""
-        return self.initial_of(0).to(self.job.noise.dtype)
+        return self.initial_of(0).to(self.dtype)
 
     @functools.cached_property
     def depends_on_seed(self) -> bool:
@@ -176,7 +184,7 @@ class Process:
         if not self.fixed_outside:
             self.extra_args = before | {"seed": self.seed_of(n)}
         try:
-            x0, noises = self.drawn(self.initial_of(n).to(self.job.noise.dtype))
+            x0, noises = self.drawn(self.initial_of(n).to(self.dtype))
         finally:
             self.extra_args = before
         return x0, tuple(z.float() for z in noises)
@@ -224,7 +232,7 @@ class Process:
             z = fresh([self.initial_of(0)], stream(job.seed, RESTART + number))[0]
         with torch.no_grad():
             seed_generators(z.cpu().float(), process.extra_args["seed"])
-            x0, noises = process.drawn(z.to(job.noise.dtype))
+            x0, noises = process.drawn(z.to(self.dtype))
         return process, x0, tuple(z.float() for z in noises)
 
     def restart(self, number: int, x0: Tensor) -> Stretch:

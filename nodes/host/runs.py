@@ -305,7 +305,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
             )
         if why := ends_early(model_wrap, extra_args["model_options"], sigmas):
             raise ValueError(f"{job.node}: {why}")
-        process = Process(job, model_wrap, sigmas, extra_args, latent_image, denoise_mask)
+        process = Process(job, model_wrap, sigmas, extra_args, latent_image, denoise_mask, noise.dtype)
         try:
             with decided_once(process.inner, process.free_bytes):
                 found = self._through(process, noise)

@@ -958,6 +958,20 @@ def test_latents_of_any_precision(world, dtype):
     assert rows(done)[-1] > rows(done)[0] and not done.result.trace.notices
 
 
+def test_nor_do_patches_and_seeds_change_it(world):
+    """Newer hosts sample latents of half precision in float32: what samples again does, too."""
+    latent, calls = torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8).half(), []
+    model = world.model.clone()
+    model.set_model_unet_function_wrapper(
+        lambda apply, a: apply(a["input"], calls.append(1) or a["timestep"], **a["c"])
+    )
+    done = run(world, Settings(iterations=1, seeds=2), model=model, latent=latent, denoise=0.7, steps=4)
+    assert len(calls) > 8 and not any("another image" in notice for notice in done.result.trace.notices)
+    assert done.result.trace.settings["seed_rewards"][0][1] == pytest.approx(
+        reward_of(world, world.ksampler(latent=latent, denoise=0.7, steps=4, seed=another(7, 1))), abs=1e-6
+    )
+
+
 def test_a_replaced_noise_sampler_is_looked_up(world, monkeypatch):
     """Another pack puts its own in the place of ComfyUI's: its noises are optimised like the others'."""
     original = comfy.k_diffusion.sampling.default_noise_sampler
