@@ -46,12 +46,22 @@ def out_of_memory(problem: BaseException) -> bool:
     return isinstance(problem, RuntimeError) and any(w in str(problem).lower() for w in FULL)
 
 
+_given_back = 0
+
+
+def times_given_back() -> int:
+    """How often memory has run out in this process: `give_back` was called so often."""
+    return _given_back
+
+
 def give_back() -> None:
     """Hand what nobody uses any more back to the device, before something is tried again with less.
 
     To be called after the `except` block of what failed: an exception that is being handled holds its frames, and
     they hold every activation.
     """
+    global _given_back
+    _given_back += 1
     gc.collect()
     if torch.cuda.is_initialized():
         with contextlib.suppress(RuntimeError):  # what has failed may be reported once more

@@ -81,10 +81,15 @@ def load(patchers: Sequence, memory: float = 0, least: float | None = None, besi
         if least is None:
             management.load_models_gpu([*patchers, *beside], memory_required=memory, force_full_load=True)
         else:
-            management.load_models_gpu(
-                list(patchers), memory_required=memory + rest, minimum_memory_required=least + rest
-            )
-            management.load_models_gpu(list(beside), minimum_memory_required=0)
+            least = max(least, management.minimum_inference_memory()) + rest
+            management.load_models_gpu(list(patchers), memory_required=memory + rest, minimum_memory_required=least)
+            there = management.current_loaded_models
+            placed = [m for m in there if any(m.model is p for p in patchers)]
+            there[:] = [m for m in there if m not in placed]  # from which it would take the room, though there is some
+            try:
+                management.load_models_gpu(list(beside), minimum_memory_required=0)
+            finally:
+                there.extend(placed)
 
 
 def unload_all_but(patchers: Sequence, device: torch.device) -> None:

@@ -222,9 +222,6 @@ class Process:
         options = self.extra_args["model_options"]
         options = options | {"transformer_options": options.get("transformer_options", {}) | {"sample_sigmas": sigmas}}
         process.extra_args = self.extra_args | {"model_options": options, "seed": self.seed_of(RESTART + number)}
-        process.model_wrap = prepared(
-            self.model_wrap, process.latent_image, self.mask, process.extra_args["seed"], self.sigmas.device
-        )
         process.states, process.draws, process.expected = [], False, None
         if self.depends_on_seed:
             z = self.initial_of(RESTART + number)
@@ -232,6 +229,9 @@ class Process:
             z = fresh([self.initial_of(0)], stream(job.seed, RESTART + number))[0]
         with torch.no_grad():
             seed_generators(z.cpu().float(), process.extra_args["seed"])
+            process.model_wrap = prepared(
+                self.model_wrap, process.latent_image, self.mask, process.extra_args["seed"], self.sigmas.device
+            )
             x0, noises = process.drawn(z.to(self.dtype))
         return process, x0, tuple(z.float() for z in noises)
 

@@ -347,6 +347,8 @@ class _WorkingSampler(comfy.samplers.Sampler):
         patches = named(process.extra_args["model_options"])
         if patches and any(NOT_FINITE in notice for notice in result.trace.notices):
             process.tell(f"what is not finite may come from a patch of the model{patches}")
+        if process.scoring.tiled:
+            process.tell("images were decoded in tiles, for want of memory, and scored as that makes them")
         for notice in process.notices:
             log.warning("%s: %s", job.node, notice)
         result.trace.notices += process.notices
@@ -405,14 +407,18 @@ class _WorkingSampler(comfy.samplers.Sampler):
 
     def _work(self, process: Process, noises: tuple[Tensor, ...]) -> Result:
         job, optimizes = process.job, process.job.gradient and process.job.settings.iterations > 0
-        if optimizes:  # before the self-test asks a patch about single steps, and seeds are tried
-            expected = process.expected
-            process.sample_again()
-            process.expected = expected  # the first trajectory with a gradient is looked at, too
+        looked = False
         while True:
             process.begin_rollout(job.memory)
             reset_peak()
             try:
+                if (
+                    optimizes and not looked
+                ):  # before the self-test asks a patch about single steps, and seeds are tried
+                    expected = process.expected
+                    process.sample_again()
+                    process.expected = expected  # the first trajectory with a gradient is looked at, too
+                    looked = True
                 if optimizes:
                     check_gradient(process, noises[0])
                     if job.reward:

@@ -72,6 +72,7 @@ class Scoring:
         self.evaluations = 0
         self.layers: dict[nn.Module, Callable | None] = {}  # of the VAE and the reward: how they checkpoint their own
         self._decode_as_fits, self._score_as_fits = AsFits(), AsFits()
+        self.tiled = False  # whether an image was decoded so, for want of memory
         self.redraw = True  # a reward that draws random numbers draws new ones at every evaluation
 
     def end(self) -> None:
@@ -117,7 +118,7 @@ class Scoring:
         """Without a gradient: all at once, or as many as fit, and at last one in tiles, as VAE Decode does."""
 
         def in_tiles(one: Tensor) -> Tensor:
-            log.warning("%s: out of memory while decoding: in tiles", self.node)
+            self.tiled = True
             if one.ndim == 4:
                 return self.vae.decode_tiled_(one)
             tile = 256 // self.vae.spacial_compression_decode()

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ...sampler.ending import within_memory
+from ...sampler.ending import Cut, within_memory
 from ...sampler.memory import offloaded, out_of_memory
 from ...sampler.selftest import Checked, check
 from .blocks import both
+from .job import INTERRUPTS
 from .patches import controls, named
 from .places import written_over
 from .process import Process, in_brief, remembers
@@ -124,21 +125,38 @@ def check_backward(process: Process) -> None:
 
     And the decoder's, where every operation has to repeat: a search shows its first images before it meets that.
     """
-    job, scoring, rollout = process.job, process.scoring, process.rollout
+    scoring, rollout = process.scoring, process.rollout
     before, scoring.redraw = (scoring.redraw, rollout.memory), False
-    # Where it is not known yet what there is room for, with little.
-    ways = ["per_step", "offload"] if rollout.memory == "auto" else [rollout.memory]
     try:
         for part in (_reward_gradient, _decoder_gradient):
-            for way in ways:
-                rollout.memory = way
-                _, cut = within_memory(part, process)
-                if cut is None:
-                    break
-            else:
-                log.debug("%s: the reward's gradient could not be tried: %s", job.node, cut)
+            if cut := _tried(process, part):
+                log.debug("%s: the reward's gradient could not be tried: %s", process.job.node, cut)
+            rollout.memory = before[1]
     finally:
         scoring.redraw, rollout.memory = before
+
+
+def _tried(process: Process, part: Callable[[Process], None]) -> Cut | None:
+    """Where it is not known yet what there is room for, with little; but what fails so alone is no fault, as the run
+    may keep everything.
+    """
+    rollout = process.rollout
+    if rollout.memory != "auto":
+        return within_memory(part, process)[1]
+    cut = None
+    for rollout.memory in ("per_step", "offload"):
+        try:
+            _, cut = within_memory(part, process)
+        except INTERRUPTS:
+            raise
+        except Exception as problem:
+            if has_no_repeatable_way(problem):
+                raise
+            rollout.memory = "none"
+            return within_memory(part, process)[1]
+        if cut is None:
+            break
+    return cut
 
 
 def _decoder_gradient(process: Process) -> None:

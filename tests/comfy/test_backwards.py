@@ -60,6 +60,14 @@ def test_of_every_convolution(layer):
     assert torch.equal(gradient(within(OwnBackwards, layer), x)[0], gradient(layer, x)[0])
 
 
+def test_what_is_not_usual_stays_pytorchs():
+    layer, x = torch.nn.Conv2d(4, 6, 3).requires_grad_(False), torch.randn(4, 5, 5)  # without a batch
+    assert torch.equal(gradient(within(OwnBackwards, layer), x)[0], gradient(layer, x)[0])
+    with torch.autocast("cpu"):
+        out = within(OwnBackwards, layer)(x[None].requires_grad_())
+    assert "_Convolution" not in type(out.grad_fn).__name__
+
+
 def test_a_weight_that_learns_still_does():
     layer, x = torch.nn.Conv2d(4, 6, 3), torch.randn(2, 4, 5, 5, requires_grad=True)
     with OwnBackwards():

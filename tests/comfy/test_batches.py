@@ -45,6 +45,29 @@ def test_every_trajectory_is_predicted_as_the_plain_one(world, card, memory):
     assert "memory_required" not in vars(card[0].model)
 
 
+def test_where_memory_runs_out_it_is_decided_anew(world, monkeypatch):
+    """The plain sample was alone on the card; beside decoder and scorer ComfyUI would take one after the other."""
+    model, sizes = world.model.clone(), []
+
+    def wrapper(apply, args):
+        sizes.append(len(args["input"]))
+        if len(sizes) > 3 and sizes[-1] > 1:
+            raise torch.OutOfMemoryError("full")
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    def get_free_memory(_=None, torch_free_too=False):
+        now = MUCH if len(sizes) < 3 else 0
+        return (now, now) if torch_free_too else now
+
+    model.set_model_unet_function_wrapper(wrapper)
+    theirs = world.model.model.memory_required
+    monkeypatch.setattr(world.model.model, "memory_required", theirs, raising=False)  # another pack's
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", get_free_memory)
+    done = world.optimize(model=model, memory="per_step", steps=3, iterations=1, latent=LATENT)
+    assert set(sizes[:4]) == {2} and set(sizes[4:]) == {1} and not done.result.cut_short
+    assert vars(world.model.model)["memory_required"] is theirs
+
+
 def test_so_is_every_particle(world, card):
     with torch.inference_mode():
         job = world.job(model=card[0], steps=3, latent=LATENT)

@@ -44,7 +44,10 @@ def test_a_family_is_optimised_rightly(world, name):
 @pytest.mark.parametrize("name", [n for n in HERE if n in ("SDXL", "FLUX.1") or EVERY])
 def test_in_a_precision(world, name, precision):
     found = in_precision(world, name, precision)
-    assert found is True or found.startswith("ComfyUI's KSampler fails, too")
+    if (name, precision) == ("Z-Image (pixels)", "fp8"):  # makes a table in the precision of its weights
+        assert found.startswith("ComfyUI's KSampler fails, too")
+    else:
+        assert found is True
 
 
 @pytest.fixture
@@ -198,7 +201,7 @@ def test_a_frame_that_does_not_fit_is_decoded_in_tiles(world, monkeypatch, caplo
     with torch.no_grad():
         found = scoring.render(x0)
         whole = small.process_output(decode_all(x0))[:, :, 0]
-    assert sizes[0] == 160 and len(sizes) > 2 and "in tiles" in caplog.text
+    assert sizes[0] == 160 and len(sizes) > 2 and scoring.tiled
     torch.testing.assert_close(found, whole, atol=0.05, rtol=0)
 
 

@@ -79,6 +79,13 @@ def test_a_lora_on_the_conditioning_is_refused(world, bright):
 def test_what_is_put_on_after_the_node_changes_both_or_is_refused(world, bright):
     """A LoRA, or another reading of the network; but a shift of a flow's noise levels is no matter of either."""
 
+    class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        pass
+
+    flows = Flow(), Flow()
+    flows[1].set_parameters(shift=7.0)
+    assert flows[0].sigmas[500] != flows[1].sigmas[500] and guidance.alike_at(torch.tensor([0.2, 0.9]), *flows)
+
     def sampled_as(model, kind):
         model = model.clone()
         sampling = copy.deepcopy(model.get_model_object("model_sampling"))

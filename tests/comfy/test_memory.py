@@ -431,7 +431,8 @@ def test_a_search_sends_nothing_away_but_for_what_looks_at_the_images(world, mon
 
     def seen(models, **how):
         if "minimum_memory_required" in how:
-            asked.append((models, how["minimum_memory_required"]))
+            there = [m.model.model for m in comfy.model_management.current_loaded_models]
+            asked.append((models, how["minimum_memory_required"], bool(asked) and world.model.model not in there))
         assert not how.get("force_full_load")
         return load(models, **how)
 
@@ -439,9 +440,12 @@ def test_a_search_sends_nothing_away_but_for_what_looks_at_the_images(world, mon
     reward.modules = (torch.nn.Linear(1000, 1000, bias=False),)
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", seen)
     search(world, reward=reward)
-    (_, sampler), (models, room), (looking, own) = asked
+    (_, sampler, _), (models, room, _), (looking, own, hidden) = asked
     assert models[0].model is world.model.model
-    assert 4e6 <= room - sampler <= 4e6 + world.vae.patcher.model_size()  # of which some may be there
+    least = max(sampler, comfy.model_management.minimum_inference_memory())
+    assert least + 4e6 <= room <= least + 4e6 + world.vae.patcher.model_size()  # of which some may be there
+    assert hidden and not asked[0][2] and not asked[1][2]  # as a model is that ComfyUI is asked for in the same call
+    assert any(m.model.model is world.model.model for m in comfy.model_management.current_loaded_models)
     assert {p.model for p in looking} == {world.vae.first_stage_model, *reward.modules} and own == 0
 
 

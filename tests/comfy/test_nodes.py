@@ -934,6 +934,26 @@ class NoBackwardHere(torch.autograd.Function):
         raise NotImplementedError("The operator 'aten::bicubic_backward' is not currently implemented for the device.")
 
 
+@pytest.mark.parametrize("way", ["per_step", "offload"])
+def test_a_reward_that_keeps_everything_is_not_refused_for_what_it_does_with_less(world, monkeypatch, way):
+    """Features that a hook takes out of a layer are gone where that is computed again; the run may keep everything."""
+    reward, ways = PixelReward("brightness"), []
+    score = mira("nodes.host.scoring").Scoring._reward_whole
+
+    def fails(scoring, *args):
+        if torch.is_grad_enabled():
+            ways.append(scoring.policy.memory)
+            if ways[-1] == "per_step" and way == "offload":
+                raise torch.OutOfMemoryError("full")
+            if ways[-1] == way:
+                raise ValueError("the score has no gradient")
+        return score(scoring, *args)
+
+    monkeypatch.setattr(mira("nodes.host.scoring").Scoring, "_reward_whole", fails)
+    trace = optimize(world, reward=reward, iterations=1).args[2]
+    assert trace.settings["checkpointing"] == "none" and way in ways
+
+
 def test_a_reward_without_a_backward_on_this_device(world, monkeypatch):
     """As on Apple: told with the node's and the reward's name, before seeds are sampled and compared."""
     reward, evaluated = PixelReward("brightness"), []
@@ -944,4 +964,4 @@ def test_a_reward_without_a_backward_on_this_device(world, monkeypatch):
     said = r"^MIRA Optimize KSampler: reward 'brightness' has no backward on this device .*bicubic_backward.*--cpu"
     with pytest.raises(RuntimeError, match=said):
         optimize(world, reward=reward, seeds=4)
-    assert len(evaluated) == 1
+    assert len(evaluated) == 2  # with little kept, and with everything
