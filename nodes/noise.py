@@ -92,6 +92,10 @@ class MiraSaveNoise(io.ComfyNode):
         return io.NodeOutput(ui=text_output(f"saved {shown} in the output folder"))
 
 
+def is_seed(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**64
+
+
 class MiraLoadNoise(io.ComfyNode):
     NAME = "MIRA Load Noise"
 
@@ -139,11 +143,14 @@ class MiraLoadNoise(io.ComfyNode):
         try:
             file = chosen(file, path) or ""
             segments, facts = replay.load(Path(noise_path(file)))
-            if not isinstance(facts.get("seed"), int) or not isinstance(facts.get("sampler", {}), dict | None):
+            if not is_seed(facts.get("seed")) or not isinstance(facts.get("sampler", {}), dict | None):
                 raise ValueError(f"{file} is damaged: it names no seed or no sampler")
             if sampler is None:
                 if not facts.get("sampler"):
-                    raise ValueError("the file cannot name its sampler, which is of another pack: connect `sampler`")
+                    raise ValueError(
+                        "the file cannot name its sampler, which is of another pack or has options that no file holds: "
+                        "connect `sampler`"
+                    )
                 sampler = made(facts["sampler"])
         except ValueError as problem:
             raise ValueError(f"{cls.NAME}: {problem}") from None

@@ -7,6 +7,7 @@ The request is a POST of JSON, {"images": [PNG in base64, ...], "prompts": [text
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import io
 import ipaddress
@@ -27,6 +28,7 @@ from .base import Facts, Reward
 from .preprocess import picture
 
 NODE = "MIRA Reward from HTTP"  # whose url it is, wherever the reward is asked
+SAID = "mira_said"  # on a HTTPError
 LARGEST = 3.4e38  # of a score: what float32 holds
 MOST = 1_000_000  # bytes of an answer that are read
 PAUSE = 0.5  # seconds before the second attempt; doubled for every further one, up to the longest
@@ -131,6 +133,9 @@ class HTTPReward(Reward):
                     done.append(response.read(MOST + 1))
             except Exception as problem:  # handed to the caller's thread
                 done.append(problem)
+                if isinstance(problem, urllib.error.HTTPError):  # here too: what it says may drip as well
+                    with contextlib.suppress(Exception):
+                        vars(problem)[SAID] = problem.read(200).decode(errors="replace").strip()
 
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
@@ -147,8 +152,10 @@ class HTTPReward(Reward):
     def _explain(self, problem: Exception, attempts: int) -> str:
         times = "once" if attempts == 1 else f"{attempts} times"
         if isinstance(problem, urllib.error.HTTPError):
-            said = problem.read(200).decode(errors="replace").strip()
+            said = vars(problem).get(SAID)
             reason = f"it answered {problem.code} {problem.reason}{f' ({said})' if said else ''}"
+            if 300 <= problem.code < 400:
+                reason += f", which is not followed: give the url where it leads, {problem.headers.get('Location')}"
         else:
             reason = str(getattr(problem, "reason", problem)) or type(problem).__name__
         return f"{NODE}: the reward server at {self.url} was asked {times}: {reason}. Is it running, and is url right?"

@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,8 +58,13 @@ def located(problem: BaseException, path: Path) -> str:
 
 def _is_range(value: Any) -> bool:
     """(low, high), two numbers."""
-    numbers = isinstance(value, (tuple, list)) and len(value) == 2
-    return numbers and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in value)
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return pair and all(_is_number(v) and math.isfinite(v) for v in value)
+
+
+def _is_number(value: Any) -> bool:
+    """NumPy's are, too."""
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def facts_of(declared: Any, path: Path) -> Facts:
@@ -74,7 +80,11 @@ def facts_of(declared: Any, path: Path) -> Facts:
         raise ValueError(f"{path.name}: FACTS['name'] is {facts.name!r}; give it a name")
     if not (_is_range(facts.typical) and facts.typical[0] < facts.typical[1]):
         raise ValueError(f"{path.name}: FACTS['typical'] is {facts.typical!r}; give (low, high), low below high")
-    return facts
+    for bound in ("low", "high"):
+        if not _is_number(value := getattr(facts, bound)):
+            raise ValueError(f"{path.name}: FACTS[{bound!r}] is {value!r}; give a number, or leave it out")
+    low, high = map(float, facts.typical)
+    return dataclasses.replace(facts, low=float(facts.low), high=float(facts.high), typical=(low, high))
 
 
 class PythonReward(Reward):

@@ -112,8 +112,11 @@ def load(path: Path) -> GoldenNoise:
     """The network of a published file; nothing in the file is run. Raises ValueError for any other file."""
     try:
         parts = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # pickle raises many kinds for what is none
-        raise ValueError(f"{path.name} cannot be read as weights: {problem}") from None
+    except Exception:  # pickle raises many kinds for what is none, with advice to run what is in it
+        raise ValueError(
+            f"{path.name} cannot be read as weights, or needs more than those (nothing in a file is run): take the one "
+            "that was published"
+        ) from None
     text = next((name for name in TEXT if isinstance(parts, Mapping) and name in parts), None)
     if text is None or any(name not in parts for name in PARTS):
         raise ValueError(f"{path.name} is no golden noise network: it needs {', '.join(PARTS)} and {TEXT[0]}")

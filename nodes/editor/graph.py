@@ -52,19 +52,24 @@ def inputs_before(prompt: dict, node: str) -> dict[str, tuple]:
 def digest_of(prompt: dict, node: str) -> str:
     """A digest of the node and of everything that comes before it, which ComfyUI's cache goes by."""
     digests: dict[str, str] = {}
-
-    def digest(key: str) -> str:
-        if key not in digests:
-            digests[key] = ""  # a circle, which ComfyUI refuses
-            inputs = {
-                name: digest(value[0]) + str(value[1:]) if is_link(value, prompt) else value
-                for name, value in prompt[key].get("inputs", {}).items()
-            }
-            said = json.dumps([prompt[key].get("class_type"), inputs], sort_keys=True, default=str)
-            digests[key] = hashlib.sha256(said.encode()).hexdigest()
-        return digests[key]
-
-    return digest(node)
+    left, begun = [node], set[str]()
+    while left:  # not by recursion: graphs are longer than Python's stack
+        key, of = left[-1], prompt[left[-1]]
+        before = [value[0] for value in of.get("inputs", {}).values() if is_link(value, prompt)]
+        begun.add(key)
+        if first := [b for b in before if b not in begun]:
+            left.extend(first)
+            continue
+        left.pop()
+        if key in digests:
+            continue
+        inputs = {  # what has begun and has no digest is in a circle, which ComfyUI refuses
+            name: digests.get(value[0], "") + str(value[1:]) if is_link(value, prompt) else value
+            for name, value in of.get("inputs", {}).items()
+        }
+        said = json.dumps([of.get("class_type"), inputs], sort_keys=True, default=str)
+        digests[key] = hashlib.sha256(said.encode()).hexdigest()
+    return digests[node]
 
 
 def running() -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.samplers
@@ -22,6 +23,20 @@ def used_conds(guider: Any, model_options: dict) -> dict[str, list[dict]]:
     at_one = isinstance(cfg, (int, float)) and math.isclose(cfg, 1.0)
     at_one = at_one and not model_options.get("disable_cfg1_optimization")
     return {"positive": conds["positive"]} if at_one and set(conds) == {"positive", "negative"} else conds
+
+
+def in_whole_rounds(guider: Any, count: int) -> bool:
+    """Whether several batches of `count` latents, one after the other, have each what ComfyUI takes for one of them of
+    conditioning that is a batch itself (prompts, masks, reference images): it repeats that, and cuts what is left over.
+    """
+
+    def sizes(cond: dict) -> Iterator[int]:
+        for value in (cond.get("mask"), *(getattr(v, "cond", None) for v in cond.get("model_conds", {}).values())):
+            for t in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(t, Tensor) and t.ndim:
+                    yield len(t)
+
+    return all(count % n == 0 for conds in conds_of(guider).values() for c in conds for n in sizes(c) if n)
 
 
 def ends_early(guider: Any, model_options: dict, sigmas: Tensor) -> str | None:

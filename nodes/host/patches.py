@@ -128,6 +128,12 @@ def why_not_two(guider: Any) -> str | None:
     return None
 
 
+def follows_steps(guider: Any) -> bool:
+    """Whether the conditioning has hooks with keyframes, which find their place by the steps that were before."""
+    groups = [c.get("hooks") for cs in guider.original_conds.values() for c in cs]
+    return any(len(hook.hook_keyframe.keyframes) > 1 for group in groups if group for hook in group.hooks)
+
+
 def why_no_gradient(guider: Any) -> str | None:
     """None, or what of the guider's patches and conditioning a gradient does not survive.
 
@@ -154,8 +160,8 @@ def why_no_gradient(guider: Any) -> str | None:
     if len({frozenset((id(ref), *s) for ref, s in hooks.items()) for hooks in weights}) > 1:
         return (
             "the conditionings have different LoRA hooks, and the weights of one overwrite those of the other while "
-            "the gradient still needs them: give positive and negative the same hooks, load the LoRA on the model, or "
-            "use MIRA Search KSampler"
+            "the gradient still needs them: give positive and negative the same hooks throughout, load the LoRA on the "
+            "model, or use MIRA Search KSampler"
         )
     return None
 

@@ -84,4 +84,4 @@ class FinalRestart:
             noise, latent, self.sampler, sigmas.clone(), denoise_mask=self.mask, callback=callback, disable_pbar=True,
             seed=self.number,
         )  # fmt: skip
-        return sampled.to(comfy.model_management.intermediate_device())
+        return sampled.to(comfy.model_management.intermediate_device(), latent.dtype)

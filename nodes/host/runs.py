@@ -29,13 +29,13 @@ from ...sampler.statistics import expected, noise_statistics
 from ...sampler.trace import Trace
 from .batches import decided_once
 from .chain import Chain, most_particles, within_chain
-from .conditioning import ends_early
+from .conditioning import ends_early, in_whole_rounds
 from .dynamic import on_one_device, static_guider
 from .inference_mode import normal
 from .job import INTERRUPTS, Job
 from .kernels import pytorch_kernels, training
 from .loading import free_bytes, reset_peak, synchronize, used_bytes
-from .patches import named, names_of_keeping, why_no_gradient, why_not_two
+from .patches import follows_steps, named, names_of_keeping, why_no_gradient, why_not_two
 from .places import written_over
 from .process import RESTART, Process, in_brief
 from .repeating import give_up_repeating, has_no_engine, has_no_repeatable_way, repeatable
@@ -82,10 +82,13 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
     else:
         guider = copy.copy(job.guider)
         steers = isinstance(job.settings, SearchSettings) and METHODS[job.settings.method].steers
-        if steers and (names := names_of_keeping(guider.model_options)):
+        follows = "the conditioning has hooks whose keyframes follow the steps" if follows_steps(guider) else ""
+        if names := names_of_keeping(guider.model_options):
+            follows = f"{names} keeps what one step of the sampling makes for the later ones"
+        if steers and follows:
             raise ValueError(
-                f"{job.node}: {names} keeps what one step of the sampling makes for the later ones, and the method "
-                f"{job.settings.method} goes on from the middle: bypass it, or take best_of_n, zero_order or restarts"
+                f"{job.node}: {follows}, and the method {job.settings.method} goes on from the middle: bypass that, or "
+                "take best_of_n, zero_order or restarts"
             )
         guider.model_patcher = on_one_device(guider.model_patcher, f"{job.node}: model")
     sampler = _WorkingSampler(job, work or optimizing)
@@ -101,7 +104,10 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
             disable_pbar=True,
             seed=job.seed,
         )
-    device = comfy.model_management.intermediate_device()
+    management = comfy.model_management
+    where: dict[str, Any] = {"device": management.intermediate_device()}
+    if job.restart_sigmas and hasattr(management, "intermediate_dtype"):  # a node that samples as KSampler does
+        where["dtype"] = management.intermediate_dtype()
     result = sampler.result
     if not alike(latent, sampler.handed_back):
         result.trace.notices.append(
@@ -112,10 +118,10 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
         result.trace.notices.append(f"the model is split over several GPUs, but gradients need one: it ran on {alone}")
     family = family_of(job.guider.model_patcher.model)
     return Optimized(
-        latent.to(device),
-        sampler.plain.to(device),
+        latent.to(**where),
+        sampler.plain.to(**where),
         result,
-        sampler.iterates,
+        [x.to(where.get("dtype", x.dtype)) for x in sampler.iterates],
         # The nodes add to the settings, which are the same dict.
         ReplayNoise(
             sampler.segments,
@@ -264,7 +270,8 @@ def searching(process: Process, noises: tuple[Tensor, ...]) -> Result:
                 f"{settings.method} goes on from the middle with others. Bypass it, or take best_of_n, zero_order or "
                 "restarts."
             )
-        most = 1 if patches else most  # a patch may average over its batch
+        if patches or not in_whole_rounds(process.model_wrap, len(noises[0])):
+            most = 1  # a patch may average over its batch
         with process.sampling_again():
             return search(
                 chain, process.rollout, process.scoring.score, noises, settings, most=most, initial=process.initial_of,

@@ -22,7 +22,7 @@ from .inputs import gradient_steps
 
 NO_WORDS = re.compile(r"\bembedding:\S+|<lora:[^>]*>")
 
-APART = ("prompt", "iterate", "choices")  # inputs that are no settings of a run
+APART = ("prompt", "iterate", "choices", "final_restart")  # inputs that are no settings of a run
 # Why a value below an input's range makes no sense, where it is worth a word.
 TOO_SMALL = {
     "iterations": "nothing would be optimised (a KSampler gives the plain sample)",
@@ -109,11 +109,14 @@ def wrong_sigmas(sigmas: torch.Tensor) -> str | None:
     if not torch.isfinite(sigmas).all():
         return "sigmas has NaN or infinite values: use the output of a scheduler as it is"
     if not (sigmas[1:] < sigmas[:-1]).all():
-        return "sigmas does not descend: use the output of a scheduler as it is"
+        return (
+            "sigmas does not descend at every step (a scheduler may give a level twice, as Laplace does at its ends): "
+            "take fewer steps, or another scheduler"
+        )
     if sigmas[-1] != 0:
         return (
             f"sigmas ends at {sigmas[-1].item():.3g}, not 0: the image would still be noisy, and a reward of it means "
-            "nothing; optimise the low half of split sigmas, which ends at 0"
+            "nothing; of split sigmas optimise the low half, and of a scheduler's that ends above 0 (Laplace) add a 0"
         )
     return None
 

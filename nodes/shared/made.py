@@ -120,8 +120,10 @@ def stamp(find: Callable[[str], str], file: str | None, path: str | None = "") -
     """For a node's `fingerprint_inputs`: another one when the file has changed, and always of one not known yet."""
     if path is None:
         return math.nan
+    if (name := chosen(file, path)) is None:
+        return math.nan
     try:
-        name = find(chosen(file, path) or "")
+        name = find(name)
     except ValueError:
         return ""
     return f"{os.path.getmtime(name)}:{os.path.getsize(name)}"

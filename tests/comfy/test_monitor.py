@@ -267,6 +267,7 @@ def test_a_path_counts_instead_of_the_list(tmp_path, monkeypatch):
     # By a link, it is not known before it runs.
     assert load.validate_inputs(file=record.NO_FILE, path=None) is True
     assert math.isnan(load.fingerprint_inputs(record.NO_FILE, 0, None))
+    assert math.isnan(load.fingerprint_inputs(None, 0, "")) and math.isnan(load.fingerprint_inputs(None, 0))
     for path in ("mira/older.csv", "../secret.csv", "/etc/passwd"):
         assert isinstance(load.validate_inputs(file="mira/old.csv", path=path), str)
         assert load.fingerprint_inputs("mira/old.csv", 0, path) == ""

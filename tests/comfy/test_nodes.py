@@ -792,6 +792,21 @@ def test_a_graph_tells_its_inputs_apart_and_those_of_files(tmp_path, monkeypatch
     assert memo.graph_before(SimpleNamespace(unique_id="9", prompt=None)) is None
 
 
+def test_a_graph_may_be_longer_than_pythons_stack_and_run_in_a_circle():
+    digest = mira("nodes.editor.graph").digest_of
+
+    def chain(length, first):
+        links = {str(n): {"class_type": "Pass", "inputs": {"x": [str(n - 1), 0]}} for n in range(1, length)}
+        return links | {"0": {"class_type": "Begin", "inputs": {"value": first}}}
+
+    ends = {digest(chain(5000, value), "4999") for value in (1, 1, 2)}
+    assert len(ends) == 2
+    both = {"class_type": "Both", "inputs": {"a": ["1", 0], "b": ["2", 0]}}
+    assert len({digest(chain(3, value) | {"9": both}, "9") for value in (1, 2, 1)}) == 2
+    circle = {a: {"class_type": "Pass", "inputs": {"x": [b, 0]}} for a, b in ("12", "21")}
+    assert digest(circle, "1") == digest(circle, "1") != ""
+
+
 def test_a_sampler_with_options_of_its_own_keeps_its_name():
     sampler = comfy.samplers.sampler_object("dpmpp_2m_sde")
     sampler.sampler_function = functools.partial(sampler.sampler_function, eta=0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import comfy.ldm.modules.attention
+import comfy.model_management
 import comfy.samplers
 import comfy_extras.nodes_custom_sampler as custom
 import comfy_extras.nodes_tomesd as tomesd
@@ -25,6 +26,7 @@ nodes, host = mira("nodes"), mira("nodes.host")
 QUICK = dict(iterations=3, seeds=1, restart_every=0, stop="never", keep="last", drift_limit=0.0, learning_rate=0.05)
 
 
+LATENT = torch.zeros(1, 4, 8, 8)
 GIVEN = {
     "masked": {
         "samples": torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8),
@@ -112,6 +114,24 @@ def test_what_a_patch_draws_at_random_is_drawn_again(monkeypatch, sampler):
         assert torch.equal(sampled(world, *again), latent["samples"])
     monkeypatch.setattr(host.replay, "seed_generators", lambda *_: torch.manual_seed(1))
     assert not torch.equal(sampled(world, *again), latent["samples"])  # the patch does draw
+
+
+def test_as_ksampler_a_run_gives_latents_in_the_hosts_precision(world, monkeypatch):
+    monkeypatch.setattr(comfy.model_management, "intermediate_dtype", lambda: torch.float16, raising=False)
+    given = dict(
+        seed=3,
+        cfg=5.0,
+        sampler_name="euler",
+        scheduler="normal",
+        denoise=1.0,
+        steps=2,
+        reward=PixelReward("brightness"),
+    )
+    given |= dict(model=world.model, positive=world.positive, negative=world.negative, vae=world.vae)
+    given |= dict(preset="custom")
+    out = as_node(nodes.MiraOptimizeKSampler).execute(latent_image={"samples": LATENT}, **(QUICK | given)).args
+    assert out[0]["samples"].dtype == out[1]["samples"].dtype == torch.float16
+    assert optimized(world)[0]["samples"].dtype == torch.float32  # as SamplerCustomAdvanced
 
 
 def test_every_image_of_a_batch_by_its_own_way_and_within_a_mask(world):

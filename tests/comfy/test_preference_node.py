@@ -8,6 +8,7 @@ import math
 import threading
 import time
 
+import comfy.model_management
 import pytest
 import server
 import torch
@@ -42,6 +43,19 @@ def prefer(world, **changes):
     clone = as_node(nodes.MiraDPOPreference)
     with torch.inference_mode():
         return clone.execute(**(inputs | changes))
+
+
+def test_a_cancelled_one_is_asked_again_whatever_is_painted_anew_after_it(world, monkeypatch):
+    widgets = INPUTS | {"final_restart": 0.6, "seed": 81}
+    before = nodes.MiraDPOPreference.fingerprint_inputs(**widgets)
+
+    def cancel(*_):
+        raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(mira("nodes.editor.live").LiveRun, "__call__", cancel)
+    trace = prefer(world, **widgets).args[2]
+    assert any("final_restart was left out" in notice for notice in trace.notices)
+    assert nodes.MiraDPOPreference.fingerprint_inputs(**widgets) != before
 
 
 @pytest.mark.parametrize("method", preference.METHODS)

@@ -247,6 +247,15 @@ def test_a_cache_of_steps_is_refused_by_name(world, node, threshold):
     assert 0 < len(calls) <= 20
 
 
+def test_keyframes_that_follow_the_steps_are_refused_by_what_goes_on_from_the_middle(world):
+    conds = hooked(world, keyframes=FALLING)
+    with torch.inference_mode():
+        job = world.job(steps=4, **conds)
+        job.gradient, job.settings = False, SearchSettings(method="halving", particles=2, rounds=1)
+        with pytest.raises(ValueError, match="hooks whose keyframes follow the steps, and the method halving goes on"):
+            host.run(job, host.searching)
+
+
 def test_what_follows_the_steps_is_named():
     """ComfyUI's windows of a large image keep to the last whole step in a sampler's steps between."""
     assert patches.named({"context_handler": object()}) == ", probably Context Windows" and not patches.named({})

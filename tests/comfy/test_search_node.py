@@ -40,6 +40,51 @@ def run(world, **changes):
         return clone.execute(**(inputs | changes))
 
 
+@pytest.mark.parametrize("where", ["search", "final restart"])
+@pytest.mark.parametrize("kind", ["MiraSearchKSampler", "MiraTiltKSampler"])
+def test_what_was_cancelled_is_asked_again_whatever_is_painted_anew_after_it(world, monkeypatch, kind, where):
+    node, asked = getattr(mira("nodes"), kind), []
+    widgets = {i.id: i.default for i in node.define_schema().inputs if getattr(i, "default", None) is not None}
+    widgets |= dict(steps=3, cfg=5.0, sampler_name="euler_ancestral", scheduler="normal", denoise=1.0)
+    widgets |= dict(final_restart=0.6, seed=8 if where == "search" else 9)
+    widgets |= {"rounds": 1, "particles": 2} if kind == "MiraSearchKSampler" else {"rounds": 1, "restart_denoise": 0.6}
+    links = dict(model=world.model, positive=world.positive, negative=world.negative, vae=world.vae)
+    links |= dict(latent_image={"samples": torch.zeros(1, 4, 8, 8)}, reward=PixelReward("brightness"))
+    before = node.fingerprint_inputs(**widgets)
+
+    def cancel(*_):
+        raise comfy.model_management.InterruptProcessingException
+
+    live = mira("nodes.editor.live").LiveRun
+    with monkeypatch.context() as patch, torch.inference_mode():
+        if where == "search":
+            patch.setattr(live, "__call__", lambda *_: asked.append(1) or cancel())
+        else:
+            patch.setattr("latent_preview.prepare_callback", lambda *_: asked.append(1) or cancel)
+        as_node(node).execute(**widgets, **links)
+    assert asked and node.fingerprint_inputs(**widgets) != before
+
+
+@pytest.mark.parametrize("prompts, batch", [(3, 1), (2, 3), (2, 2)])
+def test_candidates_take_of_several_prompts_what_ksampler_takes(world, prompts, batch):
+    """It repeats them, and cuts what is left over, in every batch anew."""
+    words = ["a fox", "a blue cat", "a red bird"][:prompts]
+    latent = {"samples": torch.zeros(batch, 4, 8, 8)}
+    with torch.inference_mode():
+        positive = [[torch.cat([world.encode(word)[0][0] for word in words]), {}]]
+    how = dict(positive=positive, particles=3, sampler_name="euler")
+    trace = run(world, latent_image=latent, prompt="\n".join(words), **how).args[2]
+    seeds = (mira("sampler.seeds").another(1, n) if n else 1 for n in range(3))
+    stock = [
+        brightness(world, {"samples": world.ksampler(
+            positive=positive, latent=latent["samples"], steps=3, seed=seed, sampler="euler"
+        )})
+        for seed in seeds
+    ]  # fmt: skip
+    found = [[row["reward"] for row in trace.of(b)] for b in range(batch)]
+    assert found == [pytest.approx(image, abs=1e-4) for image in zip(*stock, strict=True)]
+
+
 def brightness(world, latent):
     with torch.inference_mode():
         return PixelReward("brightness").score(decode(world.vae, latent["samples"]), []).tolist()

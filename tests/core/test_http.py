@@ -57,6 +57,17 @@ def serving(answer):
         server.server_close()
 
 
+def iter_raises(after=3):
+    """A poll that is told of a cancel the third time."""
+    calls = iter(range(after))
+
+    def poll():
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+
+    return poll
+
+
 def reward(url, timeout=5.0, retries=0, **kwargs):
     return HTTPReward(url, "mine", timeout, retries, True, **kwargs)
 
@@ -110,8 +121,19 @@ def test_what_is_refused_is_not_retried():
 
 
 def test_a_redirect_is_not_followed():
-    with serving(lambda asked, n: (302, "http://192.0.2.1/", 0)) as (url, _), pytest.raises(RuntimeError, match="302"):
+    said = r"302 .*is not followed: give the url where it leads, http://192\.0\.2\.1/"
+    with serving(lambda asked, n: (302, "http://192.0.2.1/", 0)) as (url, _), pytest.raises(RuntimeError, match=said):
         reward(url).score(IMAGES, ["", ""])
+
+
+def test_what_a_refusal_says_may_drip_as_well():
+    start = time.monotonic()
+    with serving(lambda asked, n: (400, "no" * 50, 0.2)) as (url, _):
+        with pytest.raises(RuntimeError, match=rf"{url} was asked once: it answered 400 Bad Request\."):
+            reward(url, timeout=0.5).score(IMAGES, ["", ""])
+        with pytest.raises(KeyboardInterrupt):
+            reward(url, timeout=60, poll=iter_raises()).score(IMAGES, ["", ""])
+    assert time.monotonic() - start < 5
 
 
 def test_a_server_that_drips_does_not_hang_the_run():

@@ -65,6 +65,11 @@ def test_a_black_box_may_answer_with_a_list(tmp_path):
         ('FACTS = {"name": "n", "typical": (0, float("inf"))}', "low below high"),
         ('FACTS = {"name": "n", "typical": (1, 0)}', "give .low, high., low below high"),
         ('FACTS = {"name": "", "typical": (0, 1)}', "give it a name"),
+        (
+            'FACTS = {"name": "n", "typical": (0, 1), "low": "a"}',
+            r"FACTS\['low'\] is 'a'; give a number, or leave it out",
+        ),
+        ('FACTS = {"name": "n", "typical": (0, 1), "high": None}', r"FACTS\['high'\] is None"),
         ('FACTS = {"name": "n", "typical": (0, 1)}', "defines no function score"),
         (GOOD + "MODULES = [3]", "MODULES is .3.; it must be a list of torch modules"),
         (GOOD + "MODULES = 5", "MODULES is 5; it must be a list"),
