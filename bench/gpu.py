@@ -10,6 +10,7 @@ what a machine without one lacks.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import math
@@ -114,9 +115,10 @@ class Table:
 
     def row(self, name: str, measure: Callable[[], dict]) -> None:
         """Measure it, where it is not there. Raises SystemExit where there is probably too little time left for it."""
-        begun = self.rows.get(name, {}).get("begun", 0)
-        if name in self.rows and not begun:
+        known = self.rows.get(name, {"begun": 0})
+        if "begun" not in known:
             return
+        begun = known["begun"]
         if begun == BEGINS:
             self._keep(name, {"failed": "its process ended, or took longer than a piece may"})
             return
@@ -126,15 +128,20 @@ class Table:
         self._keep(name, {"begun": begun + 1})
         try:
             found = measure()
-        except RuntimeError as problem:  # out of memory is one
-            found = {"failed": (str(problem).splitlines() or [type(problem).__name__])[0]}
+        except KeyboardInterrupt:
+            self._keep(name, {"begun": begun})
+            raise
+        except Exception as problem:  # of one row; the others are measured all the same
+            found = {"failed": f"{type(problem).__name__}: {problem}".splitlines()[0]}
         self.longest = max(self.longest, time.monotonic() - start)
         self._keep(name, found)
         print(self.file.stem, name, found, flush=True)
 
     def _keep(self, name: str, row: dict) -> None:
         self.rows[name] = row
-        self.file.write_text(json.dumps(self.rows, indent=1) + "\n")
+        written = self.file.with_suffix(".writing")
+        written.write_text(json.dumps(self.rows, indent=1) + "\n")
+        written.replace(self.file)
 
 
 # -- the models
@@ -328,7 +335,8 @@ def speed(table: Table, name: str, dtype: str, small: bool) -> None:
         **{policy: {"memory": policy, "repeatable": False} for policy in ("none", "offload")},
         "none, repeatable": {"memory": "none"},
     }  # fmt: skip
-    timed(world, options, 2, memory="per_step")  # warm
+    with contextlib.suppress(RuntimeError):  # which is said in the rows
+        timed(world, options, 2, memory="per_step")  # warm
     for way, choice in ways.items():
         table.row(way, lambda choice=choice: timed(world, options, **choice))
     table.row("DNO's own loop", lambda: dno(world, options))
