@@ -84,7 +84,7 @@ def load(patchers: Sequence, memory: float = 0, least: float | None = None, besi
             least = max(least, management.minimum_inference_memory()) + rest
             management.load_models_gpu(list(patchers), memory_required=memory + rest, minimum_memory_required=least)
             there = management.current_loaded_models
-            placed = [m for m in there if any(m.model is p for p in patchers)]
+            placed = loaded_of(patchers)
             there[:] = [m for m in there if m not in placed]  # from which it would take the room, though there is some
             try:
                 management.load_models_gpu(list(beside), minimum_memory_required=0)
@@ -92,11 +92,16 @@ def load(patchers: Sequence, memory: float = 0, least: float | None = None, besi
                 there.extend(placed)
 
 
+def loaded_of(patchers: Sequence) -> list:
+    """ComfyUI's entries of these and of what their patches bring along."""
+    wanted = [m for p in patchers for m in (p, *p.model_patches_models())]
+    return [m for m in comfy.model_management.current_loaded_models if any(m.model is p for p in wanted)]
+
+
 def unload_all_but(patchers: Sequence, device: torch.device) -> None:
     """Every other model leaves the device."""
     with torch.inference_mode(), _uncollected():  # as in `load`
-        keep = [m for m in comfy.model_management.current_loaded_models if any(m.model is p for p in patchers)]
-        comfy.model_management.free_memory(EVERYTHING, device, keep_loaded=keep)
+        comfy.model_management.free_memory(EVERYTHING, device, keep_loaded=loaded_of(patchers))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.samplers
@@ -447,6 +448,15 @@ def test_a_search_sends_nothing_away_but_for_what_looks_at_the_images(world, mon
     assert hidden and not asked[0][2] and not asked[1][2]  # as a model is that ComfyUI is asked for in the same call
     assert any(m.model.model is world.model.model for m in comfy.model_management.current_loaded_models)
     assert {p.model for p in looking} == {world.vae.first_stage_model, *reward.modules} and own == 0
+
+
+def test_what_a_patch_brings_along_stays_with_its_model(monkeypatch):
+    """The network of a model patch has an entry of its own in ComfyUI's list."""
+    patch = SimpleNamespace(model_patches_models=list)
+    model, other = SimpleNamespace(model_patches_models=lambda: [patch]), SimpleNamespace(model_patches_models=list)
+    entries = [SimpleNamespace(model=m) for m in (other, patch, model)]
+    monkeypatch.setattr(comfy.model_management, "current_loaded_models", entries)
+    assert loading.loaded_of([model]) == entries[1:]
 
 
 def test_without_a_gradient_images_are_decoded_as_they_fit(world, monkeypatch):
