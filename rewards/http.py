@@ -28,6 +28,7 @@ from .base import Facts, Reward
 from .preprocess import picture
 
 NODE = "MIRA Reward from HTTP"  # whose url it is, wherever the reward is asked
+SPEAKING = 1.0  # seconds that a refusal has for its words
 SAID = "mira_said"  # on a HTTPError
 LARGEST = 3.4e38  # of a score: what float32 holds
 MOST = 1_000_000  # bytes of an answer that are read
@@ -135,7 +136,10 @@ class HTTPReward(Reward):
                 done.append(problem)
                 if isinstance(problem, urllib.error.HTTPError):  # here too: what it says may drip as well
                     with contextlib.suppress(Exception):
-                        vars(problem)[SAID] = problem.read(200).decode(errors="replace").strip()
+                        said = b""
+                        while len(said) < 200 and (more := problem.read1(200)):
+                            said += more
+                            vars(problem)[SAID] = said[:200].decode(errors="replace").strip()
 
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
@@ -143,6 +147,8 @@ class HTTPReward(Reward):
         while thread.is_alive() and time.monotonic() < end:
             self.poll()
             thread.join(0.1)
+            if done:  # a refusal, which still speaks
+                end = min(end, time.monotonic() + SPEAKING)
         if not done:
             raise TimeoutError(f"no answer within {self.timeout:g} s")
         if isinstance(done[0], Exception):

@@ -103,7 +103,7 @@ def check(segments: Sequence[Segment]) -> None:
     if not segments:
         raise ValueError("it has no noises")
     for segment in segments:
-        if segment.seed not in range(2**64):
+        if not 0 <= segment.seed < 2**64:
             raise ValueError(f"a seed of {segment.seed}")
         if segment.schedule.ndim != 1 or len(segment.schedule) < 2 or not segment.noises:
             raise ValueError(f"a schedule of shape {tuple(segment.schedule.shape)}, and {len(segment.noises)} noises")

@@ -55,14 +55,15 @@ def digest_of(prompt: dict, node: str) -> str:
     left, begun = [node], set[str]()
     while left:  # not by recursion: graphs are longer than Python's stack
         key, of = left[-1], prompt[left[-1]]
+        if key in digests:
+            left.pop()
+            continue
         before = [value[0] for value in of.get("inputs", {}).values() if is_link(value, prompt)]
         begun.add(key)
         if first := [b for b in before if b not in begun]:
             left.extend(first)
             continue
         left.pop()
-        if key in digests:
-            continue
         inputs = {  # what has begun and has no digest is in a circle, which ComfyUI refuses
             name: digests.get(value[0], "") + str(value[1:]) if is_link(value, prompt) else value
             for name, value in of.get("inputs", {}).items()

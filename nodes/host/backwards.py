@@ -79,7 +79,7 @@ class OwnBackwards(TorchFunctionMode):
 def _frozen_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *how: Any) -> bool:
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     usual = x.ndim == weight.ndim and not any(isinstance(h, str) for h in how)
-    return x.requires_grad and frozen and usual and not (torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled())
+    return x.requires_grad and frozen and usual and not torch.is_autocast_enabled(x.device.type)
 
 
 def _plain_attention(

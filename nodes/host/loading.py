@@ -83,6 +83,10 @@ def load(patchers: Sequence, memory: float = 0, least: float | None = None, besi
         else:
             least = max(least, management.minimum_inference_memory()) + rest
             management.load_models_gpu(list(patchers), memory_required=memory + rest, minimum_memory_required=least)
+            device = patchers[0].load_device
+            # Older hosts, and dynamic VRAM, leave what is on the card already as large as it is.
+            if device.type != "cpu" and management.get_free_memory(device) < least:
+                management.free_memory(least, device)
             there = management.current_loaded_models
             placed = loaded_of(patchers)
             there[:] = [m for m in there if m not in placed]  # from which it would take the room, though there is some

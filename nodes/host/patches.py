@@ -129,9 +129,11 @@ def why_not_two(guider: Any) -> str | None:
 
 
 def follows_steps(guider: Any) -> bool:
-    """Whether the conditioning has hooks with keyframes, which find their place by the steps that were before."""
-    groups = [c.get("hooks") for cs in guider.original_conds.values() for c in cs]
-    return any(len(hook.hook_keyframe.keyframes) > 1 for group in groups if group for hook in group.hooks)
+    """Whether the conditioning has hooks that change by keyframes, which find their place by the steps before."""
+    groups = [group for cs in guider.original_conds.values() for c in cs if (group := c.get("hooks"))]
+    others = [hook for group in groups for hook in group.hooks if hook.hook_type != comfy.hooks.EnumHookType.Weight]
+    strengths = [s for group in groups for s in _weight_hooks(group).values()]
+    return any(len(s) > 1 for s in strengths) or any(len(hook.hook_keyframe.keyframes) > 1 for hook in others)
 
 
 def why_no_gradient(guider: Any) -> str | None:

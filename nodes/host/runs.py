@@ -75,21 +75,21 @@ def run(job: Job, work: Callable[[Process, tuple[Tensor, ...]], Result] | None =
     work(process, noises): what to do with the plain sample's noises; the reward's optimisation if not given.
     """
     several = job.guider.model_patcher.get_additional_models_with_key("multigpu")
+    if isinstance(job.settings, SearchSettings) and METHODS[job.settings.method].steers:
+        follows = "the conditioning has hooks whose keyframes follow the steps" if follows_steps(job.guider) else ""
+        if names := names_of_keeping(job.guider.model_options):
+            follows = f"{names} keeps what one step of the sampling makes for the later ones"
+        if follows:
+            raise ValueError(
+                f"{job.node}: {follows}, and the method {job.settings.method} goes on from the middle: bypass that, or "
+                "take best_of_n, zero_order or restarts"
+            )
     if job.gradient:
         guider = static_guider(job.guider, job.node)
         if why := why_not_two(job.guider) or why_no_gradient(guider):
             raise ValueError(f"{job.node}: {why}")
     else:
         guider = copy.copy(job.guider)
-        steers = isinstance(job.settings, SearchSettings) and METHODS[job.settings.method].steers
-        follows = "the conditioning has hooks whose keyframes follow the steps" if follows_steps(guider) else ""
-        if names := names_of_keeping(guider.model_options):
-            follows = f"{names} keeps what one step of the sampling makes for the later ones"
-        if steers and follows:
-            raise ValueError(
-                f"{job.node}: {follows}, and the method {job.settings.method} goes on from the middle: bypass that, or "
-                "take best_of_n, zero_order or restarts"
-            )
         guider.model_patcher = on_one_device(guider.model_patcher, f"{job.node}: model")
     sampler = _WorkingSampler(job, work or optimizing)
     # ComfyUI's own part stays in inference mode, as the executor has it: what it makes and moves, its nodes use again.
@@ -423,8 +423,10 @@ class _WorkingSampler(comfy.samplers.Sampler):
                     optimizes and not looked
                 ):  # before the self-test asks a patch about single steps, and seeds are tried
                     expected = process.expected
-                    process.sample_again()
-                    process.expected = expected  # the first trajectory with a gradient is looked at, too
+                    try:
+                        process.sample_again()
+                    finally:
+                        process.expected = expected  # the first trajectory with a gradient is looked at, too
                     looked = True
                 if optimizes:
                     check_gradient(process, noises[0])

@@ -143,7 +143,7 @@ def _tried(process: Process, part: Callable[[Process], None]) -> Cut | None:
     rollout = process.rollout
     if rollout.memory != "auto":
         return within_memory(part, process)[1]
-    cut = None
+    cut, failed = None, False
     for rollout.memory in ("per_step", "offload"):
         try:
             _, cut = within_memory(part, process)
@@ -152,10 +152,12 @@ def _tried(process: Process, part: Callable[[Process], None]) -> Cut | None:
         except Exception as problem:
             if has_no_repeatable_way(problem):
                 raise
-            rollout.memory = "none"
-            return within_memory(part, process)[1]
-        if cut is None:
+            failed = True
+        if failed or cut is None:
             break
+    if failed:  # not within the block above, whose exception holds what that has kept
+        rollout.memory = "none"
+        return within_memory(part, process)[1]
     return cut
 
 

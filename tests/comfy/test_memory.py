@@ -417,6 +417,7 @@ def test_weights_that_are_left_behind_are_told_before_a_gradient_is_taken(monkey
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda *_, **__: None)
     with loading.loaded([patcher], 0):  # another pack's way, which brings them when they are used
         assert where(network) == {"cpu"}
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 1e18)  # not known of such a device
     monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM)
     with pytest.raises(RuntimeError, match=r"Sequential: .* without --novram"), loading.loaded([patcher], 0):
         pass
@@ -448,6 +449,31 @@ def test_a_search_sends_nothing_away_but_for_what_looks_at_the_images(world, mon
     assert hidden and not asked[0][2] and not asked[1][2]  # as a model is that ComfyUI is asked for in the same call
     assert any(m.model.model is world.model.model for m in comfy.model_management.current_loaded_models)
     assert {p.model for p in looking} == {world.vae.first_stage_model, *reward.modules} and own == 0
+
+
+def test_a_host_that_shrinks_no_model_is_asked_for_the_room(monkeypatch):
+    """0.3.64 leaves a model on the card as it is where that is asked for again, and dynamic VRAM does."""
+    management, did = comfy.model_management, []
+    card = torch.device("meta")
+
+    def patcher(size):
+        return SimpleNamespace(
+            load_device=card, model_size=lambda: size, loaded_size=lambda: 0, model_patches_models=list, size=size
+        )
+
+    model, scorer = patcher(40e9), patcher(12e9)
+    entries = [SimpleNamespace(model=model)]
+    monkeypatch.setattr(management, "current_loaded_models", entries)
+    monkeypatch.setattr(management, "minimum_inference_memory", lambda: 1e9)
+    monkeypatch.setattr(management, "get_free_memory", lambda device: 10e9)
+    monkeypatch.setattr(
+        management, "free_memory", lambda size, device: did.append(("free", size, [e.model for e in entries]))
+    )
+    monkeypatch.setattr(
+        management, "load_models_gpu", lambda models, **how: did.append((*models, [e.model for e in entries]))
+    )
+    loading.load([model], 2e9, 0.5e9, beside=[scorer])
+    assert did == [(model, [model]), ("free", 13e9, [model]), (scorer, [])] and entries[0].model is model
 
 
 def test_what_a_patch_brings_along_stays_with_its_model(monkeypatch):

@@ -254,6 +254,9 @@ def test_keyframes_that_follow_the_steps_are_refused_by_what_goes_on_from_the_mi
         job.gradient, job.settings = False, SearchSettings(method="halving", particles=2, rounds=1)
         with pytest.raises(ValueError, match="hooks whose keyframes follow the steps, and the method halving goes on"):
             host.run(job, host.searching)
+        job = world.job(steps=4, **hooked(world, keyframes=((1.0, 0.0), (1.0, 0.5))))  # which change nothing
+        job.gradient, job.settings = False, SearchSettings(method="halving", particles=2, rounds=1)
+        assert host.run(job, host.searching).result.trace.rows
 
 
 def test_what_follows_the_steps_is_named():

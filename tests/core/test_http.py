@@ -129,7 +129,7 @@ def test_a_redirect_is_not_followed():
 def test_what_a_refusal_says_may_drip_as_well():
     start = time.monotonic()
     with serving(lambda asked, n: (400, "no" * 50, 0.2)) as (url, _):
-        with pytest.raises(RuntimeError, match=rf"{url} was asked once: it answered 400 Bad Request\."):
+        with pytest.raises(RuntimeError, match=rf"{url} was asked once: it answered 400 Bad Request \((no)*n?\)"):
             reward(url, timeout=0.5).score(IMAGES, ["", ""])
         with pytest.raises(KeyboardInterrupt):
             reward(url, timeout=60, poll=iter_raises()).score(IMAGES, ["", ""])
