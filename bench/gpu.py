@@ -456,9 +456,6 @@ def card(table: Table, name: str, gb: int, pixels: int, small: bool) -> None:
     """Whether a square image is optimised to its end on a card of `gb` GB, with the last three steps and with all."""
     import torch
 
-    from testing.pack import with_comfyui
-
-    with_comfyui(sdpa=True)
     world = new_world(small)
     options = options_of(world, name, DTYPES[name][0], pixels, small)
     taken = make_smaller(gb) if torch.cuda.is_available() else 0.0
@@ -480,9 +477,7 @@ def stock(table: Table, name: str, gb: int, small: bool) -> None:
     """
     import torch
 
-    from testing.pack import mira, with_comfyui
-
-    with_comfyui(sdpa=True)
+    from testing.pack import mira
     from testing.world import host
 
     world = new_world(small)

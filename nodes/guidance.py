@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,7 +24,6 @@ from .shared.checks import check_links, check_reward, check_vae, check_values, n
 from .shared.inputs import conditioned_inputs, prompt_input, vae_input
 from .shared.types import aliases, reward_input
 
-log = logging.getLogger("mira")
 SCHEDULES = ("constant", "annealed")
 KEY = "mira_tuned"
 

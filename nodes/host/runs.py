@@ -419,9 +419,7 @@ class _WorkingSampler(comfy.samplers.Sampler):
             process.begin_rollout(job.memory)
             reset_peak()
             try:
-                if (
-                    optimizes and not looked
-                ):  # before the self-test asks a patch about single steps, and seeds are tried
+                if optimizes and not looked:  # before the self-test asks patches about single steps, and seeds
                     expected = process.expected
                     try:
                         process.sample_again()

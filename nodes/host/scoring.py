@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -24,7 +23,6 @@ from .backwards import OwnBackwards
 from .blocks import block_place, blocks_checkpointed
 from .kernels import without_tf32
 
-log = logging.getLogger("mira")
 T = TypeVar("T")
 
 

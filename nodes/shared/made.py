@@ -118,9 +118,7 @@ def why_not(find: Callable[[str], str], file: str | None, path: str | None = "")
 
 def stamp(find: Callable[[str], str], file: str | None, path: str | None = "") -> str | float:
     """For a node's `fingerprint_inputs`: another one when the file has changed, and always of one not known yet."""
-    if path is None:
-        return math.nan
-    if (name := chosen(file, path)) is None:
+    if path is None or (name := chosen(file, path)) is None:
         return math.nan
     try:
         name = find(name)
