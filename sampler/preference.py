@@ -162,65 +162,20 @@ def prefer(
     run: (iteration, image, best, worst, tie) each.
     """
     run = Run(rollout, render, settings, stream(seed, 0))
-    book = _Book(METHODS[settings.method](run, trajectories), run.generator, history)
-    trace = book.trace
-
-    def note(of_each: Iterable[tuple[int, int, bool]]) -> None:
-        book.choices += [[book.k, b, *choice] for b, choice in enumerate(of_each)]
-
-    def ask(images: Sequence[Tensor]) -> Verdict:
-        verdict = judge(book.k, images)
-        if verdict.stop or verdict.back:
-            raise _Stop(verdict.stop) if verdict.stop else _Back
-        note(zip(verdict.best.tolist(), verdict.worst.tolist(), verdict.tie.tolist(), strict=True))
-        return verdict
-
-    reason, reported, cut_short = "", False, False
-    references: list[Path] = []
-    found: list[Candidate] = []
-
-    def comparison() -> Verdict:
-        nonlocal references, found, reported
-        started = time.perf_counter()
-        found = book.method.candidates()
-        references = references or [c.path for c in found]
-        verdict = ask([c.images for c in found])
-        if book.method.moves_winner:  # one candidate cannot be both: of equal ones the last has won, the first lost
-            best = torch.where(verdict.tie, len(found) - 1, verdict.best)
-            verdict = replace(verdict, best=best, worst=torch.where(verdict.tie, 0, verdict.worst))
-        winner = pick(found, verdict.best)
-        score = None if verdict.scores is None else verdict.scores.gather(1, verdict.best[:, None])[:, 0]
-        better = _better(ask, note, book.method, settings, book.kept, winner, score)
-        started_from = references if book.method.several else references[:1] * len(found)
-        norms = None
-        try:
-            norms = book.method.learn(found, verdict)
-        finally:  # what was chosen is kept, also where nothing could be learned from it
-            rows = _rows(book.k, run, found, verdict, started_from, norms, time.perf_counter() - started, memory())
-            iterates = [*book.iterates[: book.k], winner.path.x0.cpu()]
-            book.kept.update(book.k, better, winner, score)
-            book.iterates = iterates
-            trace.rows += rows
-        reported = True
-        on_iteration(book.k, rows, [c.images for c in found])
-        return verdict
-
-    while book.k < settings.iterations:
-        _, cut = attempt(interrupts, book.remember)
+    compared = _Comparisons(run, METHODS[settings.method](run, trajectories), judge, history, on_iteration, memory)
+    trace, reason, cut_short = compared.trace, "", False
+    while compared.k < settings.iterations:
+        _, cut = attempt(interrupts, compared.remember)
         remembered = cut is None
         try:
             if remembered:
-                verdict, cut = attempt(interrupts, comparison)
+                verdict, cut = attempt(interrupts, compared.compare)
         except _Back:
-            book.restore(1)
+            compared.restore(1)
             continue
         except _Stop as stop:
-            if book.kept.empty:  # nothing was chosen, so the plain sample it is
-                nobody = torch.zeros(len(found[0].images), dtype=torch.long)
-                undecided = Verdict(nobody, nobody, torch.ones_like(nobody, dtype=torch.bool))
-                book.kept.update(0, nobody == 0, found[0], None)
-                book.iterates = [found[0].path.x0.cpu()]
-                trace.rows += _rows(0, run, found, undecided, [c.path for c in found], None, 0.0, memory())
+            if compared.kept.empty:
+                compared.keep_plain()
             reason = str(stop)
             cut_short = reason != ENOUGH
             break
@@ -229,32 +184,31 @@ def prefer(
         if cut:
             if cut.memory and rollout.shrink():
                 if remembered:
-                    book.restore()
-                    getattr(judge, "rewind", lambda made: None)(len(book.choices))
-                trace.notices.append(f"{cut} at iteration {book.k}: went on with {rollout.way}")
+                    compared.begin_again()
+                trace.notices.append(f"{cut} at iteration {compared.k}: went on with {rollout.way}")
                 continue
-            if not trace.rows or (cut.failed and not reported):
+            if not trace.rows or (cut.failed and not compared.reported):
                 raise cut.problem
-            reason, cut_short = f"{cut} at iteration {book.k}", True
+            reason, cut_short = f"{cut} at iteration {compared.k}", True
             break
-        book.ties = book.ties + 1 if verdict.tie.all() else 0
-        if book.ties >= settings.patience:
-            reason = f"{book.ties} ties in a row: the judge finds the images equal, so no preference can be learned"
+        compared.ties = compared.ties + 1 if verdict.tie.all() else 0
+        if compared.ties >= settings.patience:
+            reason = f"{compared.ties} ties in a row: the judge finds the images equal, so no preference can be learned"
             break
-        book.k += 1
-    done = not reason
-    if done and settings.ends_with_update:
-        _, cut = attempt(interrupts, _end_with_update, book, run, judge, on_iteration, memory)
+        compared.k += 1
+    latest = compared.found[0].path.x0
+    if not reason and settings.ends_with_update:
+        _, cut = attempt(interrupts, compared.end_with_update)
         rollout.let_go()
+        latest = compared.iterates[-1]
         if cut:
-            reason, cut_short = f"{cut} at iteration {book.k}", True
-    reason, kept = reason or "all comparisons done", book.kept
+            reason, cut_short = f"{cut} at iteration {compared.k}", True
+    reason, kept = reason or "all comparisons done", compared.kept
     trace.kept = kept.iteration.tolist()
     trace.reasons = [reason] * len(trace.kept)
-    trace.settings["choices"] = book.choices
+    trace.settings["choices"] = compared.choices
     trace.settings["evaluations"] = {"forward": run.evaluations, "backward": run.backwards}
-    latest = book.iterates[-1] if done and settings.ends_with_update else found[0].path.x0
-    return Result(kept.latent, latest, tuple(kept.noises), trace, reason, book.iterates, cut_short)
+    return Result(kept.latent, latest, tuple(kept.noises), trace, reason, compared.iterates, cut_short)
 
 
 class _Stop(BaseException):
@@ -265,21 +219,27 @@ class _Back(BaseException):
     """The judge wants its last choice again."""
 
 
-class _Book:
+class _Comparisons:
     """What a run has come to, and how it was before its last comparisons, so that a choice can be taken back."""
 
-    def __init__(self, method: Any, generator: torch.Generator, history: int) -> None:
-        self.method, self.generator, self.history = method, generator, history
+    def __init__(
+        self, run: Run, method: Any, judge: Judge, history: int, on_iteration: Callable, memory: Callable[[], float]
+    ) -> None:
+        self.run, self.method, self.judge, self.history = run, method, judge, history
+        self.on_iteration, self.memory = on_iteration, memory
         self.k, self.ties, self.kept, self.trace = 0, 0, _Kept(), Trace()
         self.choices: list[list] = []
-        self.past: list[tuple] = []
         self.iterates: list[Tensor] = []
+        self.past: list[tuple] = []
+        self.references: list[Path] = []  # the first candidates
+        self.found: list[Candidate] = []  # the newest ones
+        self.reported = False
 
     def remember(self) -> None:
         """The state before this comparison; of the last `history` ones before it too."""
         inner = copy.deepcopy({k: v for k, v in vars(self.method).items() if k != "run"})
         state = (self.k, self.ties, copy.copy(self.kept), len(self.trace.rows), len(self.choices))
-        self.past = [*self.past, (inner, state, self.generator.get_state())][-self.history - 1 :]
+        self.past = [*self.past, (inner, state, self.run.generator.get_state())][-self.history - 1 :]
 
     def restore(self, steps: int = 0) -> None:
         """To before this comparison, or before an earlier one where it is still known."""
@@ -288,60 +248,110 @@ class _Book:
         vars(self.method).update(inner)
         self.k, self.ties, self.kept, rows, choices = state
         del self.trace.rows[rows:], self.choices[choices:], self.iterates[self.k :]
-        self.generator.set_state(generator)
+        self.run.generator.set_state(generator)
+
+    def begin_again(self) -> None:
+        """This comparison, of which the judge may have answered a part."""
+        self.restore()
+        getattr(self.judge, "rewind", lambda made: None)(len(self.choices))
+
+    def compare(self) -> Verdict:
+        """The method's next candidates: judged, kept, learned from and reported."""
+        started = time.perf_counter()
+        found = self.found = self.method.candidates()
+        self.references = self.references or [c.path for c in found]
+        verdict = self._ask([c.images for c in found])
+        if self.method.moves_winner:  # one candidate cannot be both: of equal ones the last has won, the first lost
+            best = torch.where(verdict.tie, len(found) - 1, verdict.best)
+            verdict = replace(verdict, best=best, worst=torch.where(verdict.tie, 0, verdict.worst))
+        winner = pick(found, verdict.best)
+        score = None if verdict.scores is None else verdict.scores.gather(1, verdict.best[:, None])[:, 0]
+        better = self._better(winner, score)
+        started_from = self.references if self.method.several else self.references[:1] * len(found)
+        norms = None
+        try:
+            norms = self.method.learn(found, verdict)
+        finally:  # what was chosen is kept, also where nothing could be learned from it
+            rows = self._rows(found, verdict, started_from, started, norms)
+            self._keep(better, winner, score, rows)
+        self.reported = True
+        self.on_iteration(self.k, rows, [c.images for c in found])
+        return verdict
+
+    def keep_plain(self) -> None:
+        """Where nothing was chosen, the plain sample it is."""
+        rows = self._rows(self.found, _undecided(self.found), [c.path for c in self.found], time.perf_counter())
+        self._keep(_everywhere(self.found[0]), self.found[0], None, rows)
+
+    def end_with_update(self) -> None:
+        """Algorithm 2's last line: what comes back is the last winner after its update, which nobody has compared."""
+        started = time.perf_counter()
+        noises, reference = self.method.updated()
+        winner = self.run.look(noises, reference)
+        scores = self.judge(self.k, [winner.images]).scores if self.kept.score is not None else None
+        rows = self._rows([winner], _undecided([winner], scores), [reference], started)
+        for row in rows:
+            row["preferred"] = math.nan  # it was not compared, and no tie either
+        self._keep(_everywhere(winner), winner, None if scores is None else scores[:, 0], rows)
+        self.on_iteration(self.k, rows, [winner.images])
+
+    def _ask(self, images: Sequence[Tensor]) -> Verdict:
+        verdict = self.judge(self.k, images)
+        if verdict.stop or verdict.back:
+            raise _Stop(verdict.stop) if verdict.stop else _Back
+        self._note(zip(verdict.best.tolist(), verdict.worst.tolist(), verdict.tie.tolist(), strict=True))
+        return verdict
+
+    def _note(self, of_each: Iterable[tuple[int, int, bool]]) -> None:
+        self.choices += [[self.k, b, *choice] for b, choice in enumerate(of_each)]
+
+    def _better(self, winner: Candidate, score: Tensor | None) -> Tensor:
+        """(B,): where the winner takes the kept image's place."""
+        kept, method, everywhere = self.kept, self.method, _everywhere(winner)
+        if self.run.settings.keep == "last_winner" or kept.empty:
+            return everywhere
+        is_asked = (method.between or not method.incumbent_first) and not torch.equal(kept.images, winner.images)
+        if score is not None and kept.score is not None:
+            better = ~(score < kept.score)
+            if is_asked:  # of a judge without numbers, who is to repeat this
+                self._note([(w, 1 - w, False) for w in better.int().tolist()])
+            return better
+        if method.incumbent_first and not method.between:
+            return everywhere
+        if not is_asked:
+            return ~everywhere
+        asked = self._ask([kept.images, winner.images])
+        return (asked.best == 1) & ~asked.tie
+
+    def _keep(self, where: Tensor, winner: Candidate, score: Tensor | None, rows: list[dict[str, float]]) -> None:
+        iterates = [*self.iterates[: self.k], winner.path.x0.cpu()]  # which may fail, so that it comes first
+        self.kept.update(self.k, where, winner, score)
+        self.iterates = iterates
+        self.trace.rows += rows
+
+    def _rows(
+        self, found: Sequence[Candidate], verdict: Verdict, references: Sequence[Path], started: float,
+        norms: Tensor | None = None,
+    ) -> list[dict[str, float]]:  # fmt: skip
+        columns = {"preferred": torch.where(verdict.tie, -1, verdict.best).double()}
+        if verdict.scores is not None:
+            columns["reward"] = verdict.scores.gather(1, verdict.best[:, None])[:, 0]
+            columns["reward.loser"] = verdict.scores.gather(1, verdict.worst[:, None])[:, 0]
+        with torch.no_grad():
+            for name, surrogate in SURROGATES.items():
+                all_of_them = torch.stack([surrogate(c.path, r) for c, r in zip(found, references, strict=True)], 1)
+                columns[name] = all_of_them.cpu().gather(1, verdict.best[:, None])[:, 0]
+        if norms is not None:
+            columns["gradient_norm"] = norms
+        seconds, memory = time.perf_counter() - started, self.memory() / 1e6
+        return rows_of(self.k, columns, evaluations=self.run.evaluations, seconds=seconds, memory_mb=memory)
 
 
-def _end_with_update(book: _Book, run: Run, judge: Judge, on_iteration: Callable, memory: Callable) -> None:
-    """Algorithm 2's last line: what comes back is the last winner after its update, which nobody has compared."""
-    started = time.perf_counter()
-    noises, reference = book.method.updated()
-    winner = run.look(noises, reference)
-    nobody = torch.zeros(len(winner.images), dtype=torch.long)
-    scores = judge(book.k, [winner.images]).scores if book.kept.score is not None else None
-    verdict = Verdict(nobody, nobody, torch.ones_like(nobody, dtype=torch.bool), scores)  # it was not compared
-    rows = _rows(book.k, run, [winner], verdict, [reference], None, time.perf_counter() - started, memory())
-    for row in rows:
-        row["preferred"] = math.nan  # and no tie either
-    book.kept.update(book.k, nobody == 0, winner, None if scores is None else scores[:, 0])
-    book.iterates = [*book.iterates[: book.k], winner.path.x0.cpu()]
-    book.trace.rows += rows
-    on_iteration(book.k, rows, [winner.images])
+def _everywhere(candidate: Candidate) -> Tensor:
+    """(B,)"""
+    return torch.ones(len(candidate.images), dtype=torch.bool)
 
 
-def _better(
-    ask: Callable, note: Callable, method: Any, s: PreferenceSettings, kept: _Kept, winner: Candidate,
-    score: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """(B,): where the winner takes the kept image's place."""
-    everywhere = torch.ones(len(winner.images), dtype=torch.bool)
-    if s.keep == "last_winner" or kept.empty:
-        return everywhere
-    is_asked = (method.between or not method.incumbent_first) and not torch.equal(kept.images, winner.images)
-    if score is not None and kept.score is not None:
-        better = ~(score < kept.score)
-        if is_asked:  # of a judge without numbers, who is to repeat this
-            note([(w, 1 - w, False) for w in better.int().tolist()])
-        return better
-    if method.incumbent_first and not method.between:
-        return everywhere
-    if not is_asked:
-        return ~everywhere
-    asked = ask([kept.images, winner.images])
-    return (asked.best == 1) & ~asked.tie
-
-
-def _rows(
-    k: int, run: Run, found: Sequence[Candidate], verdict: Verdict, references: Sequence[Path], norms: Tensor | None,
-    seconds: float, memory: float,
-) -> list[dict[str, float]]:  # fmt: skip
-    columns = {"preferred": torch.where(verdict.tie, -1, verdict.best).double()}
-    if verdict.scores is not None:
-        columns["reward"] = verdict.scores.gather(1, verdict.best[:, None])[:, 0]
-        columns["reward.loser"] = verdict.scores.gather(1, verdict.worst[:, None])[:, 0]
-    with torch.no_grad():
-        for name, surrogate in SURROGATES.items():
-            all_of_them = torch.stack([surrogate(c.path, r) for c, r in zip(found, references, strict=True)], 1)
-            columns[name] = all_of_them.cpu().gather(1, verdict.best[:, None])[:, 0]
-    if norms is not None:
-        columns["gradient_norm"] = norms
-    return rows_of(k, columns, evaluations=run.evaluations, seconds=seconds, memory_mb=memory / 1e6)
+def _undecided(found: Sequence[Candidate], scores: Tensor | None = None) -> Verdict:
+    first = torch.zeros(len(found[0].images), dtype=torch.long)
+    return Verdict(first, first, _everywhere(found[0]), scores)
