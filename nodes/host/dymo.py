@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.model_patcher
@@ -31,6 +31,7 @@ from .repeating import Repeating
 from .scoring import decode, fit_for, still
 
 log = logging.getLogger("mira")
+T = TypeVar("T")
 THRIFTIEST = 2
 LOSS_SCALES = (2.0**10, 2.0**5, 1.0)  # of a reward in float16: the first at which its gradient is finite
 
@@ -154,52 +155,7 @@ class DyMOGuider(comfy.samplers.CFGGuider):
             return args["denoised"]
 
         options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", ()), capture]
-
-        def look():
-            """(the prediction, the gradient of its reward, its length (B,))."""
-            with torch.enable_grad(), pytorch_kernels(), gaps_of(self)(), self.place():
-                state = x if x.requires_grad else x.detach().requires_grad_()
-                with self._thrifty():
-                    denoised = super(DyMOGuider, self).predict_noise(state, timestep, options, seed)
-                    latent = self.inner_model.process_latent_out(denoised.float())
-                    images = still(decode(self.vae, fit_for(self.vae, latent)), self.node)
-                    self.reward.evaluation(0)  # whatever was scored before
-                    with without_tf32():
-                        # Several particles of the batch may be there at once.
-                        total, _ = self.reward(images, self.prompts * (len(images) // len(self.prompts)))
-                # Under an optimisation of the noises this term counts as a constant. Its length does not count, but in
-                # float16 it would fall below the smallest number, or rise above the largest.
-                for scale in LOSS_SCALES:
-                    again = scale != LOSS_SCALES[-1]
-                    (gradient,) = torch.autograd.grad(total.sum() * scale, state, retain_graph=again)
-                    lengths = gradient.float().flatten(1).norm(dim=1)
-                    if torch.isfinite(lengths).all():
-                        break
-            return denoised, gradient, lengths
-
-        while True:
-            try:
-                result, cut = self.repeating(x.device, lambda: within_memory(look))
-            except RuntimeError as problem:
-                if not written_over(problem):
-                    raise
-                if self.place.is_last:
-                    name = type(self.inner_model.diffusion_model).__name__
-                    raise RuntimeError(
-                        f"{self.node}: {name} has no gradient ({str(problem).splitlines()[0]}): use another "
-                        "guider, or bypass what patches the model"
-                    ) from problem
-                self.place.go_on()
-                continue
-            if cut is None:
-                denoised, gradient, lengths = result
-                break
-            if self.thrift == THRIFTIEST:
-                if not self.repeating.gives_up(cut.problem):
-                    raise cut.problem
-                continue
-            self.thrift += 1
-            log.warning("%s: %s: goes on keeping less for the gradient", self.node, cut)
+        denoised, gradient, lengths = self._with_less_and_less(lambda: self._look(x, timestep, options, seed), x.device)
         if not x.requires_grad:
             denoised = denoised.detach()
         name, sigma = self.reward.facts.name, timestep[0].item()
@@ -213,3 +169,50 @@ class DyMOGuider(comfy.samplers.CFGGuider):
                 sigma,
             )
         return lean(denoised, gradient, found[0].detach(), self.scale)
+
+    def _look(self, x: Tensor, timestep: Tensor, options: dict, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(the prediction, the gradient of its reward, its length (B,))."""
+        with torch.enable_grad(), pytorch_kernels(), gaps_of(self)(), self.place():
+            state = x if x.requires_grad else x.detach().requires_grad_()
+            with self._thrifty():
+                denoised = super().predict_noise(state, timestep, options, seed)
+                latent = self.inner_model.process_latent_out(denoised.float())
+                images = still(decode(self.vae, fit_for(self.vae, latent)), self.node)
+                self.reward.evaluation(0)  # whatever was scored before
+                with without_tf32():
+                    # Several particles of the batch may be there at once.
+                    total, _ = self.reward(images, self.prompts * (len(images) // len(self.prompts)))
+            # Under an optimisation of the noises this term counts as a constant. Its length does not count, but in
+            # float16 it would fall below the smallest number, or rise above the largest.
+            for scale in LOSS_SCALES:
+                again = scale != LOSS_SCALES[-1]
+                (gradient,) = torch.autograd.grad(total.sum() * scale, state, retain_graph=again)
+                lengths = gradient.float().flatten(1).norm(dim=1)
+                if torch.isfinite(lengths).all():
+                    break
+        return denoised, gradient, lengths
+
+    def _with_less_and_less(self, look: Callable[[], T], device: torch.device) -> T:
+        """What `look` finds, in the first place that it can, keeping less whenever the memory is full."""
+        while True:
+            try:
+                result, cut = self.repeating(device, lambda: within_memory(look))
+            except RuntimeError as problem:
+                if not written_over(problem):
+                    raise
+                if self.place.is_last:
+                    name = type(self.inner_model.diffusion_model).__name__
+                    raise RuntimeError(
+                        f"{self.node}: {name} has no gradient ({str(problem).splitlines()[0]}): use another "
+                        "guider, or bypass what patches the model"
+                    ) from problem
+                self.place.go_on()
+                continue
+            if cut is None:
+                return result
+            if self.thrift == THRIFTIEST:
+                if not self.repeating.gives_up(cut.problem):
+                    raise cut.problem
+                continue
+            self.thrift += 1
+            log.warning("%s: %s: goes on keeping less for the gradient", self.node, cut)

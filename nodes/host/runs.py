@@ -346,6 +346,27 @@ class _WorkingSampler(comfy.samplers.Sampler):
         # Where the sample itself goes through it: a GPU's arithmetic differs from a CPU's in the last bits.
         out = model_wrap.inner_model.process_latent_out
         self.iterates = [out(x.to(plain.device).float()).cpu() for x in result.iterates]
+        self._write_down(process, noises, result, sampling_seconds)
+        on_cpu(result)
+        self.result = result
+        self.segments = result.segments
+        if not self.segments:
+            part = torch.ones(len(plain), dtype=torch.bool)
+            self.segments = [Segment(process.sigmas.detach().cpu(), result.best_noises, part)]
+        self.optimized = True
+        # The replay under PyTorch's attention differs from the plain sample in its last bits.
+        if len(noises) != len(result.best_noises):  # of a restart in fewer steps
+            return result.best.to(plain)
+        pairs = zip(noises, result.best_noises, strict=True)
+        kept_plain = torch.stack([(z == kept.to(z)).flatten(1).all(1) for z, kept in pairs]).all(0)
+        self.optimized = not kept_plain.all()
+        return torch.where(per_image(kept_plain, plain), plain, result.best.to(plain))
+
+    def _write_down(
+        self, process: Process, noises: tuple[Tensor, ...], result: Result, sampling_seconds: float
+    ) -> None:
+        """What the user should know of a run, and how it was made."""
+        job = self.job
         if process.attention_replaced:
             process.tell(
                 "the graph's own attention does not call the one that it is given, and may have no gradient: PyTorch's "
@@ -378,20 +399,6 @@ class _WorkingSampler(comfy.samplers.Sampler):
             parts = {"step": estimate.step, "decoding_and_reward": estimate.score, "free": estimate.free}
             more = f"more than {USABLE * estimate.free / 1e6:.0f}"  # where measuring stopped
             result.trace.settings["memory_mb"] = {k: v / 1e6 if v < float("inf") else more for k, v in parts.items()}
-        on_cpu(result)
-        self.result = result
-        self.segments = result.segments
-        if not self.segments:
-            part = torch.ones(len(plain), dtype=torch.bool)
-            self.segments = [Segment(process.sigmas.detach().cpu(), result.best_noises, part)]
-        self.optimized = True
-        # The replay under PyTorch's attention differs from the plain sample in its last bits.
-        if len(noises) != len(result.best_noises):  # of a restart in fewer steps
-            return result.best.to(plain)
-        pairs = zip(noises, result.best_noises, strict=True)
-        kept_plain = torch.stack([(z == kept.to(z)).flatten(1).all(1) for z, kept in pairs]).all(0)
-        self.optimized = not kept_plain.all()
-        return torch.where(per_image(kept_plain, plain), plain, result.best.to(plain))
 
     def _load(self, process: Process, stack: ExitStack) -> None:
         """Everything that the work needs; where it does not fit beside other models, once more without those."""

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -207,66 +207,105 @@ def _self_test(process: Process, noise: Tensor, within: Callable, known: dict[in
     def function(model_k: Any, x: Tensor, sigmas: Tensor, extra_args: dict, **options: Any) -> Tensor:
         extra_args, call = process.network(model_k.inner_model, extra_args)
         extra_args.pop("denoise_mask", None)  # a mask is no business of the network's
-        last, looked = len(sigmas) - 2, dict[int, Checked]()
-        begins = max(0, last + 1 - process.job.gradient_steps) if process.job.gradient_steps else 0
-
-        def at(step: int) -> Tensor:
-            return x * (sigmas[step] ** 2 + 1).sqrt() / (sigmas[0] ** 2 + 1).sqrt()
-
-        def ask(step: int, y: Tensor, share: float = 1.0) -> Tensor:
-            with process.random(step):
-                out = call(y, share * sigmas[step] * y.new_ones(len(y)), **extra_args)
-            return out[0] if isinstance(out, tuple) else out
-
-        def look(step: int, of_noise: bool = False) -> Checked:
-            once, start = partial(ask, step), at(step)
-
-            def predict(y: Tensor) -> Tensor:
-                if process.keeps:  # what keeps the last step begins anew where sigma rises
-                    with torch.no_grad():
-                        ask(step, y.detach(), 0.5)
-                return once(y)
-
-            def noise_of(out: Tensor, y: Tensor = start) -> Tensor:
-                return y - process.signal(sigmas[step]) * out
-
-            if patched and not looked and not known:  # once will do
-                process.keeps = remembers(once, start, start.flip(-1), process.half)
-            if of_noise:
-                return check(lambda y: noise_of(predict(y), y), start, within=within)
-            return check(predict, start, within=within, looked_at=noise_of, known=known.get(step))
-
-        def depends(step: int) -> bool:
-            with torch.no_grad():
-                return not torch.equal(ask(step, at(step)), ask(step, at(step).flip(-1)))
-
-        for step in known or dict.fromkeys((last // 2, 0, last)):  # conditioning may begin or end in between
-            looked[step] = look(step)
+        steps, looked = _Steps(process, call, extra_args, x, sigmas, within), dict[int, Checked]()
+        if patched and not known:
+            process.keeps = steps.remember()
+        for step in known or dict.fromkeys((steps.middle, 0, steps.last)):  # conditioning may begin or end in between
+            looked[step] = steps.look(step, known.get(step))
             if math.isfinite(looked[step].wrong):
                 break
-        main = looked[step]
-        if in_parts:
-            there = {s: looked.get(s) or look(s) for s in dict.fromkeys((begins, (begins + last) // 2, last))}
-            # Where conditioning has ended, what is predicted may not depend on x at all, and has no gradient to lose.
-            others = [c for s, c in there.items() if math.isfinite(c.wrong) or depends(s)]
-            if process.half:  # at the first step, of which little is left, its own gradient is mostly rounding
-                others = [c if math.isinf(c.wrong) else replace(c, wrong=c.lacks) for c in others]
-            if step < begins and not _good(main, process.half):
-                # What a patch does where no gradient goes is no matter, if where one goes it is right: of the noise,
-                # too, since little is wrong with a prediction of the image when there is little noise.
-                step, main = begins, there[begins]
-                others.append(look(begins, of_noise=True))
-            worst = {name: max(getattr(c, name) for c in (main, *others)) for name in ("wrong", "lacks", "moved")}
-            main = replace(main, **worst)
-        if math.isfinite(main.wrong):
-            known.setdefault(step, main)
-        found[:] = [main]
-        if process.keeps:  # so that the trajectory that follows begins anew, too
-            with torch.no_grad():
-                ask(last, at(last), 0.5)
+        step, checked = steps.in_parts(step, looked) if in_parts else (step, looked[step])
+        if math.isfinite(checked.wrong):
+            known.setdefault(step, checked)
+        found[:] = [checked]
+        steps.begin_anew()
         return x
 
     # Some guiders add what counts as a constant here, and not in a finite difference.
     with getattr(process.model_wrap, "without_constants", nullcontext)():
         process.through_sampler(noise, function, {})
     return found[0]
+
+
+@dataclass
+class _Steps:
+    """Single calls of a network along a schedule. x: at its first sigma. within: of forward and backward."""
+
+    process: Process
+    call: Callable
+    extra_args: dict
+    x: Tensor
+    sigmas: Tensor
+    within: Callable
+
+    @property
+    def last(self) -> int:
+        return len(self.sigmas) - 2
+
+    @property
+    def middle(self) -> int:
+        return self.last // 2
+
+    @property
+    def begins(self) -> int:
+        """The first step that a gradient goes through."""
+        steps = self.process.job.gradient_steps
+        return max(0, self.last + 1 - steps) if steps else 0
+
+    def at(self, step: int) -> Tensor:
+        return self.x * (self.sigmas[step] ** 2 + 1).sqrt() / (self.sigmas[0] ** 2 + 1).sqrt()
+
+    def ask(self, step: int, y: Tensor, share: float = 1.0) -> Tensor:
+        with self.process.random(step):
+            out = self.call(y, share * self.sigmas[step] * y.new_ones(len(y)), **self.extra_args)
+        return out[0] if isinstance(out, tuple) else out
+
+    def remember(self) -> bool:
+        """Whether what was asked before changes what the network answers."""
+        start = self.at(self.middle)
+        return remembers(partial(self.ask, self.middle), start, start.flip(-1), self.process.half)
+
+    def begin_anew(self, step: int | None = None, y: Tensor | None = None) -> None:
+        """What keeps the last step does so where sigma rises."""
+        if self.process.keeps:
+            step = self.last if step is None else step
+            with torch.no_grad():
+                self.ask(step, self.at(step) if y is None else y.detach(), 0.5)
+
+    def look(self, step: int, known: Checked | None = None, of_noise: bool = False) -> Checked:
+        """The gradient of the image that is predicted at a step, or of its noise."""
+
+        def predict(y: Tensor) -> Tensor:
+            self.begin_anew(step, y)
+            return self.ask(step, y)
+
+        def noise_of(out: Tensor, y: Tensor) -> Tensor:
+            return y - self.process.signal(self.sigmas[step]) * out
+
+        start = self.at(step)
+        if of_noise:
+            return check(lambda y: noise_of(predict(y), y), start, within=self.within)
+        return check(predict, start, within=self.within, looked_at=partial(noise_of, y=start), known=known)
+
+    def depends(self, step: int) -> bool:
+        """Whether what is predicted does so on x."""
+        with torch.no_grad():
+            return not torch.equal(self.ask(step, self.at(step)), self.ask(step, self.at(step).flip(-1)))
+
+    def in_parts(self, step: int, looked: dict[int, Checked]) -> tuple[int, Checked]:
+        """The worst of that step and of others where a gradient goes, and which step that speaks of."""
+        half, begins, main = self.process.half, self.begins, looked[step]
+        there = {
+            s: looked.get(s) or self.look(s) for s in dict.fromkeys((begins, (begins + self.last) // 2, self.last))
+        }
+        # Where conditioning has ended, what is predicted may not depend on x at all, and has no gradient to lose.
+        others = [c for s, c in there.items() if math.isfinite(c.wrong) or self.depends(s)]
+        if half:  # at the first step, of which little is left, its own gradient is mostly rounding
+            others = [c if math.isinf(c.wrong) else replace(c, wrong=c.lacks) for c in others]
+        if step < begins and not _good(main, half):
+            # What a patch does where no gradient goes is no matter, if where one goes it is right: of the noise,
+            # too, since little is wrong with a prediction of the image when there is little noise.
+            step, main = begins, there[begins]
+            others.append(self.look(begins, of_noise=True))
+        worst = {name: max(getattr(c, name) for c in (main, *others)) for name in ("wrong", "lacks", "moved")}
+        return step, replace(main, **worst)
