@@ -279,6 +279,10 @@ def test_rl_guidance_by_a_lora(world, model):
     off = 1e-4 if world.model.load_device.type == "cpu" else 0.03
     torch.testing.assert_close(world.ksampler(model=guided), world.ksampler(model=tuned), atol=off, rtol=off)
     assert torch.isfinite(world.optimize(model=guided, iterations=1).latent).all()
+    later = with_lora(guided)
+    for run in (lambda: world.ksampler(model=later, steps=2), lambda: world.optimize(model=later, iterations=1)):
+        with torch.inference_mode(), pytest.raises(ValueError, match="a LoRA or other weights is put on `guided`"):
+            run()
 
 
 @pytest.mark.parametrize("method", ["best_of_n", "restarts"])

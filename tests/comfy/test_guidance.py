@@ -19,7 +19,7 @@ from testing.networks import random_lora
 from testing.pack import ROOT, mira
 
 nodes = mira("nodes")
-guidance = mira("nodes.guidance")
+blending = mira("nodes.host.blending")
 decode = mira("nodes.host").decode
 PixelReward, JPEG = mira("rewards.pixel").PixelReward, mira("rewards.jpeg").JPEG
 STEPS = 6
@@ -84,7 +84,7 @@ def test_what_is_put_on_after_the_node_changes_both_or_is_refused(world, bright)
 
     flows = Flow(), Flow()
     flows[1].set_parameters(shift=7.0)
-    assert flows[0].sigmas[500] != flows[1].sigmas[500] and guidance.alike_at(torch.tensor([0.2, 0.9]), *flows)
+    assert flows[0].sigmas[500] != flows[1].sigmas[500] and blending.alike_at(torch.tensor([0.2, 0.9]), *flows)
 
     def sampled_as(model, kind):
         model = model.clone()
