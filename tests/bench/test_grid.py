@@ -122,12 +122,13 @@ def ray_worker(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "grid_worker.py").write_text(WORKER)
     monkeypatch.setattr(grid, "ROOT", Path(os.pathsep.join([str(grid.ROOT), str(folder)])))
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else they starve beside other tests
     yield {"out": str(tmp_path / "out"), "config": CONFIG, "workers": 2}
     ray.shutdown()
 
 
 def test_two_ray_workers_write_the_same_files_survive_a_death_and_name_what_never_works(tmp_path, ray_worker, capsys):
-    """In one start of Ray, which takes a minute."""
+    """In one start of Ray, which takes its time."""
     units = ["a", "b", "dies", "never", "c", "d"]
     with pytest.raises(Failure, match=r"1 units failed 2 times(.|\n)*never: .*this unit never works"):
         ray_map("local", "grid_worker", ray_worker, units, attempts=2)
