@@ -147,6 +147,10 @@ class MiraLoadAestheticReward(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, head: str | None = None, clip: Any = None, **others: Any) -> str:
+        return files.stamp(head, clip, stock=CLIP_FOLDERS)
+
+    @classmethod
     def execute(cls, head: str, clip: Any, precision: str, clip_vision: Any = None) -> io.NodeOutput:
         check_values(cls.NAME, cls.define_schema().inputs, {"precision": precision})
         path = path_of(cls.NAME, head, known.AESTHETIC_HEAD)
@@ -228,6 +232,10 @@ class MiraLoadHPSReward(io.ComfyNode):
         return files.missing(file, known.HPS_21) or True
 
     @classmethod
+    def fingerprint_inputs(cls, file: str | None = None, **others: Any) -> str:
+        return files.stamp(file)
+
+    @classmethod
     def execute(cls, file: str, version: str, precision: str) -> io.NodeOutput:
         check_values(cls.NAME, cls.define_schema().inputs, {"version": version, "precision": precision})
         path = path_of(cls.NAME, file, known.HPS_21)
@@ -266,6 +274,10 @@ class MiraLoadPickScoreReward(io.ComfyNode):
         return files.missing(file, known.PICKSCORE) or True
 
     @classmethod
+    def fingerprint_inputs(cls, file: str | None = None, **others: Any) -> str:
+        return files.stamp(file)
+
+    @classmethod
     def execute(cls, file: str, precision: str) -> io.NodeOutput:
         check_values(cls.NAME, cls.define_schema().inputs, {"precision": precision})
         path = path_of(cls.NAME, file, known.PICKSCORE)
@@ -297,6 +309,10 @@ class MiraLoadImageReward(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file: str | None = None) -> bool | str:
         return files.missing(file, known.IMAGE_REWARD) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None = None, **others: Any) -> str:
+        return files.stamp(file)
 
     @classmethod
     def execute(cls, file: str, precision: str) -> io.NodeOutput:
@@ -354,6 +370,10 @@ class MiraLoadCLIPScore(io.ComfyNode):
             or (text_file != SAME_FILE and files.missing(text_file, known.CLIP_L, *CLIP_FOLDERS))
             or True
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None = None, text_file: str | None = None, **others: Any) -> str:
+        return files.stamp(file, text_file, stock=CLIP_FOLDERS)
 
     @classmethod
     def execute(cls, file: str, text_file: str, activation: str, precision: str) -> io.NodeOutput:

@@ -220,6 +220,10 @@ class MiraGoldenNoise(io.ComfyNode):
         return files.missing(file, known.GOLDEN_NOISE, files.NPNETS, into=files.NPNETS) or True
 
     @classmethod
+    def fingerprint_inputs(cls, file: str | None = None, **others: Any) -> str:
+        return files.stamp(file, stock=(files.NPNETS,))
+
+    @classmethod
     def execute(cls, file: str, positive: list, seed: int) -> io.NodeOutput:
         check_links(cls.NAME, positive=positive)
         if not positive:

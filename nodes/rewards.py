@@ -266,8 +266,8 @@ class MiraRewardFromPython(io.ComfyNode):
         return cls.missing(file) or True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> Any:
-        path = files.find(file)
+    def fingerprint_inputs(cls, file: str | None) -> Any:
+        path = files.find(file or "")
         return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
     @classmethod

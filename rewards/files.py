@@ -112,7 +112,8 @@ def _read_one(path: Path) -> Any:
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            # Tensors of their own: those that it gives are the file itself, and change or end the process with it.
+            return {name: tensor.clone() for name, tensor in load_file(path).items()}
         except (SafetensorError, ValueError, OSError) as problem:
             raise WrongFile(
                 f"{path.name} is damaged or cut short ({problem}): compare its size with the original and download it "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import folder_paths
@@ -66,6 +67,17 @@ def find(name: str, *stock: str) -> Path | None:
         if path:
             return Path(path)
     return None
+
+
+def stamp(*names: str | None, stock: Sequence[str] = ()) -> str:
+    """For a loader's `fingerprint_inputs`: another one when one of these files has changed. Whatever is no file's name,
+    or comes from another node, where ComfyUI sees a change by itself, has none.
+    """
+    found = []
+    for path in filter(None, (find(name, *stock) for name in names if isinstance(name, str))):
+        shards = [p for p in path.parent.iterdir() if SHARD.search(p.name)] if path.name.endswith(INDEX) else []
+        found += [f"{s.st_mtime_ns}:{s.st_size}" for s in (p.stat() for p in (path, *sorted(shards)))]
+    return " ".join(found)
 
 
 def missing(name: str | None, published: Published, *stock: str, into: str = FOLDER) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 from contextlib import nullcontext
 from dataclasses import replace
@@ -102,6 +103,26 @@ def test_loaders_give_rewards_by_name(loaded):
     assert len(out.args[0]) == 3 and len(set(out.args[0])) == 3
     assert f"typical {reward.facts.typical[0]:g} to {reward.facts.typical[1]:g}" in out.args[1]
     assert out.ui["mira_scores"] == out.args[0] and out.ui["mira_text"] == [out.args[1]]
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_file_that_has_changed_is_another_one(models, name):
+    node, inputs = LOADERS[name]
+    node = getattr(nodes, node)
+    whole = {k: v for k, v in inputs.items() if k in ("file", "text_file", "head", "clip")}
+    files = [v for v in whole.values() if "same file" not in v]
+    files += ["clip-00001-of-00001.safetensors"] * ("clip.safetensors.index.json" in files)
+
+    def stamp(**other):
+        return node.fingerprint_inputs(**inputs | other)
+
+    assert stamp() == stamp() != ""
+    for file in files:
+        before = stamp()
+        os.utime(models / file)
+        assert stamp() != before, file
+    linked = stamp(**dict.fromkeys(whole))  # ComfyUI does not tell yet what comes from other nodes
+    assert linked == "" == stamp(**dict.fromkeys(whole, "nothing.pt"))
 
 
 def test_loaded_scores_are_the_references(loaded):
