@@ -68,6 +68,8 @@ HYDIT_TEXT = {
     "conditioning_mt5xl": torch.randn(1, LENGTH, 48, generator=torch.Generator().manual_seed(4)),
     "attention_mask_mt5xl": torch.ones(1, LENGTH), "attention_mask": torch.ones(1, LENGTH),
 }  # fmt: skip
+# "<|im_start|>user\n...<|im_end|>\n<|im_start|>assistant\n<|boi_token|><|tms_token|>"
+HIDREAM_TEXT = [151644, 872, 198, 100, 200, 300, 151645, 198, 151644, 77091, 198, 151669, 151673]
 COSMOS = dict(
     max_img_h=64, max_img_w=64, max_frames=4, in_channels=16, out_channels=16, patch_spatial=2, patch_temporal=1,
     model_channels=96, num_blocks=2, num_heads=3, crossattn_emb_channels=48, pos_emb_cls="rope3d", use_adaln_lora=True,
@@ -153,6 +155,16 @@ FAMILIES = {
         ZIMAGE | dict(image_model="zimage_pixel", patch_size=16, in_channels=3, decoder_in_channels=768,
                       decoder_hidden_size=64, decoder_num_res_blocks=2, decoder_max_freqs=4), 3,
         extra=MASKED, pixels=True, side=64,
+    ),
+    "HiDream-O1": Family(
+        "HiDreamO1",
+        dict(
+            image_model="hidream_o1",
+            text_config_overrides=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                                       num_attention_heads=2, num_key_value_heads=1, head_dim=32, rope_dims=[8, 4, 4]),
+            vision_config_overrides=dict(hidden_size=64, num_heads=2, intermediate_size=128, depth=1,
+                                         num_position_embeddings=16),
+        ), 3, pixels=True, side=64, extra={"text_input_ids": torch.tensor([HIDREAM_TEXT])},
     ),
     "OmniGen 2": Family("Omnigen2", OMNIGEN | {"image_model": "omnigen2", "text_feat_dim": 48}, 16, extra=MASKED),
     "Boogu": Family(

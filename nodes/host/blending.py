@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from ...sampler.guidance import anneal, blend
 from .dymo import share_of_noise
 from .dynamic import copied, is_dynamic, static
-from .patches import only_in
+from .patches import names_of_keeping, only_in
 
 KEY = "mira_tuned"
+COMPILED = "torch.compile"  # ComfyUI's key of the wrapper that puts a compiled network into a model's place
 
 
 def why_not_alike(model: ModelPatcher, tuned: ModelPatcher) -> str | None:
@@ -41,6 +43,8 @@ def why_not_alike(model: ModelPatcher, tuned: ModelPatcher) -> str | None:
             f"tuned has patches that model has not ({names}), and of tuned only the weights are used: put them on "
             "model, where they hold for both, or take them off tuned"
         )
+    if names := names_of_keeping(model.model_options):
+        return f"{names} keeps what one model makes in a step for the later ones, and here are two: bypass it"
     kinds = [m.get_model_object("model_sampling") for m in (model, tuned)]
     highest = [float(kind.sigma_max) for kind in kinds]
     if highest[0] != highest[1]:
@@ -100,7 +104,7 @@ def rl_guidance(
         w = anneal(weight, noise, power) if schedule == "annealed" else torch.full_like(noise, weight)
         if (w == 0).all():
             return call(apply, args)
-        after = call(second.model.apply_model, own_control(args))
+        after = call(second.model.apply_model, of_another(own_control(args), second))
         if (w == 1).all():
             return after
         out = call(apply, own_control(args))
@@ -116,6 +120,21 @@ def own_control(args: dict) -> dict:
     if control is None:
         return args
     return args | {"c": args["c"] | {"control": {k: list(v) for k, v in control.items()}}}
+
+
+def of_another(args: dict, patcher: ModelPatcher) -> dict:
+    """The arguments of a call, for another network than they were made for: under names of its own, by which caches
+    tell conditionings apart (EasyCache), and without the compiled network that takes the place of any
+    (TorchCompileModel).
+    """
+    options = dict(args["c"].get("transformer_options", {}))
+    if "uuids" in options:
+        options["uuids"] = [uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {id(patcher)}") for name in options["uuids"]]
+    if wrappers := options.get("wrappers"):
+        options["wrappers"] = {
+            kind: {key: w for key, w in keyed.items() if key != COMPILED} for kind, keyed in wrappers.items()
+        }
+    return args | {"c": args["c"] | {"transformer_options": options}}
 
 
 def same(a: Any, b: Any) -> bool:

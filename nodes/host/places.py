@@ -24,7 +24,8 @@ NORMS = (nn.functional.layer_norm, nn.functional.rms_norm)
 
 
 class OutOfPlace(TorchFunctionMode):
-    """x += y, x *= y and so on make a new tensor: residuals of the Flux family, guidance that rescales.
+    """x += y, x *= y and so on make a new tensor: residuals of the Flux family, guidance that rescales. So does what is
+    written into a buffer, and given back (HiDream-O1).
 
     But in ComfyUI's own sampling code, which adds regions of the image into one tensor, and means it.
     """
@@ -33,6 +34,8 @@ class OutOfPlace(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.is_grad_enabled() and func in OUT_OF_PLACE and not _called_by("comfy.samplers"):
             return OUT_OF_PLACE[func](*args, **kwargs).to(args[0].dtype)
+        if torch.is_grad_enabled() and torch.is_tensor(kwargs.get("out")):
+            kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         return func(*args, **kwargs)
 
 
@@ -101,8 +104,8 @@ class Place:
 
 
 def written_over(problem: BaseException) -> bool:
-    """Whether backward found that something it needs was overwritten: the next place may do."""
-    return "inplace operation" in str(problem) or "in-place operation" in str(problem)
+    """Whether something is written over that backward needs: the next place may do."""
+    return any(sign in str(problem) for sign in ("inplace operation", "in-place operation", "functions with out="))
 
 
 def _called_by(module: str) -> bool:

@@ -74,6 +74,16 @@ def test_reference_images_that_are_computed_once_are_refused_by_name(world, comp
 
 
 @pytest.mark.every_host
+def test_two_models_do_not_share_reference_images_that_one_computes_once(computed_once):
+    model, tuned = computed_once[0](), make("FLUX.2")[0]
+    with (
+        torch.inference_mode(),
+        pytest.raises(ValueError, match=r"RL Guidance: nodes_flux \(KV_Attn_Input\) keeps.*two"),
+    ):
+        nodes.MiraRLGuidance.execute(model, tuned, 1.0, "constant", 1.0)
+
+
+@pytest.mark.every_host
 def test_a_search_computes_reference_images_once_for_every_seed(world, computed_once):
     patched, rest = computed_once
     vae, how = rest.pop("vae"), {"sampler": "euler", "steps": 3} | rest

@@ -11,8 +11,10 @@ import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.sd
+import comfy_extras.nodes_easycache
 import pytest
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors.torch import load_file
 
 from testing.networks import random_lora
@@ -108,6 +110,32 @@ def test_what_is_put_on_after_the_node_changes_both_or_is_refused(world, bright)
             rlg(sampled_as(world.model, v), bright, 1.0)
         both = rlg(sampled_as(world.model, v), sampled_as(bright, v), 1.0)
         assert torch.equal(world.ksampler(model=both, steps=2), world.ksampler(model=sampled_as(bright, v), steps=2))
+
+
+def compiled(model):
+    model = model.clone()
+    set_torch_compile_wrapper(model, backend="eager")
+    return model
+
+
+def cached(model):
+    return comfy_extras.nodes_easycache.EasyCacheNode.execute(
+        model, reuse_threshold=1e-3, start_percent=0.0, end_percent=1.0, verbose=False
+    ).args[0]
+
+
+@pytest.mark.parametrize("change", [compiled, cached])
+def test_what_is_made_for_one_network_does_not_serve_the_other(world, bright, change):
+    """ComfyUI puts a compiled network into the place of whatever is called, and a cache knows a call by its prompt."""
+    with torch.inference_mode():
+        base, wanted = change(world.model), world.ksampler(model=rlg(world.model, bright, 3.0), steps=STEPS)
+        alone = world.ksampler(model=base, steps=STEPS)
+        kinds = {"base": rlg(base, bright, 3.0), "both": rlg(base, change(bright), 3.0)}
+        kinds["after"] = change(rlg(world.model, bright, 3.0))
+        found = {kind: world.ksampler(model=model, steps=STEPS) for kind, model in kinds.items()}
+    assert (wanted - alone).norm() > 0.1 * alone.norm()
+    for kind, latent in found.items():
+        torch.testing.assert_close(latent, wanted, atol=1e-4, rtol=1e-4, msg=kind)
 
 
 def test_weight_0_is_the_base_and_1_the_tuned_model(world, bright):
