@@ -65,8 +65,8 @@ TAKE_BACK = 3  # choices
 FREE = {"iterations", "timeout", "on_timeout"}  # what does not tell which images are compared
 
 
-def preferring(judge: Any, seed: int, history: int) -> Callable:
-    """The work of `host.run`: other candidates start from noises of their own."""
+def preferring(judge: Any, seed: int, history: int, choices: list[list]) -> Callable:
+    """The work of `host.run`: other candidates start from noises of their own. choices: they are put there."""
 
     def work(process: host.Process, noises: tuple[Tensor, ...]) -> Result:
         settings: PreferenceSettings = process.settings
@@ -87,6 +87,7 @@ def preferring(judge: Any, seed: int, history: int) -> Callable:
             settings,
             seed=seed,
             history=history,
+            choices=choices,
             on_iteration=report,
             interrupts=host.INTERRUPTS,
             memory=host.used_bytes,
@@ -216,7 +217,10 @@ class MiraDPOPreference(io.ComfyNode):
                     default="",
                     optional=True,
                     force_input=True,
-                    tooltip="For judge recorded choices: the choices output of an earlier run, or its trace as JSON.",
+                    tooltip=(
+                        "For judge recorded choices: the choices output of an earlier run, or its record as JSON. For "
+                        "person: what is repeated before you are asked."
+                    ),
                 ),
                 *advanced(final_restart_input()),
             ],
@@ -303,11 +307,11 @@ def run_preference(
     somebody = asked = None
     if judge == "person":
         asked = person(hidden.unique_id, context, values, given.seed)
-        somebody = Resuming(left.value if left else [], asked)
-    made = {
+        somebody = Resuming(left.value if left else read(choices) if choices else [], asked)
+    made: Callable = {
         "reward": lambda: lambda process: RewardJudge(lambda images: process.scoring.reward(images)[0]),
         "person": lambda: lambda process: somebody,
-        "recorded choices": lambda: recorded(choices),
+        "recorded choices": lambda: recorded(read(choices)),
     }[judge]()
     settings = read_settings(node, values, PreferenceSettings)
     by = scorer.facts.name if scorer else judge
@@ -319,7 +323,9 @@ def run_preference(
         gradient=METHODS[settings.method].gradient, on_iteration=live,
     )  # fmt: skip
     try:
-        done = host.run(job, preferring(made, given.seed, TAKE_BACK if judge == "person" else 0))
+        choices_made: list[list] = []
+        live.unfinished.trace.settings["choices"] = choices_made
+        done = host.run(job, preferring(made, given.seed, TAKE_BACK if judge == "person" else 0, choices_made))
     except host.INTERRUPTS:  # of a run that hands nothing back nothing stays: what was chosen, was taken back
         live.unfinished.done()
         raise
@@ -330,9 +336,9 @@ def run_preference(
             trace.notices.append(f"nobody chose in time, {asked.missed} times: those count as ties")
         done.result.left = Left([*trace.settings["choices"], *somebody.unused()], len(trace.settings["choices"]))
         if repeated := somebody.before.used:
-            trace.notices.append(
-                f"choices of the run before were repeated, {repeated} of them: another seed begins without"
-            )
+            whose = "of the run before were repeated, {}: another seed begins without"
+            whose = whose if left else "that are connected were repeated, {}: then you were asked"
+            trace.notices.append(f"choices {whose.format(f'{repeated} of them')}")
     if scorer:
         tell(node, trace, scorer.notices(job.prompts))
     return done, live
@@ -366,9 +372,13 @@ def person(node: str, context: Any, values: dict, seed: int) -> PersonJudge:
     )
 
 
-def recorded(text: str) -> Callable[[host.Process], RecordedJudge]:
+def read(text: str) -> list[list]:
     try:
-        judge = RecordedJudge(read_choices(text))
+        return read_choices(text)
     except ValueError as problem:
         raise ValueError(f"{MiraDPOPreference.NAME}: {problem}") from problem
+
+
+def recorded(choices: list[list]) -> Callable[[host.Process], RecordedJudge]:
+    judge = RecordedJudge(choices)
     return lambda process: judge

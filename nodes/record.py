@@ -98,7 +98,10 @@ class MiraLoadTrace(io.ComfyNode):
                 ),
                 path_input("mira/fox_00001_.png"),
             ],
-            outputs=[MiraTrace.Output("trace", display_name="trace", tooltip="For the MIRA Drift Monitor.")],
+            outputs=[
+                MiraTrace.Output("trace", display_name="trace", tooltip="For the MIRA Drift Monitor."),
+                io.String.Output("record", display_name="record", tooltip="As JSON: for MIRA-DPO's choices."),
+            ],
         )
 
     @classmethod
@@ -115,4 +118,5 @@ class MiraLoadTrace(io.ComfyNode):
             record = trace_path(chosen(file, path) or "")
         except ValueError as problem:
             raise ValueError(f"{cls.NAME}: {problem}") from None
-        return io.NodeOutput(read_trace(record, index))
+        trace = read_trace(record, index)
+        return io.NodeOutput(trace, trace.to_json())

@@ -146,12 +146,13 @@ class MiraCombineRewards(io.ComfyNode):
     def execute(cls, scaling: str = "by typical range", **inputs: Any) -> io.NodeOutput:
         given = {k: v for k, v in inputs.items() if k.startswith("weight")} | {"scaling": scaling}
         check_values(cls.NAME, cls.define_schema().inputs, given)
-        used = [i for i in range(1, SLOTS + 1) if inputs.get(f"reward_{i}") is not None]
+        # The first has to be one; of the others a switch before them may give nothing.
+        used = [1, *(i for i in range(2, SLOTS + 1) if inputs.get(f"reward_{i}") is not None)]
         weights = [inputs.get(f"weight_{i}", 1.0) for i in used]
         if not any(weights):
             raise ValueError(f"{cls.NAME}: every weight is 0, so there is nothing to optimise; set one")
         for i in used:
-            check_reward(cls.NAME, inputs[f"reward_{i}"], f"reward_{i}")
+            check_reward(cls.NAME, inputs.get(f"reward_{i}"), f"reward_{i}")
         rewards = [inputs[f"reward_{i}"] for i in used]
         try:
             factors = scaled(rewards, weights, scaling)

@@ -64,6 +64,8 @@ class MiraScoreImages(io.ComfyNode):
             raise ValueError(f"{cls.NAME}: reward is a list of {len(reward)}: connect one, or a node for each")
         (reward,) = reward
         check_reward(cls.NAME, reward)
+        if not images:
+            raise ValueError(f"{cls.NAME}: images is an empty list: connect some")
         batches = [to_core(batch, f"{cls.NAME}: images") for batch in images]
         count = sum(len(batch) for batch in batches)
         if wrong := [p for p in prompt if not isinstance(p, str)]:
@@ -123,7 +125,11 @@ class MiraRankImages(io.ComfyNode):
     def execute(
         cls, images: list, scores: list, top_k: list, latents: list | None = None, masks: list | None = None
     ) -> io.NodeOutput:
-        if not all(torch.is_tensor(batch) for batch in images) or not all(isinstance(s, (int, float)) for s in scores):
+        if (
+            not images
+            or not all(torch.is_tensor(batch) for batch in images)
+            or not all(isinstance(s, (int, float)) for s in scores)
+        ):
             raise ValueError(f"{cls.NAME}: connect an IMAGE, and the scores that MIRA Score Images gave of it")
         if unknown := [i for i, s in enumerate(scores) if not math.isfinite(s)]:
             raise ValueError(f"{cls.NAME}: scores {unknown} are no numbers: look at the reward that gave them")
@@ -161,7 +167,7 @@ def of_all(batches: list, count: int, what: str) -> torch.Tensor:
     shapes = {tuple(batch.shape[1:]) for batch in batches}
     found = sum(len(batch) for batch in batches)
     if len(shapes) != 1 or found != count:
-        said = f"{found} of them" if len(shapes) == 1 else f"sizes {sorted(shapes)}"
+        said = f"sizes {sorted(shapes)}" if len(shapes) > 1 else f"{found} of them"
         raise ValueError(f"{MiraRankImages.NAME}: {what} has {said}, for {count} images: connect those of the same")
     return torch.cat(list(batches))
 

@@ -145,6 +145,7 @@ def prefer(
     *,
     seed: int = 0,
     history: int = 0,
+    choices: list[list] | None = None,
     on_iteration: Callable[[int, list[dict], list[Tensor]], None] = lambda k, rows, images: None,
     interrupts: Interrupts = (),
     memory: Callable[[], float] = lambda: 0.0,
@@ -159,10 +160,12 @@ def prefer(
 
     The record has, for each iteration and image, which candidate won (-1: a tie), the winner's surrogates against its
     own reference, and its reward and the loser's where the judge has numbers. `trace.settings["choices"]` repeats the
-    run: (iteration, image, best, worst, tie) each.
+    run: (iteration, image, best, worst, tie) each. choices: an empty list to put them into, for who wants them as they
+    are made.
     """
     run = Run(rollout, render, settings, stream(seed, 0))
     compared = _Comparisons(run, METHODS[settings.method](run, trajectories), judge, history, on_iteration, memory)
+    compared.choices = [] if choices is None else choices
     trace, reason, cut_short = compared.trace, "", False
     while compared.k < settings.iterations:
         _, cut = attempt(interrupts, compared.remember)

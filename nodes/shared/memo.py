@@ -104,14 +104,14 @@ def graph_before(hidden: Any) -> dict[str, str] | None:
         if not all(is_link(link, prompt) for link in links.values()):
             return None
         before = sorted(with_all_before(prompt, [link[0] for link in links.values()]))
-        looked = {node: _looked_at(kinds[prompt[node]["class_type"]], prompt[node]["inputs"]) for node in before}
+        looked = {node: _looked_at(kinds[prompt[node]["class_type"]], prompt[node]) for node in before}
         digests = {k: f"{digest_of(prompt, link[0])}:{link[1]}" for k, link in links.items()}
         return digests | {f"beyond {node}": repr(what) for node, what in looked.items() if what is not None}
     except Exception:  # a graph of another's making; what cannot be told costs a run, and no more
         return None
 
 
-def _looked_at(kind: type, inputs: dict) -> Any:
+def _looked_at(kind: type, node: dict) -> Any:
     """What a node's class asks ComfyUI to compare beside its inputs, as it is told of those; None where nothing.
     Raises ValueError where that does not tell one result from another.
     """
@@ -121,11 +121,14 @@ def _looked_at(kind: type, inputs: dict) -> Any:
         raise ValueError(f"{kind.__name__} gives something else every time")
     if not names:
         return None
-    ask = getattr(kind, names[0])
-    if inspect.iscoroutinefunction(ask):
-        raise ValueError(f"{kind.__name__} takes its time to tell")
-    found = ask(**{k: None if isinstance(v, list) else v for k, v in inputs.items()})  # as ComfyUI does
-    if not isinstance(found, PLAIN) or found != found:  # NaN is another one every time
+    if "is_changed" in node:  # ComfyUI's own cache has asked, of each element of a list
+        found = node["is_changed"] if isinstance(node["is_changed"], list) else [node["is_changed"]]
+    else:
+        ask = getattr(kind, names[0])
+        if inspect.iscoroutinefunction(ask):
+            raise ValueError(f"{kind.__name__} takes its time to tell")
+        found = [ask(**{k: None if isinstance(v, list) else v for k, v in node["inputs"].items()})]  # as ComfyUI does
+    if not all(isinstance(value, PLAIN) and value == value for value in found):  # NaN is another one every time
         raise ValueError(f"{kind.__name__} does not tell")
     return found
 
@@ -136,10 +139,11 @@ def of(
     """What `run` gave for these very inputs when they were asked for before, or gives now. hidden: the node's own.
     taken: what of it is wanted, (iterate, share of a final restart).
 
-    A run that was cut short is repeated when it is asked for again as it was: who queues it again wants its end. With
-    --cache-none all that comes before a node is made anew: there the same graph will do for another iterate.
+    A run that was cut short is repeated when it is asked for again as it was: who queues it again wants its end. What
+    comes before a node is made anew after another workflow, and with --cache-none always: for another iterate the same
+    graph will do.
     """
-    node, graph = _place(hidden), _graph(hidden)
+    node, graph = _place(hidden), graph_before(hidden)
     before = _runs.get(node)
     if before:
         optimized, last = before.done[0], before.taken
@@ -206,7 +210,8 @@ def left_of(hidden: Any, inputs: dict, used: dict) -> tuple[tuple[Left, Any] | N
     more = used["iterations"] - last["iterations"]
     if more < 0 or (more == 0 and not optimized.result.cut_short):
         return None, ""
-    if changed := _changed(*others):
+    changed = _changed(*others)
+    if changed and not _of_one_graph(others[0], before.graph, others[1], graph_before(hidden)):
         # Of a setting of one's own one knows; and with --cache-none nothing is ever the same.
         quiet = getattr(args, "cache_none", False) or any(isinstance(inputs[k], PLAIN) for k in changed)
         why = f"begun anew: {', '.join(changed)} changed, or was made anew, since the run before"
@@ -221,18 +226,13 @@ def last_run(hidden: Any, inputs: dict, free: Collection[str]) -> Optimized | No
     if (before := _runs.get(_place(hidden))) is None:
         return None
     known, asked = ({k: v for k, v in of.items() if k not in free} for of in (before.inputs, inputs))
-    same = _same(known, asked) or _of_one_graph(known, before.graph, asked, _graph(hidden))
+    same = _same(known, asked) or _of_one_graph(known, before.graph, asked, graph_before(hidden))
     return before.done[0] if same else None
 
 
 def _of_one_graph(known: dict, its_graph: dict | None, inputs: dict, graph: dict | None) -> bool:
     """Whether inputs, though made anew, are the known ones."""
     return graph is not None and graph == its_graph and _made_alike(known, inputs)
-
-
-def _graph(hidden: Any) -> dict | None:
-    """What tells that inputs which are made anew every time are the same."""
-    return graph_before(hidden) if getattr(args, "cache_none", False) else None
 
 
 def cuts(inputs: dict) -> int:

@@ -101,7 +101,7 @@ def test_registration():
         "MiraDyMOGuider": ["guider"],
         "MiraInitNONoise": ["noise", "report"],
         "MiraDriftMonitor": ["plot", "table", "verdict", "gain", "drift", "clip_score", "cmmd"],
-        "MiraLoadTrace": ["trace"],
+        "MiraLoadTrace": ["trace", "record"],
         "MiraSaveNoise": [],
         "MiraLoadNoise": ["noise", "sampler", "settings"],
         "MiraGoldenNoise": ["noise"],
@@ -547,6 +547,8 @@ def test_combine_rewards():
         execute(nodes.MiraCombineRewards, reward_1=bright, weight_1=0.0)
     with pytest.raises(ValueError, match="Combine Rewards: ReNO's composite has no brightness"):
         execute(nodes.MiraCombineRewards, **weighted, scaling="ReNO")
+    with pytest.raises(ValueError, match="MIRA Combine Rewards: reward_1 is empty: connect"):
+        execute(nodes.MiraCombineRewards, **weighted | {"reward_1": None})
 
 
 @pytest.mark.every_host

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shutil
 import threading
 import time
+from pathlib import Path
 
 import comfy.model_management
+import folder_paths
 import pytest
 import server
 import torch
@@ -351,6 +354,35 @@ def test_choices_are_not_asked_for_twice(world):
     with Person([1]) as person:
         prefer(world, iterations=1, **same | {"seed": 78})
     assert [s["iteration"] for s in person.seen] == [0]
+
+
+def test_choices_of_a_run_that_was_killed_are_in_its_record_and_can_be_gone_on_with(world, tmp_path):
+    same = {"latent_image": {"samples": torch.zeros(1, 4, 8, 8)}, "judge": "person", "reward": None, "seed": 80}
+    known = set(Path(folder_paths.get_output_directory()).rglob("*.png"))
+
+    def kill():
+        while len(person.seen) < 2 or not judges._pending:
+            time.sleep(0.01)
+        (file,) = {*Path(folder_paths.get_output_directory(), "mira_unfinished").glob("*.png")} - known
+        shutil.copy(file, tmp_path / "left.png")
+        person.answers.append(1)
+
+    with Person([2, 1]) as person:
+        thread = threading.Thread(target=kill, daemon=True)
+        thread.start()
+        whole = prefer(world, iterations=3, **same)
+        thread.join()
+    record = mira("nodes.record").read_trace(str(tmp_path / "left.png"), 0).to_json()
+    choices = json.loads(whole.args[3])
+    assert json.loads(record)["settings"]["choices"] == choices[:2]
+    mira("nodes.shared.memo")._runs.clear()  # as in another server
+    with Person([1]) as person:
+        again = prefer(world, iterations=3, choices=record, **same)
+    assert [s["iteration"] for s in person.seen] == [2] and len(json.loads(again.args[3])) == 3
+    assert json.loads(again.args[3])[:2] == choices[:2]
+    assert any("choices that are connected were repeated, 2 of them" in n for n in again.args[2].notices)
+    with pytest.raises(ValueError, match="MIRA-DPO Preference: choices is not a record of choices"):
+        prefer(world, iterations=3, choices="{}", **same)
 
 
 def test_repeated_choices_stay_with_their_comparisons():

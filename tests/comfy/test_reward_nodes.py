@@ -372,6 +372,8 @@ def test_ranking_is_by_score_and_stable():
     assert out.args[2] == [1, 3, 0] and out.args[1] == [0.9, 0.5, 0.1]
     assert torch.equal(out.args[0], images[[1, 3, 0]])
     assert len(execute(nodes.MiraRankImages, images=[images], scores=[1.0] * 4, top_k=[99]).args[0]) == 4
+    with pytest.raises(ValueError, match="MIRA Score Images: images is an empty list"):
+        execute(nodes.MiraScoreImages, images=[], reward=[PixelReward("brightness")])
     with pytest.raises(ValueError, match="3 scores for 4 images"):
         execute(nodes.MiraRankImages, images=[images], scores=[1.0] * 3, top_k=[1])
     with pytest.raises(ValueError, match="which make no batch"):
@@ -386,6 +388,8 @@ def test_ranking_is_by_score_and_stable():
         ({"top_k": [0]}, "top_k"),
         ({"top_k": [1, 2]}, "top_k has 2 values"),
         ({"latents": [{"samples": torch.zeros(3, 4, 2, 2), "batch_index": [0]}]}, "place of 1 only"),
+        ({"images": []}, "connect an IMAGE"),
+        ({"masks": []}, "masks has 0 of them, for 3 images"),
     ],
 )
 def test_what_cannot_be_ranked_is_refused(changed, words):

@@ -511,15 +511,33 @@ def test_a_list_has_a_record_for_each_and_another_iterate_runs_none_again(server
 
 
 @pytest.mark.every_host
-def test_another_iterate_runs_nothing_again_where_comfyui_keeps_nothing(quickstart):
-    """--cache-none makes models and conditioning anew, of the same graph; another prompt is another run."""
+@pytest.mark.parametrize("cache", ["--cache-none", "--cache-classic"])
+def test_a_run_is_known_again_where_what_comes_before_it_is_made_anew(quickstart, cache):
+    """At every queueing, or after another workflow; another prompt is another run."""
     prompt = small(quickstart, iterations=2, seeds=1, seed=7)
+    node = find(prompt, OPTIMIZER)
     (text,) = (id for id, n in prompt.items() if n["class_type"] == "PrimitiveStringMultiline")
     other = copy.deepcopy(prompt)
     other[text]["inputs"]["value"] = "generate an image of a cat"
-    with Server(arguments=("--cache-none", *WITH_SMALL_MODEL)) as server:
+    empty = {"width": 64, "height": 64, "batch_size": 1, "color": 0}
+    between = {
+        "1": {"class_type": "EmptyImage", "inputs": empty},
+        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+    }
+
+    async def cancelled_between(server):
+        async with Client(server.url) as client:
+            longer = changed(prompt, iterations=16, seed=8, stop="never")
+            await cancelled(client, await client.submit(longer), after=2)
+            await client.run(between)
+            return (await follow(client, longer))[1][node]["mira"][0]
+
+    with Server(arguments=(cache, *WITH_SMALL_MODEL)) as server:
         first, _ = saved_records(server, prompt, "mira/optimized")
+        run(server, between)
         again, (taken,) = saved_records(server, changed(prompt, iterate=1), "mira/optimized")
         another, _ = saved_records(server, other, "mira/optimized")
-    assert len(first) == 3 and again == [] and taken[find(prompt, OPTIMIZER)]["kept"] == [1]
+        ended = asyncio.run(cancelled_between(server))
+    assert len(first) == 3 and again == [] and taken[node]["kept"] == [1]
     assert len(another) == 3 and another != first
+    assert any("went on from iteration" in notice for notice in ended["notices"]) and len(ended["rows"]) == 17
