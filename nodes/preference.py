@@ -65,8 +65,8 @@ TAKE_BACK = 3  # choices
 FREE = {"iterations", "timeout", "on_timeout"}  # what does not tell which images are compared
 
 
-def preferring(judge: Any, seed: int, history: int, choices: list[list]) -> Callable:
-    """The work of `host.run`: other candidates start from noises of their own. choices: they are put there."""
+def preferring(judge: Any, seed: int, history: int, choices: list[list] | None = None) -> Callable:
+    """The work of `host.run`: other candidates start from noises of their own. choices: see `prefer`."""
 
     def work(process: host.Process, noises: tuple[Tensor, ...]) -> Result:
         settings: PreferenceSettings = process.settings

@@ -106,7 +106,7 @@ def test_patches_of_tuned_alone_would_be_ignored(world):
     patched.set_model_sampler_cfg_function(lambda args: args["cond"])
     with pytest.raises(ValueError, match=r"tuned has patches that model has not .*put them on model"):
         blend(world.model, patched)
-    with pytest.raises(ValueError, match=r"\(guidance \(MiraRLGuidance\)\)"):
+    with pytest.raises(ValueError, match=r"\(blending \(rl_guidance\)\)"):
         blend(world.model, blend(world.model, world.model))
     with pytest.raises(ValueError, match="tuned has the same weights"):
         blend(patched, patched.clone())
