@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from typing import Any
 
@@ -268,7 +269,9 @@ class MiraRewardFromPython(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None) -> Any:
-        path = files.find(file or "")
+        if file is None:  # of another node, whose file may have changed under its name
+            return math.nan
+        path = files.find(file)
         return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
     @classmethod

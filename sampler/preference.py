@@ -165,7 +165,9 @@ def prefer(
     """
     run = Run(rollout, render, settings, stream(seed, 0))
     compared = _Comparisons(run, METHODS[settings.method](run, trajectories), judge, history, on_iteration, memory)
-    compared.choices = [] if choices is None else choices
+    if choices is not None:
+        choices.clear()  # of an attempt that the host has given up
+        compared.choices = choices
     trace, reason, cut_short = compared.trace, "", False
     while compared.k < settings.iterations:
         _, cut = attempt(interrupts, compared.remember)

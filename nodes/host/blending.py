@@ -17,6 +17,7 @@ from .dynamic import copied, is_dynamic, static
 from .patches import names_of_keeping, only_in
 
 KEY = "mira_tuned"
+KEEPS = "keeps what one model makes in a step for the later ones, and here are two: bypass it"
 COMPILED = "torch.compile"  # ComfyUI's key of the wrapper that puts a compiled network into a model's place
 
 
@@ -44,7 +45,7 @@ def why_not_alike(model: ModelPatcher, tuned: ModelPatcher) -> str | None:
             "model, where they hold for both, or take them off tuned"
         )
     if names := names_of_keeping(model.model_options):
-        return f"{names} keeps what one model makes in a step for the later ones, and here are two: bypass it"
+        return f"{names} {KEEPS}"
     kinds = [m.get_model_object("model_sampling") for m in (model, tuned)]
     highest = [float(kind.sigma_max) for kind in kinds]
     if highest[0] != highest[1]:
@@ -81,6 +82,8 @@ def rl_guidance(
                 f"{node}: the conditioning has a LoRA or weights of its own (hooks), which ComfyUI puts on model and "
                 "not on tuned: load them on both models instead"
             )
+        if names := names_of_keeping(now.model_options):
+            raise ValueError(f"{node}: {names} {KEEPS}")
         samplings = [m.get_model_object("model_sampling") for m in (now, second)]
         if known == (seen := [now.patches_uuid, *samplings]):
             return

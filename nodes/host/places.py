@@ -19,13 +19,14 @@ OUT_OF_PLACE: dict[Callable, Callable] = {
     Tensor.mul_: torch.mul,
     Tensor.div_: torch.div,
 }
+GIVES_BACK = "comfy.text_encoders.llama"  # the module of blocks that go on with what a call with `out=` gives back
 LEAST_COVER = 1e-20  # the sum of the prompts' strengths at a pixel: a mask has none between this and 0
 NORMS = (nn.functional.layer_norm, nn.functional.rms_norm)
 
 
 class OutOfPlace(TorchFunctionMode):
-    """x += y, x *= y and so on make a new tensor: residuals of the Flux family, guidance that rescales. So does what is
-    written into a buffer, and given back (HiDream-O1).
+    """x += y, x *= y and so on make a new tensor: residuals of the Flux family, guidance that rescales. So does what
+    HiDream-O1's blocks write into their input and give back; elsewhere what is given back may be of no interest.
 
     But in ComfyUI's own sampling code, which adds regions of the image into one tensor, and means it.
     """
@@ -34,7 +35,7 @@ class OutOfPlace(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.is_grad_enabled() and func in OUT_OF_PLACE and not _called_by("comfy.samplers"):
             return OUT_OF_PLACE[func](*args, **kwargs).to(args[0].dtype)
-        if torch.is_grad_enabled() and torch.is_tensor(kwargs.get("out")):
+        if "out" in kwargs and torch.is_grad_enabled() and _called_by(GIVES_BACK):
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         return func(*args, **kwargs)
 

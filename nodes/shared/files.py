@@ -70,8 +70,9 @@ def find(name: str, *stock: str) -> Path | None:
 
 
 def stamp(*names: str | None, stock: Sequence[str] = ()) -> str:
-    """For a loader's `fingerprint_inputs`: another one when one of these files has changed. Whatever is no file's name,
-    or comes from another node, where ComfyUI sees a change by itself, has none.
+    """For a loader's `fingerprint_inputs`: another one when one of these files has changed. Whatever is no file's name
+    has none; nor has one that comes from another node, whose name ComfyUI sees and not its file: to read gigabytes at
+    every queueing would be worse.
     """
     found = []
     for path in filter(None, (find(name, *stock) for name in names if isinstance(name, str))):

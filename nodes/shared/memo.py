@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 import sys
 import weakref
 from collections import OrderedDict
@@ -11,6 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+import folder_paths
 from comfy.cli_args import args
 from torch import Tensor
 
@@ -106,9 +108,19 @@ def graph_before(hidden: Any) -> dict[str, str] | None:
         before = sorted(with_all_before(prompt, [link[0] for link in links.values()]))
         looked = {node: _looked_at(kinds[prompt[node]["class_type"]], prompt[node]) for node in before}
         digests = {k: f"{digest_of(prompt, link[0])}:{link[1]}" for k, link in links.items()}
-        return digests | {f"beyond {node}": repr(what) for node, what in looked.items() if what is not None}
+        beyond = {f"beyond {node}": repr(what) for node, what in looked.items() if what is not None}
+        return digests | beyond | {f"files of {node}": found for node in before if (found := _files_of(prompt[node]))}
     except Exception:  # a graph of another's making; what cannot be told costs a run, and no more
         return None
+
+
+def _files_of(node: dict) -> str:
+    """When the files that a node's inputs name were written: ComfyUI's own loaders do not ask, and a LoRA that is
+    trained again under its name is another one.
+    """
+    names = [v for v in node["inputs"].values() if isinstance(v, str) and len(v) < 256]
+    paths = [folder_paths.get_full_path(folder, n) for n in names for folder in folder_paths.folder_names_and_paths]
+    return " ".join(f"{s.st_mtime_ns}:{s.st_size}" for s in (os.stat(path) for path in paths if path))
 
 
 def _looked_at(kind: type, node: dict) -> Any:
@@ -121,7 +133,7 @@ def _looked_at(kind: type, node: dict) -> Any:
         raise ValueError(f"{kind.__name__} gives something else every time")
     if not names:
         return None
-    if "is_changed" in node:  # ComfyUI's own cache has asked, of each element of a list
+    if "is_changed" in node and not getattr(args, "cache_none", False):  # ComfyUI's cache has asked, of each of a list
         found = node["is_changed"] if isinstance(node["is_changed"], list) else [node["is_changed"]]
     else:
         ask = getattr(kind, names[0])

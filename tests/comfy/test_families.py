@@ -16,6 +16,7 @@ import torch
 from mira import nodes
 from mira.nodes import host
 from mira.nodes.host.conditioning import noised_by_seed
+from mira.nodes.host.places import PLACES, written_over
 from mira.nodes.host.scoring import Scoring, decode
 from mira.nodes.shared import checks
 from mira.rewards.pixel import PixelReward
@@ -121,6 +122,17 @@ def test_dymo_goes_through_what_a_family_writes_over(world, name):
             with pytest.raises(ValueError, match=r"MIRA DyMO Guider: the latent has shape.*still images only"):
                 sample(1.0)
     assert rewards[1] > rewards[0]
+
+
+@pytest.mark.parametrize("place", PLACES[1:])
+def test_a_buffer_is_written_or_refused(place):
+    """Who gave it may look into it, and not at what comes back."""
+    buffer, x = torch.zeros(2), torch.ones(2, requires_grad=True)
+    with place():
+        torch.add(torch.ones(2), 1, out=buffer)
+        with pytest.raises(RuntimeError, match="out=") as refused:
+            torch.add(x, 1, out=torch.zeros(2))
+    assert buffer.tolist() == [2, 2] and written_over(refused.value)
 
 
 def test_the_page_is_of_the_results():

@@ -776,6 +776,7 @@ def test_a_graph_tells_its_inputs_apart_and_those_of_files(tmp_path, monkeypatch
             "2": {"class_type": "LatentUpscaleBy", "inputs": {"samples": ["1", 0], "scale_by": 2.0}},
             "3": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
             "4": {"class_type": "Anything", "inputs": {}},
+            "5": {"class_type": "LoraLoaderModelOnly", "inputs": {"lora_name": "again.safetensors"}},
             "9": {"class_type": "MiraOptimizeKSampler", "inputs": {"latent_image": ["2", 0], "seed": 1} | changes},
         }
         return memo.graph_before(SimpleNamespace(unique_id="9", prompt=prompt))
@@ -790,6 +791,14 @@ def test_a_graph_tells_its_inputs_apart_and_those_of_files(tmp_path, monkeypatch
     assert one == before(reference=["3", 0]) and set(one) == {"latent_image", "reference", "beyond 3"}
     (tmp_path / "a.png").write_bytes(b"other")
     assert before(reference=["3", 0]) != one
+    lora = tmp_path / "again.safetensors"
+    lora.write_bytes(b"one")
+    known = folder_paths.folder_names_and_paths["loras"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], known[1]))
+    one = before(model=["5", 0])
+    assert one == before(model=["5", 0]) and "files of 5" in one
+    lora.write_bytes(b"trained again")
+    assert before(model=["5", 0]) != one  # of which ComfyUI's loader does not tell
     assert before(reference=["4", 0]) is None and before(latent_image=["7", 0]) is None
     assert memo.graph_before(SimpleNamespace(unique_id="9", prompt=None)) is None
 

@@ -360,6 +360,10 @@ def test_a_python_file_can_be_optimised(world, models):
     assert rows[-1]["reward"] > rows[0]["reward"]
 
 
+def test_a_linked_file_is_read_every_time():
+    assert np.isnan(nodes.MiraRewardFromPython.fingerprint_inputs(file=None))
+
+
 def test_only_files_of_the_folder_are_run(models, tmp_path):
     (models.parent / "outside.py").write_text("raise SystemExit")
     with pytest.raises(ValueError, match="is not in models/mira_rewards"):

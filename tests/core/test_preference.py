@@ -111,8 +111,9 @@ def test_a_batch_is_as_many_runs(method):
 def test_two_runs_are_the_same_bit_for_bit(method):
     settings = PreferenceSettings(iterations=4, method=method, lr=0.1, candidates=3 if method == "dpo" else 2)
     trajectories = [gaussian.noises(seed=s) for s in range(3)]
-    a, b = (run(settings, trajectories=trajectories, seed=5) for _ in range(2))
-    assert torch.equal(a.best, b.best)
+    made = [[0, 0, 1, 0, False]]  # of an attempt that was given up
+    a, b = (run(settings, trajectories=trajectories, seed=5, choices=choices) for choices in (None, made))
+    assert torch.equal(a.best, b.best) and made is b.trace.settings["choices"]
     assert a.trace.settings["choices"] == b.trace.settings["choices"]
     assert torch.equal(gaussian.rollout()(a.best_noises).x0, a.best)  # regenerated from its stored noise
 
