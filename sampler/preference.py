@@ -160,8 +160,8 @@ def prefer(
 
     The record has, for each iteration and image, which candidate won (-1: a tie), the winner's surrogates against its
     own reference, and its reward and the loser's where the judge has numbers. `trace.settings["choices"]` repeats the
-    run: (iteration, image, best, worst, tie) each. choices: an empty list to put them into, for who wants them as they
-    are made.
+    run: (iteration, image, best, worst, tie) each. choices: a list to put them into, in place of what is there, for who
+    wants them as they are made.
     """
     run = Run(rollout, render, settings, stream(seed, 0))
     compared = _Comparisons(run, METHODS[settings.method](run, trajectories), judge, history, on_iteration, memory)

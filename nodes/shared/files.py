@@ -74,11 +74,16 @@ def stamp(*names: str | None, stock: Sequence[str] = ()) -> str:
     has none; nor has one that comes from another node, whose name ComfyUI sees and not its file: to read gigabytes at
     every queueing would be worse.
     """
-    found = []
+    found: list[Path] = []
     for path in filter(None, (find(name, *stock) for name in names if isinstance(name, str))):
         shards = [p for p in path.parent.iterdir() if SHARD.search(p.name)] if path.name.endswith(INDEX) else []
-        found += [f"{s.st_mtime_ns}:{s.st_size}" for s in (p.stat() for p in (path, *sorted(shards)))]
-    return " ".join(found)
+        found += [path, *sorted(shards)]
+    return written(*found)
+
+
+def written(*paths: str | Path) -> str:
+    """Another text when one of these files was written again. Raises OSError."""
+    return " ".join(f"{s.st_mtime_ns}:{s.st_size}" for s in map(os.stat, paths))
 
 
 def missing(name: str | None, published: Published, *stock: str, into: str = FOLDER) -> str | None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from .files import written
+
 MOST_LISTED = 300
 
 
@@ -124,4 +126,4 @@ def stamp(find: Callable[[str], str], file: str | None, path: str | None = "") -
         name = find(name)
     except ValueError:
         return ""
-    return f"{os.path.getmtime(name)}:{os.path.getsize(name)}"
+    return written(name)

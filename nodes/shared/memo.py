@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import os
 import sys
 import weakref
 from collections import OrderedDict
@@ -19,6 +18,7 @@ from torch import Tensor
 from ...sampler.resume import Left
 from ..editor.graph import digest_of, is_link, place_in_list, with_all_before
 from ..host import Optimized
+from .files import written
 
 PLAIN = (int, float, str, bool, type(None))
 MOST, MOST_RUNS = 8, 64  # nodes whose iterates are held, and runs of them: a list is many
@@ -120,7 +120,7 @@ def _files_of(node: dict) -> str:
     """
     names = [v for v in node["inputs"].values() if isinstance(v, str) and len(v) < 256]
     paths = [folder_paths.get_full_path(folder, n) for n in names for folder in folder_paths.folder_names_and_paths]
-    return " ".join(f"{s.st_mtime_ns}:{s.st_size}" for s in (os.stat(path) for path in paths if path))
+    return written(*filter(None, paths))
 
 
 def _looked_at(kind: type, node: dict) -> Any:
